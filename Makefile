@@ -1,0 +1,66 @@
+# make build makes ./hamlet; make demo shows it at work. Both need Go, make and sh.
+
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+LDFLAGS     := -s -w $(if $(VERSION),-X main.version=$(VERSION))
+GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)"
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+PLATFORMS   := linux/amd64 linux/arm64 linux/arm darwin/arm64
+FUZZTIME    ?= 1m
+SEED        ?= 1
+
+.PHONY: build demo test race check fuzz sim bench docker-test haproxy-test release clean
+
+build:
+	$(GOBUILD) -o hamlet .
+
+# Three agents on this machine, a handler, a kill. A few seconds.
+demo:
+	@sh examples/demo.sh
+
+test:
+	go test -parallel 8 -timeout 30m ./...
+
+# Simulations run in one goroutine, so the big ones are left out here.
+race:
+	go test -race -parallel 8 -timeout 30m -skip '^TestAThousandMembers$$' ./...
+
+check:
+	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not formatted:" $$out; exit 1; fi
+	go vet ./...
+	GOOS=darwin go vet ./...
+	go run $(STATICCHECK) ./...
+	go mod tidy -diff
+
+# Every fuzz target for FUZZTIME.
+fuzz:
+	@for f in $$(grep -ho '^func Fuzz[A-Za-z0-9]*' *_test.go | cut -c6-); do \
+		echo "== $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . || exit 1; \
+	done
+
+# A big cluster in virtual time, and its figures: make sim N=10000 SEED=7 LOSS=5
+sim:
+	SIM_N=$(or $(N),1000) SIM_SEED=$(SEED) SIM_LOSS=$(LOSS) go test -count=1 -v -timeout 60m -run '^TestSimulation$$' .
+
+# Real agents, measured; beside another program with Serf's command line if
+# PEER names one: make bench N=100 PEER=/usr/local/bin/serf
+bench:
+	BENCH=1 BENCH_N=$(N) PEER=$(PEER) go test -count=1 -v -timeout 60m -run '^TestBench$$' .
+
+# Containers: the image and the compose file of examples/docker.
+docker-test:
+	@sh examples/docker/test.sh
+
+# examples/haproxy with the real HAProxy: how many requests fail when a node goes.
+haproxy-test:
+	@sh examples/haproxy/test.sh
+
+# Binaries for all platforms, with checksums, in dist/.
+release:
+	@rm -rf dist && mkdir dist
+	@for p in $(PLATFORMS); do \
+		GOOS=$${p%/*} GOARCH=$${p#*/} GOARM=6 $(GOBUILD) -o dist/hamlet-$${p%/*}-$${p#*/} . || exit 1; \
+	done
+	@cd dist && { sha256sum hamlet-* 2>/dev/null || shasum -a 256 hamlet-*; } > SHA256SUMS && cat SHA256SUMS
+
+clean:
+	rm -rf hamlet dist

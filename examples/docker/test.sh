@@ -1,0 +1,229 @@
+#!/bin/sh
+# A cluster of the host and its containers, as users see it: seven containers
+# join an agent on the host and are stopped, killed, paused, unplugged and
+# restarted. Then the compose file. Needs a Docker engine on Linux, pulls
+# nothing and removes all that it makes.
+set -eu
+cd "$(dirname "$0")/../.."
+
+skip() { echo "docker-test: skipped: $1"; exit 0; }
+command -v docker >/dev/null || skip "there is no docker command"
+docker info >/dev/null 2>&1 || skip "no Docker engine answers"
+[ "$(uname)" = Linux ] || skip "the host of containers is not this machine"
+
+id=hamlet-test-$$
+dir=$(mktemp -d)
+host= compose=
+
+compose() { (cd "$dir" && HAMLET_IMAGE=$id $compose -p "$id" -f compose.yaml "$@"); }
+
+cleanup() {
+	status=$?
+	trap - EXIT
+	if [ $status -ne 0 ] && [ -f "$dir/log" ]; then
+		echo "--- the host's log ends:" && tail -n 40 "$dir/log"
+	fi
+	[ -z "$host" ] || kill "$host" 2>/dev/null || true
+	[ -z "$compose" ] || compose down -t 1 >/dev/null 2>&1 || true
+	docker ps -aq --filter "label=$id" | xargs -r docker rm -f >/dev/null 2>&1 || true
+	docker network rm "$id" "$id-2" >/dev/null 2>&1 || true
+	docker rmi -f "$id" >/dev/null 2>&1 || true
+	rm -rf "$dir"
+	exit $status
+}
+trap cleanup EXIT
+trap 'exit 1' INT TERM
+
+fail() { echo "docker-test: FAILED: $1" >&2; exit 1; }
+ok() { echo "docker-test: $1"; }
+now() { echo $(($(date +%s%N) / 1000000)); }
+
+# within MS WHAT COMMAND...: the command succeeds in time.
+within() {
+	until=$(($(now) + $1)) what="$2 within $1 ms"
+	shift 2
+	until "$@"; do
+		[ "$(now)" -lt $until ] || fail "not so: $what"
+		sleep 0.02
+	done
+}
+
+run() { docker run -d --network "$id" --label "$id" "$@" | cut -c1-12; }
+members() { "$dir/hamlet" members -rpc-addr "$rpc" "$@"; }
+is() { [ "$(members -name "$1" | awk '{ print $3 }')" = "$2" ]; }
+# event KIND NAME: the host's handler has been told so; at is when.
+event() { at=$(awk -v k="$1" -v n="$2" '$2 == k && $3 == n { t = $1 } END { print t }' "$dir/events"); [ -n "$at" ]; }
+forget() { : >"$dir/events"; }
+address() { docker inspect -f "{{(index .NetworkSettings.Networks \"$id\").IPAddress}}" "$1"; }
+# since_end NAME: how many ms after the container's end the handler ran.
+since_end() { echo $((at - $(date -d "$(docker inspect -f '{{.State.FinishedAt}}' "$1")" +%s%N) / 1000000)); }
+
+# --- the image and the agent on the host
+
+CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$dir/hamlet" .
+cp examples/docker/Dockerfile examples/docker/compose.yaml "$dir"
+docker build -q -t "$id" "$dir" >/dev/null 2>"$dir/build" || fail "docker build: $(cat "$dir/build")"
+for net in 10.203.45 10.217.86 172.27.133 192.168.247 none; do # one that nobody has
+	! docker network create --subnet "$net.0/24" --gateway "$net.1" "$id" >/dev/null 2>&1 || break
+done
+[ $net != none ] || fail "all networks that it would use are taken"
+bridge=$net.1
+ok "the image holds $(docker inspect -f '{{.Size}}' "$id") bytes"
+
+cat >"$dir/handler.sh" <<'END'
+#!/bin/sh
+now=$(date +%s%3N)
+echo
+echo "New event: ${SERF_EVENT}. Data follows..."
+while read -r name rest; do
+	echo "$name    $rest"
+	echo "$now $SERF_EVENT $name" >>"$DIR/events"
+done
+echo "current members..."
+"$DIR/hamlet" members
+END
+chmod +x "$dir/handler.sh"
+forget
+DIR=$dir "$dir/hamlet" agent -node precise64 -bind "$bridge:7946" -rpc-addr 127.0.0.1:0 -log-level=debug \
+	-event-handler="$dir/handler.sh" >"$dir/banner" 2>"$dir/log" &
+host=$!
+within 3000 "the agent on the host runs" grep -q 'RPC addr' "$dir/banner"
+rpc=$(sed -n "s/.*RPC addr: '\(.*\)'/\1/p" "$dir/banner")
+
+# --- seven containers join at the bridge's address
+
+names=
+for _ in 1 2 3 4 5 6 7; do
+	names="$names $(run "$id" agent -join "$bridge:7946")"
+done
+members -wait 8 -timeout 10s >/dev/null || fail "seven containers did not join: $(members)"
+for n in $names; do
+	is "$n" alive || fail "$n is not called by its container id: $(members)"
+	[ "$(docker exec "$n" /hamlet members -status alive | wc -l)" = 8 ] || fail "$n sees: $(docker exec "$n" /hamlet members)"
+done
+within 2000 "the handler prints what it sees" grep -q "^New event: member-join" "$dir/log"
+grep -q "\[DEBUG\] Event 'member-join' script output:" "$dir/log" || fail "the log lacks the handler's output"
+members
+ok "the host and seven containers are one cluster"
+
+# shellcheck disable=SC2086
+set -- $names
+
+# --- how containers end
+
+start=$(now)
+docker stop "$1" >/dev/null
+within 2000 "docker stop is member-failed" event member-failed "$1"
+ok "docker stop: failed $((at - start)) ms after the command, $(since_end "$1") ms after the container's end"
+start=$(now)
+docker kill "$2" >/dev/null
+within 2000 "docker kill is member-failed" event member-failed "$2"
+ok "docker kill: failed $((at - start)) ms after the command, $(since_end "$2") ms after the container's end"
+docker kill -s INT "$3" >/dev/null
+within 2000 "SIGINT is member-leave" event member-leave "$3"
+[ "$(docker wait "$3")" = 0 ] || fail "SIGINT to the agent as PID 1 did not end it well"
+ok "docker kill -s INT: left, exit status 0"
+
+# --- a pause is no failure
+
+forget
+docker pause "$4" >/dev/null
+sleep 5
+docker unpause "$4" >/dev/null
+sleep 1
+[ ! -s "$dir/events" ] || fail "a pause of 5 s is noticed: $(cat "$dir/events")"
+ok "docker pause for 5 s: nothing happens"
+
+# --- the network goes and comes back, with the same address and with another
+
+for back in "$(address "$5")" "$net.200"; do
+	forget
+	start=$(now)
+	docker network disconnect "$id" "$5"
+	within 6000 "a disconnected container fails" event member-failed "$5"
+	failed=$((at - start))
+	[ "$(grep -c member-failed "$dir/events")" = 1 ] || fail "others failed, too: $(cat "$dir/events")"
+	within 6000 "it knows that it is cut off" sh -c "[ \$(docker exec $5 /hamlet members -status alive | wc -l) = 1 ]"
+	start=$(now)
+	docker network connect --ip "$back" "$id" "$5"
+	within 6000 "a container that is connected as $back returns" event member-join "$5"
+	ok "docker network disconnect: failed after $failed ms; connect: back as $back after $((at - start)) ms"
+	sleep 3
+	is "$5" alive && members -name "$5" | grep -q " $back:7946 " || fail "after it came back: $(members)"
+	[ "$(grep -c . "$dir/events")" = 2 ] || fail "wrong events: $(cat "$dir/events")"
+done
+
+# --- restarts
+
+forget
+old=$(address "$6")
+docker stop "$6" >/dev/null
+within 2000 "it fails" event member-failed "$6"
+run "$id" agent -join "$bridge" >/dev/null # takes the address, if it is given away again
+start=$(now)
+docker start "$6" >/dev/null
+within 5000 "a restarted container returns" event member-join "$6"
+[ "$(address "$6")" != "$old" ] || ok "(the engine gave the same address again)"
+members -name "$6" | grep -q " $(address "$6"):7946 " || fail "the old address is still shown: $(members)"
+[ "$(members -name "$6" | wc -l)" = 1 ] || fail "two entries: $(members)"
+ok "docker start: back $((at - start)) ms after the command, from $old to $(address "$6")"
+
+# --- two networks, and a seed whose name nobody knows yet
+
+docker network create "$id-2" >/dev/null
+early=$(docker create --network "$id-2" --label "$id" "$id" agent -join late:7946 | cut -c1-12)
+docker network connect "$id" "$early"
+docker start "$early" >/dev/null
+sleep 1
+late=$(run --network-alias late "$id" agent)
+sees() { docker exec "$late" /hamlet members -name "$early" | grep -q " $(address "$early"):7946 .*alive"; }
+within 8000 "the late seed knows the early member by the address that they share" sees
+sleep 3
+sees || fail "the late seed lost the early member: $(docker exec "$late" /hamlet members)"
+ok "a member of two networks and a seed that started later"
+
+# --- the first process of a container
+
+docker top "$7" | grep -c '/hamlet agent' | grep -qx 2 || fail "PID 1 is not an init for the agent: $(docker top "$7")"
+n=$(run --health-interval 1s "$id" agent -join "$bridge" -log-level debug -event-handler '/hamlet members')
+within 15000 "the health check passes" sh -c "docker inspect -f '{{.State.Health.Status}}' $n | grep -qx healthy"
+within 3000 "a handler runs without a shell" sh -c "docker logs $n 2>&1 | grep -A9 'script output:' | grep -q '^precise64 .* alive'"
+set +e
+err=$(docker run --rm --network none --label "$id" "$id" agent -event-handler '/hamlet members | /hamlet version' 2>&1)
+status=$?
+set -e
+[ $status -ne 0 ] && [ "$(echo "$err" | grep -c 'error:')" = 1 ] && echo "$err" | grep -q 'needs a shell' || fail "shell syntax without a shell, status $status: $err"
+ok "an init, a health check and handlers in an image without a shell"
+
+# --- compose
+
+if docker compose version >/dev/null 2>&1; then
+	compose="docker compose"
+elif command -v docker-compose >/dev/null; then
+	compose=docker-compose
+elif [ "${CI:-}" = true ]; then
+	fail "there is no docker compose"
+else
+	skip "the compose file: there is no docker compose"
+fi
+compose up -d --scale web=3 >"$dir/compose.log" 2>&1 || fail "compose up: $(cat "$dir/compose.log")"
+inseed() { compose exec -T seed /hamlet members "$@"; }
+count() { [ "$(inseed -status alive -tag "role=$1" | wc -l)" = "$2" ]; }
+inseed -wait 4 -timeout 15s >/dev/null || fail "compose: $(inseed)"
+count web 3 || fail "compose: $(inseed)"
+healthy() { [ "$(compose ps -q | xargs docker inspect -f '{{.State.Health.Status}}' | grep -cx healthy)" = 4 ]; }
+within 20000 "all are healthy" healthy
+ran() { compose logs web | grep -q "Event 'member-join' script output"; }
+within 5000 "handlers from the environment run" ran
+compose up -d --scale web=1 >"$dir/compose.log" 2>&1 || fail "compose up: $(cat "$dir/compose.log")"
+scaled() { count web 1 && [ "$(inseed -status left | wc -l)" = 2 ]; }
+within 5000 "two that are scaled down leave" scaled
+compose restart -t 1 seed >"$dir/compose.log" 2>&1 || fail "compose restart: $(cat "$dir/compose.log")"
+inseed -wait 2 -timeout 10s >/dev/null || fail "the seed does not come back: $(inseed)"
+ok "compose: four by service name, healthy; two scaled down have left; the seed was restarted"
+
+kill "$host"
+wait "$host" || fail "the agent on the host ends with status $?"
+host=
+grep -E 'panic|goroutine|DATA RACE' "$dir/log" && fail "the host's agent panicked"
+ok "passed"

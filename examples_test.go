@@ -1,0 +1,879 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// The test binary is also the web server behind HAProxy.
+func init() {
+	if len(os.Args) == 4 && os.Args[1] == "example-web-server" {
+		webServer(os.Args[2], os.Args[3])
+		os.Exit(0)
+	}
+}
+
+const slowAnswer = 300 * time.Millisecond
+
+// webServer answers with its name until it is told to stop; then it finishes
+// what it has begun.
+func webServer(addr, name string) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			time.Sleep(slowAnswer)
+		}
+		io.WriteString(w, name)
+	})
+	server := &http.Server{Addr: addr, Handler: mux}
+	told, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	go func() {
+		if err := server.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}()
+	<-told.Done()
+	server.Shutdown(context.Background())
+}
+
+// exampleEnv is an environment in which hamlet is this program.
+func exampleEnv(t *testing.T, dir string, kv ...string) []string {
+	t.Helper()
+	self, _ := os.Executable()
+	if err := os.Symlink(self, filepath.Join(dir, "hamlet")); err != nil && !errors.Is(err, os.ErrExist) {
+		t.Fatal(err)
+	}
+	return slices.Concat(hamletCmd().Env, []string{"PATH=" + dir + ":" + os.Getenv("PATH")}, kv)
+}
+
+func writeScript(t *testing.T, path, body string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// --- examples/haproxy, with a hamlet that shows what the test wants
+
+// balancer runs balance.sh in a directory of its own.
+type balancer struct {
+	t     *testing.T
+	dir   string
+	shell string
+	env   []string
+}
+
+func newBalancer(t *testing.T, shell string) *balancer {
+	t.Helper()
+	if _, err := exec.LookPath("flock"); err != nil {
+		t.Skip("SKIPPED: there is no flock here, which balance.sh uses")
+	}
+	b := &balancer{t: t, dir: t.TempDir(), shell: shell}
+	writeScript(t, filepath.Join(b.dir, "hamlet"), `echo "$*" >>"$DIR/asked"; cat "$DIR/members"`)
+	writeScript(t, filepath.Join(b.dir, "sleep"), `:`)
+	b.env = append(os.Environ(), "DIR="+b.dir, "PATH="+b.dir+":"+os.Getenv("PATH"),
+		"BALANCE_LIST="+filepath.Join(b.dir, "web.cfg"), "BALANCE_RELOAD=echo reload >>$DIR/reloads; ! test -e $DIR/broken")
+	return b
+}
+
+// alive sets what hamlet shows.
+func (b *balancer) alive(members ...Member) {
+	b.t.Helper()
+	for i := range members {
+		members[i].Status = StatusAlive
+	}
+	if err := os.WriteFile(filepath.Join(b.dir, "members"), []byte(membersText(members)), 0o644); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *balancer) run() (output string, err error) {
+	cmd := exec.Command(b.shell, "examples/haproxy/balance.sh")
+	cmd.Env = b.env
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// want runs the handler and compares the list and the number of reloads until now.
+func (b *balancer) want(list string, reloads int) {
+	b.t.Helper()
+	if out, err := b.run(); err != nil {
+		b.t.Errorf("%v: %s", err, out)
+	}
+	b.wantNow(list, reloads)
+}
+
+func (b *balancer) wantNow(list string, reloads int) {
+	b.t.Helper()
+	if diff := cmp.Diff(list, readFile(filepath.Join(b.dir, "web.cfg"))); diff != "" {
+		b.t.Errorf("the list (-want +got):\n%s", diff)
+	}
+	if n := strings.Count(readFile(filepath.Join(b.dir, "reloads")), "reload"); n != reloads {
+		b.t.Errorf("%d reloads until now, want %d", n, reloads)
+	}
+}
+
+func webMember(name, ip string, tags map[string]string) Member {
+	all := map[string]string{"role": "web"}
+	maps.Copy(all, tags)
+	packed, err := MakeTags(all)
+	if err != nil {
+		panic(err)
+	}
+	return Member{Name: name, Addr: netip.AddrPortFrom(netip.MustParseAddr(ip), 7946), Tags: packed}
+}
+
+func TestHAProxyReloadsOnlyWhenTheMembersChanged(t *testing.T) {
+	t.Parallel()
+	b := newBalancer(t, "/bin/sh")
+	web1, web2 := webMember("web1", "10.0.0.1", nil), webMember("web2", "10.0.0.2", map[string]string{"port": "81", "zone": "b"})
+	web3 := webMember("web3", "fd00::3", map[string]string{"report": "99", "a": "b,c"})
+	const two = "backend web\n    server web1-10.0.0.1:8080 10.0.0.1:8080\n    server web2-10.0.0.2:81 10.0.0.2:81\n"
+	const three = two + "    server web3-_fd00::3_:8080 [fd00::3]:8080\n"
+
+	b.alive(web2, web1)
+	b.want(two, 1)
+	if asked := readFile(filepath.Join(b.dir, "asked")); asked != "members -format text -status alive -tag role=web\n" {
+		t.Errorf("it asked for %q", asked)
+	}
+	before, _ := os.Stat(filepath.Join(b.dir, "web.cfg"))
+	b.alive(web1, web2)
+	b.want(two, 1)
+	if after, _ := os.Stat(filepath.Join(b.dir, "web.cfg")); !os.SameFile(before, after) {
+		t.Error("an unchanged list was written again")
+	}
+
+	b.alive(web1, web2, web3)
+	writeScript(t, filepath.Join(b.dir, "cmp"), `PATH=${PATH#*:}; cmp "$@"; differ=$?; sleep 0.1; exit $differ`) // time for the others
+	var burst sync.WaitGroup
+	for range 4 {
+		burst.Go(func() {
+			if out, err := b.run(); err != nil {
+				t.Errorf("in a burst: %v: %s", err, out)
+			}
+		})
+	}
+	burst.Wait()
+	os.Remove(filepath.Join(b.dir, "cmp"))
+	b.wantNow(three, 2)
+
+	b.alive() // the agent has just started, or is cut off
+	b.want(three, 2)
+	os.Remove(filepath.Join(b.dir, "members")) // the agent has ended
+	if _, err := b.run(); err == nil {
+		t.Error("without an agent it did not fail")
+	}
+	b.wantNow(three, 2)
+
+	broken := filepath.Join(b.dir, "broken")
+	b.alive(web1, web2)
+	os.WriteFile(broken, nil, 0o644)
+	if _, err := b.run(); err == nil {
+		t.Error("a reload that failed was not told")
+	}
+	os.Remove(broken)
+	b.want(two, 4) // it is tried again, though the list is the same
+	b.want(two, 4)
+}
+
+func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
+	t.Parallel()
+	needProc(t)
+	b := newBalancer(t, "/bin/sh")
+	pid, reloads := filepath.Join(b.dir, "pid"), filepath.Join(b.dir, "reloads")
+	b.env = append(b.env, "BALANCE_RELOAD=", "BALANCE_PID="+pid)
+	b.alive(webMember("web1", "10.0.0.1", nil))
+	if err := os.WriteFile(pid, []byte("999999999\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	writeScript(t, filepath.Join(b.dir, "seq"), "echo 1 2 3") // tries
+	if out, err := b.run(); err == nil || !strings.Contains(out, "HAProxy is not there") {
+		t.Errorf("without HAProxy: %q, %v", out, err)
+	}
+	os.Remove(filepath.Join(b.dir, "seq"))
+	os.Remove(filepath.Join(b.dir, "sleep"))
+
+	shell, err := filepath.EvalSymlinks("/bin/sh")
+	if err == nil {
+		err = os.Symlink(shell, filepath.Join(b.dir, "haproxy"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := "trap '' USR2; echo $$ >" + pid + "; sleep 0.3; trap 'echo reload >>" + reloads + "' USR2; while :; do sleep 0.02; done"
+	fake := exec.Command(filepath.Join(b.dir, "haproxy"), "-c", script)
+	fake.Args[0] = "sh" // for a busybox, which looks there
+	os.Remove(pid)
+	if err := fake.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { fake.Process.Kill(); fake.Wait() })
+	pidIn(t, pid)
+	if out, err := b.run(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	eventually(t, "HAProxy reloads", func() bool { return readFile(reloads) == "reload\n" })
+}
+
+func TestNamesAndTagsOfPeersCannotConfigureHAProxy(t *testing.T) {
+	t.Parallel()
+	members := []Member{webMember("web1", "10.0.0.1", nil)}
+	for i, name := range []string{`a;b`, `a"b`, `a'b`, `$(reboot)`, "`reboot`", `x\n10.0.0.9:1\tserver`, `x\x0aserver`, `\c`, `#`, `-n`, `%s%n`,
+		`${HOME}`, `web1`, `ウェブ`, `サーバ`, `backend`, `/../`, `*`, `a,port=22`, `x\`, strings.Repeat("n", maxName)} {
+		members = append(members, webMember(name, fmt.Sprintf("10.0.1.%d", i), nil))
+	}
+	good := len(members)
+	for i, port := range []string{"80 check", "80\nserver x 10.0.0.9:80", "80;", "0", "65536", "99999999999999999999", "-1", "", "0x50", "8e1", "$p"} {
+		members = append(members, webMember("port", fmt.Sprintf("10.0.2.%d", i), map[string]string{"port": port}))
+	}
+	line := regexp.MustCompile(`^    server [A-Za-z0-9_.:-]+-(10\.0\.[01]\.\d+:8080) (10\.0\.[01]\.\d+:8080)$`)
+	list := ""
+	eachShell(t, func(t *testing.T, shell string) {
+		b := newBalancer(t, shell)
+		b.alive(members...)
+		if out, err := b.run(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		list = readFile(filepath.Join(b.dir, "web.cfg"))
+		lines := strings.Split(strings.TrimSuffix(list, "\n"), "\n")
+		if lines[0] != "backend web" || len(lines) != 1+good {
+			t.Errorf("%d lines, want 1 and %d servers:\n%s", len(lines), good, list)
+		}
+		for _, l := range lines[1:] {
+			if m := line.FindStringSubmatch(l); m == nil || m[1] != m[2] {
+				t.Errorf("not as it should be: %q", l)
+			}
+		}
+	})
+	if _, err := exec.LookPath("haproxy"); err == nil {
+		written := filepath.Join(t.TempDir(), "web.cfg")
+		os.WriteFile(written, []byte(list), 0o644)
+		if out, err := exec.Command("haproxy", "-c", "-f", ownHAProxyConfig(t, t.TempDir(), ":80"), "-f", written).CombinedOutput(); err != nil {
+			t.Errorf("HAProxy: %v: %s", err, out)
+		}
+	}
+}
+
+// ownHAProxyConfig is the example's file, with another address and (where this is
+// not root's process) without the change of user.
+func ownHAProxyConfig(t *testing.T, dir, addr string) (path string) {
+	t.Helper()
+	text := strings.Replace(readFile("examples/haproxy/haproxy.cfg"), "    bind :80\n", "    bind "+addr+"\n", 1)
+	if !strings.Contains(text, "    bind "+addr+"\n") {
+		t.Fatal("the example does not bind to :80 any more")
+	}
+	if os.Getuid() != 0 {
+		text = regexp.MustCompile(`(?m)^ +(user|group) .*\n`).ReplaceAllString(text, "")
+	}
+	path = filepath.Join(dir, "haproxy.cfg")
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestAWebNodeStopsWithItsServerItsAgentOrASignal(t *testing.T) {
+	t.Parallel()
+	lb := startAgent(t, "-node", "lb")
+	for name, stop := range map[string]func(script *exec.Cmd, server int, rpc string) (exit int){
+		"server": func(_ *exec.Cmd, server int, _ string) int { syscall.Kill(server, syscall.SIGKILL); return 1 },
+		"agent":  func(_ *exec.Cmd, _ int, rpc string) int { hamlet(t, "leave", "-rpc-addr", rpc); return 1 },
+		"signal": func(script *exec.Cmd, _ int, _ string) int { script.Process.Signal(syscall.SIGTERM); return 0 },
+		"ctrl-c": func(script *exec.Cmd, _ int, _ string) int {
+			syscall.Kill(-script.Process.Pid, syscall.SIGINT)
+			return 0
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, rpc := t.TempDir(), freePort(t)
+			pid := filepath.Join(dir, "pid")
+			cmd := exec.Command("examples/haproxy/web.sh", "80", "sh", "-c", "echo $$ >"+pid+"; exec sleep 60")
+			cmd.Env = exampleEnv(t, dir, "HAMLET_NODE="+name, "HAMLET_BIND=127.0.0.1:0", "HAMLET_RPC_ADDR="+rpc, "HAMLET_JOIN="+lb.advertised, "DRAIN=0")
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+			eventually(t, name+" is a member with its port", func() bool {
+				return slices.ContainsFunc(lb.members(), func(m Member) bool {
+					return m.Name == name && m.Tags.Map()["role"] == "web" && m.Tags.Map()["port"] == "80"
+				})
+			})
+			want := stop(cmd, pidIn(t, pid), rpc)
+			cmd.Wait()
+			if got := cmd.ProcessState.ExitCode(); got != want {
+				t.Errorf("exit status %d, want %d", got, want)
+			}
+			if n := groupAlive(cmd.Process.Pid); n > 1 { // one: what it slept in
+				t.Errorf("%d processes are left", n)
+			}
+			lb.waitStatus(name, "left")
+		})
+	}
+}
+
+// --- examples/handlers
+
+func TestTheCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.CopyFS(filepath.Join(dir, "handlers"), os.DirFS("examples/handlers")); err != nil {
+		t.Fatal(err)
+	}
+	writeScript(t, filepath.Join(dir, "git"), `echo "git $*"`)
+	writeScript(t, filepath.Join(dir, "logger"), `echo "logger $*: $(cat)"`)
+	os.Chmod(filepath.Join(dir, "handlers", "member-failed"), 0o755)
+	if err := os.WriteFile(filepath.Join(dir, "handlers", "user-forgotten"), []byte("#!/bin/sh\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := hamletCmd(agentArgs("-node", "app1", "-log-level", "debug", "-event-handler", filepath.Join(dir, "handlers", "route.sh"))...)
+	cmd.Env = exampleEnv(t, dir, "APP="+dir)
+	app := startAgentCmd(t, cmd)
+	app.waitLog("app1 joined from 127.0.0.1, role none\napp1    " + app.advertised + "    alive\n")
+	web := startAgent(t, "-node", "web1", "-role", "web", "-tag", "port=80", "-join", app.advertised)
+	app.waitLog("web1 joined from 127.0.0.1, role web\n")
+	app.waitStatus("web1", "alive")
+	web.kill()
+	app.waitLog("script output: logger -t hamlet -p daemon.err: web1 (127.0.0.1) failed\n")
+
+	for _, event := range [][]string{{"deploy", "3f2c1aa"}, {"nobody-cares"}, {"forgotten"}, {"deploy", "--upload-pack=reboot"}, {"deploy", "3f\n2c"}, {"deploy"}} {
+		if _, stderr, code := app.run("event", append([]string{"-coalesce=false"}, event...)...); code != 0 {
+			t.Fatal(stderr)
+		}
+	}
+	app.waitLog("git fetch --quiet\ngit checkout --quiet --detach 3f2c1aa\napp1 runs 3f2c1aa\n")
+	app.waitLog("failed on user:forgotten: exit status 126")
+	app.waitLog("not a revision: --upload-pack=reboot\n")
+	app.waitLog("not a revision: 3f\n2c\n")
+	app.waitLog("not a revision: \n")
+	if log := app.stderr.String(); strings.Contains(log, "nobody-cares: ") || strings.Count(log, "git checkout") != 1 {
+		t.Errorf("an event without a script failed, or a bad revision was taken:\n%s", log)
+	}
+}
+
+func TestTheCatchAllHandlerRunsNothingElsewhere(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	here := filepath.Join(dir, "handlers")
+	if err := errors.Join(os.CopyFS(here, os.DirFS("examples/handlers")), os.Mkdir(filepath.Join(here, "user-x"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	writeScript(t, filepath.Join(dir, "evil"), "echo evil")
+	writeScript(t, filepath.Join(here, "user-$(evil)"), "echo literal")
+	eachShell(t, func(t *testing.T, shell string) {
+		for event, want := range map[string]string{"x/../../evil": "", "/../../evil": "", "../evil": "", "$(evil)": "literal\n", "": "", "a b": "", "*": "", "\n": ""} {
+			cmd := exec.Command(shell, filepath.Join(here, "route.sh"))
+			cmd.Env = append(os.Environ(), "SERF_EVENT=user", "SERF_USER_EVENT="+event)
+			if out, err := cmd.CombinedOutput(); err != nil || string(out) != want {
+				t.Errorf("event %q: %q, %v", event, out, err)
+			}
+		}
+	})
+}
+
+// --- examples/systemd
+
+// unitValue returns a key's value in the unit.
+func unitValue(t *testing.T, key string) string {
+	t.Helper()
+	m := regexp.MustCompile(`(?m)^` + key + `=(.*)$`).FindStringSubmatch(readFile("examples/systemd/hamlet.service"))
+	if m == nil {
+		t.Fatalf("the unit has no %s", key)
+	}
+	return m[1]
+}
+
+func TestSystemdTakesTheUnit(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("systemd-analyze"); err != nil {
+		t.Skip("SKIPPED: systemd-analyze is not installed")
+	}
+	self, _ := os.Executable()
+	program, _, _ := strings.Cut(unitValue(t, "ExecStart"), " ")
+	unit := filepath.Join(t.TempDir(), "hamlet.service")
+	text := strings.ReplaceAll(readFile("examples/systemd/hamlet.service"), program, self) // it looks whether it is there
+	if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// What it only ignores it prints, too.
+	if out, err := exec.Command("systemd-analyze", "verify", "--man=no", unit).CombinedOutput(); err != nil || strings.Contains(string(out), "hamlet") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+func TestTheUnitsAgentJoinsAndLeavesWhenStopped(t *testing.T) {
+	t.Parallel()
+	seed := startAgent(t, "-node", "seed")
+	command := strings.Fields(unitValue(t, "ExecStart"))
+	if filepath.Base(command[0]) != "hamlet" {
+		t.Fatalf("the unit starts %s", command[0])
+	}
+	cmd := hamletCmd(append(command[1:], agentArgs()[1:]...)...)
+	// systemd's rules for the file: lines of NAME=value, # comments.
+	for line := range strings.Lines(readFile("examples/systemd/hamlet.env")) {
+		if line = strings.TrimSpace(line); line != "" && line[0] != '#' {
+			cmd.Env = append(cmd.Env, line)
+		}
+	}
+	cmd.Env = append(cmd.Env, "HAMLET_NODE=unit", "HAMLET_JOIN="+seed.advertised)
+	unit := startAgentCmd(t, cmd)
+	seed.waitStatus("unit", "alive")
+	if i := slices.IndexFunc(seed.members(), func(m Member) bool { return m.Name == "unit" && m.Tags.Map()["role"] == "web" }); i < 0 {
+		t.Errorf("the role of hamlet.env is not there: %v", seed.members())
+	}
+	unit.signal(map[string]syscall.Signal{"SIGINT": syscall.SIGINT, "SIGTERM": syscall.SIGTERM}[unitValue(t, "KillSignal")])
+	if code := unit.wait(); code != 0 {
+		t.Errorf("exit status %d: systemd would start it again", code)
+	}
+	seed.waitStatus("unit", "left")
+}
+
+// --- examples/haproxy with everything real: make haproxy-test
+
+// webClient sends requests over one connection after the other. It never tries
+// again: what fails, counts.
+type webClient struct {
+	addr, path string
+	keep       bool // the connection, as long as the server does
+	conn       net.Conn
+	r          *bufio.Reader
+}
+
+func (c *webClient) get() (from string, err error) {
+	defer func() {
+		if err != nil && c.conn != nil {
+			c.conn.Close()
+			c.conn = nil
+		}
+	}()
+	if c.conn == nil {
+		if c.conn, err = net.DialTimeout("tcp", c.addr, 5*time.Second); err != nil {
+			return "", err
+		}
+		c.r = bufio.NewReader(c.conn)
+	}
+	c.conn.SetDeadline(time.Now().Add(10 * time.Second))
+	fmt.Fprintf(c.conn, "GET %s HTTP/1.1\r\nHost: www.example.com\r\n\r\n", c.path)
+	resp, err := http.ReadResponse(c.r, nil)
+	if err != nil {
+		return "", err
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(resp.Status)
+	}
+	if err == nil && (resp.Close || !c.keep) {
+		c.conn.Close()
+		c.conn = nil
+	}
+	return string(body), err
+}
+
+// webAnswer is how a request went.
+type webAnswer struct {
+	began, ended time.Time
+	from         string
+	err          error
+}
+
+// webLoad is all clients and what they were answered.
+type webLoad struct {
+	mu      sync.Mutex
+	answers []webAnswer
+	first   map[string]time.Time // by server: its first answer since it was cleared
+}
+
+func (l *webLoad) client(c *webClient, pause time.Duration, stop <-chan struct{}) {
+	for {
+		a := webAnswer{began: time.Now()}
+		a.from, a.err = c.get()
+		a.ended = time.Now()
+		l.mu.Lock()
+		l.answers = append(l.answers, a)
+		if a.err == nil && l.first[a.from].IsZero() {
+			l.first[a.from] = a.ended
+		}
+		l.mu.Unlock()
+		select {
+		case <-stop:
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// webStats sums up the answers that ended since a moment.
+type webStats struct {
+	requests, failed int
+	lasted           time.Duration // from the moment to the end of the last that failed
+	slowest          time.Duration
+	servers          map[string]int
+	err              error
+}
+
+func (l *webLoad) since(start time.Time) webStats {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := webStats{servers: make(map[string]int)}
+	for _, a := range l.answers {
+		if a.ended.Before(start) {
+			continue
+		}
+		s.requests++
+		s.slowest = max(s.slowest, a.ended.Sub(a.began))
+		if a.err != nil {
+			s.failed++
+			s.lasted, s.err = a.ended.Sub(start), a.err
+			continue
+		}
+		s.servers[a.from]++
+	}
+	return s
+}
+
+func (s webStats) String() string {
+	if s.failed == 0 {
+		return fmt.Sprintf("0 of %d requests failed", s.requests)
+	}
+	return fmt.Sprintf("%d of %d requests failed, the last after %d ms (%v)", s.failed, s.requests, s.lasted.Milliseconds(), s.err)
+}
+
+// webFarm is a balancer, its web nodes and their clients.
+type webFarm struct {
+	t          *testing.T
+	dir, addr  string
+	seed       string // gossip address of the balancer's agent
+	rpc        string
+	load       *webLoad
+	nodes      map[string]*webNode
+	agent      *testAgent
+	haproxyPID int
+}
+
+type webNode struct {
+	ip, addr, rpc string
+	cmd           *exec.Cmd
+	output        *processOutput
+	ended         chan struct{}
+}
+
+// freeAddrs returns addresses that nobody listens on. Away from 127.0.0.1 they
+// are not taken as the source of a connection meanwhile, either.
+func freeAddrs(t *testing.T, ip string, count int) (addrs []string) {
+	t.Helper()
+	for range count {
+		ln, err := net.Listen("tcp", ip+":0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		addrs = append(addrs, ln.Addr().String())
+	}
+	return addrs
+}
+
+func newWebFarm(t *testing.T) *webFarm {
+	t.Helper()
+	free := freeAddrs(t, "127.77.0.1", 3)
+	f := &webFarm{t: t, dir: t.TempDir(), addr: free[0], seed: free[1], rpc: free[2], nodes: make(map[string]*webNode)}
+	os.Chmod(f.dir, 0o755)
+	if out, err := exec.Command("go", "build", "-o", filepath.Join(f.dir, "hamlet"), ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	config := ownHAProxyConfig(t, f.dir, f.addr)
+	extra := filepath.Join(f.dir, "test.cfg")
+	err := errors.Join(
+		os.WriteFile(extra, []byte("global\n    stats socket "+filepath.Join(f.dir, "admin")+" mode 600 level admin\n"), 0o644),
+		os.WriteFile(f.list(), []byte(readFile("examples/haproxy/web.cfg")), 0o644))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("haproxy", "-W", "-p", filepath.Join(f.dir, "pid"), "-f", config, "-f", f.list(), "-f", extra)
+	log := &processOutput{}
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.WaitDelay = time.Second
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	f.haproxyPID = cmd.Process.Pid
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM) // the master ends its workers
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("HAProxy:\n%s", log)
+		}
+	})
+	eventually(t, "HAProxy answers", func() bool { return f.worker() != "" })
+	return f
+}
+
+func (f *webFarm) list() string { return filepath.Join(f.dir, "web.cfg") }
+
+// ask sends a command to HAProxy's worker.
+func (f *webFarm) ask(command string) string {
+	conn, err := net.Dial("unix", filepath.Join(f.dir, "admin"))
+	if err != nil {
+		return ""
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(time.Second))
+	io.WriteString(conn, command+"\n")
+	out, _ := io.ReadAll(conn)
+	return string(out)
+}
+
+// worker is the process id of HAProxy's worker.
+func (f *webFarm) worker() string {
+	if m := regexp.MustCompile(`(?m)^Pid: (\d+)`).FindStringSubmatch(f.ask("show info")); m != nil {
+		return m[1]
+	}
+	return ""
+}
+
+// startBalancerAgent starts the balancer's agent with the example's handler.
+func (f *webFarm) startBalancerAgent() {
+	f.t.Helper()
+	handler, _ := filepath.Abs("examples/haproxy/balance.sh")
+	args := []string{"agent", "-node", "lb", "-role", "lb", "-bind", f.seed, "-rpc-addr", f.rpc, "-log-level", "debug",
+		"-event-handler", "member-join,member-leave,member-failed,member-update=" + handler}
+	cmd := hamletCmd(args...)
+	cmd.Path = filepath.Join(f.dir, "hamlet")
+	cmd.Env = append(exampleEnv(f.t, f.dir), "BALANCE_LIST="+f.list(), "BALANCE_PID="+filepath.Join(f.dir, "pid"))
+	f.agent = startAgentCmd(f.t, cmd)
+}
+
+// start starts a web node with web.sh and returns how long it took until a
+// client was answered by it.
+func (f *webFarm) start(name string) time.Duration {
+	f.t.Helper()
+	n := f.nodes[name]
+	if n == nil {
+		n = &webNode{ip: fmt.Sprintf("127.77.1.%d", len(f.nodes)+1)}
+		free := freeAddrs(f.t, n.ip, 2)
+		n.addr, n.rpc = free[0], free[1]
+		f.nodes[name] = n
+	}
+	self, _ := os.Executable()
+	_, port, _ := net.SplitHostPort(n.addr)
+	n.cmd = exec.Command("examples/haproxy/web.sh", port, self, "example-web-server", n.addr, name)
+	n.cmd.Env = append(exampleEnv(f.t, f.dir), "HAMLET_NODE="+name, "HAMLET_BIND="+n.ip+":0", "HAMLET_RPC_ADDR="+n.rpc, "HAMLET_JOIN="+f.seed, "DRAIN=2")
+	n.output = &processOutput{}
+	n.cmd.Stdout, n.cmd.Stderr = n.output, n.output
+	n.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	f.load.mu.Lock()
+	delete(f.load.first, name)
+	f.load.mu.Unlock()
+	began := time.Now()
+	if err := n.cmd.Start(); err != nil {
+		f.t.Fatal(err)
+	}
+	ended, output, pid := make(chan struct{}), n.output, n.cmd.Process.Pid
+	n.ended = ended
+	go func(cmd *exec.Cmd) { cmd.Wait(); close(ended) }(n.cmd)
+	f.t.Cleanup(func() {
+		if groupAlive(pid) > 0 {
+			syscall.Kill(-pid, syscall.SIGKILL)
+		}
+		<-ended
+		if f.t.Failed() {
+			f.t.Logf("%s:\n%s", name, output)
+		}
+	})
+	var answered time.Time
+	eventually(f.t, name+" is served", func() bool {
+		f.load.mu.Lock()
+		defer f.load.mu.Unlock()
+		answered = f.load.first[name]
+		return !answered.IsZero()
+	})
+	return answered.Sub(began)
+}
+
+// ending ends a web node with a signal to its processes or its script, and
+// returns when it was out of the list and when HAProxy's worker knew.
+func (f *webFarm) ending(name string, s syscall.Signal, whole bool) (unlisted, unknown time.Duration) {
+	f.t.Helper()
+	n := f.nodes[name]
+	pid := n.cmd.Process.Pid
+	if whole {
+		pid = -pid
+	}
+	began := time.Now()
+	if err := syscall.Kill(pid, s); err != nil {
+		f.t.Fatal(err)
+	}
+	for _, step := range []struct {
+		what  string
+		found func() bool
+		took  *time.Duration
+	}{
+		{"the list", func() bool { return strings.Contains(readFile(f.list()), n.addr) }, &unlisted},
+		{"HAProxy", func() bool { s := f.ask("show servers state web"); return s == "" || strings.Contains(s, n.addr) }, &unknown},
+	} {
+		for ; step.found(); time.Sleep(time.Millisecond) {
+			if time.Since(began) > 15*time.Second {
+				f.t.Fatalf("%s is in %s still after 15 s:\n%s", name, step.what, f.agent.stderr)
+			}
+		}
+		*step.took = time.Since(began)
+	}
+	return unlisted, unknown
+}
+
+// withoutRetries reloads HAProxy with another configuration: no second try at another server.
+func (f *webFarm) withoutRetries() {
+	f.t.Helper()
+	path := filepath.Join(f.dir, "haproxy.cfg")
+	text := regexp.MustCompile(`(?m)^ +(retries|option redispatch|retry-on) .*\n`).ReplaceAllString(readFile(path), "")
+	text = strings.Replace(text, "defaults\n", "defaults\n    retries 0\n", 1)
+	before := f.worker()
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		f.t.Fatal(err)
+	}
+	eventually(f.t, "HAProxy has reloaded", func() bool {
+		syscall.Kill(f.haproxyPID, syscall.SIGUSR2) // which is lost while it loads
+		time.Sleep(slowAnswer)
+		now := f.worker()
+		return now != "" && now != before
+	})
+}
+
+// settle lets things go on a little, longer than the slow requests take.
+func settle() { time.Sleep(2 * slowAnswer) }
+
+func TestHAProxyFollowsTheCluster(t *testing.T) {
+	if os.Getenv("HAPROXY_TEST") != "1" {
+		t.Skip("run by make haproxy-test")
+	}
+	if _, err := exec.LookPath("haproxy"); err != nil {
+		t.Fatal(err)
+	}
+	f := newWebFarm(t)
+	f.load = &webLoad{first: make(map[string]time.Time)}
+	stop := make(chan struct{})
+	var clients sync.WaitGroup
+	for _, c := range []*webClient{
+		{path: "/", keep: true}, {path: "/", keep: true}, {path: "/"}, {path: "/"}, {path: "/slow", keep: true}, {path: "/slow"}, {path: "/slow"},
+	} {
+		c.addr = f.addr
+		clients.Go(func() { f.load.client(c, 4*time.Millisecond, stop) })
+	}
+	t.Cleanup(func() { close(stop); clients.Wait() })
+	f.startBalancerAgent()
+	say := func(what, format string, args ...any) { fmt.Printf("%-44s %s\n", what, fmt.Sprintf(format, args...)) }
+	none := func(what string, s webStats) {
+		t.Helper()
+		if s.failed > 0 {
+			t.Errorf("%s: %v", what, s)
+		}
+	}
+
+	served := f.start("web1")
+	say("web1 joins:", "served %d ms after its start", served.Milliseconds())
+	began := time.Now()
+	for _, name := range []string{"web2", "web3"} {
+		say(name+" joins:", "served %d ms after its start", f.start(name).Milliseconds())
+	}
+	settle()
+	s := f.load.since(began)
+	say("  while they joined:", "%v", s)
+	none("joining", s)
+
+	began = time.Now()
+	unlisted, unknown := f.ending("web1", syscall.SIGKILL, true)
+	settle()
+	s = f.load.since(began)
+	say("web1 killed (SIGKILL, agent and server):", "%v; slowest %d ms", s, s.slowest.Milliseconds())
+	say("  taken out:", "of the list after %d ms, HAProxy reloaded after %d ms", unlisted.Milliseconds(), unknown.Milliseconds())
+	if s.failed > 3 {
+		t.Errorf("the death of one of three: %v", s)
+	}
+	if list := readFile(f.list()); strings.Count(list, " server ") != 2 {
+		t.Errorf("the list after the death of one of three:\n%s", list)
+	}
+
+	began = time.Now()
+	served = f.start("web1")
+	settle()
+	s = f.load.since(began)
+	say("web1 returns:", "served %d ms after its start; %v", served.Milliseconds(), s)
+	none("returning", s)
+
+	began = time.Now()
+	web2 := f.nodes["web2"]
+	unlisted, unknown = f.ending("web2", syscall.SIGTERM, false)
+	direct := &webClient{addr: web2.addr, path: "/"}
+	if from, err := direct.get(); from != "web2" {
+		t.Errorf("web2 left and did not serve on: %q, %v", from, err)
+	}
+	quiet := time.Now().Add(time.Second) // for connections that the old worker had open
+	<-web2.ended
+	settle()
+	s = f.load.since(began)
+	say("web2 leaves (SIGTERM to web.sh):", "%v", s)
+	say("  drained:", "out of the list after %d ms, HAProxy reloaded after %d ms, server stopped after %d ms",
+		unlisted.Milliseconds(), unknown.Milliseconds(), time.Since(began).Milliseconds())
+	none("leaving", s)
+	if late := f.load.since(quiet).servers["web2"]; late > 0 {
+		t.Errorf("%d requests went to web2 after HAProxy had let go of it", late)
+	}
+	if code := web2.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("web.sh ended with %d", code)
+	}
+	if f.agent.status("web2") != "left" {
+		t.Errorf("web2 is %s", f.agent.status("web2"))
+	}
+	f.start("web2")
+
+	began = time.Now()
+	f.agent.kill()
+	f.startBalancerAgent()
+	f.agent.waitStatus("web3", "alive")
+	settle()
+	s = f.load.since(began)
+	say("the balancer's agent killed, started again:", "%v", s)
+	none("the agent's restart", s)
+	if list := readFile(f.list()); strings.Count(list, " server ") != 3 {
+		t.Errorf("the list after the agent's restart:\n%s", list)
+	}
+
+	fmt.Println("With HAProxy's retries switched off, to see what the handler does:")
+	f.withoutRetries()
+	began = time.Now()
+	_, unknown = f.ending("web3", syscall.SIGKILL, true)
+	settle()
+	s = f.load.since(began)
+	say("  web3 killed:", "%v; HAProxy reloaded after %d ms", s, unknown.Milliseconds())
+	if s.lasted > unknown+time.Second {
+		t.Errorf("without retries: %v, though HAProxy knew after %v", s, unknown)
+	}
+	f.start("web3")
+	f.agent.kill()
+	began = time.Now()
+	syscall.Kill(-f.nodes["web1"].cmd.Process.Pid, syscall.SIGKILL)
+	time.Sleep(5 * time.Second)
+	say("  web1 killed, with no agent on the balancer:", "%v (HAProxy's own check)", f.load.since(began))
+}

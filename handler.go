@@ -1,0 +1,488 @@
+// handler.go: scripts that run on events.
+//
+// A handler is one -event-handler spec with a queue and a goroutine of its
+// own: events wait in order, and one run at a time takes what waited together.
+// Scripts are strangers: one may hang, fork, print for ever or ignore TERM, and
+// costs nobody but itself. It knows nothing of the protocol.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	queueLimit = 4096    // events that may wait for one handler
+	outputKept = 8 << 10 // bytes of a run's output that are logged
+	killAfter  = 5 * time.Second
+	// closeKillAfter is killAfter once the agent stops: somebody waits for it.
+	closeKillAfter = time.Second
+)
+
+// HandlerConfig says what runs when, and how.
+type HandlerConfig struct {
+	Specs   []string        // -event-handler values
+	Timeout time.Duration   // of one run; 0: none
+	Grace   time.Duration   // what Close leaves to running handlers
+	Env     func() []string // added to the agent's environment; asked at each run
+	Log     *log.Logger
+
+	shell string // "": /bin/sh
+}
+
+// Handlers are all handlers of one agent.
+type Handlers struct {
+	cfg     HandlerConfig
+	all     []*handler
+	open    context.Context // done: no new runs
+	stop    context.CancelFunc
+	hurry   chan struct{} // closed: the grace is over
+	workers sync.WaitGroup
+	closing sync.Once
+}
+
+type handler struct {
+	spec    string
+	filters []eventFilter
+	argv    []string
+	wake    chan struct{} // holds a token when something was queued
+
+	mu      sync.Mutex
+	queue   []Event
+	dropped int // since the last run
+}
+
+// eventFilter matches events; kind 0 is every kind, an empty name every user event.
+type eventFilter struct {
+	kind EventKind
+	name string
+}
+
+func (h *handler) wants(ev Event) bool {
+	return slices.ContainsFunc(h.filters, func(f eventFilter) bool {
+		return f.kind == 0 || f.kind == ev.Kind && (f.name == "" || f.name == ev.Name)
+	})
+}
+
+// NewHandlers parses the specs and starts a queue for each.
+func NewHandlers(cfg HandlerConfig) (*Handlers, error) {
+	cfg.shell = cmp.Or(cfg.shell, "/bin/sh")
+	hs := &Handlers{cfg: cfg, hurry: make(chan struct{})}
+	for _, spec := range cfg.Specs {
+		h := &handler{spec: spec, wake: make(chan struct{}, 1)}
+		filters, script, err := parseSpec(spec)
+		if err == nil {
+			h.filters = filters
+			h.argv, err = commandLine(cfg.shell, script)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("event handler %q: %w", spec, err)
+		}
+		hs.all = append(hs.all, h)
+	}
+	hs.open, hs.stop = context.WithCancel(context.Background())
+	for _, h := range hs.all {
+		hs.workers.Go(func() { hs.work(h) })
+	}
+	return hs, nil
+}
+
+// parseSpec takes "script" or "event[,event...]=script" apart.
+func parseSpec(spec string) ([]eventFilter, string, error) {
+	events, script, found := strings.Cut(spec, "=")
+	if !found {
+		// Events alone are a forgotten script, or a list that was cut at its
+		// commas; run as a script they would only fail later.
+		if _, err := parseFilters(spec); err == nil {
+			return nil, "", fmt.Errorf("there is no script; write %s=SCRIPT", spec)
+		}
+		events, script = "*", spec
+	}
+	if strings.TrimSpace(script) == "" {
+		return nil, "", fmt.Errorf("the script is empty")
+	}
+	filters, err := parseFilters(events)
+	return filters, script, err
+}
+
+func parseFilters(events string) ([]eventFilter, error) {
+	var fs []eventFilter
+	for ev := range strings.SplitSeq(events, ",") {
+		kind, name, named := strings.Cut(ev, ":")
+		k := slices.Index(eventKindNames[1:], kind) + 1
+		switch {
+		case ev == "*": // every kind: 0
+		case named && kind == "user" && name == "":
+			return nil, fmt.Errorf("event %q names no user event", ev)
+		case k == 0 || named && kind != "user":
+			return nil, fmt.Errorf("unknown event %.60q; there are %s, user:NAME and * (a script that holds a '=' is written *=SCRIPT)",
+				ev, strings.Join(eventKindNames[1:], ", "))
+		}
+		fs = append(fs, eventFilter{EventKind(k), name})
+	}
+	return fs, nil
+}
+
+// shellSyntax are the characters that would mean something to a shell.
+const shellSyntax = "|&;<>()$`\\\"'*?[]{}~#!\n"
+
+// commandLine is what runs script. An image built from scratch has no shell:
+// there a program with plain arguments must do.
+func commandLine(shell, script string) ([]string, error) {
+	if _, err := exec.LookPath(shell); err == nil {
+		return []string{shell, "-c", script}, nil
+	}
+	words := strings.Fields(script)
+	if strings.ContainsAny(script, shellSyntax) || strings.Contains(words[0], "=") {
+		return nil, fmt.Errorf("the script needs a shell, and there is no %s here; only a program with plain arguments can run", shell)
+	}
+	return words, nil
+}
+
+// Deliver queues ev for every handler that wants it. It never blocks.
+func (hs *Handlers) Deliver(ev Event) {
+	for _, h := range hs.all {
+		if !h.wants(ev) {
+			continue
+		}
+		if h.enqueue(ev) {
+			hs.cfg.Log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", oneLine(h.spec), queueLimit)
+		}
+		select {
+		case h.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// enqueue reports whether it was the first since the last run to drop another.
+func (h *handler) enqueue(ev Event) (overflow bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if ev.Coalesce {
+		i := slices.IndexFunc(h.queue, func(q Event) bool { return q.Coalesce && q.Name == ev.Name })
+		if i >= 0 && h.queue[i].LTime > ev.LTime {
+			return false // floods overtake each other: the last is the last one sent
+		}
+		if i >= 0 {
+			h.queue = slices.Delete(h.queue, i, i+1)
+		}
+	}
+	if len(h.queue) == queueLimit {
+		h.queue[0] = Event{}
+		h.queue = h.queue[1:]
+		h.dropped++
+		overflow = h.dropped == 1
+	}
+	h.queue = append(h.queue, ev)
+	return overflow
+}
+
+// take removes what the next run is about: consecutive member events of one
+// kind, or one user event.
+func (h *handler) take() (batch []Event, dropped int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.queue) == 0 {
+		h.queue = nil // lets go of what a burst has taken
+		return nil, 0
+	}
+	n := 1
+	for kind := h.queue[0].Kind; kind != EventUser && n < len(h.queue) && h.queue[n].Kind == kind; {
+		n++
+	}
+	batch, h.queue = h.queue[:n:n], h.queue[n:]
+	dropped, h.dropped = h.dropped, 0
+	return batch, dropped
+}
+
+func (hs *Handlers) work(h *handler) {
+	for hs.open.Err() == nil {
+		batch, dropped := h.take()
+		if dropped > 0 {
+			hs.cfg.Log.Printf("[WARN] handler '%s' was behind: %d events dropped", oneLine(h.spec), dropped)
+		}
+		if batch != nil {
+			hs.run(h, batch)
+			continue
+		}
+		select {
+		case <-hs.open.Done():
+		case <-h.wake:
+		}
+	}
+}
+
+// run runs the handler's script once, to its end or its timeout.
+func (hs *Handlers) run(h *handler, batch []Event) {
+	started, event := time.Now(), batch[0]
+	var status, output string // status: what was wrong with the end
+	r, err := startRun(h.argv, hs.environ(event), stdinFor(batch))
+	if err != nil {
+		status, output = "cannot start", err.Error()
+	} else {
+		status = hs.await(r)
+		output = r.finish()
+		hs.cfg.Log.Printf("[DEBUG] Event '%s' script output: %s", event.Kind, output)
+	}
+	if status == "" {
+		return
+	}
+	what := event.Kind.String()
+	if event.Kind == EventUser {
+		what += ":" + event.Name
+	}
+	output = strings.TrimSpace(output)
+	last := output[strings.LastIndexByte(output, '\n')+1:]
+	if last == "" {
+		last = "(no output)"
+	}
+	hs.cfg.Log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", oneLine(h.spec), oneLine(what), status,
+		time.Since(started).Round(time.Millisecond), oneLine(last))
+}
+
+// await waits for the script and returns what was wrong with its end, if anything.
+func (hs *Handlers) await(r *scriptRun) (status string) {
+	var timeout <-chan time.Time
+	if hs.cfg.Timeout > 0 {
+		timeout = time.After(hs.cfg.Timeout)
+	}
+	why := "timed out"
+	select {
+	case err := <-r.exited:
+		if err != nil {
+			return err.Error()
+		}
+		return ""
+	case <-timeout:
+	case <-hs.hurry:
+		why = "ended with the agent"
+	}
+	endGroup(r.cmd.Process.Pid, hs.hurry)
+	<-r.exited
+	return why + ", " + r.cmd.ProcessState.String()
+}
+
+// endGroup ends a process group: TERM, then KILL for whoever is still there,
+// the leader or what it left behind.
+func endGroup(pgid int, hurry <-chan struct{}) {
+	syscall.Kill(-pgid, syscall.SIGTERM)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(killAfter); time.Now().Before(deadline); {
+		if syscall.Kill(-pgid, 0) != nil {
+			return
+		}
+		select {
+		case <-hurry:
+			hurry, deadline = nil, time.Now().Add(closeKillAfter)
+		case <-tick.C:
+		}
+	}
+	syscall.Kill(-pgid, syscall.SIGKILL)
+}
+
+// Close stops the handlers: nothing new runs, what runs has the grace to end,
+// then its whole group is ended.
+func (hs *Handlers) Close() {
+	hs.closing.Do(func() {
+		hs.stop()
+		ended := make(chan struct{})
+		go func() {
+			hs.workers.Wait()
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-time.After(hs.cfg.Grace):
+			close(hs.hurry)
+			select {
+			case <-ended:
+			case <-time.After(2 * closeKillAfter): // a process that hangs in the kernel survives even KILL
+			}
+		}
+	})
+}
+
+// scriptRun is one run of a script.
+type scriptRun struct {
+	cmd    *exec.Cmd
+	exited chan error
+	output *os.File
+	read   chan error // how reading output ended; nil: nobody holds the other end
+	tail   outputTail
+}
+
+// startRun starts argv in a process group of its own. The output pipe is ours
+// and not os/exec's, whose Wait would also wait for whoever inherited it.
+func startRun(argv, env []string, stdin []byte) (*scriptRun, error) {
+	output, theirs, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Env, cmd.Stdout, cmd.Stderr = env, theirs, theirs
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	in, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		output.Close()
+		return nil, err
+	}
+	r := &scriptRun{cmd: cmd, exited: make(chan error, 1), output: output, read: make(chan error, 1)}
+	go func() { r.exited <- cmd.Wait() }()
+	go func() {
+		in.Write(stdin) // until it is read, or the script ends and Wait closes it
+		in.Close()
+	}()
+	go func() {
+		_, err := io.Copy(&r.tail, output)
+		r.read <- err
+	}()
+	return r, nil
+}
+
+// finish lets go of the output and returns its end. A child in the background
+// may hold the pipe open and even go on printing: what is in the pipe now is
+// the output, and nobody waits for more.
+func (r *scriptRun) finish() string {
+	defer r.output.Close()
+	r.output.SetReadDeadline(time.Unix(1, 0))
+	if err := <-r.read; err == nil {
+		return string(r.tail)
+	}
+	if raw, err := r.output.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) {
+			buf := make([]byte, 64<<10)        // what a pipe holds
+			n, _ := syscall.Read(int(fd), buf) // a descriptor of the poller does not block
+			r.tail.Write(buf[:max(n, 0)])
+		})
+	}
+	return string(r.tail)
+}
+
+// outputTail keeps the last bytes written to it.
+type outputTail []byte
+
+func (t *outputTail) Write(p []byte) (int, error) {
+	*t = append(*t, p[max(0, len(p)-outputKept):]...)
+	if over := len(*t) - outputKept; over > 0 {
+		*t = append((*t)[:0], (*t)[over:]...)
+	}
+	return len(p), nil
+}
+
+// oneLine makes s fit to stand inside a log line.
+func oneLine(s string) string {
+	s = strings.NewReplacer("\n", " ", "\r", " ").Replace(s)
+	if len(s) > 200 {
+		s = s[:200] + "..."
+	}
+	return s
+}
+
+// stdinFor is what a script reads: Serf's line for each member, or the payload.
+func stdinFor(batch []Event) []byte {
+	if batch[0].Kind == EventUser {
+		p := slices.Clip(batch[0].Payload)
+		if len(p) > 0 && p[len(p)-1] != '\n' {
+			p = append(p, '\n')
+		}
+		return p
+	}
+	var b []byte
+	escape := strings.NewReplacer("\t", `\t`, "\n", `\n`).Replace
+	for _, ev := range batch {
+		m := ev.Member
+		b = fmt.Appendf(b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
+			escape(m.Tags.Map()["role"]), escape(strings.Join(m.Tags.Pairs(), ",")))
+	}
+	return b
+}
+
+// environ is the environment of a run about ev; of doubles, the last counts.
+func (hs *Handlers) environ(ev Event) []string {
+	env := append(os.Environ(), hs.cfg.Env()...)
+	env = append(env, "SERF_EVENT="+ev.Kind.String())
+	if ev.Kind == EventUser {
+		// A NUL from a peer would make every start fail.
+		env = append(env, "SERF_USER_EVENT="+strings.ReplaceAll(ev.Name, "\x00", ""),
+			"SERF_USER_LTIME="+strconv.FormatUint(ev.LTime, 10))
+	}
+	return env
+}
+
+// handlerEnv is what scripts are told about their agent, under Serf's names.
+// SERF_RPC_AUTH is set even when empty: an inherited one is not this agent's.
+func handlerEnv(self Member, rpcAddr, rpcAuth string) []string {
+	env := []string{
+		"SERF_SELF_NAME=" + self.Name,
+		"SERF_SELF_ROLE=" + self.Tags.Map()["role"],
+		"SERF_SELF_ADDR=" + self.Addr.String(),
+		"SERF_RPC_ADDR=" + rpcAddr,
+		"SERF_RPC_AUTH=" + rpcAuth,
+	}
+	for _, pair := range self.Tags.Pairs() {
+		k, v, _ := strings.Cut(pair, "=")
+		name := strings.Map(func(r rune) rune {
+			if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
+				return r
+			}
+			return '_'
+		}, strings.ToUpper(k))
+		env = append(env, "SERF_TAG_"+name+"="+v)
+	}
+	return env
+}
+
+// runAsInit is the first process of a container: it runs this same program as
+// its child and returns that child's exit status. It forwards the signals that
+// stop an agent and waits for every process that lost its parent. It starts
+// nothing else, because wait4(-1) would take os/exec's children away from it.
+func runAsInit() (exit int) {
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	exe, _ := os.Executable()
+	exe = cmp.Or(exe, os.Args[0])
+	// In a group of its own, so that ^C at a terminal arrives once: from here.
+	child, err := syscall.ForkExec(exe, os.Args, &syscall.ProcAttr{
+		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setpgid: true},
+	})
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "hamlet: error: cannot start %s: %v\n", exe, err)
+		return 1
+	}
+	go func() {
+		for s := range signals {
+			syscall.Kill(child, s.(syscall.Signal))
+		}
+	}()
+	for {
+		var ws syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &ws, 0, nil)
+		switch {
+		case err != nil && err != syscall.EINTR:
+			return 1
+		case pid == child && ws.Exited():
+			return ws.ExitStatus()
+		case pid == child && ws.Signaled():
+			return 128 + int(ws.Signal())
+		}
+	}
+}

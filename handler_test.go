@@ -1,0 +1,1035 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The test binary also plays the processes that these tests need.
+func init() {
+	switch os.Getenv("HANDLER_TEST_ROLE") {
+	case "program": // a static program that is a handler in an image without a shell
+		fmt.Printf("args %q event %s\n", os.Args[1:], os.Getenv("SERF_EVENT"))
+		io.Copy(os.Stdout, os.Stdin)
+		os.Exit(0)
+	case "container": // what main does for the agent command
+		if os.Getpid() == 1 {
+			os.Exit(runAsInit())
+		}
+		os.Exit(containerAgent())
+	case "no-init":
+		os.Exit(containerAgent())
+	}
+}
+
+// containerAgent stands for an agent: it runs a handler that double-forks a
+// hundred times, says how many zombies remain, and obeys signals.
+func containerAgent() int {
+	signals := make(chan os.Signal, 10)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	logged := &handlerLog{}
+	hs, err := NewHandlers(HandlerConfig{
+		Specs: []string{`*=i=0; while [ $i -lt 100 ]; do (sleep 0 &); i=$((i+1)); done; echo forked`},
+		Env:   extraEnv(),
+		Log:   log.New(logged, "", 0),
+	})
+	if err != nil {
+		fmt.Println(err)
+		return 99
+	}
+	hs.Deliver(joinOf("a"))
+	for !strings.Contains(logged.String(), "forked") {
+		time.Sleep(time.Millisecond)
+	}
+	count, since := -1, time.Now()
+	for count != 0 && time.Since(since) < time.Second {
+		now := 0
+		for _, p := range procStats() {
+			if p.state == 'Z' || p.comm == "sleep" {
+				now++
+			}
+		}
+		if now != count {
+			count, since = now, time.Now()
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	fmt.Printf("pid1=%v remain=%d ready\n", os.Getpid() == 1, count)
+	for s := range signals {
+		fmt.Println("got", s)
+		switch s {
+		case syscall.SIGINT:
+			return 7
+		case syscall.SIGTERM:
+			syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		}
+	}
+	return 98
+}
+
+// ---- helpers
+
+type handlerLog struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *handlerLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *handlerLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// awaitCond waits for a condition that other processes bring about.
+func awaitCond(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("never happened: %s", what)
+		}
+	}
+}
+
+func (l *handlerLog) waitFor(t testing.TB, sub string, times int) {
+	t.Helper()
+	defer func() {
+		if t.Failed() {
+			t.Logf("log:\n%.4000s", l)
+		}
+	}()
+	awaitCond(t, fmt.Sprintf("%q %d times in the log", sub, times), func() bool {
+		return strings.Count(l.String(), sub) >= times
+	})
+}
+
+// startHandlers starts handlers that end with the test, leaving nothing behind.
+func startHandlers(t testing.TB, cfg HandlerConfig, specs ...string) (*Handlers, *handlerLog) {
+	t.Helper()
+	logged := &handlerLog{}
+	cfg.Specs, cfg.Log = specs, log.New(logged, "", 0)
+	if cfg.Env == nil {
+		cfg.Env = extraEnv()
+	}
+	hs, err := NewHandlers(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(hs.Close)
+	return hs, logged
+}
+
+// extraEnv hands files to scripts under names.
+func extraEnv(kv ...string) func() []string { return func() []string { return kv } }
+
+func readFile(path string) string {
+	b, _ := os.ReadFile(path)
+	return string(b)
+}
+
+func handlerMember(name string, pairs ...string) Member {
+	return Member{Name: name, Addr: netip.MustParseAddrPort("172.17.0.20:7946"), Status: StatusAlive, Tags: Tags(strings.Join(pairs, "\x00"))}
+}
+
+func joinOf(name string) Event { return Event{Kind: EventJoin, Member: handlerMember(name)} }
+func failOf(name string) Event { return Event{Kind: EventFailed, Member: handlerMember(name)} }
+func userEventOf(name, payload string, ltime uint64, coalesce bool) Event {
+	return Event{Kind: EventUser, Name: name, Payload: []byte(payload), LTime: ltime, Coalesce: coalesce}
+}
+
+// firstFields returns the first fields of stdin lines.
+func firstFields(s string) []string {
+	var ns []string
+	for line := range strings.Lines(s) {
+		ns = append(ns, strings.Split(strings.TrimSuffix(line, "\n"), "\t")[0])
+	}
+	return ns
+}
+
+func numberedNames(prefix string, from, to int) []string {
+	var ns []string
+	for i := from; i < to; i++ {
+		ns = append(ns, prefix+strconv.Itoa(i))
+	}
+	return ns
+}
+
+type procStat struct {
+	pid, pgid int
+	state     byte
+	comm      string
+}
+
+func procStats() []procStat {
+	var ps []procStat
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, f := range stats {
+		head, rest, ok := strings.Cut(readFile(f), ") ")
+		pid, comm, _ := strings.Cut(head, " (")
+		fields := strings.Fields(rest)
+		if !ok || len(fields) < 3 {
+			continue
+		}
+		p := procStat{state: fields[0][0], comm: comm}
+		p.pid, _ = strconv.Atoi(pid)
+		p.pgid, _ = strconv.Atoi(fields[2])
+		ps = append(ps, p)
+	}
+	return ps
+}
+
+// groupAlive counts the processes of a group that are more than zombies.
+func groupAlive(pgid int) (n int) {
+	for _, p := range procStats() {
+		if p.pgid == pgid && p.state != 'Z' {
+			n++
+		}
+	}
+	return n
+}
+
+func needProc(t testing.TB) {
+	if _, err := os.Stat("/proc/self/stat"); err != nil {
+		t.Skip("SKIPPED: no /proc here to look for processes in")
+	}
+}
+
+// pidIn reads a pid that a script wrote.
+func pidIn(t testing.TB, path string) (pid int) {
+	t.Helper()
+	awaitCond(t, "a pid in "+filepath.Base(path), func() bool {
+		s := readFile(path)
+		pid, _ = strconv.Atoi(strings.TrimSpace(s))
+		return strings.HasSuffix(s, "\n") && pid > 1
+	})
+	return pid
+}
+
+// killPidsIn ends the processes whose pids a script wrote.
+func killPidsIn(t testing.TB, path string) {
+	t.Helper()
+	for word := range strings.FieldsSeq(readFile(path)) {
+		pid, _ := strconv.Atoi(word)
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Errorf("child %d did not live on: %v", pid, err)
+		}
+	}
+}
+
+// foundShells returns the shells that scripts meet in the wild.
+func foundShells(t *testing.T) (paths []string) {
+	for _, name := range []string{"sh", "dash", "bash", "busybox"} {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			t.Logf("SKIPPED: no %s here", name)
+			continue
+		}
+		if name == "busybox" { // is a shell when it is called sh
+			link := filepath.Join(t.TempDir(), "sh")
+			if err := os.Symlink(path, link); err != nil {
+				t.Fatal(err)
+			}
+			path = link
+		}
+		paths = append(paths, path)
+	}
+	return paths
+}
+
+// eachShell runs f with each of them.
+func eachShell(t *testing.T, f func(t *testing.T, shell string)) {
+	for _, shell := range foundShells(t) {
+		t.Run(shell, func(t *testing.T) { f(t, shell) })
+	}
+}
+
+// installScript writes an executable file through another process: were it
+// open for writing here, a fork at the wrong time would make it "text busy".
+func installScript(t *testing.T, body string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "handler.sh")
+	cmd := exec.Command("/bin/sh", "-c", `cat >"$0" && chmod +x "$0"`, path)
+	cmd.Stdin = strings.NewReader(body)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatal(err, string(out))
+	}
+	return path
+}
+
+// ---- specs
+
+func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
+	all := []string{"member-join", "member-leave", "member-failed", "member-update", "member-reap", "user:deploy", "user:other"}
+	for _, tc := range []struct{ spec, script, events string }{
+		{"script", "script", "all"},
+		{"./handler.sh a b", "./handler.sh a b", "all"},
+		{"*=script", "script", "all"},
+		{"member-join=script", "script", "member-join"},
+		{"member-leave=script", "script", "member-leave"},
+		{"member-failed=script", "script", "member-failed"},
+		{"member-update=script", "script", "member-update"},
+		{"member-reap=script", "script", "member-reap"},
+		{"member-join,member-leave=script", "script", "member-join member-leave"},
+		{"member-join,member-join=script", "script", "member-join"},
+		{"user=script", "script", "user:deploy user:other"},
+		{"user:deploy=script", "script", "user:deploy"},
+		{"user:deploy,user:other=script", "script", "user:deploy user:other"},
+		{"user:deploy,member-failed=script", "script", "member-failed user:deploy"},
+		{"member-join,*=script", "script", "all"},
+		{"*=A=1 B=2 run", "A=1 B=2 run", "all"},
+		{"member-join=run --mode=x | tee", "run --mode=x | tee", "member-join"},
+		{"*=member-join", "member-join", "all"},
+	} {
+		filters, script, err := parseSpec(tc.spec)
+		if err != nil || script != tc.script {
+			t.Errorf("%q: script %q, error %v", tc.spec, script, err)
+		}
+		var got []string
+		for _, name := range all {
+			kind, user, _ := strings.Cut(name, ":")
+			ev := Event{Kind: EventKind(slices.Index(eventKindNames[:], kind)), Name: user}
+			if (&handler{filters: filters}).wants(ev) {
+				got = append(got, name)
+			}
+		}
+		want := strings.Fields(strings.Replace(tc.events, "all", strings.Join(all, " "), 1))
+		if !slices.Equal(got, want) {
+			t.Errorf("%q matches %q, want %q", tc.spec, got, want)
+		}
+	}
+}
+
+func TestBadSpecIsStartUpErrorThatQuotesIt(t *testing.T) {
+	for spec, say := range map[string]string{
+		"":                           "script is empty",
+		"   ":                        "script is empty",
+		"member-join=":               "script is empty",
+		"*= \t":                      "script is empty",
+		"=script":                    `unknown event ""`,
+		"member-join,=script":        `unknown event ""`,
+		"member-jion=script":         `unknown event "member-jion"`,
+		"member-join, user=script":   `unknown event " user"`,
+		"Member-Join=script":         `unknown event "Member-Join"`,
+		"query=script":               `unknown event "query"`,
+		"query:uptime=script":        `unknown event "query:uptime"`,
+		"member-join:x=script":       `unknown event "member-join:x"`,
+		"*:x=script":                 `unknown event "*:x"`,
+		"user:=script":               "names no user event",
+		"MODE=x ./run":               "*=SCRIPT",
+		"./run --mode=x":             "*=SCRIPT",
+		"member-join":                "there is no script",
+		"member-join,member-failed":  "there is no script",
+		"user:deploy":                "there is no script",
+		"*":                          "there is no script",
+		"member-join;member-left=./": "unknown event",
+	} {
+		_, err := NewHandlers(HandlerConfig{Specs: []string{"true", spec}})
+		if err == nil || !strings.Contains(err.Error(), say) || !strings.Contains(err.Error(), strconv.Quote(spec)) {
+			t.Errorf("%q: error %v, want it quoted and %q", spec, err, say)
+		}
+	}
+}
+
+func FuzzHandlerSpec(f *testing.F) {
+	for _, s := range []string{"script", "*=script", "member-join,member-leave=script", "user:deploy=./x --a=b", "user:=x", "=", ",", "*", "a | b", "A=1 b"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, spec string) {
+		filters, script, err := parseSpec(spec)
+		if err != nil {
+			if len(filters) > 0 && script != "" {
+				t.Fatalf("%q: an error and a result", spec)
+			}
+			return
+		}
+		if strings.TrimSpace(script) == "" || !strings.HasSuffix(spec, script) || len(filters) == 0 {
+			t.Fatalf("%q: %d filters, script %q", spec, len(filters), script)
+		}
+		for _, fl := range filters {
+			if fl.kind > EventUser || fl.name != "" && fl.kind != EventUser {
+				t.Fatalf("%q: filter %+v", spec, fl)
+			}
+		}
+		again, same, err := parseSpec("*=" + script)
+		if err != nil || same != script || !slices.Equal(again, []eventFilter{{}}) {
+			t.Fatalf("*=%q: %v %q %v", script, again, same, err)
+		}
+		if argv, err := commandLine("/nonexistent/sh", script); err == nil && (len(argv) == 0 || strings.ContainsAny(strings.Join(argv, " "), shellSyntax)) {
+			t.Fatalf("%q without a shell: %q", script, argv)
+		}
+	})
+}
+
+// ---- environment and stdin
+
+func TestEnvironmentHasSerfsNames(t *testing.T) {
+	self := handlerMember("web1", "a-b.c=1", "role=lb", "été=2", "x_9=it's \"so\"\tlong\n=")
+	got := handlerEnv(self, "127.0.0.1:7373", "secret")
+	want := []string{
+		"SERF_SELF_NAME=web1", "SERF_SELF_ROLE=lb", "SERF_SELF_ADDR=172.17.0.20:7946",
+		"SERF_RPC_ADDR=127.0.0.1:7373", "SERF_RPC_AUTH=secret",
+		"SERF_TAG_A_B_C=1", "SERF_TAG_ROLE=lb", "SERF_TAG__T_=2", "SERF_TAG_X_9=it's \"so\"\tlong\n=",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q\nwant %q", got, want)
+	}
+}
+
+func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
+	t.Setenv("FROM_THE_AGENT", "kept")
+	t.Setenv("SERF_EVENT", "inherited")
+	t.Setenv("SERF_RPC_AUTH", "inherited")
+	eachShell(t, func(t *testing.T, shell string) {
+		dir := t.TempDir()
+		self := handlerMember("self", "role=lb", "quo te=a 'b' \"c\" $HOME `x` \\ \té\nz")
+		cfg := HandlerConfig{shell: shell, Env: func() []string { return handlerEnv(self, "127.0.0.1:1", "") }}
+		hs, logged := startHandlers(t, cfg, `*=cd '`+dir+`'; cat >stdin; printf '%s|' "$FROM_THE_AGENT" "$SERF_EVENT" "$SERF_SELF_NAME" `+
+			`"$SERF_SELF_ROLE" "$SERF_TAG_ROLE" "$SERF_TAG_QUO_TE" "$SERF_RPC_ADDR" "$SERF_RPC_AUTH" "${SERF_USER_EVENT-unset}" "${SERF_USER_LTIME-unset}" >env; echo done`)
+
+		m := handlerMember("ünï", "aa=1,2", "role=w\teb", "text=it's \"a\"\n\té\\")
+		m.Addr = netip.MustParseAddrPort("[2001:db8::7]:7946")
+		hs.Deliver(Event{Kind: EventUpdate, Member: m})
+		logged.waitFor(t, "done", 1)
+		if got, want := readFile(dir+"/stdin"), "ünï\t2001:db8::7\tw\\teb\taa=1,2,role=w\\teb,text=it's \"a\"\\n\\té\\\n"; got != want {
+			t.Errorf("stdin %q\nwant  %q", got, want)
+		}
+		if got, want := readFile(dir+"/env"), "kept|member-update|self|lb|lb|a 'b' \"c\" $HOME `x` \\ \té\nz|127.0.0.1:1||unset|unset|"; got != want {
+			t.Errorf("env %q\nwant %q", got, want)
+		}
+
+		hs.Deliver(userEventOf("de ploy\x00'", "v1.2\n\té $x", 42, true))
+		logged.waitFor(t, "done", 2)
+		if got, want := readFile(dir+"/stdin"), "v1.2\n\té $x\n"; got != want {
+			t.Errorf("payload %q, want %q", got, want)
+		}
+		if got, want := readFile(dir+"/env"), "|de ploy'|42|"; !strings.HasSuffix(got, want) || !strings.HasPrefix(got, "kept|user|self|") {
+			t.Errorf("env %q, want the end %q", got, want)
+		}
+	})
+}
+
+func TestPayloadEndsInOneNewline(t *testing.T) {
+	for payload, want := range map[string]string{"": "", "a": "a\n", "a\n": "a\n", "a\nb": "a\nb\n", "a\n\n": "a\n\n"} {
+		shared := append(make([]byte, 0, 64), payload...)
+		ev := Event{Kind: EventUser, Payload: shared}
+		if got := stdinFor([]Event{ev}); string(got) != want {
+			t.Errorf("%q: %q, want %q", payload, got, want)
+		}
+		if more := shared[:len(payload)+1]; more[len(payload)] != 0 {
+			t.Errorf("%q: the event's own bytes were written to", payload)
+		}
+	}
+}
+
+// The scripts of Serf's documentation: the first handler of its introduction,
+// and the load balancer of its demo (with another path and no reload).
+func TestSerfDocumentationScriptsRun(t *testing.T) {
+	bash, err := exec.LookPath("bash")
+	if err != nil || bash != "/bin/bash" && readFile("/bin/bash") == "" {
+		t.Skip("SKIPPED: no /bin/bash here")
+	}
+	cfgFile := filepath.Join(t.TempDir(), "haproxy.cfg")
+	intro := installScript(t, `#!/bin/bash
+
+echo
+echo "New event: ${SERF_EVENT}. Data follows..."
+while read line; do
+    printf "${line}\n"
+done
+`)
+	balancer := installScript(t, `#!/bin/sh
+if [ "x${SERF_SELF_ROLE}" != "xlb" ]; then
+    echo "Not an lb. Ignoring member join."
+    exit 0
+fi
+
+while read line; do
+    ROLE=`+"`echo $line | awk '{print \\$3 }'`"+`
+    if [ "x${ROLE}" != "xweb" ]; then
+        continue
+    fi
+
+    echo $line | \
+        awk '{ printf "    server %s %s check\n", $1, $2 }' >>$CFG
+done
+echo reloaded
+`)
+	hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("SERF_SELF_ROLE=lb", "CFG="+cfgFile)}, intro, "member-join="+balancer)
+	hs.Deliver(Event{Kind: EventJoin, Member: handlerMember("c1fbbfe7c9ea", "role=web")})
+	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: \nNew event: member-join. Data follows...\nc1fbbfe7c9ea\t172.17.0.20\tweb\trole=web\n", 1)
+	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: reloaded\n", 1)
+	if got := readFile(cfgFile); got != "    server c1fbbfe7c9ea 172.17.0.20 check\n" {
+		t.Errorf("haproxy.cfg: %q", got)
+	}
+}
+
+// ---- queues
+
+func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg := HandlerConfig{Env: extraEnv("DIR=" + dir)}
+	// The sleeper hangs in its first run until somebody writes to the fifo.
+	hs, _ := startHandlers(t, cfg,
+		`*=[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; { echo "run $SERF_EVENT"; cat; } >>"$DIR/sleeper"`,
+		`*=cat >>"$DIR/other"`)
+	hs.Deliver(userEventOf("first", "first", 1, false))
+	awaitCond(t, "the sleeper sleeps", func() bool { return readFile(dir+"/other") != "" })
+	began := time.Now()
+	for i := range 100 {
+		switch {
+		case i < 60:
+			hs.Deliver(userEventOf("u", "u"+strconv.Itoa(i), uint64(i), false))
+		case i < 80:
+			hs.Deliver(joinOf("m" + strconv.Itoa(i)))
+		case i < 99:
+			hs.Deliver(failOf("m" + strconv.Itoa(i-20)))
+		default:
+			hs.Deliver(joinOf("m60"))
+		}
+	}
+	if d := time.Since(began); d > 100*time.Millisecond {
+		t.Errorf("100 deliveries took %v", d)
+	}
+	want := slices.Concat([]string{"first"}, numberedNames("u", 0, 60), numberedNames("m", 60, 80), numberedNames("m", 60, 79), []string{"m60"})
+	awaitCond(t, "the other handler got everything", func() bool { return len(firstFields(readFile(dir+"/other"))) >= len(want) })
+	t.Logf("the other handler had 100 events after %v", time.Since(began))
+	if got := firstFields(readFile(dir + "/other")); !slices.Equal(got, want) {
+		t.Errorf("the other handler got %q", got)
+	}
+	if s := readFile(dir + "/sleeper"); s != "" {
+		t.Fatalf("the sleeper woke too early: %q", s)
+	}
+
+	if err := os.WriteFile(fifo, []byte("wake\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	awaitCond(t, "the sleeper caught up", func() bool { return strings.Count(readFile(dir+"/sleeper"), "m60") == 3 })
+	var runs []string
+	for _, n := range firstFields(readFile(dir + "/sleeper")) {
+		if strings.HasPrefix(n, "run ") {
+			runs = append(runs, n)
+		}
+	}
+	got := slices.DeleteFunc(firstFields(readFile(dir+"/sleeper")), func(n string) bool { return strings.HasPrefix(n, "run ") })
+	if !slices.Equal(got, want) {
+		t.Errorf("the sleeper got %q", got)
+	}
+	if wantRuns := append(slices.Repeat([]string{"run user"}, 61), "run member-join", "run member-failed", "run member-join"); !slices.Equal(runs, wantRuns) {
+		t.Errorf("the sleeper ran %q", runs)
+	}
+}
+
+func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	hs, _ := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, `echo run >>"$DIR/runs"; sleep 0.1; cat >>"$DIR/got"`)
+	before := runtime.NumGoroutine()
+	for i := range 1000 {
+		hs.Deliver(joinOf("n" + strconv.Itoa(i)))
+	}
+	if n := runtime.NumGoroutine() - before; n > 40 { // other tests run beside this one
+		t.Errorf("%d goroutines more for 1,000 events", n)
+	}
+	awaitCond(t, "all joins handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= 1000 })
+	if !slices.Equal(firstFields(readFile(dir+"/got")), numberedNames("n", 0, 1000)) {
+		t.Error("some are missing, doubled or out of order")
+	}
+	if runs := strings.Count(readFile(dir+"/runs"), "\n"); runs > 6 {
+		t.Errorf("%d runs", runs)
+	} else {
+		t.Logf("%d runs", runs)
+	}
+}
+
+func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	script := `{ printf "$SERF_EVENT "; cat; } >>"$DIR/`
+	hs, _ := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, "*="+script+`a"`, "*="+script+`b"`, "member-failed,member-leave="+script+`c"`)
+	m := handlerMember("m")
+	for _, k := range []EventKind{EventJoin, EventFailed, EventJoin, EventUpdate, EventUpdate, EventLeave, EventReap} {
+		hs.Deliver(Event{Kind: k, Member: m})
+	}
+	words := func(file string) string {
+		return strings.Join(strings.Fields(strings.ReplaceAll(readFile(dir+"/"+file), "172.17.0.20", "")), " ")
+	}
+	for file, want := range map[string]string{
+		"a": "member-join m member-failed m member-join m member-update m m member-leave m member-reap m",
+		"b": "member-join m member-failed m member-join m member-update m m member-leave m member-reap m",
+		"c": "member-failed m member-leave m",
+	} {
+		awaitCond(t, "the last event reached "+file, func() bool { return len(words(file)) >= len(want)-2 })
+		// Two updates are one run if they waited together, two if not.
+		got := strings.Replace(words(file), "member-update m member-update m", "member-update m m", 1)
+		awaitCond(t, file+" complete: "+got, func() bool {
+			got = strings.Replace(words(file), "member-update m member-update m", "member-update m m", 1)
+			return got == want
+		})
+	}
+}
+
+func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
+	h := &handler{}
+	for _, ev := range []Event{
+		userEventOf("deploy", "1", 1, true), joinOf("a"), userEventOf("deploy", "2", 2, false), userEventOf("other", "3", 3, true),
+		userEventOf("deploy", "5", 5, true), joinOf("b"), userEventOf("deploy", "4", 4, true), failOf("a"), failOf("b"),
+		userEventOf("other", "6", 6, true), joinOf("a"),
+	} {
+		h.enqueue(ev)
+	}
+	var got []string
+	for batch, _ := h.take(); batch != nil; batch, _ = h.take() {
+		s := batch[0].Kind.String()
+		for _, ev := range batch {
+			s += " " + ev.Member.Name + string(ev.Payload)
+		}
+		got = append(got, s)
+	}
+	want := []string{"member-join a", "user 2", "user 5", "member-join b", "member-failed a b", "user 6", "member-join a"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q\nwant %q", got, want)
+	}
+}
+
+func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)},
+		`[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; cat >>"$DIR/got"`)
+	hs.Deliver(failOf("first"))
+	awaitCond(t, "the handler hangs", func() bool { _, err := os.Stat(dir + "/slept"); return err == nil })
+	for i := range queueLimit + 1000 {
+		hs.Deliver(joinOf("n" + strconv.Itoa(i)))
+	}
+	logged.waitFor(t, "is behind: 4096 events wait, dropping the oldest", 1)
+	os.WriteFile(fifo, []byte("wake\n"), 0)
+	awaitCond(t, "the rest handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= queueLimit+1 })
+	if got := firstFields(readFile(dir + "/got")); !slices.Equal(got, append([]string{"first"}, numberedNames("n", 1000, queueLimit+1000)...)) {
+		t.Errorf("%d events, from %q to %q", len(got), got[1], got[len(got)-1])
+	}
+	logged.waitFor(t, "was behind: 1000 events dropped", 1)
+	if n := strings.Count(logged.String(), "[WARN]"); n != 2 {
+		t.Errorf("%d warnings", n)
+	}
+}
+
+// ---- runs
+
+// All cases run at the same time: those that ignore TERM live for 5 s.
+func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
+	t.Parallel()
+	needProc(t)
+	type timeoutCase struct {
+		script, status string
+		stubborn       bool
+		dir            string
+		logged         *handlerLog
+		began          time.Time
+	}
+	var cases []*timeoutCase
+	for _, shell := range foundShells(t) {
+		for _, c := range []timeoutCase{
+			{script: `echo $$ >"$DIR/pid"; echo hello; sleep 300 & sleep 300`, status: "terminated"},
+			{script: `echo $$ >"$DIR/pid"; echo hello; (sleep 300 & sleep 300) & wait`, status: "terminated"},
+			{script: `trap '' TERM; echo $$ >"$DIR/pid"; echo hello; while :; do sleep 1; done`, status: "killed", stubborn: true},
+			{script: `echo $$ >"$DIR/pid"; (trap '' TERM; echo hello; while :; do sleep 1; done) & sleep 300`, status: "terminated", stubborn: true},
+		} {
+			c.dir = t.TempDir()
+			hs, logged := startHandlers(t, HandlerConfig{shell: shell, Timeout: 500 * time.Millisecond, Env: extraEnv("DIR=" + c.dir)}, "*="+c.script)
+			c.logged, c.began = logged, time.Now()
+			hs.Deliver(joinOf("a"))
+			cases = append(cases, &c)
+		}
+	}
+	for _, c := range cases {
+		pgid := pidIn(t, c.dir+"/pid")
+		c.logged.waitFor(t, "[WARN]", 1)
+		awaitCond(t, "nothing is left of "+c.script, func() bool { return groupAlive(pgid) == 0 })
+		line := regexp.MustCompile(`failed on member-join: timed out, signal: ` + c.status + ` after ([\d.]+m?s): hello\n`).FindStringSubmatch(c.logged.String())
+		if line == nil {
+			t.Fatalf("%s: log: %s", c.script, c.logged)
+		}
+		if took, err := time.ParseDuration(line[1]); err != nil || c.stubborn && (took < killAfter || took > killAfter+3*time.Second) {
+			t.Errorf("%s: KILL after %v", c.script, took)
+		}
+	}
+}
+
+func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
+	needProc(t)
+	eachShell(t, func(t *testing.T, shell string) {
+		for name, child := range map[string]string{"silent": "sleep 300", "printing": "yes"} {
+			t.Run(name, func(t *testing.T) {
+				dir := t.TempDir()
+				hs, logged := startHandlers(t, HandlerConfig{shell: shell, Env: extraEnv("DIR=" + dir)},
+					"*="+child+` & echo $! >>"$DIR/pids"; echo started`)
+				began := time.Now()
+				for i := range 5 {
+					hs.Deliver(userEventOf("e", "", uint64(i), false))
+				}
+				logged.waitFor(t, "script output", 5)
+				if took := time.Since(began); took > 5*time.Second {
+					t.Errorf("5 events took %v", took)
+				}
+				if name == "silent" {
+					killPidsIn(t, dir+"/pids")
+				}
+				awaitCond(t, "printing children end by SIGPIPE", func() bool {
+					pids := strings.Fields(readFile(dir + "/pids"))
+					return !slices.ContainsFunc(procStats(), func(p procStat) bool {
+						return p.state != 'Z' && slices.Contains(pids, strconv.Itoa(p.pid))
+					})
+				})
+				if name == "silent" && strings.Count(logged.String(), "script output: started\n") != 5 {
+					t.Errorf("log: %s", logged)
+				}
+			})
+		}
+	})
+}
+
+func TestOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
+	hs, logged := startHandlers(t, HandlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
+	for i := range 20 {
+		hs.Deliver(userEventOf("e", "", uint64(i), false))
+		logged.waitFor(t, fmt.Sprintf("line 299\nlast %d\n", i), 1)
+	}
+}
+
+func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
+	dir := t.TempDir()
+	for name, script := range map[string]string{
+		"ignored": ":", "closed": "exec <&-; sleep 0.05", "one line": "read x", "held by a child": `exec 3<&0; sleep 300 <&3 & echo $! >>"$DIR/pids"`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := runtime.NumGoroutine()
+			hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, "*="+script)
+			for i := range 3000 { // far more than a pipe takes
+				h := hs.all[0]
+				h.enqueue(Event{Kind: EventJoin, Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))})
+			}
+			hs.Deliver(joinOf("last"))
+			logged.waitFor(t, "script output", 1)
+			hs.Deliver(failOf("next"))
+			logged.waitFor(t, "'member-failed' script output", 1)
+			hs.Close()
+			awaitCond(t, "the goroutines end", func() bool { return runtime.NumGoroutine() <= before+1 })
+			if strings.Contains(logged.String(), "[WARN]") {
+				t.Errorf("log: %s", logged)
+			}
+			killPidsIn(t, dir+"/pids")
+		})
+	}
+}
+
+func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
+	needProc(t)
+	count := func() [2]int {
+		fds, _ := os.ReadDir("/proc/self/fd")
+		return [2]int{len(fds), runtime.NumGoroutine()}
+	}
+	before := count()
+	hs, logged := startHandlers(t, HandlerConfig{shell: "/nowhere/sh"}, "/nowhere/missing", "sleep 0", "sh -c")
+	hs.all[2].argv = []string{"/bin/sh", "-c", "echo x; exec sleep 0.02 <&- & exit 1"}
+	for i := range 50 {
+		hs.Deliver(userEventOf("e", "payload", uint64(i), false))
+	}
+	logged.waitFor(t, "[WARN]", 100)
+	logged.waitFor(t, "[DEBUG]", 100)
+	hs.Close()
+	awaitCond(t, "no more descriptors and goroutines than before", func() bool {
+		now := count()
+		return now[0] <= before[0] && now[1] <= before[1]
+	})
+}
+
+func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
+	t.Parallel()
+	hs, logged := startHandlers(t, HandlerConfig{}, `*=head -c 200000000 /dev/zero; echo the end; echo to stderr >&2`)
+	hs.Deliver(joinOf("a"))
+	logged.waitFor(t, "the end\nto stderr\n", 1)
+	if n := len(logged.String()); n > outputKept+100 {
+		t.Errorf("logged %d bytes", n)
+	}
+}
+
+func TestTailKeepsTheLastBytes(t *testing.T) {
+	var all []byte
+	var tl outputTail
+	for i := range 500 {
+		p := bytes.Repeat([]byte{byte('a' + i%26)}, i*i%(3*outputKept))
+		if n, err := tl.Write(p); n != len(p) || err != nil {
+			t.Fatal(n, err)
+		}
+		all = append(all, p...)
+		if want := all[max(0, len(all)-outputKept):]; !bytes.Equal(tl, want) {
+			t.Fatalf("after %d writes: %d bytes, want %d", i+1, len(tl), len(want))
+		}
+	}
+}
+
+func TestFailedRunIsOneWarnLine(t *testing.T) {
+	hs, logged := startHandlers(t, HandlerConfig{}, "member-join=echo first; echo 'it broke' >&2; echo; exit 3", "user:deploy=kill -9 $$")
+	hs.Deliver(joinOf("a"))
+	logged.waitFor(t, "[WARN]", 1)
+	hs.Deliver(userEventOf("deploy", "x", 1, false))
+	logged.waitFor(t, "[WARN]", 2)
+	for _, want := range []string{
+		`(?m)^\[WARN\] handler 'member-join=echo first; .* exit 3' failed on member-join: exit status 3 after \d+ms: it broke$`,
+		`(?m)^\[WARN\] handler 'user:deploy=kill -9 \$\$' failed on user:deploy: signal: killed after \d+ms: \(no output\)$`,
+		`(?m)^\[DEBUG\] Event 'member-join' script output: first$`,
+	} {
+		if !regexp.MustCompile(want).MatchString(logged.String()) {
+			t.Errorf("no %s in\n%s", want, logged)
+		}
+	}
+}
+
+func TestScriptThatCannotRunIsOneWarningARun(t *testing.T) {
+	plain := filepath.Join(t.TempDir(), "plain.sh")
+	if err := os.WriteFile(plain, []byte("#!/bin/sh\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	check := func(t *testing.T, shell string) {
+		for _, script := range []string{"/nowhere/missing.sh", plain} {
+			hs, logged := startHandlers(t, HandlerConfig{shell: shell}, script)
+			for i := range 3 {
+				hs.Deliver(userEventOf("e", "", uint64(i), false))
+				logged.waitFor(t, "[WARN]", i+1)
+			}
+			hs.Close()
+			if n := strings.Count(logged.String(), "[WARN]"); n != 3 || strings.Count(logged.String(), "[WARN] handler '"+script+"' failed on user:e: ") != 3 {
+				t.Errorf("%d warnings: %s", n, logged)
+			}
+			t.Logf("%s", strings.Split(logged.String(), "[WARN]")[1])
+		}
+	}
+	eachShell(t, check)
+	t.Run("no shell", func(t *testing.T) { check(t, "/nowhere/sh") })
+}
+
+func TestWithoutShellProgramsRunAndShellSyntaxIsAnError(t *testing.T) {
+	t.Setenv("HANDLER_TEST_ROLE", "program")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hs, logged := startHandlers(t, HandlerConfig{shell: "/nowhere/sh"}, self, "member-join="+self+"  -x  b=c ")
+	hs.Deliver(joinOf("a"))
+	logged.waitFor(t, "script output: args [] event member-join\na\t172.17.0.20\t\t\n", 1)
+	logged.waitFor(t, `script output: args ["-x" "b=c"] event member-join`, 1)
+	for _, script := range []string{"a | b", "a && b", "a; b", "echo $X", "a > b", "a 'b c'", `a "b"`, "a *", "A=1 a", "a &", "a\nb", "a `b`", "(a)", `a\ b`} {
+		_, err := NewHandlers(HandlerConfig{Specs: []string{"*=" + script}, shell: "/nowhere/sh"})
+		if err == nil || !strings.Contains(err.Error(), strconv.Quote("*="+script)) || !strings.Contains(err.Error(), "no /nowhere/sh here") {
+			t.Errorf("%q: %v", script, err)
+		}
+	}
+}
+
+// ---- the end
+
+func TestCloseLetsRunningHandlersEnd(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	hs, logged := startHandlers(t, HandlerConfig{Grace: 20 * time.Second, Env: extraEnv("DIR=" + dir)},
+		`*=echo $SERF_EVENT >>"$DIR/began"; sleep 0.2; echo $SERF_EVENT >>"$DIR/ended"`)
+	hs.Deliver(joinOf("a"))
+	hs.Deliver(failOf("a"))
+	awaitCond(t, "the first run began", func() bool { return readFile(dir+"/began") != "" })
+	began := time.Now()
+	hs.Close()
+	hs.Deliver(joinOf("late"))
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("Close took %v for 0.2 s of work", took)
+	}
+	if b, e := readFile(dir+"/began"), readFile(dir+"/ended"); b != "member-join\n" || e != b {
+		t.Errorf("began %q, ended %q", b, e)
+	}
+	if strings.Contains(logged.String(), "[WARN]") {
+		t.Errorf("log: %s", logged)
+	}
+}
+
+func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
+	t.Parallel()
+	needProc(t)
+	dir := t.TempDir()
+	hs, logged := startHandlers(t, HandlerConfig{Grace: 300 * time.Millisecond, Env: extraEnv("DIR=" + dir)},
+		`*=echo $$ >"$DIR/meek"; sleep 300 & sleep 300`,
+		`*=trap "" TERM; echo $$ >"$DIR/stubborn"; while :; do sleep 1; done`)
+	hs.Deliver(joinOf("a"))
+	meek, stubborn := pidIn(t, dir+"/meek"), pidIn(t, dir+"/stubborn")
+	began := time.Now()
+	hs.Close()
+	if took, limit := time.Since(began), 300*time.Millisecond+closeKillAfter; took < limit || took > limit+time.Second {
+		t.Errorf("Close took %v", took)
+	}
+	for _, pgid := range []int{meek, stubborn} {
+		awaitCond(t, "the group is gone", func() bool { return groupAlive(pgid) == 0 })
+	}
+	logged.waitFor(t, "ended with the agent, signal: terminated", 1)
+	logged.waitFor(t, "ended with the agent, signal: killed", 1)
+}
+
+func TestCloseShortensTheWaitOfATimeout(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	hs, _ := startHandlers(t, HandlerConfig{Timeout: 50 * time.Millisecond, Env: extraEnv("DIR=" + dir)},
+		`*=trap "echo >$DIR/termed" TERM; while :; do sleep 0.1; done`)
+	hs.Deliver(joinOf("a"))
+	awaitCond(t, "TERM arrived", func() bool { return readFile(dir+"/termed") != "" })
+	began := time.Now()
+	hs.Close()
+	if took := time.Since(began); took > closeKillAfter+time.Second {
+		t.Errorf("Close took %v", took)
+	}
+}
+
+// ---- the first process of a container
+
+// startContainer runs the test binary as process 1 of a PID namespace and returns
+// its output lines, its pid as seen from outside, and its exit status.
+func startContainer(t *testing.T, role string) (lines *bufio.Scanner, pid int, wait func() int) {
+	t.Helper()
+	if err := exec.Command("unshare", "--pid", "--fork", "--mount-proc", "true").Run(); err != nil {
+		t.Skipf("SKIPPED: no PID namespace to be had here: %v", err)
+	}
+	cmd := exec.Command("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", os.Args[0])
+	cmd.Env = append(os.Environ(), "HANDLER_TEST_ROLE="+role)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	lines = bufio.NewScanner(out)
+	if !lines.Scan() {
+		t.Fatal("the container said nothing")
+	}
+	children := fmt.Sprintf("/proc/%d/task/%[1]d/children", cmd.Process.Pid)
+	if pid, _ = strconv.Atoi(strings.TrimSpace(readFile(children))); pid <= 1 {
+		t.Fatalf("%s: %q", children, readFile(children))
+	}
+	return lines, pid, func() int {
+		err := cmd.Wait()
+		if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
+			t.Fatal(err)
+		}
+		return cmd.ProcessState.ExitCode()
+	}
+}
+
+func TestInitReapsForwardsAndReturnsTheStatus(t *testing.T) {
+	t.Parallel()
+	lines, pid, wait := startContainer(t, "container")
+	if got := lines.Text(); got != "pid1=false remain=0 ready" {
+		t.Errorf("%q: zombies of a handler that double-forks 100 times", got)
+	}
+	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT} {
+		if err := syscall.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
+		if lines.Scan(); lines.Text() != "got "+sig.String() {
+			t.Errorf("after %v: %q", sig, lines.Text())
+		}
+	}
+	if code := wait(); code != 7 {
+		t.Errorf("exit status %d, want the agent's 7", code)
+	}
+}
+
+func TestInitReturns128PlusTheSignalThatEndedTheAgent(t *testing.T) {
+	t.Parallel()
+	lines, pid, wait := startContainer(t, "container")
+	syscall.Kill(pid, syscall.SIGTERM)
+	if lines.Scan(); lines.Text() != "got terminated" {
+		t.Errorf("after TERM: %q", lines.Text())
+	}
+	if code := wait(); code != 128+9 {
+		t.Errorf("exit status %d, want 137", code)
+	}
+}
+
+// The control: the same load without an init leaves zombies, so the test above sees them.
+func TestWithoutInitZombiesWouldRemain(t *testing.T) {
+	t.Parallel()
+	lines, pid, wait := startContainer(t, "no-init")
+	var remain int
+	fmt.Sscanf(lines.Text(), "pid1=true remain=%d", &remain)
+	if remain < 90 {
+		t.Errorf("%q", lines.Text())
+	}
+	syscall.Kill(pid, syscall.SIGINT)
+	wait()
+}
+
+// ---- figures
+
+// BenchmarkDeliverToFirstLine measures from Deliver to what the script's first
+// line does, seen through a fifo.
+func BenchmarkDeliverToFirstLine(b *testing.B) {
+	for _, shell := range []string{"/bin/dash", "/bin/bash"} {
+		b.Run(filepath.Base(shell), func(b *testing.B) {
+			path := filepath.Join(b.TempDir(), "fifo")
+			if err := syscall.Mkfifo(path, 0o600); err != nil {
+				b.Fatal(err)
+			}
+			fifo, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer fifo.Close()
+			hs, logged := startHandlers(b, HandlerConfig{shell: shell, Env: extraEnv("FIFO=" + path)}, `*=echo x >"$FIFO"; cat >/dev/null`)
+			buf := make([]byte, 10)
+			var took []time.Duration
+			for i := 0; b.Loop(); i++ {
+				began := time.Now()
+				hs.Deliver(userEventOf("e", "payload", uint64(i), false))
+				fifo.Read(buf)
+				took = append(took, time.Since(began))
+				logged.waitFor(b, "script output", 1)
+				logged.mu.Lock()
+				logged.b.Reset()
+				logged.mu.Unlock()
+			}
+			slices.SortFunc(took, cmp.Compare[time.Duration])
+			b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
+			b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+		})
+	}
+}
