@@ -498,7 +498,7 @@ func TestTablesThatPourInFillNoMemoryAndDelayNoAnswer(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "ten thousand pieces of tables", func() bool { return frames.Load() > 10_000 })
+	eventually(t, "three thousand pieces of tables", func() bool { return frames.Load() > 3_000 })
 	asked.check(t)
 	close(quit)
 	all.Wait()

@@ -411,31 +411,34 @@ func (q *query) run(c *client) error {
 		return err
 	}
 	const pause = 100 * time.Millisecond
+	alive, answered := 0, false
 	for start := time.Now(); ; time.Sleep(pause) {
 		patience := time.Duration(rpcTimeout)
 		if q.timeout > 0 {
-			patience = min(patience, q.timeout-time.Since(start))
+			patience = min(patience, max(q.timeout-time.Since(start), pause))
 		}
 		ans, err := c.call(request{Op: "members"}, patience)
-		alive, list := 0, ans.Members[:0]
-		for _, m := range ans.Members {
-			if slices.ContainsFunc(conds, func(cond func(Member) bool) bool { return !cond(m) }) {
-				continue
+		if err == nil {
+			list := slices.DeleteFunc(ans.Members, func(m Member) bool {
+				return slices.ContainsFunc(conds, func(cond func(Member) bool) bool { return !cond(m) })
+			})
+			alive, answered = 0, true
+			for _, m := range list {
+				if m.Status == StatusAlive {
+					alive++
+				}
 			}
-			list = append(list, m)
-			if m.Status == StatusAlive {
-				alive++
+			if alive >= q.wait {
+				return output(show(list))
 			}
-		}
-		if err == nil && alive >= q.wait {
-			return output(show(list))
 		}
 		f, ok := errors.AsType[*failure](err)
 		late := q.timeout > 0 && time.Since(start)+pause >= q.timeout
-		if err != nil && (q.wait == 0 || late || !ok || !f.again) {
-			return err
-		} else if late {
+		switch {
+		case late && answered:
 			return fail("", "%d of %d members alive after %v", alive, q.wait, q.timeout)
+		case err != nil && (q.wait == 0 || late || !ok || !f.again):
+			return err
 		}
 	}
 }

@@ -8,6 +8,7 @@ package main
 
 import (
 	"cmp"
+	"encoding/binary"
 	"fmt"
 	"hash/fnv"
 	"maps"
@@ -444,13 +445,17 @@ func (t *table) walk(i int, e *entry, dir int, visit func(*entry) bool) {
 func byName(e *entry, name string) int { return strings.Compare(e.Name, name) }
 
 // digest is this entry's part of the table's digest. A suspect counts as
-// alive: suspicion is short and settles itself, it is not worth a repair.
+// alive: suspicion is short and settles itself, it is not worth a repair. The
+// address is in it because of two instances started in the same millisecond:
+// whoever knows the one would never learn of the other.
 func (e *entry) digest() uint64 {
 	s := e.Status
 	if s == StatusSuspect {
 		s = StatusAlive
 	}
-	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(s)<<56))
+	ip := e.Addr.Addr().As16()
+	hi, lo := binary.BigEndian.Uint64(ip[:8]), binary.BigEndian.Uint64(ip[8:])
+	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(s)<<56) ^ mix(lo^mix(hi^uint64(e.Addr.Port()))))
 }
 
 // ringHash places a name on a ring. FNV alone leaves similar names (web1, web2)

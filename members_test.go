@@ -126,6 +126,11 @@ func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
 	if a.digest != b.digest {
 		t.Error("the same failure leaves different digests")
 	}
+	twin := testMember("m8", 1, StatusAlive)
+	twin.Addr = netip.MustParseAddrPort("10.9.9.9:7946")
+	if b.apply(0, twin, 0); a.digest == b.digest {
+		t.Error("another address does not change the digest")
+	}
 }
 
 func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {

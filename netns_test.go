@@ -816,10 +816,12 @@ func (w *world) plug(from, last int, bridge string) {
 var setns = map[string]uintptr{"amd64": 308, "arm64": 268}[runtime.GOARCH] // the system call's number
 
 // inside runs f on a thread that is on the host: sockets and processes that f
-// makes are there.
+// makes are there. The thread is locked before anything is read of it: else
+// home could be where another test has just taken it.
 func (w *world) inside(host int, f func()) {
 	w.Helper()
-	home, err := os.Open(fmt.Sprintf("/proc/self/task/%d/ns/net", syscall.Gettid()))
+	runtime.LockOSThread() // after a failure the thread stays locked and ends with the test
+	home, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
 		w.Fatal(err)
 	}
@@ -829,13 +831,12 @@ func (w *world) inside(host int, f func()) {
 		w.Fatal(err)
 	}
 	defer there.Close()
-	runtime.LockOSThread()
 	if _, _, e := syscall.RawSyscall(setns, there.Fd(), syscall.CLONE_NEWNET, 0); e != 0 {
 		w.Fatalf("setns: %v", e)
 	}
 	f()
 	if _, _, e := syscall.RawSyscall(setns, home.Fd(), syscall.CLONE_NEWNET, 0); e != 0 {
-		w.Fatalf("setns: %v", e) // the thread stays locked and ends with the test
+		w.Fatalf("setns: %v", e)
 	}
 	runtime.UnlockOSThread()
 }

@@ -666,6 +666,19 @@ func TestANewcomerWhoseNameIsTakenGivesUp(t *testing.T) {
 	})
 }
 
+func TestOfTwinsBornInOneMillisecondOneGivesWay(t *testing.T) {
+	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = func(o, q *proc) bool { return q.name == "twin" }
+		a := s.start(s.host(), "twin", ps[0].host)
+		b := s.start(s.host(), "twin", ps[len(ps)-1].host)
+		s.within(4*time.Second, "one gives up", func() bool { return (a.fatal == nil) != (b.fatal == nil) })
+		s.run(20 * time.Second)
+		if a.fatal != nil && b.fatal != nil || !all(ps, "twin", StatusAlive) {
+			t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
+		}
+	})
+}
+
 func TestOfANameOnBothSidesOfASplitTheYoungerGivesWay(t *testing.T) {
 	cases(t, []int{4, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		older := ps[0]
