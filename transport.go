@@ -367,7 +367,6 @@ type Gossip struct {
 	inbox   chan input // datagrams; too many are lost
 	arrived chan input // what streams bring; their readers wait
 	cmds    chan func(*node)
-	packets chan []packet
 	done    chan struct{}
 	quit    context.CancelFunc
 	ctx     context.Context
@@ -409,7 +408,7 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 		return nil, err
 	}
 	g := &Gossip{cfg: cfg, seal: s, start: time.Now(), done: make(chan struct{}),
-		inbox: make(chan input, inboxSize), arrived: make(chan input, 64), cmds: make(chan func(*node)), packets: make(chan []packet, 64),
+		inbox: make(chan input, inboxSize), arrived: make(chan input, 64), cmds: make(chan func(*node)),
 		conns: make(map[connID]*conn), joins: make(map[int]chan joined)}
 	g.strange.log, g.inbound.limit = cfg.Log, inboundLimit()
 	if err := g.listen(); err != nil {
@@ -429,7 +428,7 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 	rand.Read(nc.Random[:])
 	g.node = newNode(nc, 0)
 	g.ctx, g.quit = context.WithCancel(context.Background())
-	for _, f := range []func(){g.readUDP, g.writeUDP, g.acceptTCP} {
+	for _, f := range []func(){g.readUDP, g.acceptTCP} {
 		g.wg.Go(f)
 	}
 	go g.run()
@@ -590,10 +589,7 @@ func (g *Gossip) carryOut(out outputs) {
 		g.cfg.Events(ev)
 	}
 	if len(out.packets) > 0 {
-		select {
-		case g.packets <- out.packets:
-		default: // the network takes nothing now; UDP may lose
-		}
+		g.writeUDP(out.packets)
 	}
 	for _, op := range out.streams {
 		g.streamOp(op)
@@ -682,18 +678,34 @@ func (g *Gossip) readUDP() {
 	}
 }
 
-// writeUDP keeps a full socket buffer from holding up the loop.
-func (g *Gossip) writeUDP() {
-	for {
-		select {
-		case ps := <-g.packets:
-			for _, p := range ps {
-				g.udp.WriteToUDPAddrPort(g.seal.closeDatagram(p.data, p.name), p.to)
-			}
-		case <-g.ctx.Done():
-			return
-		}
+// writeUDP sends ps at once. What does not fit into the socket's buffer is lost,
+// as UDP may: net's own methods would hold up the loop until there is room.
+func (g *Gossip) writeUDP(ps []packet) {
+	raw, err := g.udp.SyscallConn()
+	if err != nil {
+		return
 	}
+	raw.Write(func(fd uintptr) bool {
+		for _, p := range ps {
+			syscall.Sendto(int(fd), g.seal.closeDatagram(p.data, p.name), 0, g.sockaddr(p.to))
+		}
+		return true
+	})
+}
+
+// sockaddr is to as a socket of this family takes it.
+func (g *Gossip) sockaddr(to netip.AddrPort) syscall.Sockaddr {
+	if g.cfg.Bind.Addr().Is4() {
+		if !to.Addr().Is4() {
+			return nil
+		}
+		return &syscall.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	}
+	sa := &syscall.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
+	if ifc, err := net.InterfaceByName(to.Addr().Zone()); err == nil {
+		sa.ZoneId = uint32(ifc.Index)
+	}
+	return sa
 }
 
 // ---- TCP ----
