@@ -419,7 +419,7 @@ func (n *node) stepAccused() {
 		probing := n.probeOf(s.e)
 		switch {
 		case s.e.Status != StatusSuspect || s.e.Incarnation != s.inc:
-			n.dropSuspicion(s)
+			n.unaccuse(s.e)
 		case !s.probe && n.now-s.since >= suspectFor-probeFor:
 			s.probe = true
 			if probing != nil {
@@ -432,13 +432,13 @@ func (n *node) stepAccused() {
 		case !s.probe:
 			n.at(s.since + suspectFor - probeFor)
 		case probing == nil && n.now-s.since < suspectFor: // it answered
-			n.dropSuspicion(s)
+			n.unaccuse(s.e)
 		case probing == nil && n.t.alive() > 2 && n.now-n.heard > probeFor:
 			// I hear nobody at all: it may be me. Look again.
 			s.probe, s.since = false, n.now-(suspectFor-probeFor)
 			n.at(n.now + 100*ms)
 		case probing == nil:
-			n.dropSuspicion(s)
+			n.unaccuse(s.e)
 			n.failEntry(s.e)
 		}
 	}
@@ -446,10 +446,6 @@ func (n *node) stepAccused() {
 
 func (n *node) unaccuse(e *entry) {
 	n.accused = slices.DeleteFunc(n.accused, func(s *suspicion) bool { return s.e == e })
-}
-
-func (n *node) dropSuspicion(s *suspicion) {
-	n.accused = slices.DeleteFunc(n.accused, func(o *suspicion) bool { return o == s })
 }
 
 func (n *node) fail(p *probe) {

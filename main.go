@@ -839,24 +839,6 @@ func startFailure(what, option, addr string, err error) error {
 
 // ---- addresses ----
 
-// hostPort splits HOST, HOST:PORT, IP, [IPv6] or [IPv6]:PORT; port stands in
-// for a missing one.
-func hostPort(s, port string) (string, string, error) {
-	if _, err := netip.ParseAddr(s); err == nil {
-		return s, port, nil
-	}
-	h, p, err := net.SplitHostPort(s)
-	if err != nil {
-		h, p, err = net.SplitHostPort(s + ":" + port)
-	}
-	_, perr := strconv.ParseUint(p, 10, 16)
-	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
-	if err != nil || perr != nil || strings.HasPrefix(h, "-") || strings.ContainsFunc(h, odd) {
-		return "", "", fmt.Errorf("%q is not an address", s)
-	}
-	return h, p, nil
-}
-
 func checkAddrs(what string, addrs []string) error {
 	for _, s := range addrs {
 		if host, _, err := hostPort(s, defaultPort); err != nil || host == "" {
@@ -894,15 +876,10 @@ func (a *agentOptions) advertised() (addr netip.AddrPort, why string, err error)
 	case a.advertise != "" && a.iface != "":
 		return addr, "", misuse("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
 	case a.advertise != "":
-		host, port, err := hostPort(a.advertise, strconv.Itoa(int(bind.Port())))
-		if err != nil {
-			return addr, "", misuse(hint, "-advertise: %v", err)
-		}
-		found, err := resolveOne(context.Background(), host)
+		found, err := resolveOne(context.Background(), a.advertise, strconv.Itoa(int(bind.Port())))
 		for _, ap := range found {
 			if ip := ap.Addr(); !ip.IsUnspecified() && !ip.IsMulticast() && fits(ip, bind.Addr()) {
-				n, _ := strconv.Atoi(port)
-				return netip.AddrPortFrom(ip, uint16(n)), "set with -advertise", nil
+				return ap, "set with -advertise", nil
 			}
 		}
 		err = cmp.Or(err, fmt.Errorf("no address at which others could reach %s", bind))

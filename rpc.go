@@ -18,7 +18,7 @@ import (
 	"io"
 	"log"
 	"net"
-	"slices"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -60,40 +60,15 @@ type answer struct {
 	Members []Member
 }
 
-// packRequest encodes the value of r alone, without gob's definition of the
-// type: with a stranger's definitions, gob could be made to allocate.
-func packRequest(r request) []byte {
-	var buf bytes.Buffer
-	enc := gob.NewEncoder(&buf)
-	for range 2 { // the second time, the definition is not sent again
-		buf.Reset()
-		if err := enc.Encode(r); err != nil {
-			panic(err) // strings and bools always encode
-		}
-	}
-	_, n, _ := gobUint(buf.Bytes())     // length
-	_, k, _ := gobUint(buf.Bytes()[n:]) // type id
-	return buf.Bytes()[n+k:]
-}
+// packRequest encodes the value of r alone: gob does not allocate for what a
+// stranger's definition of the type would claim.
+func packRequest(r request) []byte { return newCodec().encode(nil, &r) }
 
-// unpackRequest gives gob this program's own definition, then value under its id.
-func unpackRequest(value []byte) (r request, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("undecodable request: %v", p)
-		}
-	}()
-	var buf bytes.Buffer
-	enc, dec := gob.NewEncoder(&buf), gob.NewDecoder(&buf)
-	if err := errors.Join(enc.Encode(r), dec.Decode(&r), enc.Encode(r)); err != nil {
-		return r, err
+func unpackRequest(b []byte) (r request, err error) {
+	rest, err := newCodec().decode(b, wireTypes.request, &r)
+	if err == nil && len(rest) > 0 {
+		err = errors.New("malformed request")
 	}
-	id := bytes.Clone(buf.Bytes()[1 : buf.Len()-1]) // between the length and the end of an empty struct
-	buf.Reset()
-	buf.WriteByte(0xfc) // an unsigned number of four bytes follows
-	buf.Write(binary.BigEndian.AppendUint32(nil, uint32(len(id)+len(value))))
-	buf.Write(append(id, value...))
-	err = dec.Decode(&r)
 	return r, err
 }
 
@@ -157,51 +132,33 @@ type rpcServer struct {
 	token   string
 	strange strangers
 
-	mu      sync.Mutex
-	conns   []*rpcConn // oldest first
+	guests  guests
 	running sync.WaitGroup
-}
-
-type rpcConn struct {
-	net.Conn
-	asked bool // its request has come; guarded by the server's mu
 }
 
 // serveRPC answers what comes in at ln.
 func serveRPC(ln net.Listener, c cluster, token string, logger *log.Logger) *rpcServer {
-	s := &rpcServer{ln: ln, cluster: c, token: token, strange: strangers{log: logger}}
+	s := &rpcServer{ln: ln, cluster: c, token: token, strange: strangers{log: logger}, guests: guests{limit: maxRPCConns}}
 	s.running.Go(s.accept)
 	return s
 }
 
-// accept takes connections until the listener is closed. Among too many, the
-// oldest that has not asked goes: whoever has something to ask does so at once.
+// accept takes connections until the listener is closed.
 func (s *rpcServer) accept() {
 	for {
 		c, err := s.ln.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil { // out of file descriptors, most likely
-			s.refuse(s.ln.Addr(), err)
-			time.Sleep(50 * time.Millisecond)
+		if err != nil {
+			s.strange.seen(netip.Addr{}, fmt.Errorf("cannot accept an RPC connection: %w", err))
+			time.Sleep(50 * time.Millisecond) // out of file descriptors: some will come back
 			continue
 		}
-		conn := &rpcConn{Conn: c}
-		s.mu.Lock()
-		if len(s.conns) >= maxRPCConns {
-			i := max(0, slices.IndexFunc(s.conns, func(c *rpcConn) bool { return !c.asked }))
-			s.conns[i].Close()
-			s.conns = slices.Delete(s.conns, i, i+1)
-		}
-		s.conns = append(s.conns, conn)
-		s.mu.Unlock()
+		g := s.guests.add(c)
 		s.running.Go(func() {
-			s.serve(conn)
-			conn.Close()
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			s.conns = slices.DeleteFunc(s.conns, func(c *rpcConn) bool { return c == conn })
+			s.serve(g)
+			s.guests.remove(g)
 		})
 	}
 }
@@ -217,7 +174,7 @@ func (s *rpcServer) Close() {
 	}
 }
 
-func (s *rpcServer) serve(conn *rpcConn) {
+func (s *rpcServer) serve(conn *guest) {
 	conn.SetDeadline(time.Now().Add(rpcTimeout))
 	req, token, err := readRequest(conn)
 	if errors.Is(err, errVersion) {
@@ -230,9 +187,7 @@ func (s *rpcServer) serve(conn *rpcConn) {
 		s.refuse(conn.RemoteAddr(), err)
 		return
 	}
-	s.mu.Lock()
-	conn.asked = true
-	s.mu.Unlock()
+	conn.proven.Store(true)
 	var ans answer
 	want := sha256.Sum256([]byte(s.token))
 	if s.token != "" && subtle.ConstantTimeCompare(token, want[:]) != 1 {

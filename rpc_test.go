@@ -275,9 +275,9 @@ func TestIdleConnectionsAreBounded(t *testing.T) {
 	if _, err := callRPC(addr, "", request{Op: "members"}, rpcTimeout); err != nil || time.Since(start) > time.Second {
 		t.Errorf("members among %d idle connections took %v: %v", len(idle), time.Since(start), err)
 	}
-	s.mu.Lock()
-	n := len(s.conns)
-	s.mu.Unlock()
+	s.guests.mu.Lock()
+	n := len(s.guests.here)
+	s.guests.mu.Unlock()
 	if n > maxRPCConns {
 		t.Errorf("%d connections are held", n)
 	}

@@ -26,11 +26,13 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 const (
@@ -55,13 +57,13 @@ type codec struct {
 	dec *gob.Decoder
 }
 
-// wireTypes pins the gob type ids of head and update, which depend on the order
-// in which the process touches types: whoever else uses gob comes later.
+// wireTypes pins the gob type ids of what travels, which depend on the order in
+// which the process touches types: whoever else uses gob comes later.
 var wireTypes = primeTypes()
 
 type primed struct {
-	definitions  []byte
-	head, update []byte // the type ids as they stand in a message
+	definitions           []byte
+	head, update, request []byte // the type ids as they stand in a message
 }
 
 func primeTypes() primed {
@@ -82,19 +84,19 @@ func primeTypes() primed {
 		defer buf.Reset()
 		return bytes.Clone(buf.Bytes()[n : n+k])
 	}
-	p.head, p.update = id(&head{}), id(&update{})
+	p.head, p.update, p.request = id(&head{}), id(&update{}), id(&request{})
 	return p
 }
 
 func newCodec() *codec {
 	c := &codec{}
 	c.enc = gob.NewEncoder(&c.buf)
-	c.enc.Encode(&head{})
-	c.enc.Encode(&update{})
 	c.in.Reset(wireTypes.definitions)
 	c.dec = gob.NewDecoder(&c.in)
-	c.dec.Decode(&head{})
-	c.dec.Decode(&update{})
+	for _, v := range []any{&head{}, &update{}, &request{}} {
+		c.enc.Encode(v)
+		c.dec.Decode(v)
+	}
 	return c
 }
 
@@ -377,7 +379,7 @@ type Gossip struct {
 	conns   map[connID]*conn // of the loop alone
 	joins   map[int]chan joined
 	tokens  int
-	inbound inbound
+	guests  guests
 	strange strangers
 }
 
@@ -410,7 +412,7 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 	g := &Gossip{cfg: cfg, seal: s, start: time.Now(), done: make(chan struct{}),
 		inbox: make(chan input, inboxSize), arrived: make(chan input, 64), cmds: make(chan func(*node)),
 		conns: make(map[connID]*conn), joins: make(map[int]chan joined)}
-	g.strange.log, g.inbound.limit = cfg.Log, inboundLimit()
+	g.strange.log, g.guests.limit = cfg.Log, inboundLimit()
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
@@ -555,8 +557,8 @@ func (g *Gossip) handle(in input) {
 		}
 		if err = g.node.frame(g.now(), in.id, in.data); err != nil {
 			g.endConn(in.id, err)
-		} else {
-			in.conn.frames.Add(1)
+		} else if in.conn.frames++; in.conn.frames == 2 && in.conn.guest != nil {
+			in.conn.guest.proven.Store(true)
 		}
 	case inClosed:
 		g.endConn(in.id, in.err)
@@ -717,7 +719,8 @@ type conn struct {
 	id     connID
 	from   netip.AddrPort
 	cancel context.CancelFunc // of a dial
-	frames atomic.Int32       // how many made sense; the second answers a challenge
+	guest  *guest             // of an accepted one
+	frames int                // how many made sense; the second answers a challenge
 
 	mu      sync.Mutex
 	c       net.Conn
@@ -744,43 +747,50 @@ func (g *Gossip) acceptTCP() {
 		}
 		ids--
 		from := c.RemoteAddr().(*net.TCPAddr).AddrPort()
-		in := &conn{g: g, id: ids, from: netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), c: c}
 		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
-		g.inbound.add(in)
+		in := &conn{g: g, id: ids, from: netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), c: c, guest: g.guests.add(c)}
 		g.wg.Go(func() {
 			if g.post(input{kind: inAccepted, id: in.id, conn: in}) {
 				in.read()
 			}
-			c.Close()
-			g.inbound.remove(in)
+			g.guests.remove(in.guest)
 		})
 	}
 }
 
-// inbound bounds the accepted streams. When there are too many, the oldest that
-// has proven nothing goes, so that strangers who hold connections open keep no
-// member out. Safe for concurrent use.
-type inbound struct {
+// guests bounds the accepted connections. When there are too many, the oldest
+// that has proven nothing goes, so that strangers who hold connections open keep
+// nobody out. Safe for concurrent use.
+type guests struct {
 	mu    sync.Mutex
 	limit int
-	conns []*conn
+	here  []*guest // oldest first
 }
 
-func (in *inbound) add(c *conn) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if len(in.conns) >= in.limit {
-		i := slices.IndexFunc(in.conns, func(o *conn) bool { return o.frames.Load() < 2 })
-		in.conns[max(i, 0)].c.Close()
-		in.conns = slices.Delete(in.conns, max(i, 0), max(i, 0)+1)
+type guest struct {
+	net.Conn
+	proven atomic.Bool // it has said something that makes sense
+}
+
+func (gs *guests) add(c net.Conn) *guest {
+	gs.mu.Lock()
+	defer gs.mu.Unlock()
+	if len(gs.here) >= gs.limit {
+		i := max(0, slices.IndexFunc(gs.here, func(o *guest) bool { return !o.proven.Load() }))
+		gs.here[i].Close()
+		gs.here = slices.Delete(gs.here, i, i+1)
 	}
-	in.conns = append(in.conns, c)
+	g := &guest{Conn: c}
+	gs.here = append(gs.here, g)
+	return g
 }
 
-func (in *inbound) remove(c *conn) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	in.conns = slices.DeleteFunc(in.conns, func(o *conn) bool { return o == c })
+// remove closes g and forgets it.
+func (gs *guests) remove(g *guest) {
+	g.Close()
+	gs.mu.Lock()
+	defer gs.mu.Unlock()
+	gs.here = slices.DeleteFunc(gs.here, func(o *guest) bool { return o == g })
 }
 
 // isMine reports whether others can reach this machine at ip, as far as it knows.
@@ -1022,7 +1032,7 @@ func (g *Gossip) Done() <-chan struct{} { return g.done }
 // Err says, after Done, why the loop ended by itself; nil if it was told to.
 func (g *Gossip) Err() error { return g.err }
 
-// ---- names of seeds ----
+// ---- addresses and names ----
 
 func (g *Gossip) resolveSeeds() {
 	addrs, errs := resolve(g.ctx, g.cfg.Seeds)
@@ -1041,7 +1051,7 @@ func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs 
 	results := make([]result, len(hosts))
 	var wg sync.WaitGroup
 	for i, h := range hosts {
-		wg.Go(func() { results[i].addrs, results[i].err = resolveOne(ctx, h) })
+		wg.Go(func() { results[i].addrs, results[i].err = resolveOne(ctx, h, defaultPort) })
 	}
 	wg.Wait()
 	for i, r := range results {
@@ -1057,16 +1067,17 @@ func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs 
 	return addrs, errs
 }
 
-func resolveOne(ctx context.Context, s string) ([]netip.AddrPort, error) {
-	host, port := splitPort(s)
-	p, err := net.DefaultResolver.LookupPort(ctx, "tcp", port)
-	if err != nil || p == 0 {
-		return nil, fmt.Errorf("bad port %q", port)
+// resolveOne looks up all addresses of one host; port stands in for a missing one.
+func resolveOne(ctx context.Context, s, port string) ([]netip.AddrPort, error) {
+	host, port, err := hostPort(s, port)
+	if err != nil {
+		return nil, err
 	}
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil {
 		return nil, err
 	}
+	p, _ := strconv.ParseUint(port, 10, 16)
 	var addrs []netip.AddrPort
 	for _, ip := range ips {
 		addrs = append(addrs, netip.AddrPortFrom(ip.Unmap(), uint16(p)))
@@ -1074,12 +1085,22 @@ func resolveOne(ctx context.Context, s string) ([]netip.AddrPort, error) {
 	return addrs, nil
 }
 
-// splitPort splits HOST, HOST:PORT, [IP6]:PORT or a bare IPv6 address.
-func splitPort(s string) (host, port string) {
-	if h, p, err := net.SplitHostPort(s); err == nil {
-		return h, p
+// hostPort splits HOST, HOST:PORT, IP, [IPv6] or [IPv6]:PORT; port stands in
+// for a missing one.
+func hostPort(s, port string) (string, string, error) {
+	if _, err := netip.ParseAddr(s); err == nil {
+		return s, port, nil
 	}
-	return strings.Trim(s, "[]"), defaultPort
+	h, p, err := net.SplitHostPort(s)
+	if err != nil {
+		h, p, err = net.SplitHostPort(s + ":" + port)
+	}
+	_, perr := strconv.ParseUint(p, 10, 16)
+	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
+	if err != nil || perr != nil || strings.HasPrefix(h, "-") || strings.ContainsFunc(h, odd) {
+		return "", "", fmt.Errorf("%q is not an address", s)
+	}
+	return h, p, nil
 }
 
 // ---- strangers ----
