@@ -421,7 +421,7 @@ func (n *node) sendTable(s *stream) {
 func (n *node) welcomedExchange(s *stream, h head) error {
 	s.name = h.From
 	if h.From == n.self.Name && h.born() == n.self.Born {
-		n.lostStream(s, errors.New("that is this node itself"))
+		n.lostStream(s, errMyself)
 		return nil
 	}
 	if e := n.t.get(h.From); e != nil && e.Born == h.born() {
@@ -540,6 +540,8 @@ func (n *node) doubt(e *entry, m Member, by string) {
 	}
 }
 
+var errMyself = errors.New("that is this node itself")
+
 // attempt is one try to join, at several addresses at the same time.
 type attempt struct {
 	joined
@@ -642,9 +644,14 @@ func (n *node) seedsTried(a *attempt) {
 	}
 	wait := min(250*ms<<min(s.rounds-1, 10), seedsMax)
 	s.at = n.now + wait - n.jitter(wait/4)
-	if s.warned == 0 || n.now-s.warned >= 10*time.Minute {
+	// One list of seeds for all is usual, and somebody is the first on it.
+	level, again := "WARN", n.now-s.warned >= 10*time.Minute
+	if !slices.ContainsFunc(a.errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) }) {
+		level, again = "INFO", false
+	}
+	if s.warned == 0 || again {
 		s.warned = n.now
-		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", strings.Join(a.errs[:min(len(a.errs), 5)], "; "), seedsMax)
+		n.logf("[%s] no seed answers (%s): trying on, at most every %v", level, strings.Join(a.errs[:min(len(a.errs), 5)], "; "), seedsMax)
 	}
 }
 

@@ -841,7 +841,7 @@ func startFailure(what, option, addr string, err error) error {
 
 func checkAddrs(what string, addrs []string) error {
 	for _, s := range addrs {
-		if host, _, err := hostPort(s, defaultPort); err != nil || host == "" {
+		if host, port, err := hostPort(s, defaultPort); err != nil || host == "" || port == "0" {
 			return misuse("an address is HOST or HOST:PORT, such as 10.0.2.15:7946 or [2001:db8::7]:7946", "%s: %q is not an address", what, s)
 		}
 	}

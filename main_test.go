@@ -418,6 +418,7 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{agent("-iface", "lo", "-advertise", "10.0.0.1"), 2, []string{"lo", "10.0.0.1", "one of them"}},
 		{agent("-join", "a b"), 2, []string{`-join: "a b"`, "hint:"}},
 		{agent("-join", "host:port"), 2, []string{`"host:port"`, "hint:"}},
+		{agent("-join", "10.0.0.1:0"), 2, []string{`"10.0.0.1:0"`, "hint:"}},
 		{agent("-join", ""), 2, []string{`""`, "hint:"}},
 		{agent("-node", "two words"), 2, []string{`"two words"`, "hint:", "-node"}},
 		{agent("-node", strings.Repeat("n", 129)), 2, []string{"129 bytes", "128"}},

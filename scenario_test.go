@@ -485,6 +485,16 @@ func TestStartOrderDoesNotMatter(t *testing.T) {
 	}
 }
 
+func TestASeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	h := s.host()
+	p := s.start(h, "seed0", h)
+	s.run(time.Hour)
+	if len(p.logs) != 1 || !strings.Contains(p.logs[0], "[INFO] no seed answers") {
+		t.Errorf("it logs %q", p.logs)
+	}
+}
+
 func TestUserEventsArriveOnceDespiteLoss(t *testing.T) {
 	cases(t, []int{2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		var spread []time.Duration

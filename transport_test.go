@@ -153,7 +153,7 @@ func TestSeedsMayHaveNoPort(t *testing.T) {
 			t.Errorf("%s: %v %v", in, addrs, errs)
 		}
 	}
-	if _, errs := resolve(t.Context(), []string{"127.0.0.1:x", "127.0.0.1:0"}); len(errs) != 2 {
+	if _, errs := resolve(t.Context(), []string{"127.0.0.1:x", "127.0.0.1:65536"}); len(errs) != 2 {
 		t.Errorf("bad ports: %v", errs)
 	}
 }
