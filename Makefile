@@ -8,7 +8,7 @@ PLATFORMS   := linux/amd64 linux/arm64 linux/arm darwin/arm64
 FUZZTIME    ?= 1m
 SEED        ?= 1
 
-.PHONY: build demo test race check fuzz sim bench docker-test haproxy-test release clean
+.PHONY: build demo test race check fuzz sim bench docker-test haproxy-test man release clean
 
 build:
 	$(GOBUILD) -o hamlet .
@@ -54,13 +54,20 @@ docker-test:
 haproxy-test:
 	@sh examples/haproxy/test.sh
 
+# A page for man(1), from the text that help shows.
+man: build
+	@{ echo '.TH HAMLET 1'; echo '.SH NAME'; echo 'hamlet \- makes machines a cluster'; \
+	for c in "" agent members join leave force-leave event keygen version; do \
+		echo ".SH $${c:+hamlet }$${c:-synopsis}" | tr a-z A-Z; echo .nf; ./hamlet help $$c | sed 's/\\/\\e/g; s/-/\\-/g; s/^\([.'"'"']\)/\\\&\1/'; echo .fi; \
+	done; } > hamlet.1
+
 # Binaries for all platforms, with checksums, in dist/.
-release:
-	@rm -rf dist && mkdir dist
+release: man
+	@rm -rf dist && mkdir dist && cp hamlet.1 dist/
 	@for p in $(PLATFORMS); do \
 		GOOS=$${p%/*} GOARCH=$${p#*/} GOARM=6 $(GOBUILD) -o dist/hamlet-$${p%/*}-$${p#*/} . || exit 1; \
 	done
 	@cd dist && { sha256sum hamlet-* 2>/dev/null || shasum -a 256 hamlet-*; } > SHA256SUMS && cat SHA256SUMS
 
 clean:
-	rm -rf hamlet dist
+	rm -rf hamlet hamlet.1 dist
