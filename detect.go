@@ -273,7 +273,15 @@ func (n *node) acked(h head) {
 		return
 	}
 	e := n.t.get(h.From)
-	if e == nil || h.born() != e.Born {
+	if e == nil {
+		return
+	}
+	if h.born() != e.Born {
+		// Who failed has restarted, and may know nobody to join.
+		if p := n.peer(e); e.Status == StatusFailed && p.pinged != 0 && p.pinged == h.Seq {
+			p.pinged = 0
+			n.exchange(e)
+		}
 		return
 	}
 	p := n.probeOf(e)

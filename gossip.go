@@ -253,6 +253,8 @@ type peer struct {
 	stalled time.Duration // since when it accepts without answering; 0: it does not
 	tcpOnly int           // looks in a row that only TCP answered
 	pinged  uint32        // Seq of my last ping outside of a probe; 0: answered
+	noLink  int           // watch links in a row that could not be had
+	linkAt  time.Duration // when to try the next
 }
 
 // target is one of my watchers and by when it expects my next heartbeat.
@@ -419,7 +421,7 @@ func (u *update) member() (Member, error) {
 		return m, err
 	}
 	if err := m.Addr.UnmarshalBinary([]byte(u.Addr)); err != nil || !m.Addr.IsValid() || m.Addr.Port() == 0 ||
-		m.Addr.Addr().IsUnspecified() || m.Addr.Addr().IsMulticast() {
+		m.Addr.Addr().IsUnspecified() || m.Addr.Addr().IsMulticast() || validName("%"+m.Addr.Addr().Zone()) != nil {
 		return m, fmt.Errorf("bad address of %s", u.Name)
 	}
 	if u.Raised > u.Incarnation || u.Incarnation > 1<<62 || len(u.Tags) > maxTags || len(u.By) > maxName {
@@ -724,7 +726,7 @@ func (n *node) adopt(m Member, u *update) {
 	}
 	e := n.t.get(m.Name)
 	if p := n.peers[m.Name]; p != nil && p.beatOf != e.Born {
-		p.stalled, p.beat, p.tcpOnly = 0, 0, 0
+		p.stalled, p.beat, p.tcpOnly, p.noLink, p.linkAt = 0, 0, 0, 0, 0
 		if p.due != 0 {
 			p.due = n.now + newGrace
 		}
@@ -760,6 +762,9 @@ func (n *node) learnEvent(u *update, deliver bool) error {
 	at, known := slices.BinarySearchFunc(n.recent, ev, func(a, b userEvent) int {
 		return cmp.Or(cmp.Compare(a.ltime, b.ltime), cmp.Compare(a.key, b.key))
 	})
+	if !known && at == 0 && len(n.recent) == maxEvents {
+		n.logf("[WARN] user event '%s' of %s comes too late to be told from one that ran: dropped", oneLine(u.Event), u.Name)
+	}
 	if known || at == 0 && len(n.recent) == maxEvents {
 		return nil
 	}

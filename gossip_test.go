@@ -295,6 +295,56 @@ func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
 	}
 }
 
+// An IPv6 zone is text of any kind and length, and goes where addresses go: to
+// handlers, to the terminal, into datagrams.
+func TestAnAddressBringsNoTextAlong(t *testing.T) {
+	for zone, ok := range map[string]bool{
+		"": true, "eth0": true, "a\tb": false, "a\nevil\t6.6.6.6": false, "\x1b]0;pwn\a": false, strings.Repeat("z", 200): false,
+	} {
+		m := labMember(1)
+		m.Addr = netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(zone), 7946)
+		u := memberUpdate(m)
+		if _, err := u.member(); (err == nil) != ok {
+			t.Errorf("zone %.20q: %v", zone, err)
+		}
+	}
+}
+
+// Whoever opens many streams and tells of members that nobody has must not fill
+// the memory: what a stream has told is remembered while it is open.
+func TestTablesOfManyStreamsAreBoundedTogether(t *testing.T) {
+	l := newLab(t, 2)
+	told := 0
+	for id := connID(-1); id > -100; id-- {
+		frame := func(h head, us ...update) error {
+			b := l.c.head(nil, &h)
+			for _, u := range us {
+				b = l.c.update(b, &u)
+			}
+			return l.n.frame(l.now, id, b)
+		}
+		if err := frame(head{Kind: kExchange, From: "q", Incarnation: 10, Nonce: 1, Digest: l.n.digest()}); err != nil {
+			t.Fatal(err)
+		}
+		for k := range maxMembers / 64 {
+			var us []update
+			for i := range 64 {
+				m := labMember(1)
+				m.Name, m.Status = fmt.Sprintf("%d-%d", id, 64*k+i), StatusLeft
+				us = append(us, memberUpdate(m))
+			}
+			if err := frame(head{Kind: kTable, From: "q", Incarnation: 10, Echo: l.n.stream(id).nonce, More: true}, us...); err != nil {
+				break
+			}
+			told += len(us)
+			l.n.take()
+		}
+	}
+	if told > 3*maxMembers {
+		t.Errorf("streams brought %d updates", told)
+	}
+}
+
 func TestForceLeaveIsRefusedForTheLivingAndTheUnknown(t *testing.T) {
 	l := newLab(t, 2)
 	for name, want := range map[string]string{"a": "alive", "b": "alive", "x": "no member"} {

@@ -457,7 +457,7 @@ func handlerEnv(self Member, rpcAddr, rpcAuth string) []string {
 // nothing else, because wait4(-1) would take os/exec's children away from it.
 func runAsInit() (exit int) {
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
 	exe, _ := os.Executable()
 	exe = cmp.Or(exe, os.Args[0])
 	// In a group of its own, so that ^C at a terminal arrives once: from here.

@@ -45,7 +45,7 @@ func init() {
 // hundred times, says how many zombies remain, and obeys signals.
 func containerAgent() int {
 	signals := make(chan os.Signal, 10)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
 	logged := &handlerLog{}
 	hs, err := NewHandlers(HandlerConfig{
 		Specs: []string{`*=i=0; while [ $i -lt 100 ]; do (sleep 0 &); i=$((i+1)); done; echo forked`},
@@ -960,7 +960,7 @@ func TestInitReapsForwardsAndReturnsTheStatus(t *testing.T) {
 	if got := lines.Text(); got != "pid1=false remain=0 ready" {
 		t.Errorf("%q: zombies of a handler that double-forks 100 times", got)
 	}
-	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT} {
+	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGINT} {
 		if err := syscall.Kill(pid, sig); err != nil {
 			t.Fatal(err)
 		}

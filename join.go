@@ -159,7 +159,7 @@ func (n *node) lostStream(s *stream, err error) {
 			}
 		}
 		if s.out {
-			n.linkAt = n.now + time.Second
+			n.noLink(s.e)
 		}
 	case s.attempt != nil:
 		n.attempted(s.attempt, s.addr, err)
@@ -188,7 +188,7 @@ func (n *node) frame(now time.Duration, id connID, b []byte) error {
 	case h.Kind == kBye && s.want == kWatch:
 		n.drop(s)
 		return nil
-	case h.Kind == kWelcome && s.out && !s.open:
+	case h.Kind == kWelcome && s.out && !s.open && validName(h.From) == nil:
 		n.heard = n.now
 		s.open, s.echo = true, h.Nonce
 		return n.welcomed(s, h)
@@ -210,9 +210,6 @@ func (n *node) accept(id connID, h head) error {
 	if err := validName(h.From); err != nil {
 		return err
 	}
-	if h.Kind == kExchange && n.owed() > maxOwed {
-		return errors.New("wants the table while too many others do")
-	}
 	s := &stream{id: id, want: h.Kind, name: h.From, born: h.born(), nonce: n.rng.Uint64() | 1, echo: h.Nonce, by: n.now + streamFor, theirs: make(map[string]Member), events: make(map[uint64]bool)}
 	s.e = n.t.get(h.From)
 	n.streams = append(n.streams, s)
@@ -220,18 +217,22 @@ func (n *node) accept(id connID, h head) error {
 	w.Nonce = s.nonce
 	n.sendFrame(s, w, nil)
 	if h.Kind == kExchange && h.Digest != w.Digest {
-		n.sendTable(s)
+		return n.sendTable(s)
 	}
 	return nil
 }
 
-// owed is how many bytes of tables are on their way. A stranger may ask often
-// and read nothing.
-func (n *node) owed() (bytes int) {
+// burden is what open streams cost: bytes of my table on their way, and updates
+// that accepted ones have brought. A stranger may ask often and read nothing, or
+// open many and never end.
+func (n *node) burden() (owed, told int) {
 	for _, s := range n.streams {
-		bytes += s.owed
+		owed += s.owed
+		if !s.out {
+			told += s.told
+		}
 	}
-	return bytes
+	return owed, told
 }
 
 // welcomed handles the answer to my first frame: now I know who is there.
@@ -254,7 +255,7 @@ func (n *node) welcomed(s *stream, h head) error {
 	}
 	switch {
 	case s.want == kWatch && same:
-		s.by = 0
+		s.by, n.peer(s.e).noLink = 0, 0
 		n.sendFrame(s, n.head(kConfirm), nil)
 		return nil
 	case s.probe != nil && same:
@@ -272,7 +273,7 @@ func (n *node) welcomed(s *stream, h head) error {
 		n.observed(s.probe, vRefused)
 	case s.want == kWatch && s.e != nil && s.e.Born == s.born && !s.e.Status.dead():
 		n.startProbe(s.e)
-		n.linkAt = n.now + time.Second
+		n.noLink(s.e)
 	}
 	return nil
 }
@@ -344,7 +345,24 @@ func (n *node) stepLinks() {
 		}
 	}
 	for _, e := range want {
-		n.dial(e.Addr, kWatch, e.Name)
+		if p := n.peer(e); n.now >= p.linkAt {
+			n.dial(e.Addr, kWatch, e.Name)
+		} else if n.linkAt == 0 || p.linkAt < n.linkAt {
+			n.linkAt = p.linkAt
+		}
+	}
+	n.at(n.linkAt)
+}
+
+// noLink notes that no watch link to e could be had. It is tried more and more
+// rarely: each failure starts a probe, and a firewall stays.
+func (n *node) noLink(e *entry) {
+	p := n.peer(e)
+	p.noLink++
+	p.linkAt = n.now + min(time.Second<<min(p.noLink-1, 10), seedsMax)
+	n.linkAt = n.now + time.Second
+	if p.noLink == 4 {
+		n.logf("[WARN] %s at %s takes no TCP connection: is TCP blocked between it and %s?", e.Name, e.Addr, n.self.Addr)
 	}
 }
 
@@ -383,7 +401,10 @@ func (n *node) stepRepair() {
 // sendTable sends what the other side is not known to have, of the table and of
 // the remembered events. The claim about the receiver comes first: a newcomer
 // whose name is taken must learn it before it believes the rest.
-func (n *node) sendTable(s *stream) {
+func (n *node) sendTable(s *stream) error {
+	if owed, _ := n.burden(); owed > maxOwed && !s.out {
+		return errors.New("wants the table while too many others do")
+	}
 	var body []byte
 	piece := func(more bool, u []byte) {
 		if !more || len(body)+len(u) > maxFrame-512 {
@@ -416,6 +437,7 @@ func (n *node) sendTable(s *stream) {
 		}
 	}
 	piece(false, nil)
+	return nil
 }
 
 func (n *node) welcomedExchange(s *stream, h head) error {
@@ -442,6 +464,9 @@ func (n *node) welcomedExchange(s *stream, h head) error {
 // somebody unknown. Then both have the same.
 func (n *node) table(s *stream, h head, rest []byte) error {
 	s.by = n.now + streamFor
+	if _, told := n.burden(); told > 2*maxMembers && !s.out {
+		return errors.New("brings its table while too many others do")
+	}
 	for len(rest) > 0 {
 		var u update
 		var err error
@@ -467,12 +492,12 @@ func (n *node) table(s *stream, h head, rest []byte) error {
 	switch {
 	case !s.out:
 		n.joinedNow()
-		n.sendTable(s)
+		return n.sendTable(s)
 	case s.whole:
 		n.exchanged(s)
 	default:
 		s.whole = true
-		n.sendTable(s)
+		return n.sendTable(s)
 	}
 	return nil
 }
@@ -638,7 +663,7 @@ func (n *node) seedsTried(a *attempt) {
 		return
 	}
 	s.rounds++
-	if n.RetryMax > 0 && s.rounds >= n.RetryMax {
+	if n.RetryMax > 0 && s.rounds >= n.RetryMax && !n.everJoined {
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", s.rounds, strings.Join(a.errs, "; "))
 		return
 	}
@@ -885,7 +910,8 @@ func (n *node) members() []Member {
 	return ms
 }
 
-func (n *node) reapEvery() time.Duration { return min(max(n.ReapAfter/10, 100*ms), time.Minute) }
+// reapEvery is short: until everybody has forgotten a member, digests differ.
+func (n *node) reapEvery() time.Duration { return min(max(n.ReapAfter/10, 100*ms), time.Second) }
 
 // stepReap forgets the long dead, and the protocol's state about them.
 func (n *node) stepReap() {
@@ -898,5 +924,7 @@ func (n *node) stepReap() {
 			}
 		}
 	}
-	n.at(n.reapAt)
+	if n.t.alive() == 1 { // else heartbeats wake often enough
+		n.at(n.reapAt)
+	}
 }

@@ -101,6 +101,11 @@ func run(name string, args []string) error {
 	} else if err != nil {
 		return err
 	}
+	if name != "agent" { // which has its own way with signals
+		quit := make(chan os.Signal, 1)
+		signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
+		go func() { <-quit; os.Exit(128 + int(syscall.SIGQUIT)) }()
+	}
 	return c.run(args)
 }
 
@@ -931,14 +936,6 @@ func chooseAdvertise(bind netip.AddrPort, seeds []string) (netip.AddrPort, strin
 	}
 	return at(netip.IPv6Loopback()), noAddress
 }
-
-// usable reports whether other machines may reach ip at a socket bound to bind.
-func usable(ip, bind netip.Addr) bool {
-	return ip.IsGlobalUnicast() && ip.Zone() == "" && fits(ip, bind)
-}
-
-// fits reports whether a socket bound to bind takes packets of ip's family.
-func fits(ip, bind netip.Addr) bool { return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified() }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
 func sourceTo(ip netip.Addr) netip.Addr {

@@ -23,7 +23,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -495,6 +497,66 @@ func TestASeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
 	}
 }
 
+func TestRetryMaxEndsOnlyWhoHasNeverJoined(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	seed := s.start(s.host(), "seed")
+	nowhere := s.host()
+	lonely := s.start(s.host(), "lonely", nowhere)
+	lonely.n.RetryMax = 5
+	var ps []*proc
+	for i := range 5 {
+		ps = append(ps, s.start(s.host(), fmt.Sprint("m", i), seed.host))
+		ps[i].n.RetryMax = 5
+	}
+	s.run(20 * time.Second)
+	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
+		t.Errorf("who has joined nobody in 5 rounds ends with %v", lonely.fatal)
+	}
+	s.crash(seed)
+	s.run(5 * time.Minute)
+	for _, p := range ps {
+		if p.fatal != nil {
+			t.Errorf("%s ends since its seed has died: %v", p.name, p.fatal)
+		}
+	}
+}
+
+func TestAMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
+	cases(t, []int{3, 5, 20}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
+		s.run(time.Minute)
+		idle := s.packets
+		odd := ps[len(ps)/2]
+		odd.host.noTCP = true
+		for _, p := range ps {
+			for _, c := range slices.Clone(p.conns) {
+				if c.end[0] == p && c.end[1] == odd {
+					c.reset(0, errors.New("connection reset"))
+				}
+			}
+		}
+		s.run(time.Minute)
+		s.packets = 0
+		s.run(time.Minute)
+		if s.packets > 2*idle {
+			t.Errorf("%d packets a minute, %d before", s.packets, idle)
+		}
+		warned := 0
+		for _, p := range ps {
+			for _, l := range p.logs {
+				if strings.Contains(l, odd.name+" at "+odd.host.addr.String()+" takes no TCP") {
+					warned++
+				}
+			}
+		}
+		if warned == 0 || warned > len(ps) {
+			t.Errorf("%d warnings", warned)
+		}
+		if !s.agree() {
+			t.Error("it is not alive for all")
+		}
+	})
+}
+
 func TestUserEventsArriveOnceDespiteLoss(t *testing.T) {
 	cases(t, []int{2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		var spread []time.Duration
@@ -614,6 +676,19 @@ func TestARestartIsFailedThenJoin(t *testing.T) {
 					t.Error(w.fatal)
 				}
 			})
+		})
+	}
+}
+
+// It knows nobody, but those who knew it go on asking for it.
+func TestARestartedAgentThatJoinsNobodyIsTakenBack(t *testing.T) {
+	for _, down := range []time.Duration{100 * ms, 10 * time.Second, 10 * time.Minute} {
+		cases(t, []int{2, 6, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+			v := ps[len(ps)/2]
+			s.crash(v)
+			s.run(down)
+			s.start(v.host, v.name)
+			s.within(2*time.Minute, "taken back", s.agree)
 		})
 	}
 }
@@ -790,6 +865,30 @@ func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Until all have forgotten a member their digests differ, and every heartbeat
+// would ask for an exchange of tables that can change nothing.
+func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
+	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
+		for _, p := range ps {
+			p.n.ReapAfter = 10 * time.Minute
+			p.n.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(p.n.reapEvery())))
+		}
+		s.crash(ps[len(ps)/2])
+		s.run(9 * time.Minute)
+		s.frames = 0
+		s.run(2 * time.Minute)
+		t.Logf("%d frames", s.frames)
+		if s.frames > 4*len(ps) {
+			t.Errorf("%d frames", s.frames)
+		}
+		for _, p := range s.running() {
+			if len(p.n.members()) != len(ps)-1 {
+				t.Errorf("%s shows %d members", p.name, len(p.n.members()))
+			}
+		}
+	})
 }
 
 func TestAFailedMemberIsForgottenOnce(t *testing.T) {

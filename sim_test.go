@@ -84,6 +84,7 @@ type simHost struct {
 	i     int
 	addr  netip.AddrPort
 	up    bool // its link
+	noTCP bool // a firewall refuses all connections to it
 	group int  // hosts of different groups cannot talk
 	p     *proc
 }
@@ -701,7 +702,7 @@ func (s *sim) syn(c *simConn) {
 	}
 	c.tries[0] = 0
 	back := s.latency()
-	if h.p == nil || h.p.state == procDead {
+	if h.p == nil || h.p.state == procDead || h.noTCP {
 		c.forget(0)
 		s.after(back, func() { p.put(simArrival{kind: gotDialed, id: c.id[0], err: fmt.Errorf("dial: %w", errRefused)}) })
 		return

@@ -547,7 +547,7 @@ func (g *Gossip) handle(in input) {
 		if in.err != nil {
 			delete(g.conns, in.id)
 		}
-		if in.from.IsValid() {
+		if in.from.IsValid() && in.from.Addr() != g.node.self.Addr.Addr() {
 			g.node.moved(g.now(), in.from.Addr(), !isMine(g.node.self.Addr.Addr()), uint64(time.Now().UnixMilli()))
 		}
 		g.node.dialed(g.now(), in.id, in.err)
@@ -584,7 +584,7 @@ func (g *Gossip) carryOut(out outputs) {
 	}
 	for _, ev := range out.events {
 		if ev.Kind == EventUser {
-			g.cfg.Log.Printf("[INFO] user-event: %s", ev.Name)
+			g.cfg.Log.Printf("[INFO] user-event: %s", oneLine(ev.Name))
 		} else {
 			g.cfg.Log.Printf("[INFO] %s: %s %s", ev.Kind, ev.Member.Name, ev.Member.Addr.Addr())
 		}
@@ -793,6 +793,14 @@ func (gs *guests) remove(g *guest) {
 	gs.here = slices.DeleteFunc(gs.here, func(o *guest) bool { return o == g })
 }
 
+// usable reports whether other machines may reach ip at a socket bound to bind.
+func usable(ip, bind netip.Addr) bool {
+	return ip.IsGlobalUnicast() && ip.Zone() == "" && fits(ip, bind)
+}
+
+// fits reports whether a socket bound to bind takes packets of ip's family.
+func fits(ip, bind netip.Addr) bool { return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified() }
+
 // isMine reports whether others can reach this machine at ip, as far as it knows.
 func isMine(ip netip.Addr) bool {
 	addrs, err := net.InterfaceAddrs()
@@ -826,7 +834,7 @@ func (c *conn) dial(ctx context.Context) {
 	}
 	c.send([]byte(preamble))
 	in := input{kind: inDialed, id: c.id}
-	if from := nc.LocalAddr().(*net.TCPAddr).AddrPort(); c.g.cfg.Moves && !from.Addr().IsLoopback() {
+	if from := nc.LocalAddr().(*net.TCPAddr).AddrPort(); c.g.cfg.Moves && usable(from.Addr().Unmap(), c.g.cfg.Bind.Addr()) {
 		in.from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 	}
 	if c.g.post(in) {
@@ -961,15 +969,23 @@ func (g *Gossip) do(f func(*node)) error {
 	}
 }
 
+// view runs f, which only reads, in the loop, or on what the loop has left.
+func (g *Gossip) view(f func(*node)) {
+	if g.do(f) != nil {
+		<-g.done
+		f(g.node)
+	}
+}
+
 // Members returns what is believed of all members, sorted by name.
 func (g *Gossip) Members() (ms []Member) {
-	g.do(func(n *node) { ms = n.members() })
+	g.view(func(n *node) { ms = n.members() })
 	return ms
 }
 
 // Self returns this node's own record; its Addr is the advertised one.
 func (g *Gossip) Self() (m Member) {
-	g.do(func(n *node) { m = n.self.Member })
+	g.view(func(n *node) { m = n.self.Member })
 	return m
 }
 
