@@ -389,16 +389,10 @@ func (n *node) stalledRound(p *probe, pe *peer) {
 		n.fail(p)
 		return
 	}
-	p.votes = nil
-	p.start, p.pings, p.dials, p.checks, p.asked = min(n.now+stallRound-probeFor, pe.stalled+stallFor-probeFor), 0, 0, 0, nil
-	if p.start < n.now {
-		p.start = n.now
-	}
 	// Each round dials anew: a host that vanishes right after it accepted would
 	// else count as stalled.
-	n.dropLooks(p)
-	p.mine = vNone
-	n.at(p.start)
+	p.votes = nil
+	n.nextRound(p, max(n.now, min(n.now+stallRound-probeFor, pe.stalled+stallFor-probeFor)))
 }
 
 func (n *node) endProbe(p *probe) {

@@ -8,10 +8,11 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
-	"io"
 	"log"
 	"os"
 	"os/exec"
@@ -30,6 +31,9 @@ const (
 	killAfter  = 5 * time.Second
 	// closeKillAfter is killAfter once the agent stops: somebody waits for it.
 	closeKillAfter = time.Second
+	// pipesFor bounds the wait for the output of a script that has ended: a child
+	// in the background may hold the pipe open, and even go on printing.
+	pipesFor = 50 * time.Millisecond
 )
 
 // HandlerConfig says what runs when, and how.
@@ -235,7 +239,7 @@ func (hs *Handlers) run(h *handler, batch []Event) {
 		status, output = "cannot start", err.Error()
 	} else {
 		status = hs.await(r)
-		output = r.finish()
+		output = string(r.output)
 		hs.cfg.Log.Printf("[DEBUG] Event '%s' script output: %s", event.Kind, output)
 	}
 	if status == "" {
@@ -321,60 +325,26 @@ func (hs *Handlers) Close() {
 type scriptRun struct {
 	cmd    *exec.Cmd
 	exited chan error
-	output *os.File
-	read   chan error // how reading output ended; nil: nobody holds the other end
-	tail   outputTail
+	output outputTail // whole when exited is told
 }
 
-// startRun starts argv in a process group of its own. The output pipe is ours
-// and not os/exec's, whose Wait would also wait for whoever inherited it.
+// startRun starts argv in a process group of its own.
 func startRun(argv, env []string, stdin []byte) (*scriptRun, error) {
-	output, theirs, err := os.Pipe()
-	if err != nil {
+	r := &scriptRun{cmd: exec.Command(argv[0], argv[1:]...), exited: make(chan error, 1)}
+	r.cmd.Env, r.cmd.Stdin, r.cmd.Stdout, r.cmd.Stderr = env, bytes.NewReader(stdin), &r.output, &r.output
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	r.cmd.WaitDelay = pipesFor
+	if err := r.cmd.Start(); err != nil {
 		return nil, err
 	}
-	defer theirs.Close()
-	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Env, cmd.Stdout, cmd.Stderr = env, theirs, theirs
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	in, err := cmd.StdinPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		output.Close()
-		return nil, err
-	}
-	r := &scriptRun{cmd: cmd, exited: make(chan error, 1), output: output, read: make(chan error, 1)}
-	go func() { r.exited <- cmd.Wait() }()
 	go func() {
-		in.Write(stdin) // until it is read, or the script ends and Wait closes it
-		in.Close()
-	}()
-	go func() {
-		_, err := io.Copy(&r.tail, output)
-		r.read <- err
+		err := r.cmd.Wait()
+		if errors.Is(err, exec.ErrWaitDelay) {
+			err = nil
+		}
+		r.exited <- err
 	}()
 	return r, nil
-}
-
-// finish lets go of the output and returns its end. A child in the background
-// may hold the pipe open and even go on printing: what is in the pipe now is
-// the output, and nobody waits for more.
-func (r *scriptRun) finish() string {
-	defer r.output.Close()
-	r.output.SetReadDeadline(time.Unix(1, 0))
-	if err := <-r.read; err == nil {
-		return string(r.tail)
-	}
-	if raw, err := r.output.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) {
-			buf := make([]byte, 64<<10)        // what a pipe holds
-			n, _ := syscall.Read(int(fd), buf) // a descriptor of the poller does not block
-			r.tail.Write(buf[:max(n, 0)])
-		})
-	}
-	return string(r.tail)
 }
 
 // outputTail keeps the last bytes written to it.

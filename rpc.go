@@ -18,9 +18,7 @@ import (
 	"io"
 	"log"
 	"net"
-	"net/netip"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -132,42 +130,21 @@ type rpcServer struct {
 	token   string
 	strange strangers
 
-	guests  guests
-	running sync.WaitGroup
+	guests guests
 }
 
 // serveRPC answers what comes in at ln.
 func serveRPC(ln net.Listener, c cluster, token string, logger *log.Logger) *rpcServer {
 	s := &rpcServer{ln: ln, cluster: c, token: token, strange: strangers{log: logger}, guests: guests{limit: maxRPCConns}}
-	s.running.Go(s.accept)
+	s.guests.served.Go(func() { s.guests.accept(ln, &s.strange, s.serve) })
 	return s
-}
-
-// accept takes connections until the listener is closed.
-func (s *rpcServer) accept() {
-	for {
-		c, err := s.ln.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil {
-			s.strange.seen(netip.Addr{}, fmt.Errorf("cannot accept an RPC connection: %w", err))
-			time.Sleep(50 * time.Millisecond) // out of file descriptors: some will come back
-			continue
-		}
-		g := s.guests.add(c)
-		s.running.Go(func() {
-			s.serve(g)
-			s.guests.remove(g)
-		})
-	}
 }
 
 // Close takes no more requests and waits a second at most for the answers under way.
 func (s *rpcServer) Close() {
 	s.ln.Close()
 	done := make(chan struct{})
-	go func() { s.running.Wait(); close(done) }()
+	go func() { s.guests.served.Wait(); close(done) }()
 	select {
 	case <-done:
 	case <-time.After(time.Second):

@@ -361,47 +361,33 @@ type GossipConfig struct {
 // Gossip runs a node: it owns its sockets and the loop. Its methods are safe
 // for concurrent use.
 type Gossip struct {
-	cfg     GossipConfig
-	seal    *seal
-	udp     *net.UDPConn
-	tcp     net.Listener
-	start   time.Time
-	inbox   chan input // datagrams; too many are lost
-	arrived chan input // what streams bring; their readers wait
-	cmds    chan func(*node)
-	done    chan struct{}
-	quit    context.CancelFunc
-	ctx     context.Context
-	wg      sync.WaitGroup
-	node    *node // of the loop alone
-	err     error // valid after done
+	cfg   GossipConfig
+	seal  *seal
+	udp   *net.UDPConn
+	tcp   net.Listener
+	start time.Time
+	inbox chan datagram    // too many are lost
+	calls chan func(*node) // all else that the loop shall do; the callers wait
+	done  chan struct{}
+	quit  context.CancelFunc
+	ctx   context.Context
+	wg    sync.WaitGroup
+	node  *node // of the loop alone
+	err   error // valid after done
 
 	conns   map[connID]*conn // of the loop alone
+	inbound connID           // the last that was accepted
 	joins   map[int]chan joined
 	tokens  int
 	guests  guests
 	strange strangers
 }
 
-// input is one thing that arrived for the node.
-type input struct {
-	kind inputKind
-	id   connID
+// datagram is one that arrived, opened.
+type datagram struct {
 	from netip.AddrPort
 	data []byte
-	conn *conn
-	err  error
 }
-
-type inputKind uint8
-
-const (
-	inDatagram inputKind = iota
-	inAccepted
-	inDialed
-	inFrame
-	inClosed
-)
 
 // StartGossip binds the sockets, starts the loop, and begins to join the seeds.
 func StartGossip(cfg GossipConfig) (*Gossip, error) {
@@ -410,7 +396,7 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 		return nil, err
 	}
 	g := &Gossip{cfg: cfg, seal: s, start: time.Now(), done: make(chan struct{}),
-		inbox: make(chan input, inboxSize), arrived: make(chan input, 64), cmds: make(chan func(*node)),
+		inbox: make(chan datagram, inboxSize), calls: make(chan func(*node)),
 		conns: make(map[connID]*conn), joins: make(map[int]chan joined)}
 	g.strange.log, g.guests.limit = cfg.Log, inboundLimit()
 	if err := g.listen(); err != nil {
@@ -477,11 +463,9 @@ func (g *Gossip) run() {
 	planned := time.Duration(0)
 	for g.ctx.Err() == nil {
 		select {
-		case in := <-g.inbox:
-			g.handle(in)
-		case in := <-g.arrived:
-			g.handle(in)
-		case f := <-g.cmds:
+		case d := <-g.inbox:
+			g.datagram(d)
+		case f := <-g.calls:
 			f(g.node)
 		case <-time.After(max(planned-g.now(), 0)): // one timer moved on would still wake at its old time
 		case <-g.ctx.Done():
@@ -508,14 +492,14 @@ func (g *Gossip) drain(late bool) {
 	}
 	for end := g.now() + drainFor; g.now() < end; {
 		select {
-		case in := <-g.inbox:
-			g.handle(in)
+		case d := <-g.inbox:
+			g.datagram(d)
 			continue
 		default:
 		}
 		select {
-		case in := <-g.arrived:
-			g.handle(in)
+		case f := <-g.calls:
+			f(g.node)
 			continue
 		default:
 		}
@@ -523,48 +507,46 @@ func (g *Gossip) drain(late bool) {
 			return
 		}
 		select {
-		case in := <-g.inbox:
-			g.handle(in)
-		case in := <-g.arrived:
-			g.handle(in)
+		case d := <-g.inbox:
+			g.datagram(d)
+		case f := <-g.calls:
+			f(g.node)
 		case <-grace:
 			grace = nil
 		}
 	}
 }
 
-func (g *Gossip) handle(in input) {
-	var err error
-	switch in.kind {
-	case inDatagram:
-		err = g.node.datagram(g.now(), in.from, in.data)
-	case inAccepted:
-		g.conns[in.id] = in.conn
-	case inDialed:
-		if in.err == nil && g.conns[in.id] == nil {
-			return // closed while it was dialling
-		}
-		if in.err != nil {
-			delete(g.conns, in.id)
-		}
-		if in.from.IsValid() && in.from.Addr() != g.node.self.Addr.Addr() {
-			g.node.moved(g.now(), in.from.Addr(), !isMine(g.node.self.Addr.Addr()), uint64(time.Now().UnixMilli()))
-		}
-		g.node.dialed(g.now(), in.id, in.err)
-	case inFrame:
-		if g.conns[in.id] == nil {
-			return
-		}
-		if err = g.node.frame(g.now(), in.id, in.data); err != nil {
-			g.endConn(in.id, err)
-		} else if in.conn.frames++; in.conn.frames == 2 && in.conn.guest != nil {
-			in.conn.guest.proven.Store(true)
-		}
-	case inClosed:
-		g.endConn(in.id, in.err)
+func (g *Gossip) datagram(d datagram) {
+	if err := g.node.datagram(g.now(), d.from, d.data); err != nil {
+		g.strange.seen(d.from.Addr(), err)
+	}
+}
+
+// dialed takes the end of a dial and, where the node may take another address,
+// the one from which it went out.
+func (g *Gossip) dialed(c *conn, from netip.Addr, err error) {
+	if g.conns[c.id] == nil {
+		return // closed while it was dialling
 	}
 	if err != nil {
-		g.strange.seen(in.from.Addr(), err)
+		delete(g.conns, c.id)
+	}
+	if from.IsValid() && from != g.node.self.Addr.Addr() {
+		g.node.moved(g.now(), from, !isMine(g.node.self.Addr.Addr()), uint64(time.Now().UnixMilli()))
+	}
+	g.node.dialed(g.now(), c.id, err)
+}
+
+func (g *Gossip) frame(c *conn, data []byte) {
+	if g.conns[c.id] == nil {
+		return
+	}
+	if err := g.node.frame(g.now(), c.id, data); err != nil {
+		g.strange.seen(c.from.Addr(), err)
+		g.endConn(c.id, err)
+	} else if c.frames++; c.frames == 2 && c.guest != nil {
+		c.guest.proven.Store(true)
 	}
 }
 
@@ -638,13 +620,14 @@ func (g *Gossip) stop() {
 		g.conns[id].abort()
 	}
 	g.wg.Wait()
+	g.guests.served.Wait()
 	close(g.done)
 }
 
-// post hands an input to the loop, waiting for it; false once it has ended.
-func (g *Gossip) post(in input) bool {
+// call has the loop run f and waits until it has taken it; false once it has ended.
+func (g *Gossip) call(f func(*node)) bool {
 	select {
-	case g.arrived <- in:
+	case g.calls <- f:
 		return true
 	case <-g.ctx.Done():
 		return false
@@ -673,7 +656,7 @@ func (g *Gossip) readUDP() {
 			continue
 		}
 		select {
-		case g.inbox <- input{kind: inDatagram, from: from, data: bytes.Clone(data)}:
+		case g.inbox <- datagram{from, bytes.Clone(data)}:
 		default:
 			g.strange.dropped.Add(1)
 		}
@@ -734,27 +717,19 @@ type conn struct {
 // maxMembers fits.
 const maxQueued = 16 << 20
 
-func (g *Gossip) acceptTCP() {
-	var ids connID
-	for {
-		c, err := g.tcp.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		} else if err != nil {
-			g.strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection: %w", err))
-			time.Sleep(50 * time.Millisecond) // out of file descriptors: some will come back
-			continue
-		}
-		ids--
-		from := c.RemoteAddr().(*net.TCPAddr).AddrPort()
-		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
-		in := &conn{g: g, id: ids, from: netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), c: c, guest: g.guests.add(c)}
-		g.wg.Go(func() {
-			if g.post(input{kind: inAccepted, id: in.id, conn: in}) {
-				in.read()
-			}
-			g.guests.remove(in.guest)
-		})
+func (g *Gossip) acceptTCP() { g.guests.accept(g.tcp, &g.strange, g.accepted) }
+
+// accepted reads an inbound stream to its end.
+func (g *Gossip) accepted(guest *guest) {
+	guest.Conn.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
+	from := guest.RemoteAddr().(*net.TCPAddr).AddrPort()
+	c := &conn{g: g, from: netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), c: guest, guest: guest}
+	if err := g.do(func(*node) {
+		g.inbound--
+		c.id = g.inbound
+		g.conns[c.id] = c
+	}); err == nil {
+		c.read()
 	}
 }
 
@@ -762,14 +737,34 @@ func (g *Gossip) acceptTCP() {
 // that has proven nothing goes, so that strangers who hold connections open keep
 // nobody out. Safe for concurrent use.
 type guests struct {
-	mu    sync.Mutex
-	limit int
-	here  []*guest // oldest first
+	limit  int
+	served sync.WaitGroup
+	mu     sync.Mutex
+	here   []*guest // oldest first
 }
 
 type guest struct {
 	net.Conn
 	proven atomic.Bool // it has said something that makes sense
+}
+
+// accept serves what comes in at ln until it is closed.
+func (gs *guests) accept(ln net.Listener, strange *strangers, serve func(*guest)) {
+	for {
+		c, err := ln.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		} else if err != nil {
+			strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", ln.Addr(), err))
+			time.Sleep(50 * time.Millisecond) // out of file descriptors: some will come back
+			continue
+		}
+		g := gs.add(c)
+		gs.served.Go(func() {
+			serve(g)
+			gs.remove(g)
+		})
+	}
 }
 
 func (gs *guests) add(c net.Conn) *guest {
@@ -821,7 +816,7 @@ func (c *conn) dial(ctx context.Context) {
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			err = errRefused
 		}
-		c.g.post(input{kind: inDialed, id: c.id, err: err})
+		c.g.call(func(*node) { c.g.dialed(c, netip.Addr{}, err) })
 		return
 	}
 	c.mu.Lock()
@@ -833,11 +828,11 @@ func (c *conn) dial(ctx context.Context) {
 		return
 	}
 	c.send([]byte(preamble))
-	in := input{kind: inDialed, id: c.id}
-	if from := nc.LocalAddr().(*net.TCPAddr).AddrPort(); c.g.cfg.Moves && usable(from.Addr().Unmap(), c.g.cfg.Bind.Addr()) {
-		in.from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+	from := nc.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+	if !c.g.cfg.Moves || !usable(from, c.g.cfg.Bind.Addr()) {
+		from = netip.Addr{}
 	}
-	if c.g.post(in) {
+	if c.g.call(func(*node) { c.g.dialed(c, from, nil) }) {
 		c.read()
 	}
 	nc.Close()
@@ -862,7 +857,7 @@ func (c *conn) read() {
 		}
 		if err == nil {
 			c.c.SetReadDeadline(time.Time{})
-			if !c.g.post(input{kind: inFrame, id: c.id, from: c.from, data: data, conn: c}) {
+			if !c.g.call(func(*node) { c.g.frame(c, data) }) {
 				return
 			}
 		}
@@ -870,7 +865,7 @@ func (c *conn) read() {
 	if errors.Is(err, io.EOF) {
 		err = errors.New("closed the connection")
 	}
-	c.g.post(input{kind: inClosed, id: c.id, err: err})
+	c.g.call(func(*node) { c.g.endConn(c.id, err) })
 }
 
 func (c *conn) readPreamble(r io.Reader) error {
@@ -960,13 +955,11 @@ var errStopped = errors.New("the agent is stopping")
 // do runs f in the loop and waits for it.
 func (g *Gossip) do(f func(*node)) error {
 	ran := make(chan struct{})
-	select {
-	case g.cmds <- func(n *node) { f(n); close(ran) }:
-		<-ran
-		return nil
-	case <-g.ctx.Done():
+	if !g.call(func(n *node) { f(n); close(ran) }) {
 		return errStopped
 	}
+	<-ran
+	return nil
 }
 
 // view runs f, which only reads, in the loop, or on what the loop has left.
