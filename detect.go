@@ -86,6 +86,7 @@ func (n *node) look(e *entry) *probe {
 	if e == n.self || e.Status.dead() || len(n.probes) >= maxProbes && n.peer(e).due == 0 {
 		return nil
 	}
+	n.logf("[TRACE] probing %s at %s", e.Name, e.Addr)
 	p := &probe{e: e, born: e.Born, inc: e.Incarnation, start: n.now, seq: n.nextSeq()}
 	n.probes = append(n.probes, p)
 	return p
@@ -382,6 +383,7 @@ func (n *node) nextRound(p *probe, start time.Duration) {
 // silent. Every busy machine stalls for seconds; only ten count as death.
 func (n *node) stalledRound(p *probe, pe *peer) {
 	if pe.stalled == 0 {
+		n.logf("[DEBUG] %s at %s is stalled: it accepts connections and does not answer", p.e.Name, p.e.Addr)
 		pe.stalled = p.start
 	}
 	n.unaccuse(p.e) // it is not unreachable
@@ -403,6 +405,7 @@ func (n *node) endProbe(p *probe) {
 // suspect floods that e is unreachable, and gives it time to contradict.
 func (n *node) suspect(p *probe) {
 	n.endProbe(p)
+	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.e.Name, p.e.Addr)
 	m := p.e.Member
 	m.Status = StatusSuspect
 	if p.e.Status == StatusAlive && n.t.apply(n.now, m, 0) {
@@ -521,6 +524,7 @@ func (n *node) twoWay(e *entry) {
 		n.logf("[INFO] %s answers again", e.Name)
 	}
 	was := e.lost
+	n.peer(e).answered = n.now
 	n.t.setLost(e, false)
 	switch {
 	case e.Status == StatusFailed || e.Status == StatusSuspect:

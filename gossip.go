@@ -236,6 +236,7 @@ type node struct {
 	recent []userEvent
 
 	everJoined bool
+	placed     bool // a seed has answered: it is known which address leads there
 	seeds      seedState
 	attempts   []*attempt
 	rival      *rival
@@ -245,16 +246,17 @@ type node struct {
 
 // peer is the protocol's state about one member.
 type peer struct {
-	e       *entry
-	due     time.Duration // awake time at which it is overdue; 0: not watched by me
-	beat    uint32        // last heartbeat's Seq, against replays
-	beatOf  uint64        // the instance it came from
-	told    time.Duration // when it was last told what is believed of it
-	stalled time.Duration // since when it accepts without answering; 0: it does not
-	tcpOnly int           // looks in a row that only TCP answered
-	pinged  uint32        // Seq of my last ping outside of a probe; 0: answered
-	noLink  int           // watch links in a row that could not be had
-	linkAt  time.Duration // when to try the next
+	e                  *entry
+	due                time.Duration // awake time at which it is overdue; 0: not watched by me
+	beat               uint32        // last heartbeat's Seq, against replays
+	beatOf             uint64        // the instance it came from
+	told               time.Duration // when it was last told what is believed of it
+	stalled            time.Duration // since when it accepts without answering; 0: it does not
+	tcpOnly            int           // looks in a row that only TCP answered
+	pinged             uint32        // Seq of my last ping outside of a probe; 0: answered
+	answered, disputed time.Duration // when it last gave a sign of life, and since when its name is claimed by another
+	noLink             int           // watch links in a row that could not be had
+	linkAt             time.Duration // when to try the next
 }
 
 // target is one of my watchers and by when it expects my next heartbeat.
@@ -544,7 +546,7 @@ func (n *node) tell(e *entry, born uint64) {
 // seen notes a sign of life of e, whose next heartbeat is due in d.
 func (n *node) seen(e *entry, d time.Duration) {
 	p := n.peer(e)
-	p.stalled = 0
+	p.stalled, p.answered = 0, n.now
 	if p.due != 0 {
 		p.due = n.now + min(d, time.Minute)
 	}

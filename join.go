@@ -371,6 +371,7 @@ func (n *node) noLink(e *entry) {
 // exchange compares tables with e now.
 func (n *node) exchange(e *entry) {
 	if !slices.ContainsFunc(n.streams, func(s *stream) bool { return s.out && s.want == kExchange && s.e == e }) {
+		n.logf("[DEBUG] comparing tables with %s at %s", e.Name, e.Addr)
 		n.dial(e.Addr, kExchange, e.Name)
 	}
 }
@@ -540,6 +541,10 @@ func (n *node) merge(s *stream, u *update) error {
 	case m.Name == n.self.Name:
 		n.aboutMe(m, "", s.name)
 		return nil
+	case (s.out || s.name != m.Name) && n.disputed(e, m): // who dials me with its own name has met the holder
+		n.send(e, n.head(kFlood), n.Codec.update(nil, u)) // which settles it
+		n.startProbe(e)
+		return nil
 	case e != nil && !m.Status.dead() && m.Incarnation >= e.Incarnation:
 		n.t.setLost(e, false) // vouched for by somebody I am connected to
 	case e != nil && m.Status == StatusFailed && !e.Status.dead() && !e.lost && m.Born == e.Born && m.Incarnation >= e.Incarnation:
@@ -548,6 +553,20 @@ func (n *node) merge(s *stream, u *update) error {
 	}
 	n.adopt(m, u)
 	return nil
+}
+
+// disputed reports whether m claims the name of a member that may well live
+// elsewhere: two clusters meet, and nobody shall be called failed for it. Once
+// the holder has not answered for a while, it is no longer.
+func (n *node) disputed(e *entry, m Member) bool {
+	if e == nil || e.visible() != StatusAlive || m.Status.dead() || m.Born == e.Born || m.Addr == e.Addr || !m.supersedes(e.Member) {
+		return false
+	}
+	p := n.peer(e)
+	if p.answered >= p.disputed {
+		p.disputed = n.now
+	}
+	return n.now-p.disputed < rivalFor
 }
 
 // doubt looks at a member that another table has as failed. Adopting it undid
@@ -721,12 +740,15 @@ func (n *node) tellMine(name string) {
 	}
 }
 
-// moved takes another address: what this node advertises is not, or no longer,
-// an address of this machine that leads to the others. To them it is a restart.
-func (n *node) moved(now time.Duration, ip netip.Addr, gone bool, unixMs uint64) {
+// moved takes another address, the one from which dial id went out: what this
+// node advertises is no longer (gone) an address of this machine, or was not the
+// way to the first seed that answers. To the others it is a restart.
+func (n *node) moved(now time.Duration, id connID, ip netip.Addr, gone bool, unixMs uint64) {
 	n.advance(now)
-	m := n.self.Member
-	if n.leave != nil || n.everJoined && !gone || ip == m.Addr.Addr() {
+	s, m := n.stream(id), n.self.Member
+	first := !n.placed && s != nil && s.attempt != nil
+	n.placed = n.placed || first
+	if n.leave != nil || !first && !gone || ip == m.Addr.Addr() {
 		return
 	}
 	n.outlived = m
@@ -759,6 +781,7 @@ func (n *node) isGone(m Member) bool {
 func (n *node) raise(inc uint64) {
 	m := n.self.Member
 	m.Incarnation = inc
+	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", inc)
 	n.t.apply(n.now, m, 0)
 	if n.rival == nil || n.everJoined {
 		n.flood(m.Name, n.claim(n.self, ""))
@@ -820,7 +843,15 @@ func (n *node) rivalAnswered(born uint64) {
 		n.drop(s)
 	}
 	if !n.everJoined || n.self.Born > born || n.self.Born == born && r.m.Addr.Compare(n.self.Addr) < 0 {
-		n.out.fatal = fmt.Errorf("the name %q is taken: the member at %s has it", n.self.Name, r.m.Addr)
+		err := fmt.Errorf("the name %q is taken: the member at %s has it", n.self.Name, r.m.Addr)
+		asked := func(s *stream) bool { return s.attempt != nil && s.attempt.token != 0 }
+		if n.everJoined || len(r.again) == 0 || !slices.ContainsFunc(r.again, asked) {
+			n.out.fatal = err
+			return
+		}
+		for _, s := range r.again { // the join command was wrong, not this agent
+			n.attempted(s.attempt, s.addr, err)
+		}
 		return
 	}
 	r.joinAgain(n)

@@ -415,6 +415,9 @@ func (q *query) run(c *client) error {
 	if err != nil {
 		return err
 	}
+	if q.wait > 0 && !conds[0](Member{Status: StatusAlive}) {
+		return misuse("", "-wait counts the living, and -status %q leaves them out", q.status)
+	}
 	const pause = 100 * time.Millisecond
 	alive, answered := 0, false
 	for start := time.Now(); ; time.Sleep(pause) {

@@ -161,7 +161,9 @@ func (s *rpcServer) serve(conn *guest) {
 		return
 	}
 	if err != nil {
-		s.refuse(conn.RemoteAddr(), err)
+		if !errors.Is(err, io.EOF) { // it said nothing: somebody looks whether the port is open
+			s.refuse(conn.RemoteAddr(), err)
+		}
 		return
 	}
 	conn.proven.Store(true)
@@ -227,6 +229,7 @@ func (s *rpcServer) answer(req request) (ans answer) {
 			err = nil // some others may not have answered
 		}
 	case "leave":
+		s.strange.log.Print("[INFO] told to leave the cluster")
 		s.ln.Close() // who reads the answer may start the next agent at once
 		err = s.cluster.Leave()
 	case "force-leave":

@@ -23,8 +23,8 @@
 package main
 
 import (
-	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -525,15 +525,9 @@ func TestAMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
 	cases(t, []int{3, 5, 20}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
 		s.run(time.Minute)
 		idle := s.packets
-		odd := ps[len(ps)/2]
+		odd := s.start(s.host(), "odd", ps[0].host)
 		odd.host.noTCP = true
-		for _, p := range ps {
-			for _, c := range slices.Clone(p.conns) {
-				if c.end[0] == p && c.end[1] == odd {
-					c.reset(0, errors.New("connection reset"))
-				}
-			}
-		}
+		ps = append(ps, odd)
 		s.run(time.Minute)
 		s.packets = 0
 		s.run(time.Minute)
@@ -760,6 +754,26 @@ func TestOfTwinsBornInOneMillisecondOneGivesWay(t *testing.T) {
 		s.run(20 * time.Second)
 		if a.fatal != nil && b.fatal != nil || !all(ps, "twin", StatusAlive) {
 			t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
+		}
+	})
+}
+
+func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
+	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = func(o, q *proc) bool {
+			return o.name == ps[1].name || q.name == ps[1].name && o.n.everJoined && !slices.Contains(ps, o)
+		}
+		young := s.start(s.host(), ps[1].name)
+		other := s.start(s.host(), "other", young.host)
+		s.run(5 * time.Second)
+		from := s.now
+		ps[0].do(func(n *node) { n.join(s.now, 1, []netip.AddrPort{other.host.addr}, nil) })
+		s.within(5*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
+		s.within(10*time.Second, "one cluster", s.agree)
+		s.run(20 * time.Second)
+		s.story(ps, ps[1].name, from)
+		if ps[1].fatal != nil {
+			t.Error(ps[1].fatal)
 		}
 	})
 }

@@ -532,8 +532,9 @@ func (g *Gossip) dialed(c *conn, from netip.Addr, err error) {
 	if err != nil {
 		delete(g.conns, c.id)
 	}
-	if from.IsValid() && from != g.node.self.Addr.Addr() {
-		g.node.moved(g.now(), from, !isMine(g.node.self.Addr.Addr()), uint64(time.Now().UnixMilli()))
+	if from.IsValid() {
+		own := g.node.self.Addr.Addr()
+		g.node.moved(g.now(), c.id, from, from != own && !isMine(own), uint64(time.Now().UnixMilli()))
 	}
 	g.node.dialed(g.now(), c.id, err)
 }
@@ -813,6 +814,9 @@ func (c *conn) dial(ctx context.Context) {
 	}
 	nc, err := d.DialContext(ctx, "tcp", c.from.String())
 	if err != nil {
+		if ip := c.g.cfg.Bind.Addr(); !ip.IsUnspecified() && ip.Is4() != c.from.Addr().Is4() {
+			err = fmt.Errorf("this agent is bound to %s, an address of another kind", ip)
+		}
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			err = errRefused
 		}
