@@ -295,6 +295,37 @@ func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
 	}
 }
 
+// A machine on two networks dials members on both; what it advertises must not
+// flap for that.
+func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
+	l := newLab(t, 1)
+	n, own := l.n, labMember(0).Addr.Addr()
+	n.everJoined = false
+	dialFrom := func(want kind, ip string, gone bool) {
+		s := n.dial(labMember(1).Addr, want, "b")
+		if want == kExchange {
+			s.attempt = &attempt{open: 9}
+		}
+		n.moved(l.now, s.id, netip.MustParseAddr(ip), gone, 20)
+	}
+	for _, tt := range []struct {
+		want kind
+		from string
+		gone bool
+		is   string
+	}{
+		{kWatch, "10.88.0.1", false, own.String()},
+		{kExchange, "10.77.0.1", false, "10.77.0.1"},
+		{kExchange, "10.88.0.1", false, "10.77.0.1"},
+		{kLook, "10.88.0.1", false, "10.77.0.1"},
+		{kWatch, "10.99.0.1", true, "10.99.0.1"},
+	} {
+		if dialFrom(tt.want, tt.from, tt.gone); n.self.Addr.Addr().String() != tt.is {
+			t.Errorf("after a dial from %s it advertises %s, want %s", tt.from, n.self.Addr, tt.is)
+		}
+	}
+}
+
 // An IPv6 zone is text of any kind and length, and goes where addresses go: to
 // handlers, to the terminal, into datagrams.
 func TestAnAddressBringsNoTextAlong(t *testing.T) {

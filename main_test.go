@@ -948,6 +948,22 @@ func TestAnAgentThatEndsByItselfSaysWhy(t *testing.T) {
 	}
 }
 
+func TestAJoinThatIsRefusedForTheNameEndsNobody(t *testing.T) {
+	t.Parallel()
+	holder := startAgent(t, "-node", "a")
+	older := startAgent(t, "-node", "b", "-join", holder.advertised)
+	younger := startAgent(t, "-node", "b")
+	if _, errs, code := younger.run("join", holder.advertised); code != 1 || !strings.Contains(errs, `the name "b" is taken`) || !strings.Contains(errs, older.advertised) {
+		t.Errorf("join: exit %d, %s", code, errs)
+	}
+	if list, _, code := younger.run("members"); code != 0 || strings.Count(list, "\n") != 1 {
+		t.Errorf("the agent that was told to join shows %q", list)
+	}
+	if s := holder.stderr.String(); strings.Contains(s, "member-failed") || strings.Count(s, "member-join: b") != 1 {
+		t.Errorf("the cluster was disturbed: %s", s)
+	}
+}
+
 func TestATerminatedAgentIsGoneBeforeItsHandlersAre(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
