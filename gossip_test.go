@@ -149,6 +149,9 @@ func (l *lab) print(o outputs) {
 		fmt.Fprintf(&l.text, "  event %v %s\n", ev.Kind, ev.Member.Name+ev.Name)
 	}
 	for _, s := range o.logs {
+		if strings.HasPrefix(s, "[TRACE]") {
+			continue
+		}
 		fmt.Fprintf(&l.text, "  log %s\n", s)
 	}
 }
@@ -203,6 +206,7 @@ func TestASuspectRefutesToItsAccuserDirectly(t *testing.T) {
 		  to c: flood [a alive 11]
 		  to b: flood [a alive 11]
 		  to c: flood [a alive 11]
+		  log [DEBUG] refuting what is said of this node, incarnation 11
 	`)
 }
 
