@@ -381,7 +381,7 @@ func (n *node) exchange(e *entry) {
 func (n *node) wantRepair(e *entry, digest uint64) {
 	if n.repairWith == "" {
 		n.repairWith, n.repairSeen = e.Name, digest
-		n.repairAt = max(n.repairAt+repairEvery, n.now) + 50*ms + n.jitter(200*ms)
+		n.repairAt = max(n.repairAt+repairEvery, n.now) + 20*ms + n.jitter(100*ms)
 	}
 }
 
