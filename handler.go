@@ -304,19 +304,9 @@ func endGroup(pgid int, hurry <-chan struct{}) {
 func (hs *Handlers) Close() {
 	hs.closing.Do(func() {
 		hs.stop()
-		ended := make(chan struct{})
-		go func() {
-			hs.workers.Wait()
-			close(ended)
-		}()
-		select {
-		case <-ended:
-		case <-time.After(hs.cfg.Grace):
+		if !waitAtMost(hs.cfg.Grace, hs.workers.Wait) {
 			close(hs.hurry)
-			select {
-			case <-ended:
-			case <-time.After(2 * closeKillAfter): // a process that hangs in the kernel survives even KILL
-			}
+			waitAtMost(2*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 		}
 	})
 }

@@ -143,12 +143,7 @@ func serveRPC(ln net.Listener, c cluster, token string, logger *log.Logger) *rpc
 // Close takes no more requests and waits a second at most for the answers under way.
 func (s *rpcServer) Close() {
 	s.ln.Close()
-	done := make(chan struct{})
-	go func() { s.guests.served.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-time.After(time.Second):
-	}
+	waitAtMost(time.Second, s.guests.served.Wait)
 }
 
 func (s *rpcServer) serve(conn *guest) {

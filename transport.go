@@ -620,9 +620,20 @@ func (g *Gossip) stop() {
 	for _, id := range slices.Sorted(maps.Keys(g.conns)) {
 		g.conns[id].abort()
 	}
-	g.wg.Wait()
-	g.guests.served.Wait()
+	waitAtMost(time.Second, func() { g.wg.Wait(); g.guests.served.Wait() }) // a peer may read too slowly for my last words
 	close(g.done)
+}
+
+// waitAtMost reports whether wait returned within d.
+func waitAtMost(d time.Duration, wait func()) bool {
+	done := make(chan struct{})
+	go func() { wait(); close(done) }()
+	select {
+	case <-done:
+		return true
+	case <-time.After(d):
+		return false
+	}
 }
 
 // call has the loop run f and waits until it has taken it; false once it has ended.
