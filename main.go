@@ -1010,12 +1010,5 @@ func (w *logWriter) pump() {
 // flush writes what is left, for two seconds at most.
 func (w *logWriter) flush() {
 	w.start()
-	select {
-	case w.lines <- "":
-	case <-time.After(time.Second):
-	}
-	select {
-	case <-w.done:
-	case <-time.After(time.Second):
-	}
+	waitAtMost(2*time.Second, func() { w.lines <- ""; <-w.done })
 }
