@@ -1097,11 +1097,14 @@ func resolveOne(ctx context.Context, s, port string) ([]netip.AddrPort, error) {
 	if err != nil {
 		return nil, err
 	}
+	p, _ := strconv.ParseUint(port, 10, 16)
+	if ip, err := netip.ParseAddr(host); err == nil { // looked up, it would lose its zone
+		return []netip.AddrPort{netip.AddrPortFrom(ip.Unmap(), uint16(p))}, nil
+	}
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil {
 		return nil, err
 	}
-	p, _ := strconv.ParseUint(port, 10, 16)
 	var addrs []netip.AddrPort
 	for _, ip := range ips {
 		addrs = append(addrs, netip.AddrPortFrom(ip.Unmap(), uint16(p)))

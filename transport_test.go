@@ -147,6 +147,7 @@ func TestSeedsMayHaveNoPort(t *testing.T) {
 	for in, want := range map[string]string{
 		"127.0.0.1": "127.0.0.1:7946", "127.0.0.1:8000": "127.0.0.1:8000",
 		"::1": "[::1]:7946", "[::1]": "[::1]:7946", "[::1]:8000": "[::1]:8000",
+		"[fe80::1%lo]:8000": "[fe80::1%lo]:8000", "::ffff:10.0.0.1": "10.0.0.1:7946",
 	} {
 		addrs, errs := resolve(t.Context(), []string{in})
 		if len(errs) > 0 || len(addrs) != 1 || addrs[0] != netip.MustParseAddrPort(want) {
