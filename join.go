@@ -955,7 +955,7 @@ func (n *node) stepReap() {
 			}
 		}
 	}
-	if n.t.alive() == 1 { // else heartbeats wake often enough
+	if n.t.alive() == 1 && len(n.t.ordered) > 1 { // else heartbeats wake often enough
 		n.at(n.reapAt)
 	}
 }
