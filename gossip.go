@@ -426,6 +426,7 @@ func (u *update) member() (Member, error) {
 		m.Addr.Addr().IsUnspecified() || m.Addr.Addr().IsMulticast() || validName("%"+m.Addr.Addr().Zone()) != nil {
 		return m, fmt.Errorf("bad address of %s", u.Name)
 	}
+	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
 	if u.Raised > u.Incarnation || u.Incarnation > 1<<62 || len(u.Tags) > maxTags || len(u.By) > maxName {
 		return m, fmt.Errorf("bad claim about %s", u.Name)
 	}
@@ -764,11 +765,8 @@ func (n *node) learnEvent(u *update, deliver bool) error {
 	at, known := slices.BinarySearchFunc(n.recent, ev, func(a, b userEvent) int {
 		return cmp.Or(cmp.Compare(a.ltime, b.ltime), cmp.Compare(a.key, b.key))
 	})
-	if !known && at == 0 && len(n.recent) == maxEvents {
-		n.logf("[WARN] user event '%s' of %s comes too late to be told from one that ran: dropped", oneLine(u.Event), u.Name)
-	}
 	if known || at == 0 && len(n.recent) == maxEvents {
-		return nil
+		return nil // heard before, or too old to be told from one that was
 	}
 	// Only what belongs to an event goes on: the rest may be of any length.
 	ev.data = n.Codec.update(nil, &update{Name: u.Name, Event: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce})

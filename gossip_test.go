@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -306,12 +307,25 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	n, own := l.n, labMember(0).Addr.Addr()
 	n.everJoined = false
 	dialFrom := func(want kind, ip string, gone bool) {
+		if want == 0 {
+			s := n.streams[len(n.streams)-1]
+			s.open = true
+			if err := n.welcomedExchange(s, head{From: "b", Incarnation: 10, Digest: 1}); err != nil {
+				t.Error(err)
+			}
+			return
+		}
 		s := n.dial(labMember(1).Addr, want, "b")
 		if want == kExchange {
 			s.attempt = &attempt{open: 9}
 		}
 		n.moved(l.now, s.id, netip.MustParseAddr(ip), gone, 20)
 	}
+	n.everJoined = true // through others, who know the address
+	if dialFrom(kExchange, "10.66.0.1", false); n.self.Addr.Addr() != own {
+		t.Errorf("after it has been joined it moves to %s", n.self.Addr)
+	}
+	n.everJoined = false
 	for _, tt := range []struct {
 		want kind
 		from string
@@ -320,6 +334,7 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	}{
 		{kWatch, "10.88.0.1", false, own.String()},
 		{kExchange, "10.77.0.1", false, "10.77.0.1"},
+		{0, "", false, "10.77.0.1"}, // the seed answers
 		{kExchange, "10.88.0.1", false, "10.77.0.1"},
 		{kLook, "10.88.0.1", false, "10.77.0.1"},
 		{kWatch, "10.99.0.1", true, "10.99.0.1"},
@@ -349,16 +364,16 @@ func TestAnAddressBringsNoTextAlong(t *testing.T) {
 // the memory: what a stream has told is remembered while it is open.
 func TestTablesOfManyStreamsAreBoundedTogether(t *testing.T) {
 	l := newLab(t, 2)
+	frame := func(id connID, h head, us ...update) error {
+		b := l.c.head(nil, &h)
+		for _, u := range us {
+			b = l.c.update(b, &u)
+		}
+		return l.n.frame(l.now, id, b)
+	}
 	told := 0
 	for id := connID(-1); id > -100; id-- {
-		frame := func(h head, us ...update) error {
-			b := l.c.head(nil, &h)
-			for _, u := range us {
-				b = l.c.update(b, &u)
-			}
-			return l.n.frame(l.now, id, b)
-		}
-		if err := frame(head{Kind: kExchange, From: "q", Incarnation: 10, Nonce: 1, Digest: l.n.digest()}); err != nil {
+		if err := frame(id, head{Kind: kExchange, From: "q", Incarnation: 10, Nonce: 1, Digest: l.n.digest()}); err != nil {
 			t.Fatal(err)
 		}
 		for k := range maxMembers / 64 {
@@ -368,15 +383,55 @@ func TestTablesOfManyStreamsAreBoundedTogether(t *testing.T) {
 				m.Name, m.Status = fmt.Sprintf("%d-%d", id, 64*k+i), StatusLeft
 				us = append(us, memberUpdate(m))
 			}
-			if err := frame(head{Kind: kTable, From: "q", Incarnation: 10, Echo: l.n.stream(id).nonce, More: true}, us...); err != nil {
+			if err := frame(id, head{Kind: kTable, From: "q", Incarnation: 10, Echo: l.n.stream(id).nonce, More: true}, us...); err != nil {
 				break
 			}
 			told += len(us)
 			l.n.take()
 		}
 	}
-	if told > 3*maxMembers {
+	if told > 5*maxMembers {
 		t.Errorf("streams brought %d updates", told)
+	}
+	if err := frame(-1000, head{Kind: kExchange, From: "d", Incarnation: 10, Nonce: 1, Digest: l.n.digest()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := frame(-1000, head{Kind: kTable, From: "d", Incarnation: 10, Echo: l.n.stream(-1000).nonce}, memberUpdate(labMember(3))); err != nil {
+		t.Errorf("a member that joins meanwhile: %v", err)
+	}
+}
+
+// A name can be refused to a join command while an exchange of the node's own is
+// under way.
+func TestARefusedNameEndsTheExchangesThatWaited(t *testing.T) {
+	l := newLab(t, 2)
+	n := l.n
+	n.everJoined = false
+	rival := labMember(0)
+	rival.Addr, rival.Born, rival.Incarnation = labMember(5).Addr, 20, 20
+	n.exchange(n.t.get("b"))
+	n.join(l.now, 1, []netip.AddrPort{labMember(2).Addr}, nil)
+	for _, s := range slices.Clone(n.streams) {
+		if s.want != kExchange {
+			continue
+		}
+		n.dialed(l.now, s.id, nil)
+		h, table := head{Kind: kWelcome, From: "b", Incarnation: 10, Nonce: 3, Echo: s.nonce, Digest: 7}, memberUpdate(rival)
+		if err := n.frame(l.now, s.id, l.c.head(nil, &h)); err != nil {
+			t.Fatal(err)
+		}
+		h = head{Kind: kTable, From: "b", Incarnation: 10, Echo: s.nonce}
+		if err := n.frame(l.now, s.id, l.c.update(l.c.head(nil, &h), &table)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n.rival == nil || len(n.rival.again) != 2 {
+		t.Fatal("both exchanges should wait for the rival's answer")
+	}
+	n.rivalAnswered(20)
+	o := n.take()
+	if o.fatal != nil || len(o.joins) != 1 || !strings.Contains(strings.Join(o.joins[0].errs, ""), "is taken") {
+		t.Errorf("joins %+v, fatal %v", o.joins, o.fatal)
 	}
 }
 

@@ -362,7 +362,7 @@ func (n *node) noLink(e *entry) {
 	p.linkAt = n.now + min(time.Second<<min(p.noLink-1, 10), seedsMax)
 	n.linkAt = n.now + time.Second
 	if p.noLink == 4 {
-		n.logf("[WARN] %s at %s takes no TCP connection: is TCP blocked between it and %s?", e.Name, e.Addr, n.self.Addr)
+		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", e.Name, e.Addr, n.self.Addr)
 	}
 }
 
@@ -447,6 +447,7 @@ func (n *node) welcomedExchange(s *stream, h head) error {
 		n.lostStream(s, errMyself)
 		return nil
 	}
+	n.placed = n.placed || s.attempt != nil
 	if e := n.t.get(h.From); e != nil && e.Born == h.born() {
 		n.twoWay(e)
 	}
@@ -465,7 +466,7 @@ func (n *node) welcomedExchange(s *stream, h head) error {
 // somebody unknown. Then both have the same.
 func (n *node) table(s *stream, h head, rest []byte) error {
 	s.by = n.now + streamFor
-	if _, told := n.burden(); told > 2*maxMembers && !s.out {
+	if _, told := n.burden(); told > 2*maxMembers && s.told > maxMembers/64 && !s.out {
 		return errors.New("brings its table while too many others do")
 	}
 	for len(rest) > 0 {
@@ -542,8 +543,11 @@ func (n *node) merge(s *stream, u *update) error {
 		n.aboutMe(m, "", s.name)
 		return nil
 	case (s.out || s.name != m.Name) && n.disputed(e, m): // who dials me with its own name has met the holder
-		n.send(e, n.head(kFlood), n.Codec.update(nil, u)) // which settles it
 		n.startProbe(e)
+		if s.name == m.Name {
+			return taken(e.Member)
+		}
+		n.send(e, n.head(kFlood), n.Codec.update(nil, u)) // which settles it
 		return nil
 	case e != nil && !m.Status.dead() && m.Incarnation >= e.Incarnation:
 		n.t.setLost(e, false) // vouched for by somebody I am connected to
@@ -555,11 +559,15 @@ func (n *node) merge(s *stream, u *update) error {
 	return nil
 }
 
+func taken(by Member) error {
+	return fmt.Errorf("the name %q is taken: the member at %s has it", by.Name, by.Addr)
+}
+
 // disputed reports whether m claims the name of a member that may well live
 // elsewhere: two clusters meet, and nobody shall be called failed for it. Once
 // the holder has not answered for a while, it is no longer.
 func (n *node) disputed(e *entry, m Member) bool {
-	if e == nil || e.visible() != StatusAlive || m.Status.dead() || m.Born == e.Born || m.Addr == e.Addr || !m.supersedes(e.Member) {
+	if e == nil || e.visible() != StatusAlive || m.Born == e.Born || m.Addr == e.Addr || !m.supersedes(e.Member) {
 		return false
 	}
 	p := n.peer(e)
@@ -636,6 +644,7 @@ type seedState struct {
 	at      time.Duration
 	rounds  int // failed in a row
 	warned  time.Duration
+	first   bool     // it was said that this node is its only seed
 	names   []string // members that answered at a seed's address
 }
 
@@ -688,14 +697,14 @@ func (n *node) seedsTried(a *attempt) {
 	}
 	wait := min(250*ms<<min(s.rounds-1, 10), seedsMax)
 	s.at = n.now + wait - n.jitter(wait/4)
-	// One list of seeds for all is usual, and somebody is the first on it.
-	level, again := "WARN", n.now-s.warned >= 10*time.Minute
-	if !slices.ContainsFunc(a.errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) }) {
-		level, again = "INFO", false
-	}
-	if s.warned == 0 || again {
+	others := slices.ContainsFunc(a.errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
+	switch text := strings.Join(a.errs[:min(len(a.errs), 5)], "; "); {
+	case others && (s.warned == 0 || n.now-s.warned >= 10*time.Minute):
 		s.warned = n.now
-		n.logf("[%s] no seed answers (%s): trying on, at most every %v", level, strings.Join(a.errs[:min(len(a.errs), 5)], "; "), seedsMax)
+		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", text, seedsMax)
+	case !others && !s.first: // one list of seeds for all is usual, and somebody is the first on it
+		s.first = true
+		n.logf("[INFO] no seed answers but this node itself (%s)", text)
 	}
 }
 
@@ -746,8 +755,7 @@ func (n *node) tellMine(name string) {
 func (n *node) moved(now time.Duration, id connID, ip netip.Addr, gone bool, unixMs uint64) {
 	n.advance(now)
 	s, m := n.stream(id), n.self.Member
-	first := !n.placed && s != nil && s.attempt != nil
-	n.placed = n.placed || first
+	first := !n.placed && !n.everJoined && s != nil && s.attempt != nil
 	if n.leave != nil || !first && !gone || ip == m.Addr.Addr() {
 		return
 	}
@@ -843,14 +851,16 @@ func (n *node) rivalAnswered(born uint64) {
 		n.drop(s)
 	}
 	if !n.everJoined || n.self.Born > born || n.self.Born == born && r.m.Addr.Compare(n.self.Addr) < 0 {
-		err := fmt.Errorf("the name %q is taken: the member at %s has it", n.self.Name, r.m.Addr)
+		err := taken(r.m)
 		asked := func(s *stream) bool { return s.attempt != nil && s.attempt.token != 0 }
 		if n.everJoined || len(r.again) == 0 || !slices.ContainsFunc(r.again, asked) {
 			n.out.fatal = err
 			return
 		}
 		for _, s := range r.again { // the join command was wrong, not this agent
-			n.attempted(s.attempt, s.addr, err)
+			if s.attempt != nil {
+				n.attempted(s.attempt, s.addr, err)
+			}
 		}
 		return
 	}

@@ -492,7 +492,7 @@ func TestASeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
 	h := s.host()
 	p := s.start(h, "seed0", h)
 	s.run(time.Hour)
-	if len(p.logs) != 1 || !strings.Contains(p.logs[0], "[INFO] no seed answers") {
+	if len(p.logs) != 1 || !strings.Contains(p.logs[0], "[INFO] no seed answers but this node itself") {
 		t.Errorf("it logs %q", p.logs)
 	}
 }
@@ -537,7 +537,7 @@ func TestAMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
 		warned := 0
 		for _, p := range ps {
 			for _, l := range p.logs {
-				if strings.Contains(l, odd.name+" at "+odd.host.addr.String()+" takes no TCP") {
+				if strings.Contains(l, "no TCP connection to "+odd.name+" at "+odd.host.addr.String()+" lasts") {
 					warned++
 				}
 			}
@@ -759,23 +759,48 @@ func TestOfTwinsBornInOneMillisecondOneGivesWay(t *testing.T) {
 }
 
 func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
-	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
-		s.excuse = func(o, q *proc) bool {
-			return o.name == ps[1].name || q.name == ps[1].name && o.n.everJoined && !slices.Contains(ps, o)
-		}
-		young := s.start(s.host(), ps[1].name)
-		other := s.start(s.host(), "other", young.host)
-		s.run(5 * time.Second)
-		from := s.now
-		ps[0].do(func(n *node) { n.join(s.now, 1, []netip.AddrPort{other.host.addr}, nil) })
-		s.within(5*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
-		s.within(10*time.Second, "one cluster", s.agree)
-		s.run(20 * time.Second)
-		s.story(ps, ps[1].name, from)
-		if ps[1].fatal != nil {
-			t.Error(ps[1].fatal)
-		}
-	})
+	for _, how := range []string{"through another", "itself", "failed", "left"} {
+		t.Run(how, func(t *testing.T) {
+			cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				holder := ps[1]
+				s.excuse = func(o, q *proc) bool {
+					return o.name == holder.name || q.name == holder.name && !slices.Contains(ps, o)
+				}
+				young := s.start(s.host(), holder.name)
+				other := s.start(s.host(), "other", young.host)
+				s.run(5 * time.Second)
+				to := other
+				switch how {
+				case "itself":
+					to = young
+				case "failed":
+					s.crash(young)
+				case "left":
+					young.do(func(n *node) { n.startLeave(s.now) })
+				}
+				s.run(5 * time.Second)
+				from := s.now
+				ps[0].do(func(n *node) { n.join(s.now, 1, []netip.AddrPort{to.host.addr}, nil) })
+				switch how {
+				case "through another":
+					s.within(5*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
+					fallthrough
+				case "failed", "left":
+					s.within(10*time.Second, "one cluster", s.agree)
+				case "itself":
+					s.within(5*time.Second, "the join ends", func() bool { return len(ps[0].joins) > 0 })
+					if j := ps[0].joins[0]; j.ok > 0 || !strings.Contains(strings.Join(j.errs, ""), "is taken: the member at "+holder.host.addr.String()) {
+						t.Errorf("the join ended with %+v", j)
+					}
+				}
+				s.run(20 * time.Second)
+				s.story(ps, holder.name, from)
+				if holder.fatal != nil {
+					t.Error(holder.fatal)
+				}
+			})
+		})
+	}
 }
 
 func TestOfANameOnBothSidesOfASplitTheYoungerGivesWay(t *testing.T) {
