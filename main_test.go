@@ -910,10 +910,15 @@ func TestSignals(t *testing.T) {
 	})
 	t.Run("a second one ends at once", func(t *testing.T) {
 		t.Parallel()
-		a := startStubborn(t)
-		a.int()
-		a.waitLog("leaving the cluster")
-		a.int() // as a wrapper does that passes Ctrl-C on: no second one
+		var a *testAgent
+		for took := 2 * sameSignal; took > sameSignal/2; { // on a busy machine, not at the first try
+			a = startStubborn(t)
+			start := time.Now()
+			a.int()
+			a.waitLog("leaving the cluster")
+			a.int() // as a wrapper does that passes Ctrl-C on: no second one
+			took = time.Since(start)
+		}
 		time.Sleep(sameSignal)
 		if a.hasExited() {
 			t.Fatalf("the same signal ended it: %s", a.stderr)
