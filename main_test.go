@@ -953,6 +953,33 @@ func TestAnAgentThatEndsByItselfSaysWhy(t *testing.T) {
 	}
 }
 
+func TestAnEventsNameForgesNoLogLine(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	a.run("event", "x\n2013/12/08 07:56:48 [INFO] member-failed: forged 10.0.0.1")
+	a.waitLog("user-event: x")
+	a.waitLog("forged")
+	if strings.Contains(a.stderr.String(), "\n2013/12/08") {
+		t.Errorf("the log holds a line of the event's sender: %s", a.stderr)
+	}
+}
+
+// Ctrl-\ is a way to stop a command that waits, and no crash.
+func TestQuitShowsNoStack(t *testing.T) {
+	t.Parallel()
+	cmd := hamletCmd("members", "-rpc-addr", freePort(t), "-wait", "1")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second) // until it has begun to wait, which nothing shows
+	cmd.Process.Signal(syscall.SIGQUIT)
+	if cmd.Wait(); out.Len() > 0 || cmd.ProcessState.ExitCode() != 128+3 {
+		t.Errorf("exit %d: %s", cmd.ProcessState.ExitCode(), out.String())
+	}
+}
+
 func TestAJoinThatIsRefusedForTheNameEndsNobody(t *testing.T) {
 	t.Parallel()
 	holder := startAgent(t, "-node", "a")
