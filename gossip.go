@@ -246,17 +246,18 @@ type node struct {
 
 // peer is the protocol's state about one member.
 type peer struct {
-	e                  *entry
-	due                time.Duration // awake time at which it is overdue; 0: not watched by me
-	beat               uint32        // last heartbeat's Seq, against replays
-	beatOf             uint64        // the instance it came from
-	told               time.Duration // when it was last told what is believed of it
-	stalled            time.Duration // since when it accepts without answering; 0: it does not
-	tcpOnly            int           // looks in a row that only TCP answered
-	pinged             uint32        // Seq of my last ping outside of a probe; 0: answered
-	answered, disputed time.Duration // when it last gave a sign of life, and since when its name is claimed by another
-	noLink             int           // watch links in a row that could not be had
-	linkAt             time.Duration // when to try the next
+	e        *entry
+	due      time.Duration // awake time at which it is overdue; 0: not watched by me
+	beat     uint32        // last heartbeat's Seq, against replays
+	beatOf   uint64        // the instance it came from
+	told     time.Duration // when it was last told what is believed of it
+	stalled  time.Duration // since when it accepts without answering; 0: it does not
+	tcpOnly  int           // looks in a row that only TCP answered
+	pinged   uint32        // Seq of my last ping outside of a probe; 0: answered
+	answered time.Duration // when it last gave a sign of life
+	disputed time.Duration // since when another claims its name
+	noLink   int           // watch links in a row that could not be had
+	linkAt   time.Duration // when to try the next
 }
 
 // target is one of my watchers and by when it expects my next heartbeat.
@@ -729,7 +730,7 @@ func (n *node) adopt(m Member, u *update) {
 	}
 	e := n.t.get(m.Name)
 	if p := n.peers[m.Name]; p != nil && p.beatOf != e.Born {
-		p.stalled, p.beat, p.tcpOnly, p.noLink, p.linkAt = 0, 0, 0, 0, 0
+		*p = peer{e: e, due: p.due, told: p.told, pinged: p.pinged} // what was seen of a former instance says nothing of this one
 		if p.due != 0 {
 			p.due = n.now + newGrace
 		}

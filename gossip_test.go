@@ -401,6 +401,23 @@ func TestTablesOfManyStreamsAreBoundedTogether(t *testing.T) {
 	}
 }
 
+func TestEachHolderOfANameIsAskedBeforeAnotherTakesIt(t *testing.T) {
+	l := newLab(t, 3)
+	e := l.n.t.get("b")
+	for i := range 2 {
+		m := e.Member
+		m.Addr, m.Born, m.Incarnation = labMember(5+i).Addr, m.Born+10, m.Incarnation+10
+		if !l.n.disputed(e, m) {
+			t.Fatalf("namesake %d is believed at once", i+1)
+		}
+		l.n.now += rivalFor
+		if l.n.disputed(e, m) {
+			t.Fatalf("namesake %d is not believed when the holder is silent", i+1)
+		}
+		l.n.adopt(m, &update{})
+	}
+}
+
 // A name can be refused to a join command while an exchange of the node's own is
 // under way.
 func TestARefusedNameEndsTheExchangesThatWaited(t *testing.T) {

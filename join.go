@@ -853,7 +853,7 @@ func (n *node) rivalAnswered(born uint64) {
 	if !n.everJoined || n.self.Born > born || n.self.Born == born && r.m.Addr.Compare(n.self.Addr) < 0 {
 		err := taken(r.m)
 		asked := func(s *stream) bool { return s.attempt != nil && s.attempt.token != 0 }
-		if n.everJoined || len(r.again) == 0 || !slices.ContainsFunc(r.again, asked) {
+		if n.everJoined || !slices.ContainsFunc(r.again, asked) {
 			n.out.fatal = err
 			return
 		}

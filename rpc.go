@@ -129,8 +129,7 @@ type rpcServer struct {
 	cluster cluster
 	token   string
 	strange strangers
-
-	guests guests
+	guests  guests
 }
 
 // serveRPC answers what comes in at ln.

@@ -416,9 +416,8 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 	rand.Read(nc.Random[:])
 	g.node = newNode(nc, 0)
 	g.ctx, g.quit = context.WithCancel(context.Background())
-	for _, f := range []func(){g.readUDP, g.acceptTCP} {
-		g.wg.Go(f)
-	}
+	g.wg.Go(g.readUDP)
+	g.wg.Go(func() { g.guests.accept(g.tcp, &g.strange, g.accepted) })
 	go g.run()
 	return g, nil
 }
@@ -728,8 +727,6 @@ type conn struct {
 // maxQueued bounds what waits for a peer that does not read: a table of
 // maxMembers fits.
 const maxQueued = 16 << 20
-
-func (g *Gossip) acceptTCP() { g.guests.accept(g.tcp, &g.strange, g.accepted) }
 
 // accepted reads an inbound stream to its end.
 func (g *Gossip) accepted(guest *guest) {

@@ -7,14 +7,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin
 
-if ! command -v haproxy >/dev/null; then
-	if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-		echo "installing haproxy"
-		export DEBIAN_FRONTEND=noninteractive
-		apt-get install -y -qq --no-install-recommends haproxy >/dev/null ||
-			{ apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy >/dev/null; } || :
-	fi
-fi
+command -v haproxy >/dev/null || .ci/install haproxy
 if ! command -v haproxy >/dev/null; then
 	echo "SKIPPED: haproxy is not installed, and could not be (that takes root and apt-get)"
 	if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ]; then
