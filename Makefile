@@ -20,9 +20,10 @@ demo:
 test:
 	go test -parallel 8 -timeout 30m ./...
 
-# Simulations run in one goroutine, so the big ones are left out here.
+# Simulations run in one goroutine, so the big ones are left out here. One package
+# after the other: agents are slow enough with the detector.
 race:
-	go test -race -parallel 8 -timeout 30m -skip '^TestAThousandMembers$$' ./...
+	go test -race -p 1 -parallel 8 -timeout 30m -skip '^TestAThousandMembers$$' ./...
 
 check:
 	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not formatted:" $$out; exit 1; fi
@@ -44,15 +45,15 @@ sim:
 # Real agents, measured; beside another program with Serf's command line if
 # PEER names one: make bench N=100 PEER=/usr/local/bin/serf
 bench:
-	BENCH=1 BENCH_N=$(N) PEER=$(PEER) go test -count=1 -v -timeout 60m -run '^TestBench$$' .
+	BENCH=1 BENCH_N=$(N) PEER=$(PEER) go test -count=1 -v -timeout 60m -run '^TestBench$$' ./test
 
 # Containers: the image and the compose file of examples/docker.
 docker-test:
-	@sh examples/docker/test.sh
+	@sh test/docker.sh
 
 # examples/haproxy with the real HAProxy: how many requests fail when a node goes.
 haproxy-test:
-	@sh examples/haproxy/test.sh
+	@sh test/haproxy.sh
 
 # A page for man(1), from the text that help shows.
 man: build

@@ -1,17 +1,14 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
-	"errors"
 	"fmt"
 	"io"
 	"log"
 	"net/netip"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -24,66 +21,14 @@ import (
 	"time"
 )
 
-// The test binary also plays the processes that these tests need.
+// The test binary is also a static program that is a handler in an image
+// without a shell.
 func init() {
-	switch os.Getenv("HANDLER_TEST_ROLE") {
-	case "program": // a static program that is a handler in an image without a shell
+	if os.Getenv("HANDLER_TEST_ROLE") == "program" {
 		fmt.Printf("args %q event %s\n", os.Args[1:], os.Getenv("SERF_EVENT"))
 		io.Copy(os.Stdout, os.Stdin)
 		os.Exit(0)
-	case "container": // what main does for the agent command
-		if os.Getpid() == 1 {
-			os.Exit(runAsInit())
-		}
-		os.Exit(containerAgent())
-	case "no-init":
-		os.Exit(containerAgent())
 	}
-}
-
-// containerAgent stands for an agent: it runs a handler that double-forks a
-// hundred times, says how many zombies remain, and obeys signals.
-func containerAgent() int {
-	signals := make(chan os.Signal, 10)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
-	logged := &handlerLog{}
-	hs, err := NewHandlers(HandlerConfig{
-		Specs: []string{`*=i=0; while [ $i -lt 100 ]; do (sleep 0 &); i=$((i+1)); done; echo forked`},
-		Env:   extraEnv(),
-		Log:   log.New(logged, "", 0),
-	})
-	if err != nil {
-		fmt.Println(err)
-		return 99
-	}
-	hs.Deliver(joinOf("a"))
-	for !strings.Contains(logged.String(), "forked") {
-		time.Sleep(time.Millisecond)
-	}
-	count, since := -1, time.Now()
-	for count != 0 && time.Since(since) < time.Second {
-		now := 0
-		for _, p := range procStats() {
-			if p.state == 'Z' || p.comm == "sleep" {
-				now++
-			}
-		}
-		if now != count {
-			count, since = now, time.Now()
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	fmt.Printf("pid1=%v remain=%d ready\n", os.Getpid() == 1, count)
-	for s := range signals {
-		fmt.Println("got", s)
-		switch s {
-		case syscall.SIGINT:
-			return 7
-		case syscall.SIGTERM:
-			syscall.Kill(os.Getpid(), syscall.SIGKILL)
-		}
-	}
-	return 98
 }
 
 // ---- helpers
@@ -915,87 +860,6 @@ func TestCloseShortensTheWaitOfATimeout(t *testing.T) {
 	if took := time.Since(began); took > closeKillAfter+time.Second {
 		t.Errorf("Close took %v", took)
 	}
-}
-
-// ---- the first process of a container
-
-// startContainer runs the test binary as process 1 of a PID namespace and returns
-// its output lines, its pid as seen from outside, and its exit status.
-func startContainer(t *testing.T, role string) (lines *bufio.Scanner, pid int, wait func() int) {
-	t.Helper()
-	if err := exec.Command("unshare", "--pid", "--fork", "--mount-proc", "true").Run(); err != nil {
-		t.Skipf("SKIPPED: no PID namespace to be had here: %v", err)
-	}
-	cmd := exec.Command("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", os.Args[0])
-	cmd.Env = append(os.Environ(), "HANDLER_TEST_ROLE="+role)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	lines = bufio.NewScanner(out)
-	if !lines.Scan() {
-		t.Fatal("the container said nothing")
-	}
-	children := fmt.Sprintf("/proc/%d/task/%[1]d/children", cmd.Process.Pid)
-	if pid, _ = strconv.Atoi(strings.TrimSpace(readFile(children))); pid <= 1 {
-		t.Fatalf("%s: %q", children, readFile(children))
-	}
-	return lines, pid, func() int {
-		err := cmd.Wait()
-		if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
-			t.Fatal(err)
-		}
-		return cmd.ProcessState.ExitCode()
-	}
-}
-
-func TestInitReapsForwardsAndReturnsTheStatus(t *testing.T) {
-	t.Parallel()
-	lines, pid, wait := startContainer(t, "container")
-	if got := lines.Text(); got != "pid1=false remain=0 ready" {
-		t.Errorf("%q: zombies of a handler that double-forks 100 times", got)
-	}
-	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGINT} {
-		if err := syscall.Kill(pid, sig); err != nil {
-			t.Fatal(err)
-		}
-		if lines.Scan(); lines.Text() != "got "+sig.String() {
-			t.Errorf("after %v: %q", sig, lines.Text())
-		}
-	}
-	if code := wait(); code != 7 {
-		t.Errorf("exit status %d, want the agent's 7", code)
-	}
-}
-
-func TestInitReturns128PlusTheSignalThatEndedTheAgent(t *testing.T) {
-	t.Parallel()
-	lines, pid, wait := startContainer(t, "container")
-	syscall.Kill(pid, syscall.SIGTERM)
-	if lines.Scan(); lines.Text() != "got terminated" {
-		t.Errorf("after TERM: %q", lines.Text())
-	}
-	if code := wait(); code != 128+9 {
-		t.Errorf("exit status %d, want 137", code)
-	}
-}
-
-// The control: the same load without an init leaves zombies, so the test above sees them.
-func TestWithoutInitZombiesWouldRemain(t *testing.T) {
-	t.Parallel()
-	lines, pid, wait := startContainer(t, "no-init")
-	var remain int
-	fmt.Sscanf(lines.Text(), "pid1=true remain=%d", &remain)
-	if remain < 90 {
-		t.Errorf("%q", lines.Text())
-	}
-	syscall.Kill(pid, syscall.SIGINT)
-	wait()
 }
 
 // ---- figures

@@ -1,10 +1,10 @@
 #!/bin/sh
-# test.sh runs this example on loopback, with the real HAProxy: three web nodes, a
+# Runs examples/haproxy on loopback, with the real HAProxy: three web nodes, a
 # balancer and clients. Nodes join, one is killed, one leaves; it prints how many
 # requests failed and for how long, and fails if more did than may.
 # Without HAProxy it installs Debian's package, if it is root.
 set -eu
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin
 
 command -v haproxy >/dev/null || .ci/install haproxy
@@ -17,4 +17,4 @@ if ! command -v haproxy >/dev/null; then
 fi
 
 haproxy -v | head -n 1
-HAPROXY_TEST=1 go test -count=1 -v -run '^TestHAProxyFollowsTheCluster$' .
+HAPROXY_TEST=1 go test -count=1 -v -run '^TestHAProxyFollowsTheCluster$' ./test

@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bytes"
@@ -139,13 +139,14 @@ func vanish(c net.Conn) error {
 
 func TestHalfOpenConnectionsKeepNobodyOut(t *testing.T) {
 	t.Parallel()
+	was := capture(t)
 	agents := startCluster(t, "red", "green")
-	red := agents[0]
+	red, call := agents[0], string(was.rpc[0].said)
 	used := watchUsage(t, red)
 	for i := range 800 {
-		addr, first := red.bind, []string{"", preamble, preamble + "hm"}[i%3]
+		addr, first := red.bind, was.hello[:i%len(was.hello)]
 		if i%4 == 0 {
-			addr, first = red.rpc, rpcMagic[:i%len(rpcMagic)]
+			addr, first = red.rpc, call[:i%len(call)]
 		}
 		c, err := net.Dial("tcp", addr)
 		if err != nil {

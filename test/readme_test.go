@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"fmt"
@@ -49,11 +49,7 @@ func readmeScript(blocks []string) string {
 
 func TestTheCommandsOfTheReadmeWork(t *testing.T) {
 	dir := t.TempDir()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(self, filepath.Join(dir, "hamlet")); err != nil {
+	if err := os.Symlink(program, filepath.Join(dir, "hamlet")); err != nil {
 		t.Fatal(err)
 	}
 	source, _ := os.Getwd()
@@ -69,7 +65,7 @@ func TestTheCommandsOfTheReadmeWork(t *testing.T) {
 		cmd = exec.Command("sh", "-c", script)
 	}
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "HAMLET_TEST_MAIN=1", "SOURCE="+source, "PATH="+dir+":"+os.Getenv("PATH"))
+	cmd.Env = append(hamletCmd().Env, "SOURCE="+source, "PATH="+dir+":"+os.Getenv("PATH"))
 	out, err := cmd.CombinedOutput()
 	logs, _ := os.ReadFile(filepath.Join(dir, "agents.log"))
 	if err != nil {
@@ -90,8 +86,8 @@ func TestTheReadmeNamesEveryCommandAndItsMakeTargetsExist(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, newCommand := range commands {
-		if name := newCommand().name; !strings.Contains(string(text), "| `"+name) && name != "version" {
+	for _, name := range commandNames(t) {
+		if !strings.Contains(string(text), "| `"+name) && name != "version" {
 			t.Errorf("the table of commands lacks %s", name)
 		}
 	}

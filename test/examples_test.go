@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bufio"
@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -25,18 +23,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// The test binary is also the web server behind HAProxy.
-func init() {
-	if len(os.Args) == 4 && os.Args[1] == "example-web-server" {
-		webServer(os.Args[2], os.Args[3])
-		os.Exit(0)
-	}
-}
-
 const slowAnswer = 300 * time.Millisecond
 
-// webServer answers with its name until it is told to stop; then it finishes
-// what it has begun.
+// webServer is the server behind HAProxy, in a process of its own. It answers
+// with its name until it is told to stop; then it finishes what it has begun.
 func webServer(addr, name string) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -61,8 +51,7 @@ func webServer(addr, name string) {
 // exampleEnv is an environment in which hamlet is this program.
 func exampleEnv(t *testing.T, dir string, kv ...string) []string {
 	t.Helper()
-	self, _ := os.Executable()
-	if err := os.Symlink(self, filepath.Join(dir, "hamlet")); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Symlink(program, filepath.Join(dir, "hamlet")); err != nil && !errors.Is(err, os.ErrExist) {
 		t.Fatal(err)
 	}
 	return slices.Concat(hamletCmd().Env, []string{"PATH=" + dir + ":" + os.Getenv("PATH")}, kv)
@@ -93,18 +82,20 @@ func newBalancer(t *testing.T, shell string) *balancer {
 	b := &balancer{t: t, dir: t.TempDir(), shell: shell}
 	writeScript(t, filepath.Join(b.dir, "hamlet"), `echo "$*" >>"$DIR/asked"; cat "$DIR/members"`)
 	writeScript(t, filepath.Join(b.dir, "sleep"), `:`)
-	b.env = append(os.Environ(), "DIR="+b.dir, "PATH="+b.dir+":"+os.Getenv("PATH"),
+	b.env = append(hamletCmd().Env, "DIR="+b.dir, "PATH="+b.dir+":"+os.Getenv("PATH"),
 		"BALANCE_LIST="+filepath.Join(b.dir, "web.cfg"), "BALANCE_RELOAD=echo reload >>$DIR/reloads; ! test -e $DIR/broken")
 	return b
 }
 
-// alive sets what hamlet shows.
-func (b *balancer) alive(members ...Member) {
+// alive sets what hamlet shows: lines of names, IPs and tags.
+func (b *balancer) alive(members ...string) {
 	b.t.Helper()
-	for i := range members {
-		members[i].Status = StatusAlive
+	text := ""
+	for _, m := range members {
+		f := strings.Fields(m)
+		text += fmt.Sprintf("%s    %-14s    alive     %s\n", f[0], net.JoinHostPort(f[1], "7946"), f[2])
 	}
-	if err := os.WriteFile(filepath.Join(b.dir, "members"), []byte(membersText(members)), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(b.dir, "members"), []byte(text), 0o644); err != nil {
 		b.t.Fatal(err)
 	}
 }
@@ -135,21 +126,10 @@ func (b *balancer) wantNow(list string, reloads int) {
 	}
 }
 
-func webMember(name, ip string, tags map[string]string) Member {
-	all := map[string]string{"role": "web"}
-	maps.Copy(all, tags)
-	packed, err := MakeTags(all)
-	if err != nil {
-		panic(err)
-	}
-	return Member{Name: name, Addr: netip.AddrPortFrom(netip.MustParseAddr(ip), 7946), Tags: packed}
-}
-
 func TestHAProxyReloadsOnlyWhenTheMembersChanged(t *testing.T) {
 	t.Parallel()
 	b := newBalancer(t, "/bin/sh")
-	web1, web2 := webMember("web1", "10.0.0.1", nil), webMember("web2", "10.0.0.2", map[string]string{"port": "81", "zone": "b"})
-	web3 := webMember("web3", "fd00::3", map[string]string{"report": "99", "a": "b,c"})
+	const web1, web2, web3 = "web1 10.0.0.1 role=web", "web2 10.0.0.2 port=81,role=web,zone=b", "web3 fd00::3 a=b,c,report=99,role=web"
 	const two = "backend web\n    server web1-10.0.0.1:8080 10.0.0.1:8080\n    server web2-10.0.0.2:81 10.0.0.2:81\n"
 	const three = two + "    server web3-_fd00::3_:8080 [fd00::3]:8080\n"
 
@@ -204,7 +184,7 @@ func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
 	b := newBalancer(t, "/bin/sh")
 	pid, reloads := filepath.Join(b.dir, "pid"), filepath.Join(b.dir, "reloads")
 	b.env = append(b.env, "BALANCE_RELOAD=", "BALANCE_PID="+pid)
-	b.alive(webMember("web1", "10.0.0.1", nil))
+	b.alive("web1 10.0.0.1 role=web")
 	if err := os.WriteFile(pid, []byte("999999999\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -237,22 +217,36 @@ func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
 	eventually(t, "HAProxy reloads", func() bool { return readFile(reloads) == "reload\n" })
 }
 
+// Real agents, and the real members command in front of the script.
 func TestNamesAndTagsOfPeersCannotConfigureHAProxy(t *testing.T) {
 	t.Parallel()
-	members := []Member{webMember("web1", "10.0.0.1", nil)}
-	for i, name := range []string{`a;b`, `a"b`, `a'b`, `$(reboot)`, "`reboot`", `x\n10.0.0.9:1\tserver`, `x\x0aserver`, `\c`, `#`, `-n`, `%s%n`,
-		`${HOME}`, `web1`, `ウェブ`, `サーバ`, `backend`, `/../`, `*`, `a,port=22`, `x\`, strings.Repeat("n", maxName)} {
-		members = append(members, webMember(name, fmt.Sprintf("10.0.1.%d", i), nil))
+	lb := startAgent(t, "-node", "lb")
+	count := 0
+	start := func(net int, name, port string) {
+		count++
+		args := []string{"-node=" + name, "-bind", fmt.Sprintf("127.0.%d.%d:0", net, count), "-join", lb.advertised, "-role", "web"}
+		if net == 2 {
+			args = append(args, "-tag", "port="+port)
+		}
+		cmd := hamletCmd(agentArgs(args...)...)
+		cmd.Path = asker // there are many
+		startAgentCmd(t, cmd)
 	}
-	good := len(members)
+	for _, name := range []string{"web0", `a;b`, `a"b`, `a'b`, `$(reboot)`, "`reboot`", `x\n10.0.0.9:1\tserver`, `x\x0aserver`, `\c`, `#`, `-n`, `%s%n`,
+		`${HOME}`, `web1`, `ウェブ`, `サーバ`, `backend`, `/../`, `*`, `a,port=22`, `x\`, strings.Repeat("n", 128)} {
+		start(1, name, "")
+	}
+	good := count
 	for i, port := range []string{"80 check", "80\nserver x 10.0.0.9:80", "80;", "0", "65536", "99999999999999999999", "-1", "", "0x50", "8e1", "$p"} {
-		members = append(members, webMember("port", fmt.Sprintf("10.0.2.%d", i), map[string]string{"port": port}))
+		start(2, fmt.Sprint("port", i), port)
 	}
-	line := regexp.MustCompile(`^    server [A-Za-z0-9_.:-]+-(10\.0\.[01]\.\d+:8080) (10\.0\.[01]\.\d+:8080)$`)
+	eventually(t, "all are members", func() bool { return len(lb.members()) == 1+count })
+	line := regexp.MustCompile(`^    server [A-Za-z0-9_.:-]+-(127\.0\.1\.\d+:8080) (127\.0\.1\.\d+:8080)$`)
 	list := ""
 	eachShell(t, func(t *testing.T, shell string) {
 		b := newBalancer(t, shell)
-		b.alive(members...)
+		os.Remove(filepath.Join(b.dir, "hamlet"))
+		b.env = append(exampleEnv(t, b.dir, b.env...), "SERF_RPC_ADDR="+lb.rpc)
 		if out, err := b.run(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
@@ -318,9 +312,8 @@ func TestAWebNodeStopsWithItsServerItsAgentOrASignal(t *testing.T) {
 			}
 			t.Cleanup(func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
 			eventually(t, name+" is a member with its port", func() bool {
-				return slices.ContainsFunc(lb.members(), func(m Member) bool {
-					return m.Name == name && m.Tags.Map()["role"] == "web" && m.Tags.Map()["port"] == "80"
-				})
+				tags := lb.member(name).Tags
+				return tags["role"] == "web" && tags["port"] == "80"
 			})
 			want := stop(cmd, pidIn(t, pid), rpc)
 			cmd.Wait()
@@ -386,7 +379,7 @@ func TestTheCatchAllHandlerRunsNothingElsewhere(t *testing.T) {
 	eachShell(t, func(t *testing.T, shell string) {
 		for event, want := range map[string]string{"x/../../evil": "", "/../../evil": "", "../evil": "", "$(evil)": "literal\n", "": "", "a b": "", "*": "", "\n": ""} {
 			cmd := exec.Command(shell, filepath.Join(here, "route.sh"))
-			cmd.Env = append(os.Environ(), "SERF_EVENT=user", "SERF_USER_EVENT="+event)
+			cmd.Env = append(hamletCmd().Env, "SERF_EVENT=user", "SERF_USER_EVENT="+event)
 			if out, err := cmd.CombinedOutput(); err != nil || string(out) != want {
 				t.Errorf("event %q: %q, %v", event, out, err)
 			}
@@ -411,10 +404,9 @@ func TestSystemdTakesTheUnit(t *testing.T) {
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
 		t.Skip("SKIPPED: systemd-analyze is not installed")
 	}
-	self, _ := os.Executable()
-	program, _, _ := strings.Cut(unitValue(t, "ExecStart"), " ")
+	installed, _, _ := strings.Cut(unitValue(t, "ExecStart"), " ")
 	unit := filepath.Join(t.TempDir(), "hamlet.service")
-	text := strings.ReplaceAll(readFile("examples/systemd/hamlet.service"), program, self) // it looks whether it is there
+	text := strings.ReplaceAll(readFile("examples/systemd/hamlet.service"), installed, program) // it looks whether it is there
 	if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -441,7 +433,7 @@ func TestTheUnitsAgentJoinsAndLeavesWhenStopped(t *testing.T) {
 	cmd.Env = append(cmd.Env, "HAMLET_NODE=unit", "HAMLET_JOIN="+seed.advertised)
 	unit := startAgentCmd(t, cmd)
 	seed.waitStatus("unit", "alive")
-	if i := slices.IndexFunc(seed.members(), func(m Member) bool { return m.Name == "unit" && m.Tags.Map()["role"] == "web" }); i < 0 {
+	if seed.member("unit").Tags["role"] != "web" {
 		t.Errorf("the role of hamlet.env is not there: %v", seed.members())
 	}
 	unit.signal(map[string]syscall.Signal{"SIGINT": syscall.SIGINT, "SIGTERM": syscall.SIGTERM}[unitValue(t, "KillSignal")])
@@ -569,30 +561,15 @@ type webFarm struct {
 	rpc        string
 	load       *webLoad
 	nodes      map[string]*webNode
-	agent      *testAgent
+	agent      *agent
 	haproxyPID int
 }
 
 type webNode struct {
 	ip, addr, rpc string
 	cmd           *exec.Cmd
-	output        *processOutput
+	output        *output
 	ended         chan struct{}
-}
-
-// freeAddrs returns addresses that nobody listens on. Away from 127.0.0.1 they
-// are not taken as the source of a connection meanwhile, either.
-func freeAddrs(t *testing.T, ip string, count int) (addrs []string) {
-	t.Helper()
-	for range count {
-		ln, err := net.Listen("tcp", ip+":0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
-		addrs = append(addrs, ln.Addr().String())
-	}
-	return addrs
 }
 
 func newWebFarm(t *testing.T) *webFarm {
@@ -600,9 +577,6 @@ func newWebFarm(t *testing.T) *webFarm {
 	free := freeAddrs(t, "127.77.0.1", 3)
 	f := &webFarm{t: t, dir: t.TempDir(), addr: free[0], seed: free[1], rpc: free[2], nodes: make(map[string]*webNode)}
 	os.Chmod(f.dir, 0o755)
-	if out, err := exec.Command("go", "build", "-o", filepath.Join(f.dir, "hamlet"), ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
 	config := ownHAProxyConfig(t, f.dir, f.addr)
 	extra := filepath.Join(f.dir, "test.cfg")
 	err := errors.Join(
@@ -612,7 +586,7 @@ func newWebFarm(t *testing.T) *webFarm {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("haproxy", "-W", "-p", filepath.Join(f.dir, "pid"), "-f", config, "-f", f.list(), "-f", extra)
-	log := &processOutput{}
+	log := &output{}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.WaitDelay = time.Second
 	if err := cmd.Start(); err != nil {
@@ -660,7 +634,6 @@ func (f *webFarm) startBalancerAgent() {
 	args := []string{"agent", "-node", "lb", "-role", "lb", "-bind", f.seed, "-rpc-addr", f.rpc, "-log-level", "debug",
 		"-event-handler", "member-join,member-leave,member-failed,member-update=" + handler}
 	cmd := hamletCmd(args...)
-	cmd.Path = filepath.Join(f.dir, "hamlet")
 	cmd.Env = append(exampleEnv(f.t, f.dir), "BALANCE_LIST="+f.list(), "BALANCE_PID="+filepath.Join(f.dir, "pid"))
 	f.agent = startAgentCmd(f.t, cmd)
 }
@@ -680,7 +653,7 @@ func (f *webFarm) start(name string) time.Duration {
 	_, port, _ := net.SplitHostPort(n.addr)
 	n.cmd = exec.Command("examples/haproxy/web.sh", port, self, "example-web-server", n.addr, name)
 	n.cmd.Env = append(exampleEnv(f.t, f.dir), "HAMLET_NODE="+name, "HAMLET_BIND="+n.ip+":0", "HAMLET_RPC_ADDR="+n.rpc, "HAMLET_JOIN="+f.seed, "DRAIN=2")
-	n.output = &processOutput{}
+	n.output = &output{}
 	n.cmd.Stdout, n.cmd.Stderr = n.output, n.output
 	n.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	f.load.mu.Lock()

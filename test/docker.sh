@@ -4,7 +4,7 @@
 # restarted. Then the compose file. Needs a Docker engine on Linux, pulls
 # nothing and removes all that it makes.
 set -eu
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 
 skip() { echo "docker-test: skipped: $1"; exit 0; }
 command -v docker >/dev/null || skip "there is no docker command"

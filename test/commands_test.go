@@ -1,0 +1,411 @@
+package test
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// optionsOf are the options that each command has; what is new need not be here.
+var optionsOf = map[string]string{
+	"agent": "node role tag bind advertise iface rpc-addr rpc-auth join retry-max cluster encrypt reap-after leave-on-terminate " +
+		"event-handler handler-timeout log-level",
+	"members":     "status name tag format wait timeout rpc-addr rpc-auth",
+	"join":        "rpc-addr rpc-auth",
+	"leave":       "rpc-addr rpc-auth",
+	"force-leave": "prune rpc-addr rpc-auth",
+	"event":       "coalesce rpc-addr rpc-auth",
+	"keygen":      "",
+	"version":     "",
+}
+
+func TestHelpBeginsWithCommandsAndFits80Columns(t *testing.T) {
+	names := commandNames(t)
+	for name := range optionsOf {
+		if !slices.Contains(names, name) {
+			t.Errorf("help does not list %s", name)
+		}
+	}
+	for _, name := range append(names, "") {
+		text := helpOf(t, name)
+		if !strings.HasPrefix(text, "  hamlet ") {
+			t.Errorf("help %s begins with something else:\n%s", name, text)
+		}
+		for line := range strings.Lines(text) {
+			if len(line) > 81 || strings.TrimRight(line, " \n") != strings.TrimSuffix(line, "\n") {
+				t.Errorf("help %s: bad line %q", name, line)
+			}
+		}
+		if name == "" {
+			continue
+		}
+		var shown []string
+		for _, m := range regexp.MustCompile(`\n  -(\S+)`).FindAllStringSubmatch(text, -1) {
+			if slices.Contains(shown, m[1]) {
+				t.Errorf("help %s explains -%s twice", name, m[1])
+			}
+			shown = append(shown, m[1])
+		}
+		for _, option := range strings.Fields(optionsOf[name]) {
+			if !slices.Contains(shown, option) {
+				t.Errorf("help %s does not explain -%s", name, option)
+			}
+		}
+		for _, flag := range []string{"-h", "-help", "--help"} {
+			if out, _, code := hamlet(t, name, flag); code != 0 || out != text {
+				t.Errorf("%s %s: exit %d, not the text of help %s", name, flag, code, name)
+			}
+		}
+	}
+}
+
+func TestKeygenMakesKeysThatAgentsTake(t *testing.T) {
+	one, _, _ := hamlet(t, "keygen")
+	two, _, _ := hamlet(t, "keygen")
+	if one == two {
+		t.Error("the same key twice")
+	}
+	startAgent(t, "-encrypt", strings.TrimSuffix(one, "\n"), "-encrypt", two)
+}
+
+func TestVersionIsPrinted(t *testing.T) {
+	want := "hamlet " + testVersion + " ("
+	if os.Getenv("HAMLET") != "" {
+		want = "hamlet "
+	}
+	for _, arg := range []string{"version", "-version", "--version", "-v"} {
+		if out, errs, code := hamlet(t, arg); code != 0 || errs != "" || !strings.HasPrefix(out, want) {
+			t.Errorf("%s: %q %q %d", arg, out, errs, code)
+		}
+	}
+}
+
+func TestTheNameItWasCalledByIsInUsageAndErrors(t *testing.T) {
+	call := serfIn(t, t.TempDir())
+	if out, _, _ := runCmd(t, call("help", "members")); !strings.HasPrefix(out, "  serf members") || strings.Contains(out, "hamlet") {
+		t.Errorf("help members of serf:\n%s", out)
+	}
+	if _, errs, _ := runCmd(t, call("members", "-rpc-addr", freePort(t))); !strings.HasPrefix(errs, "serf: error: ") || !strings.Contains(errs, "'serf agent'") {
+		t.Errorf("error of serf: %s", errs)
+	}
+}
+
+func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
+	taken, free := takenPort(t), freePort(t)
+	key := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, 32))
+	long := strings.Repeat("x", 600)
+	agent := func(args ...string) []string { return agentArgs(append([]string{"-node", "a"}, args...)...) }
+	tests := []struct {
+		args []string
+		code int
+		want []string // in stderr
+	}{
+		{nil, 2, []string{`no command given`, "hint: 'hamlet help'"}},
+		{[]string{"dance"}, 2, []string{`no command "dance"`, "hint: 'hamlet help'"}},
+		{[]string{"help", "dance"}, 2, []string{`no command "dance"`}},
+		{[]string{"members", "-colour"}, 2, []string{"not defined: -colour", "hint: 'hamlet help members'"}},
+		{[]string{"agent", "-node"}, 2, []string{"needs an argument: -node"}},
+		{agent("extra"), 2, []string{`unexpected argument "extra"`, "hint: 'hamlet help agent'"}},
+		{agent("-log-level", "loud"), 2, []string{`"loud"`, "trace, debug, info, warn, err"}},
+		{agent("-retry-max", "-1"), 2, []string{`"-1"`, "-retry-max"}},
+		{agent("-handler-timeout", "10"), 2, []string{`"10"`, "-handler-timeout", "20s"}},
+		{agent("-reap-after", "0s"), 2, []string{`"0s"`, "-reap-after"}},
+		{agent("-leave-on-terminate=maybe"), 2, []string{`"maybe"`, "true or false"}},
+		{agent("-bind", "nowhere"), 2, []string{`"nowhere"`, "hint: -bind takes IP:PORT"}},
+		{agent("-bind", "10.0.0.1:99999"), 2, []string{`"10.0.0.1:99999"`}},
+		{agent("-bind", "1.2.3"), 2, []string{`"1.2.3"`}},
+		{agent("-bind", taken), 1, []string{"cannot listen on " + taken, "address already in use", "hint:", "-bind"}},
+		{agent("-bind", "198.51.100.7:7946"), 1, []string{"198.51.100.7:7946", "hint:", "no such address"}},
+		{agent("-rpc-addr", taken), 1, []string{"cannot listen on " + taken + " for the RPC", "hint: is an agent running", "-rpc-addr"}},
+		{agent("-rpc-addr", "a:b:c"), 2, []string{`"a:b:c"`, "hint: -rpc-addr takes HOST:PORT"}},
+		{agent("-advertise", "0.0.0.0"), 2, []string{"0.0.0.0", "-advertise"}},
+		{agent("-advertise", "a b"), 2, []string{`"a b"`, "-advertise"}},
+		{agent("-iface", "nope0"), 2, []string{`"nope0"`, "-iface"}},
+		{agent("-iface", "lo", "-advertise", "10.0.0.1"), 2, []string{"lo", "10.0.0.1", "one of them"}},
+		{agent("-join", "a b"), 2, []string{`-join: "a b"`, "hint:"}},
+		{agent("-join", "host:port"), 2, []string{`"host:port"`, "hint:"}},
+		{agent("-join", "10.0.0.1:0"), 2, []string{`"10.0.0.1:0"`, "hint:"}},
+		{agent("-join", ""), 2, []string{`""`, "hint:"}},
+		{agent("-node", "two words"), 2, []string{`"two words"`, "hint:", "-node"}},
+		{agent("-node", strings.Repeat("n", 129)), 2, []string{"129 bytes", "128"}},
+		{agent("-tag", "role"), 2, []string{`"role"`, "hint: for example: -tag role=web"}},
+		{agent("-tag", "=x"), 2, []string{`"=x"`}},
+		{agent("-tag", "a="+long), 2, []string{"602 bytes", "512"}},
+		{agent("-role", "db", "-tag", "role=web"), 2, []string{`"db"`, `"web"`}},
+		{agent("-event-handler", "member-jion=x"), 2, []string{"member-jion", "hint:"}},
+		{agent("-encrypt", "c2hvcnQ="), 2, []string{"key 1 of 1 has 5 bytes", "32", "hamlet keygen"}},
+		{agent("-encrypt", key, "-encrypt", "%%%"), 2, []string{"key 2 of 2 is not base64", "hamlet keygen"}},
+		{[]string{"members", "-rpc-addr", free}, 1, []string{free, "connection refused", "hint: is the agent running?", "'hamlet agent'", "-rpc-addr"}},
+		{[]string{"members", "-rpc-addr", "no where"}, 2, []string{`"no where"`}},
+		{[]string{"members", "-name", "("}, 2, []string{`"("`, "-name", "regular expression"}},
+		{[]string{"members", "-status", "["}, 2, []string{`"["`, "-status"}},
+		{[]string{"members", "-tag", "role=*"}, 2, []string{`"*"`, "-tag"}},
+		{[]string{"members", "-tag", "role"}, 2, []string{`"role"`, "KEY=RE"}},
+		{[]string{"members", "-format", "xml"}, 2, []string{`"xml"`, "text or json"}},
+		{[]string{"members", "-wait", "three"}, 2, []string{`"three"`, "-wait"}},
+		{[]string{"members", "-timeout", "1s"}, 2, []string{"-wait"}},
+		{[]string{"members", "web"}, 2, []string{`"web"`}},
+		{[]string{"join"}, 2, []string{"ADDR", "missing"}},
+		{[]string{"join", "not an address"}, 2, []string{`"not an address"`}},
+		{[]string{"join", "-rpc-addr", free, "127.0.0.1"}, 1, []string{free}},
+		{[]string{"force-leave"}, 2, []string{"NAME"}},
+		{[]string{"force-leave", "a", "-prune"}, 2, []string{`"-prune"`}},
+		{[]string{"event"}, 2, []string{"NAME"}},
+		{[]string{"event", "e", strings.Repeat("p", 1024)}, 1, []string{"1 and 1024", "at most 1024"}},
+		{[]string{"keygen", "now"}, 2, []string{`"now"`}},
+	}
+	for _, tt := range tests {
+		name := strings.Join(tt.args, " ")
+		out, errs, code := hamlet(t, tt.args...)
+		if code != tt.code || out != "" || !strings.HasPrefix(errs, "hamlet: error: ") {
+			t.Errorf("%.80s: exit %d, stdout %q, stderr %q; want exit %d", name, code, out, errs, tt.code)
+		}
+		for _, w := range tt.want {
+			if !strings.Contains(errs, w) {
+				t.Errorf("%.80s: no %q in %q", name, w, errs)
+			}
+		}
+		if strings.Contains(errs, "goroutine") || strings.Count(errs, "\n") > 2 {
+			t.Errorf("%.80s: too much: %s", name, errs)
+		}
+	}
+}
+
+func TestAKeyIsNeverShown(t *testing.T) {
+	key := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, 32))
+	short := key[4:]
+	for _, args := range [][]string{
+		agentArgs("-encrypt", short), agentArgs("-encrypt", key, key, "x"), agentArgs("-encrypt", key, "-bind", "x"), {"agent", "-h", "-encrypt", key},
+	} {
+		if out, errs, _ := hamlet(t, args...); strings.Contains(out+errs, short[:20]) {
+			t.Errorf("%v shows the key: %s%s", args, out, errs)
+		}
+	}
+	for _, v := range []string{short, key + ",bad"} {
+		cmd := hamletCmd(agentArgs()...)
+		cmd.Env = append(cmd.Env, "HAMLET_ENCRYPT="+v)
+		if out, errs, code := runCmd(t, cmd); code != 2 || strings.Contains(out+errs, short[:20]) {
+			t.Errorf("exit %d, or the key is shown: %s%s", code, out, errs)
+		}
+	}
+	cmd := hamletCmd(agentArgs("-log-level", "trace", "-event-handler", "env; tr '\\0' ' ' < /proc/$PPID/cmdline; echo; echo done")...)
+	cmd.Env = append(cmd.Env, "HAMLET_ENCRYPT="+key)
+	a := startAgentCmd(t, cmd)
+	a.waitLog("\ndone\n")
+	a.int()
+	a.wait()
+	if s := a.stdout.String() + a.stderr.String(); strings.Contains(s, short[:20]) || strings.Contains(s, "HAMLET_ENCRYPT") {
+		t.Error("the key reached the log, the command line or the handler's environment")
+	}
+}
+
+func TestBannerTellsNameAndAddresses(t *testing.T) {
+	a := startAgent(t, "-node", "precise64", "-bind", "0.0.0.0:0", "-advertise", "127.0.0.1")
+	_, port, _ := net.SplitHostPort(a.bind)
+	want := fmt.Sprintf(`==> Starting hamlet agent...
+==> Starting hamlet agent RPC...
+==> hamlet agent running!
+    Node name: 'precise64'
+    Bind addr: '0.0.0.0:%s'
+    Advertise: '127.0.0.1:%s' (set with -advertise)
+     RPC addr: '%s'
+`, port, port, a.rpc)
+	if diff := cmp.Diff(want, strings.TrimSuffix(a.stdout.String(), "    Encrypted: false\n")); diff != "" {
+		t.Error(diff)
+	}
+	a.waitLine(memberLine("member-join", "precise64", "127.0.0.1"))
+	if line := a.stderr.String(); !regexp.MustCompile(`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \[INFO\] `).MatchString(line) {
+		t.Errorf("log: %q", line)
+	}
+}
+
+func TestSecondAgentOnOnePortIsToldSo(t *testing.T) {
+	a := startAgent(t)
+	for option, addr := range map[string]string{"-rpc-addr": a.rpc, "-bind": a.bind} {
+		_, errs, code := hamlet(t, agentArgs(option, addr)...)
+		if code != 1 || !strings.Contains(errs, addr) || !strings.Contains(errs, "in use") || !strings.Contains(errs, "hint: is an agent running there already? choose another address with "+option) {
+			t.Errorf("%s %s: exit %d, %s", option, addr, code, errs)
+		}
+	}
+}
+
+func TestAPortOfAnotherKindIsNotTakenForAnAgent(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t)
+	_, errs, code := hamlet(t, "members", "-rpc-addr", a.advertised)
+	if code != 1 || !strings.Contains(errs, a.advertised) || !strings.Contains(errs, "hint: ") {
+		t.Errorf("members at the gossip port: exit %d, %s", code, errs)
+	}
+}
+
+func TestMembersFiltersAndFormats(t *testing.T) {
+	t.Parallel()
+	web1 := startAgent(t, "-node", "web1", "-role", "web", "-tag", "zone=a")
+	web2 := startAgent(t, "-node", "web2", "-role", "web", "-tag", "zone=ab", "-join", web1.advertised)
+	db := startAgent(t, "-node", "db", "-tag", "role=db", "-join", web1.advertised)
+	names := func(args ...string) string {
+		out, errs, code := web1.run("members", args...)
+		if code != 0 || errs != "" {
+			t.Errorf("members %v: exit %d, %s", args, code, errs)
+		}
+		var found []string
+		for line := range strings.Lines(out) {
+			found = append(found, strings.Fields(line)[0])
+		}
+		return strings.Join(found, " ")
+	}
+	names("-wait", "3", "-timeout", "15s")
+	out, _, _ := web1.run("members")
+	want := fmt.Sprintf("%-4s    %-15s    alive     role=db\n%-4s    %-15s    alive     role=web,zone=a\n%-4s    %-15s    alive     role=web,zone=ab\n",
+		"db", db.advertised, "web1", web1.advertised, "web2", web2.advertised)
+	if out != want {
+		t.Error(cmp.Diff(want, out))
+	}
+	db.kill()
+	web1.waitStatus("db", "failed")
+	for args, want := range map[string]string{
+		"":                               "db web1 web2",
+		"-status alive":                  "web1 web2",
+		"-status failed|left":            "db",
+		"-status ali":                    "",
+		"-name web.":                     "web1 web2",
+		"-name we":                       "",
+		"-tag role=web":                  "web1 web2",
+		"-tag role=web -tag zone=a":      "web1",
+		"-tag zone=.*":                   "web1 web2",
+		"-tag none=.*":                   "",
+		"-name .*1|db -status alive":     "web1",
+		"--name=db":                      "db",
+		"-name db|web1 -tag role=[bd]+":  "db",
+		"-wait 2 -name web1 -timeout 1s": "",
+	} {
+		if strings.Contains(args, "-wait") {
+			if _, errs, code := web1.run("members", strings.Fields(args)...); code != 1 || !strings.Contains(errs, "1 of 2 members alive after 1s") {
+				t.Errorf("members %s: exit %d, %s", args, code, errs)
+			}
+		} else if got := names(strings.Fields(args)...); got != want {
+			t.Errorf("members %s: %q, want %q", args, got, want)
+		}
+	}
+	var js struct{ Members []member }
+	out, _, _ = web1.run("members", "-format", "json", "-name", "web2")
+	if err := json.Unmarshal([]byte(out), &js); err != nil || len(js.Members) != 1 {
+		t.Fatalf("json: %v\n%s", err, out)
+	}
+	if m := js.Members[0]; m.Name != "web2" || m.Addr != web2.advertised || m.Status != "alive" || !strings.HasSuffix(m.Addr, fmt.Sprint(":", m.Port)) || m.Tags["zone"] != "ab" {
+		t.Errorf("json: %s", out)
+	}
+}
+
+func TestWaitAlsoWaitsForTheAgentItself(t *testing.T) {
+	t.Parallel()
+	rpc := freePort(t)
+	if _, errs, code := hamlet(t, "members", "-rpc-addr", rpc, "-wait", "1", "-timeout", "300ms"); code != 1 || !strings.Contains(errs, "no agent answers at "+rpc) {
+		t.Errorf("nobody there: exit %d, %s", code, errs)
+	}
+	waiting := launch(t, hamletCmd("members", "-rpc-addr", rpc, "-wait", "2", "-timeout", "20s"), here)
+	a := startAgent(t, "-node", "a", "-rpc-addr", rpc)
+	startAgent(t, "-node", "b", "-join", a.advertised)
+	if code := waiting.wait(); code != 0 || strings.Count(waiting.stdout.String(), "alive\n") != 2 {
+		t.Errorf("exit %d, %s%s", code, waiting.stdout, waiting.stderr)
+	}
+}
+
+func TestAStoppedAgentIsGivenUpAfterFiveSeconds(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t)
+	a.signal(syscall.SIGSTOP)
+	start := time.Now()
+	_, errs, code := a.run("members")
+	if took := time.Since(start); took < 4*time.Second || took > 9*time.Second {
+		t.Errorf("gave up after %v", took)
+	}
+	if code != 1 || !strings.Contains(errs, a.rpc+" did not answer within 5s") || !strings.Contains(errs, "hint:") {
+		t.Errorf("exit %d, %s", code, errs)
+	}
+}
+
+func TestOptionsComeFromTheEnvironmentAndFlagsWin(t *testing.T) {
+	t.Parallel()
+	seed := startAgent(t, "-node", "seed")
+	cmd := hamletCmd("agent", "-tag", "flag=wins")
+	cmd.Env = append(cmd.Env, "HAMLET_NODE=envy", "HAMLET_BIND=127.0.0.1:0", "HAMLET_RPC_ADDR=127.0.0.1:0", "HAMLET_RPC_AUTH=sesame",
+		"HAMLET_JOIN=127.0.0.1:1,"+seed.advertised, "HAMLET_TAG=env=loses", "HAMLET_ROLE=web", "HAMLET_LOG_LEVEL=debug", "HAMLET_RETRY_MAX=",
+		"HAMLET_EVENT_HANDLER=member-join,member-failed=echo handler:$SERF_EVENT,user=echo user-handler", "HAMLET_LEAVE_ON_TERMINATE=true")
+	a := startAgentCmd(t, cmd)
+	if a.name != "envy" {
+		t.Errorf("node name %s", a.name)
+	}
+	seed.waitStatus("envy", "alive")
+	if tags := seed.member("envy").Tags; !maps.Equal(tags, map[string]string{"flag": "wins", "role": "web"}) {
+		t.Errorf("tags %q", tags)
+	}
+	a.waitLog("handler:member-join")
+
+	ask := func(env ...string) (string, string, int) {
+		cmd := hamletCmd("members", "-name", "envy")
+		cmd.Env = append(cmd.Env, env...)
+		return runCmd(t, cmd)
+	}
+	if _, errs, code := ask("SERF_RPC_ADDR=" + a.rpc); code != 1 || !strings.Contains(errs, "wants a token") || !strings.Contains(errs, "SERF_RPC_AUTH") {
+		t.Errorf("without a token: exit %d, %s", code, errs)
+	}
+	if _, errs, code := ask("SERF_RPC_ADDR="+a.rpc, "SERF_RPC_AUTH=melon"); code != 1 || !strings.Contains(errs, "another token") || strings.Contains(errs, "melon") {
+		t.Errorf("with a wrong token: exit %d, %s", code, errs)
+	}
+	for _, prefix := range []string{"SERF_", "HAMLET_"} { // a container's settings serve both
+		if out, errs, code := ask(prefix+"RPC_ADDR="+a.rpc, prefix+"RPC_AUTH=sesame"); code != 0 || !strings.HasPrefix(out, "envy ") {
+			t.Errorf("with %sRPC_AUTH: exit %d, %s", prefix, code, errs)
+		}
+	}
+	a.term()
+	if code := a.wait(); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+	seed.waitStatus("envy", "left")
+}
+
+func TestBadValueInTheEnvironmentNamesTheVariable(t *testing.T) {
+	cmd := hamletCmd(agentArgs()...)
+	cmd.Env = append(cmd.Env, "HAMLET_HANDLER_TIMEOUT=soon")
+	if _, errs, code := runCmd(t, cmd); code != 2 || !strings.Contains(errs, `"soon" for HAMLET_HANDLER_TIMEOUT`) {
+		t.Errorf("exit %d, %s", code, errs)
+	}
+}
+
+// Ctrl-\ is a way to stop a command that waits, and no crash.
+func TestQuitShowsNoStack(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	cmd := hamletCmd("members", "-rpc-addr", ln.Addr().String(), "-wait", "1")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := ln.Accept() // now it waits for an answer
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	cmd.Process.Signal(syscall.SIGQUIT)
+	if cmd.Wait(); out.Len() > 0 || cmd.ProcessState.ExitCode() != 128+3 {
+		t.Errorf("exit %d: %s", cmd.ProcessState.ExitCode(), out.String())
+	}
+}
