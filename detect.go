@@ -1,39 +1,253 @@
 // detect.go: who has died, who only stalls, and whether it is me.
 //
-// The failure detector of the node (gossip.go): probes and the votes of helpers,
-// the verdicts that follow, suspicion and its end, and isolation. Evidence
-// starts a probe; only what probes see leads to a verdict.
+// The failure detector is a part of the node (gossip.go): the ring on which
+// heartbeats are promised and missed, probes and the votes of helpers, the
+// verdicts that follow, suspicion and its end, isolation, and retry. Evidence
+// starts a probe; only what probes see leads to a verdict. How anything travels
+// is not known here.
 
 package main
 
 import (
-	"net/netip"
+	"cmp"
 	"slices"
 	"time"
 )
 
-// ---- probes and verdicts ----
+// The detector's times and bounds; a probe counts from its start.
+const (
+	beatEvery    = 500 * ms // one heartbeat, to one watcher at a time
+	overdueAfter = 100 * ms // past its promise
+	newGrace     = time.Second
+	linkCount    = 2        // watchers that hold a watch link
+	linkAfter    = 100 * ms // while many join, rings change all the time
 
-// probe is one look at a member: for a verdict of my own (judge), for others
-// who asked, or both. There is one at a time per target.
+	askAfter    = 100 * ms // a second ping, and helpers
+	askOnce     = 300 * ms // more: those that have not voted
+	helpFor     = 350 * ms // a helper's vote
+	probeFor    = 600 * ms // the end of a round
+	namesakeFor = 900 * ms // the same for a namesake, at whom nobody else can look
+	voteAge     = 3 * time.Second
+	suspectFor  = 1500 * ms
+	stallFor    = 10 * time.Second
+	stallRound  = time.Second
+	aloneAfter  = 3 * time.Second
+	lastCallGap = 150 * ms
+	lastCalls   = 6
+	retryRate   = 2.0 // pings a second, times the failed share of the table
+	maxProbes   = 128
+	maxAskers   = 64
+)
+
+// verdict is what one observer saw of a target, in rising weight as evidence
+// that somebody is there.
+type verdict uint8
+
+const (
+	vNone        verdict = iota
+	vUnreachable         // nothing at all
+	vRefused             // the host is there, the process is not
+	vSilent              // the kernel accepts, the process does not answer
+	vAlive
+)
+
+// ---- the ring ----
+
+// run is one run of a member. The entry may come to be about another one.
+type run struct {
+	e    *entry
+	born uint64
+}
+
+func runOf(e *entry) run { return run{e, e.Born} }
+
+// over reports whether the run is believed to have ended.
+func (r run) over() bool { return r.e.Born != r.born || r.e.Status.dead() }
+
+// bond ties a watcher and the one it watches: by when the next heartbeat comes.
+type bond struct {
+	run
+	by time.Duration
+}
+
+// ring is whom I watch, who watches me, and what was promised.
+type ring struct {
+	seen     uint64  // version of the table that this follows
+	watchers []*bond // in the order of the rings; by: as I have promised
+	watched  []*bond // by: overdue then
+	nextBeat time.Duration
+	linkAt   time.Duration // when to ask for other watch links; 0: they are as they shall be
+}
+
+// refresh recomputes whom I watch and who watches me after a change.
+func (r *ring) refresh(n *node) {
+	if r.seen == n.t.version {
+		return
+	}
+	// After a mass failure the rings must heal at once, so whom I newly watch is
+	// due soon. After a join nothing is broken, and everybody is busy.
+	grace := newGrace
+	if n.t.shrunk > r.seen {
+		grace = overdueAfter
+	}
+	follow := func(old []*bond, es []*entry, by time.Duration) (bonds []*bond) {
+		for _, e := range es {
+			b := &bond{runOf(e), by}
+			if i := slices.IndexFunc(old, func(o *bond) bool { return o.run == b.run }); i >= 0 {
+				b = old[i]
+			}
+			bonds = append(bonds, b)
+		}
+		return bonds
+	}
+	r.seen = n.t.version
+	r.watchers = follow(r.watchers, n.t.watchers(n.self), 0)
+	r.watched = follow(r.watched, n.t.watched(n.self), n.now+grace)
+	r.greet(n)
+	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
+}
+
+// greet sends new watchers their first heartbeat. What it promises is spread
+// over the cycle: were all told to wait for a whole one, nobody would notice
+// before its end that a host vanished right after it had joined.
+func (r *ring) greet(n *node) {
+	slot := max(r.nextBeat, n.now)
+	for _, w := range r.watchers {
+		if w.by != 0 {
+			slot += beatEvery
+		}
+	}
+	for _, w := range r.watchers {
+		if w.by == 0 {
+			w.by = slot
+			slot += beatEvery
+			r.beat(n, w)
+		}
+	}
+}
+
+// beat sends w a heartbeat that promises the next one. From whoever has not
+// answered yet it wants an answer: before that it gets no floods, which it would
+// not take, if it has not heard of this node.
+func (r *ring) beat(n *node, w *bond) {
+	h := n.head(kHeartbeat)
+	h.Promise = uint32((w.by - n.now) / ms)
+	if w.e.deal().met {
+		n.send(w.e.Member, h)
+	} else {
+		n.post(w.e, h, nil, w.by-n.now)
+	}
+}
+
+// step sends the next heartbeat, to the watcher whose promise ends first, and
+// starts a probe of everybody who is overdue.
+func (r *ring) step(n *node) {
+	if len(r.watchers) > 0 {
+		if n.now >= r.nextBeat {
+			w := slices.MinFunc(r.watchers, func(a, b *bond) int { return cmp.Compare(a.by, b.by) })
+			w.by = n.now + time.Duration(len(r.watchers))*beatEvery
+			r.beat(n, w)
+			r.nextBeat = max(r.nextBeat+beatEvery, n.now+beatEvery/2)
+		}
+		n.wakeAt(r.nextBeat)
+	}
+	if r.linkAt != 0 && n.now >= r.linkAt {
+		r.link(n)
+	} else if r.linkAt != 0 {
+		n.wakeAt(r.linkAt)
+	}
+	for _, w := range r.watched {
+		if p := n.detector.probeOf(w.e); p != nil && p.stage != helping {
+			continue
+		}
+		if n.now >= w.by {
+			n.detector.judge(n, w.e)
+		} else {
+			n.wakeAt(w.by)
+		}
+	}
+}
+
+// expect puts off when e is overdue.
+func (r *ring) expect(e *entry, by time.Duration) {
+	for _, w := range r.watched {
+		if w.e == e {
+			w.by = by
+		}
+	}
+}
+
+// reached notes a sign of life of e that promises nothing. What it promised
+// before still holds; else a whole cycle may pass.
+func (r *ring) reached(n *node, e *entry) {
+	i := slices.IndexFunc(r.watched, func(w *bond) bool { return w.e == e })
+	if i >= 0 && r.watched[i].by <= n.now {
+		r.watched[i].by = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
+	}
+}
+
+// met is told that e has answered for the first time. As a watcher it gets what
+// was flooded just before: whoever has just joined may have missed it, since
+// those who knew it then did not know of each other.
+func (r *ring) met(n *node, e *entry) {
+	if slices.ContainsFunc(r.watchers, func(w *bond) bool { return w.e == e }) {
+		n.spread.catchUp(n, e)
+		r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
+	}
+}
+
+// link asks for a watch link to the first watchers that have answered.
+func (r *ring) link(n *node) {
+	n.out.relink, r.linkAt = true, 0
+	for _, w := range r.watchers {
+		if len(n.out.links) < linkCount && w.e.deal().met {
+			n.out.links = append(n.out.links, w.e.Member)
+		}
+	}
+}
+
+// ---- probes ----
+
+// detector is all probes that run, and whether this node hears anybody.
+type detector struct {
+	probes    []*probe
+	heard     time.Duration // last sign of anybody
+	calls     int           // last-call rounds made
+	callAt    time.Duration
+	alone     bool
+	retry     bucket
+	strangers bucket // what those get who have never answered
+}
+
+// stage is how far a probe has come.
+type stage uint8
+
+const (
+	helping  stage = iota // for others who asked; no verdict of mine
+	judging               // a round, and another one if nothing is clear
+	accusing              // the target is suspect, and has time to contradict
+	last                  // the last round of a suspicion
+)
+
+// probe is one look at a member: for a verdict of mine, for others who asked, or
+// both. There is one at a time per target.
 type probe struct {
-	e      *entry
-	born   uint64
-	inc    uint64
-	judge  bool
-	fresh  bool // the last probe of a suspicion, whose end stepAccused awaits
-	start  time.Duration
-	seq    uint32
-	pings  int
-	dials  int
-	resets int // dials that were accepted and cut off
-	checks int
-	mine   verdict
-	udp    bool // the target answered by UDP
-	ended  bool // a watch link ended: TCP did work, so a refusal means that nobody is there
-	votes  []vote
-	asked  []*entry
-	askers []asker
+	m       Member // whom, as it was believed
+	e       *entry // nil: a namesake of mine, whom no entry describes
+	stage   stage
+	start   time.Duration // of the round
+	accused time.Duration // when
+	seq     uint32        // of the look and the checks of this probe
+	pings   int           // of this round
+	looks   int
+	checks  int
+	mine    verdict
+	udp     bool // it answered by UDP
+	ended   bool // a watch link ended: TCP did work, so a refusal means that nobody is there
+	spare   bool // a namesake that a join command has met
+	votes   []vote
+	asked   []*entry
+	askers  []asker
 }
 
 type vote struct {
@@ -42,24 +256,16 @@ type vote struct {
 	when time.Duration
 }
 
+// asker is somebody who wants a vote of mine by then.
 type asker struct {
-	addr netip.AddrPort
-	name string
+	e    *entry
 	seq  uint32
 	by   time.Duration
 	sent verdict
 }
 
-// suspicion is an accusation of mine that has been flooded.
-type suspicion struct {
-	e     *entry
-	inc   uint64
-	since time.Duration
-	probe bool // the fresh probe has begun
-}
-
-func (n *node) probeOf(e *entry) *probe {
-	for _, p := range n.probes {
+func (d *detector) probeOf(e *entry) *probe {
+	for _, p := range d.probes {
 		if p.e == e {
 			return p
 		}
@@ -67,190 +273,223 @@ func (n *node) probeOf(e *entry) *probe {
 	return nil
 }
 
-// startProbe begins a look at e to judge it, or makes a running look judge.
-func (n *node) startProbe(e *entry) *probe {
-	p := n.probeOf(e)
+// namesake is the probe of a namesake, if one is under way.
+func (d *detector) namesake() *probe { return d.probeOf(nil) }
+
+// begin starts a probe of m, or returns the one of e that runs.
+func (d *detector) begin(n *node, m Member, e *entry) *probe {
+	p := d.probeOf(e)
 	if p == nil {
-		if p = n.look(e); p == nil {
-			return nil
-		}
-	}
-	if !p.judge {
-		p.judge, p.start = true, n.now
+		n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
+		p = &probe{m: m, e: e, start: n.now, seq: n.rng.Uint32() | 1}
+		d.probes = append(d.probes, p)
+		n.wakeAt(n.now)
 	}
 	return p
 }
 
-func (n *node) look(e *entry) *probe {
-	// Whatever others ask for, those that I watch (due) are always looked at.
-	if e == n.self || e.Status.dead() || len(n.probes) >= maxProbes && n.peer(e).due == 0 {
+// judge probes e for a verdict of mine. Where there are too many probes it has
+// to wait: nil.
+func (d *detector) judge(n *node, e *entry) *probe {
+	if e == n.self || e.Status.dead() || len(d.probes) >= maxProbes && d.probeOf(e) == nil {
+		n.wakeAt(n.now + askAfter)
 		return nil
 	}
-	n.logf("[TRACE] probing %s at %s", e.Name, e.Addr)
-	p := &probe{e: e, born: e.Born, inc: e.Incarnation, start: n.now, seq: n.nextSeq()}
-	n.probes = append(n.probes, p)
+	p := d.begin(n, e.Member, e)
+	if p.stage == helping {
+		p.stage, p.start = judging, n.now
+	}
 	return p
 }
 
-func (n *node) stepProbes() {
-	for _, p := range slices.Clone(n.probes) {
-		n.stepProbe(p)
+// meet probes m, a namesake of this node, and returns the probe.
+func (d *detector) meet(n *node, m Member) *probe {
+	p := d.begin(n, m, nil)
+	p.stage = judging
+	return p
+}
+
+// doubt probes e, which by has as failed.
+func (d *detector) doubt(n *node, e *entry, by string) {
+	if p := d.judge(n, e); p != nil {
+		d.count(n, p, by, vUnreachable)
 	}
 }
 
-// stepProbe sends what is due. A lost SYN costs a second in the kernel, so the
-// dial is made anew instead; a refused dial leaves only others to ask.
-func (n *node) stepProbe(p *probe) {
-	if p.e.Born != p.born || p.e.Status.dead() {
-		n.endProbe(p)
+// linkEnded is told that a watch link with a run of m has ended (tries 0), or for
+// the how manieth time in a row that none could be had. It is evidence that starts
+// a probe, never a verdict.
+func (n *node) linkEnded(m Member, tries int, refused bool) {
+	e := n.t.get(m.Name)
+	if e == nil || e.Born != m.Born || e.lost || n.own.leaving != 0 {
 		return
 	}
-	age := n.now - p.start
-	if p.pings == 0 || p.pings == 1 && (age >= 100*ms || p.mine == vRefused) {
-		p.pings++
-		h := n.head(kPing)
-		h.Seq, h.Target = p.seq, p.e.Name
-		n.send(p.e, h)
+	if tries == 4 {
+		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
-	if due := []time.Duration{0, 150 * ms, 300 * ms}; p.dials < len(due) && age >= due[p.dials] && p.mine < vRefused {
-		p.dials++
-		n.dialLook(p)
-	}
-	if p.judge && (p.checks == 0 && (age >= 100*ms || p.mine == vRefused) || p.checks == 1 && age >= 300*ms) {
-		p.checks++
-		n.askOthers(p)
-	}
-	for i := range p.askers {
-		if a := &p.askers[i]; a.sent == vNone && n.now >= a.by {
-			n.vote(p, a)
+	if p := n.detector.judge(n, e); p != nil {
+		p.ended = p.ended || tries == 0
+		if refused {
+			n.detector.observed(n, p, vRefused)
 		}
+	}
+}
+
+func (d *detector) step(n *node) {
+	for _, p := range slices.Clone(d.probes) {
+		d.stepProbe(n, p)
+	}
+	d.stepAlone(n)
+	d.stepRetry(n)
+}
+
+// stepProbe does what is due in a probe.
+func (d *detector) stepProbe(n *node, p *probe) {
+	switch {
+	case p.e != nil && (p.e.Born != p.m.Born || p.e.Status.dead()):
+		d.end(p)
+		return
+	case p.stage >= accusing && (p.e.Status != StatusSuspect || p.e.Incarnation != p.m.Incarnation):
+		d.end(p) // it has refuted
+		return
+	case p.stage == accusing && n.now < p.accused+suspectFor-probeFor:
+		d.vote(n, p)
+		n.wakeAt(p.accused + suspectFor - probeFor)
+		return
+	case p.stage == accusing:
+		d.round(p, n.now, last)
+	}
+	age := n.now - p.start
+	again := age >= askAfter || p.mine == vRefused
+	if p.pings == 0 && age >= 0 || p.pings == 1 && again {
+		p.pings++
+		n.ping(p.m)
+	}
+	if p.looks == 0 && age >= 0 {
+		p.looks++
+		n.look(p.seq, p.m)
+	}
+	if p.e != nil && p.stage != helping && (p.checks == 0 && again || p.checks == 1 && age >= askOnce) {
+		p.checks++
+		d.check(n, p)
+	}
+	d.vote(n, p)
+	end := probeFor
+	if p.e == nil {
+		end = namesakeFor
 	}
 	switch {
-	case p.judge && age >= probeFor:
-		n.conclude(p)
-	case !p.judge && !slices.ContainsFunc(p.askers, func(a asker) bool { return n.now < a.by }):
-		n.endProbe(p)
+	case p.stage != helping && age >= end:
+		d.conclude(n, p)
+	case p.stage == helping && !slices.ContainsFunc(p.askers, func(a asker) bool { return n.now < a.by }):
+		d.end(p)
 	default:
-		for _, d := range []time.Duration{100 * ms, 150 * ms, 300 * ms, helpFor, probeFor} {
-			if age < d {
-				n.at(p.start + d)
-			}
-		}
-		for _, a := range p.askers {
-			if a.by > n.now {
-				n.at(a.by)
+		for _, at := range []time.Duration{0, askAfter, askOnce, helpFor, end} {
+			if age < at {
+				n.wakeAt(p.start + at)
 			}
 		}
 	}
 }
 
-// askOthers sends checks to the target's other watchers and one random member,
-// and again to those that have not answered.
-func (n *node) askOthers(p *probe) {
+// check asks the target's other watchers and one random member to look, and
+// again those that have not voted.
+func (d *detector) check(n *node, p *probe) {
 	if p.checks == 1 {
-		p.asked = nil
-		for _, w := range n.t.watchers(p.e) {
-			if w != n.self {
-				p.asked = append(p.asked, w)
-			}
-		}
-		if r := n.randomAlive(func(e *entry) bool { return e == p.e || slices.Contains(p.asked, e) }); r != nil {
+		p.asked = slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
+		if r := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e != p.e && !slices.Contains(p.asked, e) }); r != nil {
 			p.asked = append(p.asked, r)
 		}
 	}
 	h := n.head(kCheck)
-	h.Seq, h.Target = p.seq, p.e.Name
+	h.Seq, h.Target = p.seq, p.m.Name
 	for _, w := range p.asked {
 		if !slices.ContainsFunc(p.votes, func(v vote) bool { return v.by == w.Name && v.when >= p.start }) {
-			n.send(w, h)
+			n.send(w.Member, h)
 		}
 	}
 }
 
-// randomAlive picks a member other than me that is believed alive, or nil.
-func (n *node) randomAlive(not func(*entry) bool) *entry {
-	ring := n.t.ring[0]
-	if len(ring) == 0 {
+// anyOther picks one of the other members among list for which ok holds, or nil.
+func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
+	if len(list) == 0 {
 		return nil
 	}
-	at := n.rng.IntN(len(ring))
-	for i := range ring {
-		if e := ring[(at+i)%len(ring)]; e != n.self && !e.skipped() && !not(e) {
+	at := n.rng.IntN(len(list))
+	for i := range list {
+		if e := list[(at+i)%len(list)]; e != n.self && !e.reaped && ok(e) {
 			return e
 		}
 	}
 	return nil
 }
 
-// asked answers a check, at once where the answer is known and within helpFor
-// else. Only known members are looked at, at the address that I know.
-func (n *node) asked(h head) {
-	e, by := n.t.get(h.Target), n.t.get(h.From)
-	if e == nil || e == n.self || by == nil || by.Status.dead() {
+// asked answers the check of by, at once where the answer is known and within
+// helpFor else. Only members are looked at, at the address that I know.
+func (d *detector) asked(n *node, by *entry, h head) {
+	e := n.t.get(h.Target)
+	if e == nil || e == n.self || by.Status.dead() {
 		return
 	}
 	if e.Status.dead() { // the asker has missed it, and may have nobody else to ask
-		v := n.head(kVote)
-		v.Seq, v.Target, v.Verdict = h.Seq, e.Name, vUnreachable
-		n.send(by, v)
+		d.sendVote(n, &asker{e: by, seq: h.Seq}, e.Name, vUnreachable)
 		return
 	}
-	a := asker{addr: by.Addr, name: h.From, seq: h.Seq, by: n.now + helpFor}
-	p := n.probeOf(e)
-	if p == nil {
-		if p = n.look(e); p == nil {
-			return
+	if len(d.probes) >= maxProbes/2 && d.probeOf(e) == nil {
+		return // I have my own to look at
+	}
+	p := d.begin(n, e.Member, e)
+	a := asker{e: by, seq: h.Seq, by: n.now + helpFor}
+	i := slices.IndexFunc(p.askers, func(b asker) bool { return b.e == by && b.seq == h.Seq })
+	switch {
+	case i >= 0 && p.mine == vNone && p.askers[i].sent != vNone: // the next round
+		p.askers[i] = a
+	case i >= 0: // or the vote was lost
+		p.askers[i].sent = vNone
+	case len(p.askers) < maxAskers:
+		p.askers = append(p.askers, a)
+	}
+	d.vote(n, p)
+}
+
+// vote tells the askers what is known, or that nothing is once their time is over.
+func (d *detector) vote(n *node, p *probe) {
+	for i := range p.askers {
+		a := &p.askers[i]
+		known := p.mine == vRefused || p.mine == vAlive
+		if known && a.sent != p.mine || a.sent == vNone && n.now >= a.by {
+			a.sent = max(p.mine, vUnreachable)
+			d.sendVote(n, a, p.m.Name, a.sent)
+		} else if a.sent == vNone {
+			n.wakeAt(a.by)
 		}
-	}
-	if i := slices.IndexFunc(p.askers, func(b asker) bool { return b.name == a.name && b.seq == a.seq }); i >= 0 {
-		// The vote was lost, or this is the next round.
-		switch b := &p.askers[i]; {
-		case b.sent != vNone && p.mine == vNone:
-			*b = a
-		case b.sent != vNone:
-			n.vote(p, b)
-		}
-		return
-	}
-	if len(p.askers) >= 64 {
-		return
-	}
-	p.askers = append(p.askers, a)
-	if p.mine >= vRefused && p.mine != vSilent {
-		n.vote(p, &p.askers[len(p.askers)-1])
 	}
 }
 
-func (n *node) vote(p *probe, a *asker) {
-	a.sent = max(p.mine, vUnreachable)
+func (d *detector) sendVote(n *node, a *asker, target string, v verdict) {
 	h := n.head(kVote)
-	h.Seq, h.Target, h.Verdict = a.seq, p.e.Name, a.sent
-	n.sendTo(a.addr, a.name, h)
+	h.Seq, h.Target, h.Verdict = a.seq, target, v
+	n.send(a.e.Member, h)
 }
 
 // voted takes a helper's answer, if it is one to a probe that still runs.
-func (n *node) voted(h head) {
-	by := n.t.get(h.From)
-	for _, p := range n.probes {
-		if p.seq != h.Seq || p.e.Name != h.Target || h.From == h.Target || by == nil || by.Status.dead() {
-			continue
+func (d *detector) voted(n *node, by *entry, h head) {
+	for _, p := range d.probes {
+		if p.seq == h.Seq && p.m.Name == h.Target && by.Name != h.Target && !by.Status.dead() {
+			d.count(n, p, by.Name, min(h.Verdict, vAlive))
+			return
 		}
-		n.addVote(p, h.From, min(h.Verdict, vAlive))
-		return
 	}
 }
 
-func (n *node) addVote(p *probe, by string, v verdict) {
+func (d *detector) count(n *node, p *probe, by string, v verdict) {
 	p.votes = slices.DeleteFunc(p.votes, func(o vote) bool { return o.by == by })
 	p.votes = append(p.votes, vote{by, v, n.now})
-	if p.mine <= vRefused && p.judge && p.ended && p.count(vRefused, vRefused) >= 2 && p.count(vAlive, vAlive) == 0 {
-		n.fail(p) // refused, by two observers
-	}
+	d.refused(n, p)
 }
 
-// count counts the observers whose verdict lies between lo and hi, me included.
-func (p *probe) count(lo, hi verdict) int {
-	c := 0
+// seen counts the observers whose verdict lies between lo and hi, me included.
+func (p *probe) seen(lo, hi verdict) (c int) {
 	if p.mine >= lo && p.mine <= hi {
 		c++
 	}
@@ -262,308 +501,234 @@ func (p *probe) count(lo, hi verdict) int {
 	return c
 }
 
-// acked takes the answer to a ping. Only an answer to a running question
-// counts: a recorded one would keep a dead member alive.
-func (n *node) acked(h head) {
-	if n.leave != nil {
-		n.leave.waiting = slices.DeleteFunc(n.leave.waiting, func(e *entry) bool { return e.Name == h.From && n.leave.seq == h.Seq })
+// ---- what is seen, and verdicts ----
+
+// sight is what a look by TCP has seen: first perhaps that the kernel accepts
+// (vSilent), then vRefused, vAlive, or that it hung up (vNone).
+type sight struct {
+	look
+	v    verdict
+	name string // vAlive: who answered
+	born uint64
+}
+
+// saw takes what a look has seen.
+func (n *node) saw(s sight) {
+	d := &n.detector
+	if s.m.Addr != n.self.Addr {
+		d.heard = n.now
+	}
+	right := s.v == vAlive && s.name == s.m.Name && s.born == s.m.Born
+	if e := n.t.get(s.m.Name); right && e != nil && e != n.self && e.Born == s.born {
+		n.met(e)
+	}
+	i := slices.IndexFunc(d.probes, func(p *probe) bool { return p.seq == s.seq })
+	if i < 0 {
 		return
 	}
-	if r := n.rival; r != nil && r.seq == h.Seq && h.From == n.self.Name && h.born() != n.self.Born {
-		n.rivalAnswered(h.born())
-		return
-	}
-	e := n.t.get(h.From)
-	if e == nil {
-		return
-	}
-	if h.born() != e.Born {
-		// Who failed has restarted, and may know nobody to join.
-		if p := n.peer(e); e.Status == StatusFailed && p.pinged != 0 && p.pinged == h.Seq {
-			p.pinged = 0
-			n.exchange(e)
+	p := d.probes[i]
+	switch {
+	case right:
+		d.observed(n, p, vAlive)
+	case s.v == vAlive, s.v == vNone:
+		if p.mine == vSilent {
+			p.mine = vNone // another process lives at its address, or it hung up: it did not stall
 		}
-		return
-	}
-	p := n.probeOf(e)
-	isProbe := p != nil && p.seq == h.Seq
-	if isProbe {
-		p.udp = true
-		n.peer(e).tcpOnly = 0
-		d := n.awaited()
-		if due := n.peer(e).due; due > n.now {
-			d = due - n.now // its promise still holds
+		if s.v == vAlive {
+			d.observed(n, p, vRefused)
 		}
-		n.seen(e, d)
-	}
-	if pe := n.peer(e); isProbe || pe.pinged != 0 && pe.pinged == h.Seq {
-		pe.pinged = 0 // each question has one answer: a recorded one revives nobody
-		n.twoWay(e)
+	default:
+		d.observed(n, p, s.v)
 	}
 }
 
-// awaited is how long to wait for a member that answered without a promise.
-func (n *node) awaited() time.Duration {
-	return time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
+// answered is told that m was heard of by UDP just now: the run born.
+func (d *detector) answered(n *node, m Member, born uint64) {
+	i := slices.IndexFunc(d.probes, func(p *probe) bool { return p.m.Name == m.Name && p.m.Born == m.Born })
+	if i >= 0 && born == m.Born {
+		d.probes[i].udp = true
+		d.observed(n, d.probes[i], vAlive)
+	}
 }
 
 // observed notes what I saw myself.
-func (n *node) observed(p *probe, v verdict) {
+func (d *detector) observed(n *node, p *probe, v verdict) {
 	if v < p.mine || v == p.mine && v != vAlive {
 		return
 	}
 	p.mine = v
-	if v == vRefused || v == vAlive {
-		for i := range p.askers {
-			if p.askers[i].sent != v {
-				n.vote(p, &p.askers[i])
-			}
-		}
-	}
+	d.vote(n, p)
 	switch {
-	case v == vAlive && (p.udp || n.peer(p.e).beat != 0 && n.peer(p.e).due > n.now):
-		n.endProbe(p)
-	case v == vRefused && p.judge && p.ended && p.count(vRefused, vRefused) >= 2 && p.count(vAlive, vAlive) == 0:
-		n.fail(p)
+	case p.e == nil && (v == vAlive || v == vRefused):
+		d.conclude(n, p)
+	case v == vAlive && p.udp:
+		d.acquit(n, p)
+	case v == vRefused:
+		d.refused(n, p)
+	}
+}
+
+// refused fails a target that two observers were refused by, nobody
+// contradicting, at once: a watch link had shown that TCP works.
+func (d *detector) refused(n *node, p *probe) {
+	if p.mine <= vRefused && p.stage != helping && p.ended && p.seen(vRefused, vRefused) >= 2 && p.seen(vAlive, vAlive) == 0 {
+		d.fail(n, p)
 	}
 }
 
 // conclude gives the verdict at the end of a round.
-func (n *node) conclude(p *probe) {
-	pe := n.peer(p.e)
+func (d *detector) conclude(n *node, p *probe) {
+	if p.e == nil {
+		d.end(p)
+		n.own.found(n, p.m, p.mine == vAlive, p.spare)
+		return
+	}
 	p.mine = max(p.mine, vUnreachable)
 	p.votes = slices.DeleteFunc(p.votes, func(v vote) bool { return n.now-v.when > voteAge })
-	witnesses := n.t.alive() > 2 // somebody else could have looked
+	deal := p.e.deal()
 	switch {
-	case p.mine == vAlive:
-		if !p.udp {
-			pe.tcpOnly++
-			n.exchange(p.e) // no flood reaches it
+	case p.mine == vAlive: // by TCP alone, or a heartbeat would have acquitted it
+		if deal.tcpOnly++; deal.tcpOnly == 2 { // once may be mere loss
+			n.logf("[WARN] %s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
 		}
-		if !p.udp && pe.tcpOnly == 2 { // once may be mere loss
-			n.logf("[WARN] %s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.e.Name, p.e.Addr, n.self.Addr)
-		}
-		n.acquit(p)
-	case p.count(vAlive, vAlive) > 0:
-		n.acquit(p)
-	case p.count(vSilent, vSilent) > 0:
-		n.stalledRound(p, pe)
-	case p.mine == vRefused, p.count(vRefused, vRefused) >= 2:
-		n.fail(p)
-	case p.fresh:
-		n.endProbe(p) // stepAccused decides
-	case p.count(vUnreachable, vRefused) >= 2, !witnesses:
-		n.suspect(p)
-	default:
-		n.nextRound(p, n.now)
+		n.exchange(p.e.Member) // no flood reaches it
+		d.acquit(n, p)
+	case p.seen(vAlive, vAlive) > 0:
+		d.acquit(n, p)
+	case p.seen(vSilent, vSilent) > 0:
+		d.stalled(n, p)
+	case p.mine == vRefused, p.seen(vRefused, vRefused) >= 2:
+		d.fail(n, p)
+	case p.stage == last && n.t.alive() > 2 && n.now-d.heard > probeFor:
+		d.round(p, n.now+askAfter, last) // I hear nobody at all: it may be me
+	case p.stage == last:
+		d.fail(n, p)
+	case p.seen(vUnreachable, vRefused) >= 2, n.t.alive() <= 2:
+		d.suspect(n, p)
+	default: // nobody else could say
+		d.round(p, n.now, judging)
 	}
+}
+
+// round looks anew. Votes survive: helpers that answer late would otherwise stay
+// late, round after round.
+func (d *detector) round(p *probe, start time.Duration, s stage) {
+	p.stage, p.start = s, start
+	p.pings, p.looks, p.checks, p.mine, p.udp, p.ended = 0, 0, 0, vNone, false, false
 }
 
 // acquit ends a probe of a member that somebody reached.
-func (n *node) acquit(p *probe) {
-	if pe := n.peer(p.e); pe.due != 0 {
-		pe.due = n.now + n.awaited()
-	}
-	n.endProbe(p)
-	n.unaccuse(p.e)
+func (d *detector) acquit(n *node, p *probe) {
+	d.end(p)
+	n.ring.reached(n, p.e)
+	p.e.deal().stalled = 0
 	if p.e.Status == StatusSuspect {
-		n.tell(p.e, p.e.Born)
+		n.remind(p.e)
 	}
 }
 
-// nextRound looks again. Votes survive: helpers that answer late would
-// otherwise stay late, round after round.
-func (n *node) nextRound(p *probe, start time.Duration) {
-	n.dropLooks(p)
-	*p = probe{e: p.e, born: p.born, inc: p.inc, judge: true, start: start, seq: p.seq, votes: p.votes, askers: p.askers}
-	n.at(start)
-}
-
-// stalledRound handles a member whose kernel accepts while the process is
-// silent. Every busy machine stalls for seconds; only ten count as death.
-func (n *node) stalledRound(p *probe, pe *peer) {
-	if pe.stalled == 0 {
-		n.logf("[DEBUG] %s at %s is stalled: it accepts connections and does not answer", p.e.Name, p.e.Addr)
-		pe.stalled = p.start
+// stalled handles a member whose kernel accepts while the process is silent.
+// Every busy machine stalls for seconds; only ten count as death.
+func (d *detector) stalled(n *node, p *probe) {
+	deal := p.e.deal()
+	if deal.stalled == 0 {
+		n.logf("[DEBUG] %s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
+		deal.stalled = p.start
 	}
-	n.unaccuse(p.e) // it is not unreachable
-	if n.now-pe.stalled >= stallFor {
-		n.fail(p)
+	if n.now-deal.stalled >= stallFor {
+		d.fail(n, p)
 		return
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would
 	// else count as stalled.
 	p.votes = nil
-	n.nextRound(p, max(n.now, min(n.now+stallRound-probeFor, pe.stalled+stallFor-probeFor)))
+	d.round(p, max(n.now, min(n.now+stallRound-probeFor, deal.stalled+stallFor-probeFor)), judging)
+	n.wakeAt(p.start)
 }
 
-func (n *node) endProbe(p *probe) {
-	n.dropLooks(p)
-	n.probes = slices.DeleteFunc(n.probes, func(o *probe) bool { return o == p })
+func (d *detector) end(p *probe) {
+	d.probes = slices.DeleteFunc(d.probes, func(o *probe) bool { return o == p })
 }
 
-// suspect floods that e is unreachable, and gives it time to contradict.
-func (n *node) suspect(p *probe) {
-	n.endProbe(p)
-	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.e.Name, p.e.Addr)
-	m := p.e.Member
+// suspect floods that the target is unreachable, and gives it time to contradict.
+func (d *detector) suspect(n *node, p *probe) {
+	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
+	p.stage, p.accused = accusing, n.now
+	p.m = p.e.Member
+	m := p.m
 	m.Status = StatusSuspect
-	if p.e.Status == StatusAlive && n.t.apply(n.now, m, 0) {
-		n.flood(m.Name, n.claim(p.e, n.self.Name))
-	}
-	n.send(p.e, n.head(kFlood), n.claim(p.e, n.self.Name))
-	if !slices.ContainsFunc(n.accused, func(s *suspicion) bool { return s.e == p.e }) {
-		n.accused = append(n.accused, &suspicion{e: p.e, inc: m.Incarnation, since: n.now})
-	}
+	n.declare(m, n.self.Name)
+	n.inform(m, n.claim(p.e, n.self.Name))
+	n.wakeAt(n.now)
 }
 
-// stepAccused carries suspicions of mine to their end: a refutation, or a
-// fresh probe that finds nothing either.
-func (n *node) stepAccused() {
-	for _, s := range slices.Clone(n.accused) {
-		probing := n.probeOf(s.e)
-		switch {
-		case s.e.Status != StatusSuspect || s.e.Incarnation != s.inc:
-			n.unaccuse(s.e)
-		case !s.probe && n.now-s.since >= suspectFor-probeFor:
-			s.probe = true
-			if probing != nil {
-				n.endProbe(probing)
-			}
-			if p := n.startProbe(s.e); p != nil {
-				p.fresh = true
-				n.stepProbe(p)
-			}
-		case !s.probe:
-			n.at(s.since + suspectFor - probeFor)
-		case probing == nil && n.now-s.since < suspectFor: // it answered
-			n.unaccuse(s.e)
-		case probing == nil && n.t.alive() > 2 && n.now-n.heard > probeFor:
-			// I hear nobody at all: it may be me. Look again.
-			s.probe, s.since = false, n.now-(suspectFor-probeFor)
-			n.at(n.now + 100*ms)
-		case probing == nil:
-			n.unaccuse(s.e)
-			n.failEntry(s.e)
-		}
+// fail is the verdict: the target has failed, and everybody shall know.
+func (d *detector) fail(n *node, p *probe) {
+	d.end(p)
+	if p.e.Born == p.m.Born { // else it has restarted, and only the former one is gone
+		m := p.e.Member
+		m.Status = StatusFailed
+		n.declare(m, "")
 	}
 }
 
-func (n *node) unaccuse(e *entry) {
-	n.accused = slices.DeleteFunc(n.accused, func(s *suspicion) bool { return s.e == e })
-}
-
-func (n *node) fail(p *probe) {
-	n.endProbe(p)
-	if p.e.Born == p.born { // else it has restarted, and only the former one is gone
-		n.failEntry(p.e)
-	}
-}
-
-// failEntry is the verdict: e has failed, and everybody shall know.
-func (n *node) failEntry(e *entry) {
-	n.peer(e).stalled = 0
-	m := e.Member
-	m.Status = StatusFailed
-	if n.t.apply(n.now, m, 0) {
-		n.flood(m.Name, n.claim(e, ""))
-	}
-}
-
-// ---- isolation ----
+// ---- isolation and retry ----
 
 // stepAlone decides whether I am the one who is cut off. What is then believed
 // of the others stays with me.
-func (n *node) stepAlone() {
-	others := slices.ContainsFunc(n.t.ring[0], func(e *entry) bool { return e != n.self && !e.lost })
-	if !others || n.now-n.heard < aloneAfter {
-		n.calls = 0
-		if others {
-			n.at(n.heard + aloneAfter)
-		}
-		return
+func (d *detector) stepAlone(n *node) {
+	someone := func(e *entry) bool { return !e.Status.dead() && !e.lost }
+	e := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() })
+	if e == nil { // only suspects are left to call
+		e = n.anyOther(n.t.ring[0], someone)
 	}
-	if n.calls > 0 && n.now < n.callAt {
-		n.at(n.callAt)
-		return
-	}
-	if n.calls == lastCalls {
-		n.calls, n.alone = 0, true
+	switch {
+	case e == nil:
+		d.calls = 0
+	case n.now-d.heard < aloneAfter:
+		d.calls = 0
+		n.wakeAt(d.heard + aloneAfter)
+	case d.calls > 0 && n.now < d.callAt:
+		n.wakeAt(d.callAt)
+	case d.calls < lastCalls:
+		d.calls++
+		d.callAt = n.now + lastCallGap
+		n.wakeAt(d.callAt)
+		n.ping(e.Member)
+		n.look(0, e.Member)
+	default:
+		d.calls, d.alone = 0, true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.t.ordered {
-			if e != n.self && !e.Status.dead() {
+			if e != n.self && someone(e) {
 				n.t.setLost(e, true)
 			}
 		}
-		return
 	}
-	n.calls++
-	n.callAt = n.now + lastCallGap
-	n.at(n.callAt)
-	e := n.randomAlive(func(*entry) bool { return false })
-	if e == nil { // only suspects are left to call
-		e = n.anyOther(func(e *entry) bool { return !e.Status.dead() && !e.lost })
-	}
-	n.ping(e)
-	n.dial(e.Addr, kLook, e.Name)
 }
 
-// ping asks e for a sign of life outside of any probe.
-func (n *node) ping(e *entry) {
-	h := n.head(kPing)
-	h.Seq, h.Target = n.nextSeq(), e.Name
-	n.peer(e).pinged = h.Seq
-	n.send(e, h)
-}
-
-// twoWay notes that e answered something that I sent it just now: neither of
-// us is cut off from the other, whatever was believed.
-func (n *node) twoWay(e *entry) {
-	if n.alone {
-		n.alone = false
+// notAlone is told that e has answered.
+func (d *detector) notAlone(n *node, e *entry) {
+	if d.alone {
+		d.alone = false
 		n.logf("[INFO] %s answers again", e.Name)
-	}
-	was := e.lost
-	n.peer(e).answered = n.now
-	n.t.setLost(e, false)
-	switch {
-	case e.Status == StatusFailed || e.Status == StatusSuspect:
-		n.tell(e, e.Born)
-	case was:
-		n.exchange(e)
 	}
 }
 
 // stepRetry pings the failed members, so that a split heals by itself.
-func (n *node) stepRetry() {
-	if n.failed == 0 {
-		n.retryAt, n.retryAcc = 0, 0
+func (d *detector) stepRetry(n *node) {
+	if n.t.failed == 0 {
+		d.retry = bucket{}
 		return
 	}
-	rate := retryRate * float64(n.failed) / float64(n.total)
-	if n.retryAt == 0 {
-		n.retryAcc = n.rng.Float64() // or all members ping at the same moments
-	} else {
-		n.retryAcc += rate * (n.now - n.retryAt).Seconds()
+	rate := retryRate * float64(n.t.failed) / float64(n.t.total)
+	if d.retry.at == 0 {
+		d.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	}
-	n.retryAt = n.now
-	if n.retryAcc >= 1 {
-		n.retryAcc = min(n.retryAcc-1, 1)
-		if e := n.anyOther(func(e *entry) bool { return e.Status == StatusFailed || e.lost }); e != nil {
-			n.ping(e)
+	if d.retry.fill(n.now, rate, 2).take() {
+		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.Status == StatusFailed || e.lost }); e != nil {
+			n.ping(e.Member)
 		}
 	}
-	n.at(n.now + max(time.Duration((1-n.retryAcc)/rate*float64(time.Second)), ms))
-}
-
-// anyOther picks one of the other members for which ok holds, or nil.
-func (n *node) anyOther(ok func(*entry) bool) *entry {
-	at := n.rng.IntN(len(n.t.ordered))
-	for i := range n.t.ordered {
-		e := n.t.ordered[(at+i)%len(n.t.ordered)]
-		if e != n.self && !e.reaped && ok(e) {
-			return e
-		}
-	}
-	return nil
+	n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
 }

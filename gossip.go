@@ -1,288 +1,349 @@
-// gossip.go: the protocol as a pure state machine.
+// gossip.go: the protocol as a pure state machine, and the loop that owns it.
 //
-// A node takes the time and what arrived (datagrams, stream frames, results of
-// dials), and gives back outputs: packets, stream operations, events, log
-// lines, and when it wants to be woken. It reads no clock, socket or global
-// random source, starts no goroutine and holds no lock; transport.go does all
-// that and owns the node. What wins among claims is decided in members.go.
+// A node takes the time and what arrived, and gives back outputs: packets, what
+// it wants done over TCP, events, log lines, and when it wants to be woken. It
+// reads no clock, socket or global random source, starts no goroutine and holds
+// no lock. It is made of parts: clock, spread, letters, repair, joining, the own
+// name, queries, and in detect.go the ring and the detector. Parts change the
+// table or ask the node for one of its verbs: ping, look, inform, post, declare,
+// exchange. Below the line is the loop, with UDP.
 //
-// Here: numbers, messages, the node and its inputs, heartbeats, floods. Who has
-// died is found out in detect.go; joining, leaving and comparing tables is in
-// join.go.
+// Which claim wins is decided in members.go; how TCP works is rpc.go's affair.
 
 package main
 
 import (
+	"bytes"
 	"cmp"
+	"context"
+	crand "crypto/rand"
+	"encoding/binary"
+	"encoding/gob"
 	"errors"
 	"fmt"
+	"log"
 	"math/rand/v2"
+	"net"
 	"net/netip"
+	"reflect"
 	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
 const ms = time.Millisecond
 
-// The protocol's times and bounds. They were settled in simulation; the
-// scenarios in sim_test.go are the measurements.
+// The protocol's times and bounds; the detector's are in detect.go. They were
+// settled in simulation: the scenarios in sim_test.go are the measurements.
 const (
-	beatEvery    = 500 * ms // one heartbeat, to one watcher at a time
-	overdueAfter = 100 * ms // past its promise
-	newGrace     = time.Second
-	probeFor     = 600 * ms
-	helpFor      = 350 * ms
-	rivalFor     = 900 * ms
-	voteAge      = 3 * time.Second
-	suspectFor   = 1500 * ms
-	stallFor     = 10 * time.Second
-	stallRound   = time.Second
-	aloneAfter   = 3 * time.Second
-	lastCallGap  = 150 * ms
-	lastCalls    = 8
-	floodBatch   = 2 * ms
-	floodRate    = 200 // packets a second
-	repairEvery  = time.Second
-	retryRate    = 2.0 // pings a second, times the failed share of the table
-	leaveFor     = time.Second
-	streamFor    = 1800 * ms
-	linkCount    = 2
-	seedsMax     = 30 * time.Second
-	lateBy       = 100 * ms // how much later than planned a wake-up may count
+	floodBatch, floodRate = 2 * ms, 200 // packets a second
+	newsFor               = time.Second // whoever becomes a watcher gets the news of so long
+	repairEvery           = time.Second
+	remindEvery           = 200 * ms
+	resendAfter           = 50 * ms         // the first time; each wait is twice as long
+	answerFor             = 3 * time.Second // a question's answer counts for so long
+	leaveFor              = time.Second
+	seedsMax, warnEvery   = 30 * time.Second, 10 * time.Minute
+	lateBy                = 100 * ms // how much later than planned a wake-up may count
 
-	maxDatagram = 1400
-	maxFrame    = 32 << 10
-	maxEvent    = 1024 // bytes of a user event's name and payload together
-	maxEvents   = 128  // user events remembered
-	maxMembers  = 1 << 14
-	maxProbes   = 128
-	maxQueue    = 4096 // updates waiting to be flooded
-	maxOwed     = 8 << 20
-	maxDials    = 64 // addresses tried in one join
+	maxDatagram, maxFrame = 1400, 32 << 10
+	maxPayload            = 1024 // bytes of a user event or a query, with its name, and of an answer
+	maxQueue              = 4096 // claims and events that wait to be flooded
+	maxQuestions          = 4096
+	maxQueries, maxDuties = 64, 1024 // of one's own at a time, and those of others
+	maxPosts              = 64       // letters sent in one go: a thousand at once would be lost
+
+	// Whoever has never answered may be a bystander whose address somebody forged
+	// into the table: all of them together get so many packets and dials a second.
+	strangerRate, strangerBurst = 20, 60
 )
 
-// kind says what a message is.
+// ---- messages and their codec ----
+
+// kind says what a message is. The heartbeat is 0, which gob leaves out.
 type kind uint8
 
 const (
-	kHeartbeat kind = iota + 1
+	kHeartbeat kind = iota
 	kPing           // Target: answer me
-	kAck            // I answer; Seq is the ping's
+	kAck            // I answer; Seq is the question's
 	kCheck          // look at Target for me
 	kVote           // what I saw of Target
-	kFlood          // carries updates; with a Seq it wants a kAck
-	kLook           // first frame of a stream: who are you
-	kWatch          // first frame: an idle link that tells of my death
+	kFlood          // carries claims and user events
+	kQuery          // carries a query: answer it if you can
+	kReply          // to a kQuery
+	kLook           // first frame of a session: who are you
+	kLink           // first frame: an idle link that tells of my death
 	kExchange       // first frame: let us compare tables
 	kWelcome        // answer to a first frame
-	kConfirm        // the link stands
 	kTable          // a piece of the table
-	kBye            // this stream ends without anybody having died
+	kBye            // this link ends without anybody having died
 )
 
-// verdict is what one observer saw of a target, in rising weight as evidence
-// that somebody is there.
-type verdict uint8
+// reply says what a member does about a query.
+type reply uint8
 
 const (
-	vNone        verdict = iota
-	vUnreachable         // nothing at all
-	vRefused             // the host is there, the process is not
-	vSilent              // the kernel accepts, the process does not answer
-	vAlive
+	replyNone    reply = iota // none will come any more
+	replyHeard                // it has the query
+	replyNothing              // it has no handler for it
+	replyDone                 // the output of its handler
+	replyFailed               // the same, and it failed: the first line says how
 )
 
-// head opens every datagram and every frame. gob leaves zero fields out, so one
-// flat struct serves all kinds.
+// head opens every datagram and every frame between agents. gob leaves zero
+// fields out, so one flat struct serves all kinds.
 type head struct {
 	Kind        kind
 	From        string
 	Incarnation uint64
-	Raised      uint64 // Incarnation minus Born; 0 until something was refuted
+	Raised      uint64 // Incarnation minus Born; 0 until the member raised it
+	Number      uint64 // of this datagram among all of the sender's run
 	Digest      uint64
 	Promise     uint32 // heartbeat: milliseconds until the next one to you
-	Seq         uint32
-	Target      string
+	Seq         uint32 // of a question (any but a check wants a kAck), and of its answer
+	Query       uint32 // the asker's number of a query
+	Target      string // whom a ping, check or vote is about; where a piece of a table ends
 	Verdict     verdict
-	Nonce, Echo uint64 // streams: my challenge, and yours given back
-	More        bool   // kTable: another piece follows
-	// To is the low half of the receiver's Born, where updates follow: what was
-	// said to a former run of an agent, and recorded, is nothing to this one.
-	To uint32
+	Reply       reply
+	More        bool // kTable: another piece follows
 }
 
 func (h *head) born() uint64 { return h.Incarnation - h.Raised }
 
-// update is one claim about a member or one user event (Event set).
+// update is one claim about a member, or (Event set) a user event or query of
+// Member.Name.
 type update struct {
-	Name        string // of the member, or of the event's sender
-	Addr        string // netip.AddrPort.MarshalBinary
-	Incarnation uint64
-	Raised      uint64
-	Status      Status
-	Tags        string
-	Age         uint32 // seconds since the member died
-	By          string // who suspects
-	Event       string
-	Payload     []byte
-	LTime       uint64
-	Coalesce    bool
+	Member   Member
+	Age      uint64 // milliseconds since the member died, or the event was sent
+	By       string // who suspects
+	Event    string
+	Payload  []byte
+	LTime    uint64
+	Coalesce bool
+	Within   uint32 // of a query: milliseconds in which it wants answers
 }
 
-// connID names a stream: positive ones are dialled by the node, negative ones
-// were accepted.
-type connID int64
+// key tells updates apart, and orders them: members by name, then user events by
+// their Lamport time. No name begins like the latter.
+func (u *update) key() string {
+	if u.Event == "" {
+		return u.Member.Name
+	}
+	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Event+"\x00"+string(u.Payload)))
+}
 
-// errRefused is what dialed is told when the host answered that nobody listens.
-var errRefused = errors.New("connection refused")
+// codec encodes and decodes messages with one gob encoder and one decoder that
+// have seen the type definitions, so that what travels is bare values in any
+// order and with any loss. Safe for concurrent use.
+type codec struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+	enc *gob.Encoder
+	in  bytes.Reader
+	dec *gob.Decoder
+	ids map[reflect.Type][]byte // the type ids as they stand in a message
+}
+
+// wire is the process's codec. gob's type ids depend on the order in which the
+// process touches types, so it is made before anything else can use gob.
+var wire = newCodec(&head{}, &update{}, &request{}, &answer{})
+
+func newCodec(messages ...any) *codec {
+	c := &codec{ids: make(map[reflect.Type][]byte)}
+	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
+	for _, m := range messages {
+		c.buf.Reset()
+		c.enc.Encode(m) // the first time with the type's definition
+		c.in.Reset(c.buf.Bytes())
+		c.dec.Decode(m)
+		b := c.encode(nil, m)
+		_, n, _ := gobUint(b) // length, then id
+		_, k, _ := gobUint(b[n:])
+		c.ids[reflect.TypeOf(m)] = b[n : n+k]
+	}
+	return c
+}
+
+// encode appends the encoding of m, a pointer to a message, to dst.
+func (c *codec) encode(dst []byte, m any) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.buf.Reset()
+	if err := c.enc.Encode(m); err != nil {
+		panic(err) // flat structs always encode
+	}
+	return append(dst, c.buf.Bytes()...)
+}
+
+// encodeAll encodes a message and the updates that follow it.
+func (c *codec) encodeAll(m any, us []update) []byte {
+	b := c.encode(nil, m)
+	for i := range us {
+		b = c.encode(b, &us[i])
+	}
+	return b
+}
+
+var errMalformed = errors.New("sent a malformed message")
+
+// decode decodes the message that opens b into m, which must be fresh, and
+// returns what follows it. It hands gob only what it can do no harm with: a
+// message of the wanted type, of a length that is there. New definitions, which
+// could grow the decoder without bound, do not get in.
+func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", errMalformed, r)
+		}
+	}()
+	size, n, err := gobUint(b)
+	if err != nil || size > uint64(len(b)-n) || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
+		return nil, errMalformed
+	}
+	end := n + int(size)
+	c.in.Reset(b[:end])
+	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
+		return nil, errMalformed
+	}
+	return b[end:], nil
+}
+
+// decodeAll decodes updates up to the end of b.
+func (c *codec) decodeAll(b []byte) (us []update, err error) {
+	for len(b) > 0 && err == nil {
+		var u update
+		b, err = c.decode(b, &u)
+		us = append(us, u)
+	}
+	return us, err
+}
+
+// gobUint reads gob's unsigned integer: a byte below 128, or the negated count
+// of the big-endian bytes that follow.
+func gobUint(b []byte) (v uint64, n int, err error) {
+	if len(b) > 0 && b[0] < 128 {
+		return uint64(b[0]), 1, nil
+	}
+	if len(b) == 0 || int8(b[0]) < -8 || len(b) < 1-int(int8(b[0])) {
+		return 0, 0, errMalformed
+	}
+	n = -int(int8(b[0]))
+	for _, x := range b[1 : 1+n] {
+		v = v<<8 | uint64(x)
+	}
+	return v, 1 + n, nil
+}
+
+// ---- the node: inputs and outputs ----
 
 type packet struct {
-	to   netip.AddrPort
-	name string // whose packet it is, for sealing
+	to   Member // that run, or (Born 0) any of that name
 	data []byte
 }
 
-type streamOp struct {
-	op   opKind
-	id   connID
-	to   netip.AddrPort // opDial
-	data []byte         // opSend
-}
-
-type opKind uint8
-
-const (
-	opDial opKind = iota
-	opSend
-	opClose // after what was sent before has gone out
-)
-
-// joined is the end of one join attempt.
-type joined struct {
-	token int // as given to join
-	ok    int
-	errs  []string // "ADDR: reason"
+// look asks for a look at m by TCP; what it sees bears its seq.
+type look struct {
+	seq uint32
+	m   Member
 }
 
 // outputs is all that a node wants done, in order.
 type outputs struct {
-	packets []packet
-	streams []streamOp
-	events  []Event
-	logs    []string
-	joins   []joined
-	resolve bool          // look the seeds up and call seedsResolved
-	wake    time.Duration // when to tick next, on the caller's clock
-	left    bool          // the leave is done
-	fatal   error         // the node must not go on
+	packets   []packet
+	looks     []look
+	relink    bool     // links has changed
+	links     []Member // all watch links that shall stand
+	exchanges []Member // compare tables with these
+	events    []Event
+	logs      []string
+	resolve   bool          // look the seeds up and try them all
+	wake      time.Duration // when to tick next, on the caller's clock
+	left      bool          // the leave is done
+	fatal     error         // the node must not go on
 }
 
 // nodeConfig is what a node is born with.
 type nodeConfig struct {
-	Self      Member // Incarnation and Born: the start in Unix ms
+	Self      Member // its Incarnation is its Born: see birth
 	Seeds     []string
-	RetryMax  int
+	RetryMax  int // failed rounds of joining the seeds; 0: for ever
 	ReapAfter time.Duration
+	Replay    bool     // deliver user events of before this agent's time
+	Answers   []string // names of the queries that somebody here answers; "": all
 	Random    [32]byte
-	Codec     *codec
 }
 
 // node is one member's view of the cluster and all its protocol state.
 type node struct {
 	nodeConfig
-	rng  *rand.Rand
-	t    *table
-	self *entry
-	out  outputs
-
-	real, planned time.Duration // the caller's clock, and the wait it was asked for
-	now           time.Duration // awake time: what all deadlines run on
-
-	peers    map[string]*peer
-	ringSeen uint64 // table version of the lists below
-	lost     uint64 // shrink count at that time
-	watchers []*target
-	preds    []*peer
-	nextBeat time.Duration
-	beats    uint32
-
-	probes  []*probe
-	accused []*suspicion
-	seq     uint32
-
-	heard   time.Duration // last sign of anybody
-	calls   int           // last-call rounds made
-	callAt  time.Duration
-	alone   bool
-	queue   []flooding
-	flushAt time.Duration
-	tokens  float64
-	tokenAt time.Duration
-
-	streams  []*stream
-	nextConn connID
-	linkAt   time.Duration
-
-	repairAt   time.Duration
-	repairWith string
-	repairSeen uint64 // the digest that differed
-
-	retryAt       time.Duration
-	retryAcc      float64
-	failed, total int // members to retry, and all that could be
-	reapAt        time.Duration
-
-	clock  uint64 // Lamport time of user events
-	recent []userEvent
-
-	everJoined bool
-	placed     bool // a seed has answered: it is known which address leads there
-	seeds      seedState
-	attempts   []*attempt
-	rival      *rival
-	outlived   Member // a namesake that was found gone
-	leave      *leaving
+	clock
+	rng       *rand.Rand
+	t         *table
+	self      *entry
+	out       outputs
+	number    uint64 // of the last datagram
+	questions []question
+	letters   []*letter
+	ring      ring
+	detector  detector
+	spread    spread
+	repair    repair
+	joining   joining
+	own       ownName
+	queries   queries
 }
 
-// peer is the protocol's state about one member.
-type peer struct {
-	e        *entry
-	due      time.Duration // awake time at which it is overdue; 0: not watched by me
-	beat     uint32        // last heartbeat's Seq, against replays
-	beatOf   uint64        // the instance it came from
-	told     time.Duration // when it was last told what is believed of it
-	stalled  time.Duration // since when it accepts without answering; 0: it does not
-	tcpOnly  int           // looks in a row that only TCP answered
-	pinged   uint32        // Seq of my last ping outside of a probe; 0: answered
-	answered time.Duration // when it last gave a sign of life
-	disputed time.Duration // since when another claims its name
-	noLink   int           // watch links in a row that could not be had
-	linkAt   time.Duration // when to try the next
-}
-
-// target is one of my watchers and by when it expects my next heartbeat.
-type target struct {
-	e  *entry
-	by time.Duration
-}
-
+// newNode makes a node of cfg; now is the caller's clock.
 func newNode(cfg nodeConfig, now time.Duration) *node {
-	n := &node{
-		nodeConfig: cfg,
-		rng:        rand.New(rand.NewChaCha8(cfg.Random)),
-		t:          newTable(),
-		peers:      make(map[string]*peer),
-		real:       now,
-		now:        time.Second, // so that 0 can mean never
-		tokens:     floodRate / 10,
-	}
-	n.seq = n.rng.Uint32()
+	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.Random)), t: &table{}}
+	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
 	cfg.Self.Status = StatusAlive
-	n.t.apply(n.now, cfg.Self, 0)
-	n.self = n.t.get(cfg.Self.Name)
-	n.heard, n.nextBeat, n.tokenAt = n.now, n.now+n.jitter(beatEvery), n.now
-	n.reapAt = n.now + n.reapEvery()
+	n.self = n.t.apply(n.now, cfg.Self, 0)
+	n.self.known = now // what a former run of this name has sent is over
+	n.ring.nextBeat = n.now + n.jitter(beatEvery)
+	n.detector.heard = n.now
 	return n
+}
+
+// enter is the one way in: it runs the clock to now, then input, which may call
+// whatever is told to a node.
+func (n *node) enter(now time.Duration, input func(*node)) {
+	n.clock.advance(now)
+	input(n)
+}
+
+// tick does all that has fallen due and returns what the node wants done. The
+// caller must have handed in all that had arrived before (a queued heartbeat
+// acquits its sender).
+func (n *node) tick(now time.Duration) outputs {
+	n.clock.advance(now)
+	n.clock.planned = time.Minute
+	n.stepLetters()
+	if n.own.leaving == 0 {
+		n.ring.refresh(n)
+		n.ring.step(n)
+		n.detector.step(n)
+		n.repair.step(n)
+		n.joining.step(n)
+		n.queries.step(n)
+		if n.ring.seen != n.t.version {
+			n.ring.refresh(n)
+			n.wakeAt(n.now) // retries follow the new ring in the next tick
+		}
+	} else {
+		n.own.stepLeave(n)
+	}
+	n.spread.flush(n)
+	o := n.out
+	o.events = append(o.events, n.t.events...)
+	o.wake = n.real + n.planned
+	n.out, n.t.events = outputs{}, nil
+	return o
 }
 
 func (n *node) jitter(d time.Duration) time.Duration { return time.Duration(n.rng.Int64N(int64(d))) }
@@ -291,197 +352,285 @@ func (n *node) logf(format string, a ...any) {
 	n.out.logs = append(n.out.logs, fmt.Sprintf(format, a...))
 }
 
-func (n *node) peer(e *entry) *peer {
-	p := n.peers[e.Name]
-	if p == nil {
-		p = &peer{e: e}
-		n.peers[e.Name] = p
-	}
-	return p
+// clock is awake time, which all deadlines run on, beside the caller's.
+type clock struct {
+	real    time.Duration // the caller's, at the last entry
+	now     time.Duration // awake
+	planned time.Duration // for how long nothing falls due
 }
 
 // advance runs the awake clock. A process that was stopped would blame
 // everybody else for its own silence, so a gap counts for no more than the
 // planned wait and a little.
-func (n *node) advance(now time.Duration) {
-	d := min(now-n.real, n.planned+lateBy)
-	n.real = now
-	n.now += max(d, 0)
+func (c *clock) advance(now time.Duration) {
+	c.now += max(min(now-c.real, c.planned+lateBy), 0)
+	c.real = now
 }
 
-// tick does everything that has fallen due. The caller must have handed in all
-// that had arrived before (a queued heartbeat acquits its sender).
-func (n *node) tick(now time.Duration) {
-	n.advance(now)
-	n.planned = time.Minute
-	if n.leave != nil {
-		n.stepLeave()
-		n.stepStreams()
-		n.flush()
-		return
+// wakeAt asks to be woken at awake time t.
+func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
+
+// bucket bounds a rate; its tokens may fall below 0, and then it is empty.
+type bucket struct {
+	tokens float64
+	at     time.Duration
+}
+
+// fill lets rate tokens a second run in, and burst of them lie.
+func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
+	if b.at == 0 {
+		b.tokens = burst
 	}
-	n.refreshRing()
-	n.stepBeat()
-	n.stepWatch()
-	n.stepProbes()
-	n.stepAccused()
-	n.stepAlone()
-	n.stepRival()
-	n.stepStreams()
-	n.stepLinks()
-	n.stepRepair()
-	n.stepRetry()
-	n.stepSeeds()
-	n.stepReap()
-	if n.ringSeen != n.t.version {
-		n.refreshRing()
-		n.at(n.now) // links and retries follow the new ring in the next tick
+	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
+	return b
+}
+
+// take takes a token, if there is one.
+func (b *bucket) take() bool {
+	if b.tokens < 1 {
+		return false
 	}
-	n.flush()
+	b.tokens--
+	return true
 }
 
-// at asks to be woken at awake time t; 0 means never.
-func (n *node) at(t time.Duration) {
-	if t != 0 {
-		n.planned = min(n.planned, max(t-n.now, 0))
-	}
+// plausible is the one rule about numbers from outside: no incarnation and no
+// Lamport time is far above all that is known, or one forged datagram with the
+// highest number of all would end joins, or events, for good. What is known at
+// the start may be of 1970, for want of a clock; and the limit grows with time,
+// so that a number at the very limit can soon be exceeded.
+func (n *node) plausible(number, known uint64) bool {
+	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
+	return number <= max(known, floor)+room+uint64(n.now/ms)<<birthBits
 }
 
-// take hands over all outputs since the last call.
-func (n *node) take() outputs {
-	n.out.wake = n.real + n.planned
-	n.out.events = append(n.out.events, n.t.events...)
-	n.t.events = nil
-	o := n.out
-	n.out = outputs{}
-	return o
+// ---- the verbs ----
+
+// question is one ping, or anything else that wants an acknowledgement by one
+// run of a member. It counts for one answer: a recorded one proves nothing.
+type question struct {
+	seq   uint32
+	m     Member
+	until time.Duration
 }
 
-// ---- sending ----
+// ask notes a question to m and returns its number, which nobody can guess.
+func (n *node) ask(m Member, within time.Duration) uint32 {
+	open := slices.DeleteFunc(n.questions, func(q question) bool { return q.until <= n.now })
+	q := question{n.rng.Uint32() | 1, m, n.now + within}
+	n.questions = append(open[max(0, len(open)-maxQuestions+1):], q)
+	return q.seq
+}
 
 func (n *node) head(k kind) head {
 	h := head{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation, Raised: n.self.Incarnation - n.self.Born}
 	switch k {
-	case kHeartbeat, kPing, kAck, kExchange, kWelcome:
+	case kHeartbeat, kPing, kAck, kExchange, kWelcome: // a ping's makes room for that of the answer, which is never larger
 		h.Digest = n.digest()
 	}
 	return h
 }
 
 // digest covers the table and the remembered user events.
-func (n *node) digest() uint64 {
-	d := n.t.digest
-	for i := range n.recent {
-		d ^= n.recent[i].key
-	}
-	return d
+func (n *node) digest() uint64 { return n.t.digest ^ n.spread.events.digest }
+
+// affords reports whether m may be sent something that it has not asked for.
+func (n *node) affords(m Member) bool {
+	e := n.t.get(m.Name)
+	return e != nil && e.Addr == m.Addr && e.deal().met || n.detector.strangers.fill(n.now, strangerRate, strangerBurst).take()
 }
 
-func (n *node) send(e *entry, h head, updates ...[]byte) {
-	if len(updates) > 0 && h.To == 0 {
-		h.To = uint32(e.Born)
+// send sends h and a body of updates to one run of a member.
+func (n *node) send(to Member, h head, body ...[]byte) {
+	if h.Kind == kAck || n.affords(to) {
+		n.number++
+		h.Number = n.number
+		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &h), bytes.Join(body, nil)...)})
 	}
-	n.sendTo(e.Addr, e.Name, h, updates...)
 }
 
-func (n *node) sendTo(to netip.AddrPort, name string, h head, updates ...[]byte) {
-	data := n.Codec.head(nil, &h)
-	for _, u := range updates {
-		data = append(data, u...)
-	}
-	n.out.packets = append(n.out.packets, packet{to, name, data})
+// ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to
+// find who has restarted.
+func (n *node) ping(m Member) {
+	h := n.head(kPing)
+	h.Target, h.Seq = m.Name, n.ask(m, answerFor)
+	m.Born = 0
+	n.send(m, h)
 }
 
-func (n *node) nextSeq() uint32 {
-	n.seq++
-	if n.seq == 0 {
-		n.seq = 1
+// look has TCP look at m.
+func (n *node) look(seq uint32, m Member) {
+	if n.affords(m) {
+		n.out.looks = append(n.out.looks, look{seq, m})
 	}
-	return n.seq
 }
 
-// claim encodes what is believed of e.
-func (n *node) claim(e *entry, by string) []byte {
-	m := e.Member
-	u := memberUpdate(m)
-	u.By = by
-	if m.Status.dead() {
-		u.Age = uint32((n.now - e.since) / time.Second)
+// exchange has TCP compare tables with m.
+func (n *node) exchange(m Member) {
+	if n.affords(m) {
+		n.logf("[DEBUG] comparing tables with %s at %s", m.Name, m.Addr)
+		n.out.exchanges = append(n.out.exchanges, m)
 	}
-	return n.Codec.update(nil, &u)
 }
 
-func memberUpdate(m Member) update {
-	addr, _ := m.Addr.MarshalBinary()
-	return update{Name: m.Name, Addr: string(addr), Incarnation: m.Incarnation,
-		Raised: m.Incarnation - m.Born, Status: m.Status, Tags: string(m.Tags)}
+// inform tells m one claim, directly: a flood stays on its own side of a split.
+func (n *node) inform(m Member, u update) { n.send(m, n.head(kFlood), wire.encode(nil, &u)) }
+
+// remind tells e what is believed of it, so that it can refute; not too often.
+func (n *node) remind(e *entry) {
+	if d := e.deal(); d.reminded == 0 || n.now-d.reminded >= remindEvery {
+		d.reminded = n.now
+		n.inform(e.Member, n.claim(e, n.self.Name))
+	}
 }
 
-// member checks a claim that came from outside.
-func (u *update) member() (Member, error) {
-	m := Member{Name: u.Name, Incarnation: u.Incarnation, Born: u.Incarnation - u.Raised, Status: u.Status, Tags: Tags(u.Tags)}
-	if err := validName(u.Name); err != nil {
-		return m, err
+// declare believes m and tells everybody; by is who suspects it.
+func (n *node) declare(m Member, by string) {
+	if e := n.t.apply(n.now, m, 0); e != nil {
+		n.flood(e, by)
 	}
-	if err := m.Addr.UnmarshalBinary([]byte(u.Addr)); err != nil || !m.Addr.IsValid() || m.Addr.Port() == 0 ||
-		m.Addr.Addr().IsUnspecified() || m.Addr.Addr().IsMulticast() || validName("%"+m.Addr.Addr().Zone()) != nil {
-		return m, fmt.Errorf("bad address of %s", u.Name)
+}
+
+// claim is what is believed of e, as it travels.
+func (n *node) claim(e *entry, by string) update {
+	u := update{Member: e.Member, By: by}
+	if e.Status.dead() {
+		u.Age = uint64((n.now - e.since) / ms)
 	}
-	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
-	if u.Raised > u.Incarnation || u.Incarnation > 1<<62 || len(u.Tags) > maxTags || len(u.By) > maxName {
-		return m, fmt.Errorf("bad claim about %s", u.Name)
-	}
-	switch u.Status {
-	case StatusAlive, StatusSuspect, StatusFailed, StatusLeft, StatusPruned:
-		return m, nil
-	}
-	return m, fmt.Errorf("bad status of %s", u.Name)
+	return u
+}
+
+// letter is a datagram that is sent again, less and less often, until it is
+// acknowledged, its time is over, or the run that it is for is gone.
+type letter struct {
+	run
+	h        head
+	body     []byte
+	until    time.Duration
+	at, wait time.Duration
+}
+
+// post sends a letter to e.
+func (n *node) post(e *entry, h head, body []byte, within time.Duration) {
+	h.Seq = n.ask(e.Member, within)
+	n.letters = append(n.letters, &letter{run: runOf(e), h: h, body: body, until: n.now + within, at: n.now})
+	n.wakeAt(n.now)
+}
+
+func (n *node) stepLetters() {
+	sent := 0
+	n.letters = slices.DeleteFunc(n.letters, func(l *letter) bool {
+		switch {
+		case n.now >= l.until || l.over():
+			return true
+		case n.now >= l.at && sent == maxPosts:
+			n.wakeAt(n.now + ms)
+			return false
+		case n.now >= l.at:
+			l.wait = min(max(2*l.wait, resendAfter), time.Second)
+			l.at = n.now + l.wait
+			sent++
+			n.send(l.e.Member, l.h, l.body)
+		}
+		n.wakeAt(l.at)
+		return false
+	})
 }
 
 // ---- datagrams in ----
 
-// datagram takes one datagram, already opened. Bytes that do not decode are
-// an error, for the caller to count.
-func (n *node) datagram(now time.Duration, from netip.AddrPort, b []byte) error {
-	n.advance(now)
-	h, rest, err := n.Codec.readHead(b)
+// dealings is what the protocol has had to do with one run of a member.
+type dealings struct {
+	window   window
+	met      bool          // it has answered: somebody lives at its address
+	reminded time.Duration // when it was last told what is believed of it
+	stalled  time.Duration // since when it accepts without answering; 0: it does not
+	tcpOnly  int           // probes in a row that only TCP answered
+	compared uint64        // both digests after the last comparison of tables
+}
+
+func (e *entry) deal() *dealings {
+	if e.dealings == nil {
+		e.dealings = &dealings{}
+	}
+	return e.dealings
+}
+
+// window tells which of the datagrams that a run has numbered have counted: none
+// counts twice (RFC 4303, section 3.4.3). What is 64 behind counts for nothing.
+type window struct{ top, seen uint64 }
+
+func (w *window) take(number uint64) bool {
+	switch {
+	case number > w.top:
+		w.seen, w.top = w.seen<<(number-w.top)|1, number
+	case number == 0 || w.top-number >= 64 || w.seen>>(w.top-number)&1 == 1:
+		return false
+	default:
+		w.seen |= 1 << (w.top - number)
+	}
+	return true
+}
+
+// datagram takes one datagram, already opened; anyRun: it was not for this run
+// alone. An error is for the caller to count.
+func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
+	var h head
+	body, err := wire.decode(b, &h)
 	if err != nil {
 		return err
 	}
-	if h.From == n.self.Name && h.born() == n.self.Born {
+	e := n.t.get(h.From)
+	switch {
+	case h.Raised > h.Incarnation || !n.plausible(h.Incarnation, n.t.highest):
+		return errors.New("claims an incarnation far ahead of all that is known")
+	case h.Kind > kReply || anyRun && h.Kind != kPing:
+		return fmt.Errorf("sent an unexpected message, kind %d", h.Kind)
+	case e == n.self && h.born() == n.self.Born:
 		return nil // my own, sent back
-	}
-	n.heard = n.now
-	switch h.Kind {
-	case kPing:
+	case h.Kind == kPing:
 		if h.Target == n.self.Name { // else it was meant for a former owner of this address
 			n.answer(from, h, len(b))
 		}
-	case kAck:
+		return nil
+	case h.Kind == kAck:
 		n.acked(h)
-	case kCheck:
-		n.asked(h)
-	case kVote:
-		n.voted(h)
-	case kFlood:
-		if h.Seq != 0 {
-			n.answer(from, h, len(b))
-		}
-	case kHeartbeat:
-	default:
-		return fmt.Errorf("unexpected message kind %d", h.Kind)
-	}
-	n.contact(h)
-	if h.To != 0 && h.To != uint32(n.self.Born) {
+		return nil
+	case e == nil || e == n.self:
+		return nil // whoever is not remembered comes in by an exchange
+	case e.Born != h.born():
+		n.remind(e) // a former or a rival run, or one whose news I have missed
+		return nil
+	case !e.deal().window.take(h.Number):
 		return nil
 	}
-	for len(rest) > 0 {
-		var u update
-		if u, rest, err = n.Codec.readUpdate(rest); err != nil {
-			return err
-		}
-		if err := n.learn(&u, h.From); err != nil {
-			return err
+	n.detector.heard = n.now
+	return n.message(e, from, h, len(b), body)
+}
+
+// message takes what counts: e has sent it just now.
+func (n *node) message(e *entry, from netip.AddrPort, h head, size int, body []byte) error {
+	if h.Seq != 0 && h.Kind != kCheck && h.Kind != kVote {
+		n.answer(from, h, size)
+	}
+	n.contact(e, h)
+	us, err := wire.decodeAll(body)
+	switch {
+	case err != nil:
+		return err
+	case h.Kind == kCheck:
+		n.detector.asked(n, e, h)
+	case h.Kind == kVote:
+		n.detector.voted(n, e, h)
+	case h.Kind == kQuery:
+		return n.queries.hear(n, e, h, us)
+	case h.Kind == kReply:
+		n.queries.answered(n, e, h, us)
+	case h.Kind == kFlood:
+		for i := range us {
+			if err := n.learn(&us[i], e.Name); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -491,305 +640,1258 @@ func (n *node) datagram(now time.Duration, from netip.AddrPort, b []byte) error 
 // that an answer is never larger: nobody can aim a member at somebody else.
 func (n *node) answer(to netip.AddrPort, h head, size int) {
 	a := n.head(kAck)
-	a.Seq = h.Seq
-	if len(n.Codec.head(nil, &a)) > size {
+	a.Seq, a.Number = h.Seq, n.number+1
+	if len(wire.encode(nil, &a)) > size {
 		a.Digest = 0
 	}
-	if len(n.Codec.head(nil, &a)) <= size {
-		n.sendTo(to, h.From, a)
+	if len(wire.encode(nil, &a)) <= size {
+		n.send(Member{Name: h.From, Addr: to, Born: h.born()}, a)
 	}
 }
 
-// contact looks at who sent a datagram and whether it needs to be told
+// acked takes the answer to a question of mine.
+func (n *node) acked(h head) {
+	i := slices.IndexFunc(n.questions, func(q question) bool { return q.seq == h.Seq && q.m.Name == h.From && n.now < q.until })
+	if i < 0 {
+		return
+	}
+	m := n.questions[i].m
+	n.questions = slices.Delete(n.questions, i, i+1)
+	if m.Addr != n.self.Addr {
+		n.detector.heard = n.now
+	}
+	e := n.t.get(m.Name)
+	switch {
+	case e == n.self: // a namesake
+		n.detector.answered(n, m, h.born())
+	case e == nil || e.Born != m.Born:
+	case h.born() != m.Born:
+		if e.Status == StatusFailed { // it has restarted, and may know nobody to join
+			n.exchange(e.Member)
+		}
+	default:
+		if w := &e.deal().window; h.Number+64 < w.top {
+			*w = window{h.Number, ^uint64(0)} // only a forger's number is higher than what was sent just now
+		}
+		e.deal().tcpOnly = 0
+		n.delivered(h.Seq)
+		n.met(e)
+		n.detector.answered(n, m, m.Born)
+		n.contact(e, h)
+	}
+}
+
+// delivered takes a letter off the list that has arrived.
+func (n *node) delivered(seq uint32) {
+	if i := slices.IndexFunc(n.letters, func(l *letter) bool { return l.h.Seq == seq }); i >= 0 {
+		l := n.letters[i]
+		n.letters = slices.Delete(n.letters, i, i+1)
+		if l.h.Kind == kQuery {
+			n.queries.answered(n, l.e, head{Query: l.h.Query, Reply: replyHeard}, nil)
+		}
+	}
+}
+
+// met notes that e answered something that I sent it just now: neither of us is
+// cut off from the other, whatever was believed.
+func (n *node) met(e *entry) {
+	if d := e.deal(); !d.met {
+		d.met = true
+		n.ring.met(n, e)
+	}
+	n.detector.notAlone(n, e)
+	was := e.lost
+	n.t.setLost(e, false)
+	if e.Status == StatusFailed || e.Status == StatusSuspect {
+		n.remind(e)
+	} else if was {
+		n.exchange(e.Member)
+	}
+}
+
+// contact looks at who has said something and whether it needs to be told
 // something: that it is thought dead, or that our tables differ.
-func (n *node) contact(h head) {
-	e := n.t.get(h.From)
-	if e == nil || e == n.self {
+func (n *node) contact(e *entry, h head) {
+	if e.Status != StatusAlive || h.Incarnation != e.Incarnation {
+		n.remind(e) // it refutes, or tells the news of itself that I have missed
 		return
 	}
-	if h.born() != e.Born || h.Incarnation < e.Incarnation {
-		n.tell(e, h.born()) // a former or a rival instance, or one that missed its own news
-		return
+	if h.Promise > 0 {
+		e.deal().tcpOnly = 0
+		n.ring.expect(e, n.now+min(time.Duration(h.Promise)*ms, time.Minute)+overdueAfter)
+		n.detector.answered(n, e.Member, e.Born)
 	}
-	if h.Incarnation > e.Incarnation {
-		// It lives and has refuted what I believe, and the refutation was lost.
-		m := e.Member
-		m.Incarnation, m.Status = h.Incarnation, StatusAlive
-		n.adopt(m, &update{})
-	}
-	if e.Status != StatusAlive {
-		n.tell(e, e.Born)
-		return
-	}
-	p := n.peer(e)
-	if h.Kind == kHeartbeat && (p.beatOf != e.Born || h.Seq > p.beat) {
-		p.beat, p.beatOf, p.tcpOnly = h.Seq, e.Born, 0
-		n.seen(e, time.Duration(h.Promise)*ms+overdueAfter)
-	}
-	if e.lost && h.Kind == kHeartbeat {
-		n.ping(e) // I hear it; does it hear me?
-	}
-	if h.Digest != 0 && h.Digest != n.digest() && !e.lost {
-		n.wantRepair(e, h.Digest)
+	if e.lost {
+		n.ping(e.Member) // I hear it; does it hear me?
+	} else if h.Digest != 0 && h.Digest != n.digest() {
+		n.repair.want(n, e, h.Digest)
 	}
 }
 
-// tell sends e the claim that it should refute, at most five times a second
-// and only to its known address (an answer to a forged packet goes nowhere).
-func (n *node) tell(e *entry, born uint64) {
-	if p := n.peer(e); n.leave == nil && (p.told == 0 || n.now-p.told >= 200*ms) {
-		p.told = n.now
-		h := n.head(kFlood)
-		h.To = uint32(born)
-		n.send(e, h, n.claim(e, n.self.Name))
-	}
+// ---- the spread of news ----
+
+// spread is what is to be flooded, and the user events that are remembered.
+type spread struct {
+	queue   []news
+	sent    []news // during the last second
+	flushAt time.Duration
+	rate    bucket
+	events  memory
 }
 
-// seen notes a sign of life of e, whose next heartbeat is due in d.
-func (n *node) seen(e *entry, d time.Duration) {
-	p := n.peer(e)
-	p.stalled, p.answered = 0, n.now
-	if p.due != 0 {
-		p.due = n.now + min(d, time.Minute)
-	}
-	if pr := n.probeOf(e); pr != nil {
-		n.observed(pr, vAlive)
-	}
-}
-
-// ---- rings and heartbeats ----
-
-// refreshRing recomputes whom I watch and who watches me after a change.
-func (n *node) refreshRing() {
-	if n.ringSeen == n.t.version {
-		return
-	}
-	// After a mass failure the rings must heal at once, so a new predecessor is
-	// due soon. After a join nothing is broken, and everybody is busy.
-	grace := newGrace
-	if n.lost != n.t.shrunk {
-		grace = overdueAfter
-	}
-	n.ringSeen, n.lost = n.t.version, n.t.shrunk
-	n.failed, n.total = n.t.failed()
-	old := n.watchers
-	n.watchers = nil
-	for _, w := range n.t.watchers(n.self) {
-		i := slices.IndexFunc(old, func(o *target) bool { return o.e == w })
-		if i >= 0 {
-			n.watchers = append(n.watchers, old[i])
-		} else {
-			n.watchers = append(n.watchers, &target{e: w})
-		}
-	}
-	for _, w := range n.watchers {
-		if w.by == 0 {
-			n.beat(w)
-		}
-	}
-	var preds []*peer
-	for _, e := range n.t.watched(n.self) {
-		p := n.peer(e)
-		if p.due == 0 {
-			p.due = n.now + grace
-		}
-		preds = append(preds, p)
-	}
-	for _, p := range n.preds {
-		if !slices.Contains(preds, p) {
-			p.due = 0
-		}
-	}
-	n.preds = preds
-	n.linkAt = n.now
-}
-
-func (n *node) beat(w *target) {
-	every := time.Duration(len(n.watchers)) * beatEvery
-	w.by = n.now + every
-	n.beats++
-	h := n.head(kHeartbeat)
-	h.Promise, h.Seq = uint32(every/ms), n.beats
-	n.send(w.e, h)
-}
-
-// stepBeat sends the next heartbeat to the watcher whose promise ends first.
-func (n *node) stepBeat() {
-	if len(n.watchers) == 0 {
-		return
-	}
-	if n.now >= n.nextBeat {
-		n.beat(slices.MinFunc(n.watchers, func(a, b *target) int { return cmp.Compare(a.by, b.by) }))
-		n.nextBeat = max(n.nextBeat+beatEvery, n.now+beatEvery/2)
-	}
-	n.at(n.nextBeat)
-}
-
-// stepWatch starts a probe of every predecessor that is overdue.
-func (n *node) stepWatch() {
-	for _, p := range n.preds {
-		if p.due != 0 && n.now >= p.due && n.probeOf(p.e) == nil {
-			n.startProbe(p.e)
-		}
-		if n.probeOf(p.e) == nil {
-			n.at(p.due)
-		}
-	}
-}
-
-// ---- floods ----
-
-// flooding is one update on its way to my watchers.
-type flooding struct {
+// news is one update on its way to my watchers.
+type news struct {
 	key  string // a newer claim about a name replaces the older
 	data []byte
+	at   time.Duration
 }
 
-func (n *node) flood(key string, data []byte) {
-	if i := slices.IndexFunc(n.queue, func(f flooding) bool { return f.key == key }); i >= 0 {
-		n.queue[i].data = data
-		return
-	}
-	if len(n.queue) >= maxQueue {
-		n.queue = slices.Delete(n.queue, 0, 1) // repair will carry it
-	}
-	n.queue = append(n.queue, flooding{key, data})
+// flood has everybody told of e; by is who suspects it.
+func (n *node) flood(e *entry, by string) {
+	u := n.claim(e, by)
+	n.spread.add(n, &u)
 }
 
-// flush sends the queue to all ring successors: at once when the line was
-// idle, else in batches, and never more than floodRate packets a second.
-func (n *node) flush() {
-	n.tokens = min(n.tokens+floodRate*(n.now-n.tokenAt).Seconds(), floodRate/5)
-	n.tokenAt = n.now
-	if len(n.queue) == 0 || n.now < n.flushAt {
-		if len(n.queue) > 0 {
-			n.at(n.flushAt)
-		}
+func (s *spread) add(n *node, u *update) {
+	o := news{u.key(), wire.encode(nil, u), n.now}
+	if i := slices.IndexFunc(s.queue, func(q news) bool { return q.key == o.key }); i >= 0 {
+		s.queue[i] = o
 		return
 	}
-	if len(n.watchers) == 0 {
-		n.queue = nil // nobody to tell; whoever comes gets the table
+	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], o) // what overflows is left to repair
+}
+
+// flush sends the queue to all watchers: at once when the line was idle, else
+// in batches, and never more than floodRate packets a second.
+func (s *spread) flush(n *node) {
+	if len(s.queue) == 0 {
 		return
 	}
-	for len(n.queue) > 0 {
-		if n.tokens < 0 {
-			n.flushAt = n.now + time.Duration(-n.tokens/floodRate*float64(time.Second)) + ms
-			n.at(n.flushAt)
-			return
-		}
-		size, count := 0, 0
-		for _, f := range n.queue {
-			if size+len(f.data) > maxDatagram-256 && count > 0 {
-				break
+	s.rate.fill(n.now, floodRate, floodRate/5)
+	for len(s.queue) > 0 && n.now >= s.flushAt && s.rate.tokens >= 0 {
+		batch := batch(s.queue)
+		for _, w := range n.ring.watchers {
+			if w.e.deal().met {
+				n.send(w.e.Member, n.head(kFlood), batch...)
+				s.rate.tokens--
 			}
-			size += len(f.data)
-			count++
 		}
-		var batch [][]byte
-		for _, f := range n.queue[:count] {
-			batch = append(batch, f.data)
-		}
-		n.queue = slices.Delete(n.queue, 0, count)
-		for _, w := range n.watchers {
-			n.send(w.e, n.head(kFlood), batch...)
-			n.tokens--
-		}
+		s.sent = append(s.sent, s.queue[:len(batch)]...)
+		s.queue = slices.Delete(s.queue, 0, len(batch))
 	}
-	n.flushAt = n.now + floodBatch
+	s.sent = slices.DeleteFunc(s.sent[max(0, len(s.sent)-maxQueue):], func(o news) bool { return n.now-o.at > newsFor })
+	if s.flushAt <= n.now {
+		s.flushAt = n.now + floodBatch + time.Duration(max(0, -s.rate.tokens)/floodRate*float64(time.Second))
+	}
+	if len(s.queue) > 0 {
+		n.wakeAt(s.flushAt)
+	}
+}
+
+// batch is as much of the queue as one datagram takes.
+func batch(queue []news) (batch [][]byte) {
+	size := 0
+	for _, o := range queue {
+		if size += len(o.data); size > maxDatagram-256 && len(batch) > 0 {
+			break
+		}
+		batch = append(batch, o.data)
+	}
+	return batch
+}
+
+// catchUp tells e what was flooded during the last second.
+func (s *spread) catchUp(n *node, e *entry) {
+	for sent := s.sent; len(sent) > 0; {
+		batch := batch(sent)
+		sent = sent[len(batch):]
+		n.send(e.Member, n.head(kFlood), batch...)
+		s.rate.tokens--
+	}
+}
+
+// check says what is wrong with a claim from outside.
+func (n *node) check(u *update) error {
+	m := &u.Member
+	if err := validName(m.Name); err != nil {
+		return err
+	}
+	ip := m.Addr.Addr().Unmap()
+	if !m.Addr.IsValid() || m.Addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || validName("%"+ip.Zone()) != nil {
+		return fmt.Errorf("made a claim about %s with a bad address", m.Name)
+	}
+	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
+	if !m.Tags.valid() {
+		return fmt.Errorf("made a claim about %s with bad tags", m.Name)
+	}
+	if m.Status == 0 || m.Status == StatusLeaving || m.Status > StatusPruned || m.Born > m.Incarnation ||
+		!n.plausible(m.Incarnation, n.t.highest) || len(u.By) > maxName {
+		return fmt.Errorf("made a bad claim about %s", m.Name)
+	}
+	return nil
 }
 
 // learn takes one flooded update and passes it on if it is news.
 func (n *node) learn(u *update, via string) error {
 	if u.Event != "" {
-		return n.learnEvent(u, true)
+		return n.learnEvent(u, false)
 	}
-	m, err := u.member()
-	if err != nil {
+	if err := n.check(u); err != nil {
 		return err
 	}
+	m := u.Member
 	if m.Name == n.self.Name {
-		n.aboutMe(m, u.By, via)
+		n.own.claimed(n, m, u.By, via)
 		return nil
 	}
 	e := n.t.get(m.Name)
 	revived := e != nil && e.Status == StatusFailed && m.Status == StatusAlive && m.Name == via
-	n.adopt(m, u)
-	if revived && e.Status == StatusAlive && n.failed > 1 {
-		n.exchange(e) // a split has ended: it knows of many more
+	n.adopt(u)
+	if revived && e.Status == StatusAlive && n.t.failed > 0 {
+		n.exchange(e.Member) // a split has ended: it knows of many more
 	}
 	return nil
 }
 
-// adopt applies a claim and floods it if it was news.
-func (n *node) adopt(m Member, u *update) {
-	if n.t.get(m.Name) == nil && len(n.t.ordered) >= maxMembers {
+// adopt believes a claim, if it wins, and passes it on.
+func (n *node) adopt(u *update) {
+	e, age := n.t.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
+	if u.Member.Status.dead() && age >= n.ReapAfter && (e == nil || e.Status.dead()) {
+		return // whoever forgets later than I do would bring it back again and again
+	}
+	fresh := e == nil
+	if e = n.t.apply(n.now, u.Member, age); e == nil {
 		return
 	}
-	if !n.t.apply(n.now, m, time.Duration(u.Age)*time.Second) {
-		return
+	if fresh {
+		e.known = n.real // user events go by the caller's clock: time asleep counts
 	}
-	e := n.t.get(m.Name)
-	if p := n.peers[m.Name]; p != nil && p.beatOf != e.Born {
-		*p = peer{e: e, due: p.due, told: p.told, pinged: p.pinged} // what was seen of a former instance says nothing of this one
-		if p.due != 0 {
-			p.due = n.now + newGrace
-		}
-	}
-	if n.everJoined || n.t.alive() <= 2 {
-		n.flood(m.Name, n.claim(e, u.By))
+	if n.joining.since != 0 {
+		n.flood(e, u.By)
 	}
 }
 
-// userEvent is one remembered user event; recent holds the latest of them in
-// the order of LTime, then key. Everybody who has heard the same events
-// remembers the same ones, so they can be part of the digest.
-type userEvent struct {
-	ltime uint64
-	key   uint64
-	data  []byte
-}
-
-// eventKey tells user events apart.
-func (u *update) eventKey() uint64 {
-	return mix(u.LTime ^ ringHash(rings, u.Name+"\x00"+u.Event+"\x00"+string(u.Payload)))
-}
-
-func (n *node) learnEvent(u *update, deliver bool) error {
-	if err := validName(u.Name); err != nil {
-		return err
-	}
-	if len(u.Event)+len(u.Payload) > maxEvent || u.LTime == 0 || u.LTime > 1<<62 {
-		return fmt.Errorf("bad user event of %s", u.Name)
-	}
-	n.clock = max(n.clock, u.LTime)
-	ev := userEvent{u.LTime, u.eventKey(), nil}
-	at, known := slices.BinarySearchFunc(n.recent, ev, func(a, b userEvent) int {
-		return cmp.Or(cmp.Compare(a.ltime, b.ltime), cmp.Compare(a.key, b.key))
-	})
-	if known || at == 0 && len(n.recent) == maxEvents {
-		return nil // heard before, or too old to be told from one that was
+// learnEvent takes a user event from outside, or one's own; replay: also one
+// that is older than this agent's time.
+func (n *node) learnEvent(u *update, replay bool) error {
+	s, name := &n.spread, u.Member.Name
+	if validName(name) != nil || checkPayload("event", u.Event, u.Payload) != nil || u.LTime == 0 || !n.plausible(u.LTime, s.events.lamport) {
+		return fmt.Errorf("sent a bad user event of %q", name)
 	}
 	// Only what belongs to an event goes on: the rest may be of any length.
-	ev.data = n.Codec.update(nil, &update{Name: u.Name, Event: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce})
-	n.recent = slices.Insert(n.recent, at, ev)
-	if len(n.recent) > maxEvents {
-		n.recent = slices.Delete(n.recent, 0, 1)
+	ev := Event{Kind: EventUser, Member: Member{Name: name}, Name: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
+	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
+	if !s.events.add(userEvent{ev, u.key(), sent}) || n.before(name, sent) && !replay && !n.Replay {
+		return nil
 	}
-	if deliver {
-		n.out.events = append(n.out.events, Event{Kind: EventUser, Name: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce})
-		n.flood(fmt.Sprintf("\x00%x", ev.key), ev.data)
-	}
+	n.out.events = append(n.out.events, ev)
+	again := updateOf(ev)
+	s.add(n, &again)
 	return nil
+}
+
+func updateOf(ev Event) update {
+	return update{Member: Member{Name: ev.Member.Name}, Event: ev.Name, Payload: ev.Payload, LTime: ev.LTime, Coalesce: ev.Coalesce}
+}
+
+// before reports whether what name sent then was sent before my time: before I
+// knew the sender, who was in another cluster, or I was not there yet. A
+// restarted agent would else run the handler of "reboot" again.
+func (n *node) before(name string, sent time.Duration) bool {
+	if e := n.t.get(name); e != nil {
+		return sent < e.known
+	}
+	return n.joining.since == 0 || sent < n.joining.since
 }
 
 // userEvent sends a user event to everybody, this node included.
-func (n *node) userEvent(now time.Duration, name string, payload []byte, coalesce bool) error {
-	n.advance(now)
-	switch {
-	case name == "":
-		return errors.New("the event has no name")
-	case len(name)+len(payload) > maxEvent:
-		return fmt.Errorf("event name and payload take %d bytes, the limit is %d", len(name)+len(payload), maxEvent)
+func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
+	if err := checkPayload("event", name, payload); err != nil {
+		return err
 	}
-	return n.learnEvent(&update{Name: n.self.Name, Event: name, Payload: payload, LTime: n.clock + 1, Coalesce: coalesce}, true)
+	return n.learnEvent(&update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Coalesce: coalesce}, true)
+}
+
+func checkPayload(what, name string, payload []byte) error {
+	if size := len(name) + len(payload); size > maxPayload {
+		return fmt.Errorf("%s name and payload take %d bytes, the limit is %d", what, size, maxPayload)
+	} else if name == "" {
+		return fmt.Errorf("the %s has no name", what)
+	}
+	return nil
+}
+
+// ---- repair: comparing tables ----
+
+// repair compares tables with a peer whose digest differs, and forgets the dead.
+type repair struct {
+	with   string // whom; "": nobody
+	at     time.Duration
+	digest uint64 // that differed
+	reapAt time.Duration
+}
+
+// want plans an exchange. The random wait lets a flood that is under way arrive
+// first. What the last comparison left different stays so: two who forget the
+// dead after different times would else compare tables for ever.
+func (r *repair) want(n *node, e *entry, digest uint64) {
+	if r.with == "" && e.deal().compared != digest^n.digest() {
+		r.with, r.digest = e.Name, digest
+		r.at = max(r.at+repairEvery, n.now) + 20*ms + n.jitter(100*ms)
+	}
+}
+
+func (r *repair) step(n *node) {
+	if r.with != "" && n.now >= r.at {
+		if e := n.t.get(r.with); e != nil && !e.Status.dead() && n.digest() != r.digest {
+			n.exchange(e.Member)
+		}
+		r.with = ""
+	} else if r.with != "" {
+		n.wakeAt(r.at)
+	}
+	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
+		r.reapAt = n.now + min(max(n.ReapAfter/10, 100*ms), time.Second)
+		n.t.reap(n.now, n.ReapAfter)
+	}
+	if n.t.alive() == 1 && len(n.t.ordered) > 1 { // else heartbeats wake often enough
+		n.wakeAt(r.reapAt)
+	}
+}
+
+// exchange is one comparison of tables, as the node sees it. The dialler sends
+// its table in pieces, in the order of keys; to each the acceptor answers with
+// what the dialler lacks in that stretch. So nobody has to remember more than a
+// piece, and no piece stalls the loop.
+type exchange struct {
+	with    Member // who answered or dialled, once known; its Addr is where I dialled
+	dialled bool   // by me
+	command bool   // a join command wants it
+	replay  bool
+	after   string             // what is compared next begins after this key
+	upto    string             // acceptor: and ends with this one; "": with the last of all
+	theirs  map[string]*update // acceptor: what the other side has there
+	digest  uint64             // the other side's
+}
+
+// welcome answers a first frame: with my digest, and with the claim about the
+// other's name. A newcomer whose name is taken must learn it before it says more.
+func (n *node) welcome(h head) (w head, about []update) {
+	if e := n.t.get(h.From); e != nil && !e.reaped {
+		about = append(about, n.claim(e, ""))
+	}
+	return n.head(kWelcome), about
+}
+
+var (
+	errMyself = errors.New("that is this node itself")
+	errWait   = errors.New("whether the name is taken is being found out")
+)
+
+// welcomed takes the welcome of whom I dialled, and what it says of me, if it
+// says anything. errWait: ask again in a moment.
+func (n *node) welcomed(x *exchange, h head, about []update) error {
+	if h.From == n.self.Name && h.born() == n.self.Born {
+		return errMyself
+	}
+	x.with.Name, x.with.Born, x.digest = h.From, h.born(), h.Digest
+	n.detector.heard = n.now
+	switch e := n.t.get(h.From); {
+	case e == nil || e == n.self:
+	case e.Born == h.born():
+		n.met(e)
+	case e.visible() == StatusAlive && e.Addr != x.with.Addr:
+		n.detector.judge(n, e)
+		return taken(e.Member)
+	}
+	for i := range about {
+		if n.check(&about[i]) == nil && about[i].Member.Name == n.self.Name {
+			if err := n.own.settle(n, about[i].Member, h.From, x.command); err != nil {
+				return err
+			}
+		}
+	}
+	n.own.placed = true
+	return nil
+}
+
+// records yields all updates of the table, then those of the remembered events,
+// whose keys follow after.
+func (n *node) records(after string) func(yield func(*update) bool) {
+	return func(yield func(*update) bool) {
+		at, found := n.t.find(after)
+		if found {
+			at++
+		}
+		for _, e := range n.t.ordered[at:] {
+			u := n.claim(e, "")
+			if !e.reaped && (e != n.self || n.detector.namesake() == nil) && !yield(&u) {
+				return
+			}
+		}
+		for _, ev := range n.spread.events.recent {
+			u := updateOf(ev.Event)
+			u.Age = uint64((n.real - ev.sent) / ms)
+			if ev.key > after && !yield(&u) {
+				return
+			}
+		}
+	}
+}
+
+// piece is the next frame of an exchange: of the dialler's table, or of what the
+// dialler lacks in the stretch that it sent.
+func (n *node) piece(x *exchange) (frame []byte, more bool) {
+	h := n.head(kTable)
+	var body []byte
+	for u := range n.records(x.after) {
+		key := u.key()
+		if !x.dialled && x.upto != "" && key > x.upto {
+			break
+		}
+		if theirs := x.theirs[key]; theirs != nil && (u.Event != "" || !u.Member.supersedes(theirs.Member)) {
+			continue
+		}
+		b := wire.encode(body, u)
+		if h.More = len(b) > maxFrame-512; h.More {
+			break
+		}
+		body, h.Target = b, key
+	}
+	if x.after = h.Target; !h.More {
+		x.after, h.Target = x.upto, ""
+	}
+	return append(wire.encode(nil, &h), body...), h.More
+}
+
+// merge takes a piece of the other side's table; more says that others follow.
+// One bad record costs that record; bad is how many there were.
+func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err error) {
+	if h.Kind != kTable || h.More && h.Target <= x.after && !x.dialled {
+		return false, 0, errMalformed
+	}
+	n.detector.heard = n.now
+	if !x.dialled {
+		x.upto, x.theirs = h.Target, make(map[string]*update)
+	}
+	for i := range us {
+		if !x.dialled {
+			x.theirs[us[i].key()] = &us[i]
+		}
+		if err := n.mergeOne(x, us[i]); errors.Is(err, errTaken) {
+			return false, bad, err
+		} else if err != nil {
+			bad++
+		}
+	}
+	if !h.More {
+		n.joining.begin(n)
+	}
+	return h.More, bad, nil
+}
+
+// mergeOne takes one record of another table.
+func (n *node) mergeOne(x *exchange, u update) error {
+	if u.Event != "" {
+		return n.learnEvent(&u, x.replay)
+	}
+	if err := n.check(&u); err != nil {
+		return err
+	}
+	m := u.Member
+	e := n.t.get(m.Name)
+	first := m.Name == x.with.Name && m.Born == x.with.Born // it speaks of itself
+	switch {
+	case m.Name == n.self.Name:
+		n.own.claimed(n, m, "", x.with.Name)
+		return nil
+	case e != nil && e.visible() == StatusAlive && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) && (x.dialled || !first):
+		// Two clusters meet, and a name lives in both: nobody shall be called failed
+		// for it. The holder is told, which settles it, and looked at; once it is
+		// dead the claim may come again. (Who dials me has met the holder itself.)
+		n.inform(e.Member, u)
+		n.detector.judge(n, e)
+		if first {
+			return taken(e.Member)
+		}
+		return nil
+	case e != nil && !m.Status.dead() && m.Incarnation >= e.Incarnation:
+		n.t.setLost(e, false) // vouched for by somebody I am connected to
+	case e != nil && m.Status == StatusFailed && !e.Status.dead() && !e.lost && m.Born == e.Born && m.Incarnation >= e.Incarnation:
+		// Another table has it as failed. Adopting that undid heals: each side of a
+		// split would kill the other anew with its old verdicts. It is told what is
+		// said, so that it can refute at once, and looked at.
+		u.By = x.with.Name
+		n.inform(e.Member, u)
+		m.Status = StatusAlive
+		n.t.apply(n.now, m, 0)
+		n.detector.doubt(n, e, x.with.Name)
+		return nil
+	}
+	n.adopt(&u)
+	return nil
+}
+
+// exchanged ends a comparison of tables, of mine, that went well.
+func (n *node) exchanged(x *exchange) {
+	n.joining.begin(n)
+	for _, e := range n.t.ordered {
+		n.t.setLost(e, false) // the other side would have said so
+	}
+	if e := n.t.get(x.with.Name); e != nil && e != n.self {
+		e.deal().compared = x.digest ^ n.digest()
+		if e.Addr != x.with.Addr && x.with.Born == e.Born {
+			n.logf("[INFO] %s was reached at %s and advertises %s", e.Name, x.with.Addr, e.Addr)
+		}
+	}
+}
+
+// ---- joining ----
+
+// joining is when to try the seeds. To try is to compare tables with all their
+// addresses at once, which rpc.go does.
+type joining struct {
+	since   time.Duration // when this node first came in, on the caller's clock; 0: not yet
+	running bool
+	at      time.Duration // when to try next
+	rounds  int           // failed in a row
+	warned  time.Duration
+	alone   bool     // it was said that this node is its only seed
+	names   []string // members that answered at a seed's address
+	errs    []string // of the last round
+}
+
+// begin notes that this node is in a cluster.
+func (j *joining) begin(n *node) {
+	if j.since == 0 {
+		j.since = max(n.real, 1)
+		n.flood(n.self, "")
+	}
+}
+
+// step tries as long as no seed is an alive member: two halves of a cluster
+// would else stay apart for ever.
+func (j *joining) step(n *node) {
+	if len(n.Seeds) == 0 || j.running || slices.ContainsFunc(j.names, func(name string) bool {
+		e := n.t.get(name)
+		return e != nil && e != n.self && e.visible() == StatusAlive
+	}) {
+		return
+	}
+	if j.running = n.now >= j.at; j.running {
+		n.out.resolve = true
+	} else {
+		n.wakeAt(j.at)
+	}
+}
+
+// seedAnswered is told of each seed that answers.
+func (n *node) seedAnswered(name string) {
+	j := &n.joining
+	if j.rounds > 0 {
+		n.logf("[INFO] joined through %s", name)
+	}
+	j.names, j.rounds = append(j.names[max(0, len(j.names)-64):], name), 0
+}
+
+// seedsTried ends a round: how many answered, and what went wrong ("ADDR:
+// reason"), why among it if the own name is taken.
+func (n *node) seedsTried(answered int, errs []string, why error) {
+	j := &n.joining
+	j.running, j.errs = false, errs
+	text := strings.Join(errs[:min(len(errs), 5)], "; ")
+	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
+	warn := others && (j.warned == 0 || n.now-j.warned >= warnEvery)
+	if warn {
+		j.warned = n.now
+	}
+	if answered > 0 {
+		if j.at = n.now + time.Second; warn {
+			n.logf("[WARN] not all seeds answer (%s)", text)
+		}
+		return
+	}
+	j.rounds++
+	wait := min(250*ms<<min(j.rounds-1, 10), seedsMax)
+	j.at = n.now + wait - n.jitter(wait/4)
+	switch {
+	case j.since == 0 && why != nil:
+		n.out.fatal = why
+	case j.since == 0 && n.RetryMax > 0 && j.rounds >= n.RetryMax:
+		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", j.rounds, text)
+	case warn:
+		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", text, seedsMax)
+	case !others && !j.alone: // one list of seeds for all is usual, and somebody is the first on it
+		j.alone = true
+		n.logf("[INFO] no seed answers but this node itself (%s)", text)
+	}
+}
+
+// ---- the own name ----
+
+// ownName is what concerns this node's own record.
+type ownName struct {
+	placed  bool   // a seed has answered: it is known which address leads there
+	gone    Member // a namesake, or a former self, that was found gone
+	holder  Member // a namesake that answered, at
+	at      time.Duration
+	leaving time.Duration // until when the leave may take; 0: it does not leave
+}
+
+var errTaken = errors.New("is taken")
+
+func taken(by Member) error {
+	return fmt.Errorf("the name %q %w: the member at %s has it", by.Name, errTaken, by.Addr)
+}
+
+// claimed handles a claim about this node. A false one is refuted with a higher
+// incarnation: to everybody, and to whoever said so, since a flood stays on its
+// own side of a split.
+func (o *ownName) claimed(n *node, m Member, by, via string) {
+	old := m.Incarnation < n.self.Incarnation // who says so has missed my refutation
+	switch {
+	case o.leaving != 0 || m == n.self.Member:
+		return
+	case o.rivals(n, m):
+		n.detector.meet(n, m)
+		return
+	case !old:
+		o.raise(n, m.Incarnation+1)
+	}
+	for _, name := range slices.Compact([]string{via, by}) {
+		flooded := slices.ContainsFunc(n.ring.watchers, func(b *bond) bool { return b.e.Name == name && b.e.deal().met })
+		if e := n.t.get(name); e != nil && e != n.self && (old || !flooded) {
+			n.inform(e.Member, n.claim(n.self, ""))
+		}
+	}
+}
+
+// rivals reports whether m may be another living agent of this name. One that
+// was found gone and has raised its incarnation since then was only stopped or
+// cut off: two would claim the name for ever.
+func (o *ownName) rivals(n *node, m Member) bool {
+	return m.Born != n.self.Born && !m.Status.dead() && m.Addr != n.self.Addr && (m.Born != o.gone.Born || m.Incarnation > o.gone.Incarnation)
+}
+
+// settle is asked before this node says more to a cluster that claims m.
+func (o *ownName) settle(n *node, m Member, via string, command bool) error {
+	switch {
+	case o.holder.Born == m.Born && n.now-o.at < time.Second:
+		return taken(o.holder)
+	case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
+	case o.rivals(n, m):
+		n.detector.meet(n, m).spare = command // it was wrong then, not this agent
+		return errWait
+	default: // perhaps a clock went back
+		o.claimed(n, m, "", via)
+	}
+	return nil
+}
+
+// raise takes a higher incarnation and tells everybody.
+func (o *ownName) raise(n *node, incarnation uint64) {
+	m := n.self.Member
+	m.Incarnation = incarnation
+	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
+	n.t.apply(n.now, m, 0)
+	if n.joining.since != 0 || n.detector.namesake() == nil {
+		n.flood(n.self, "")
+	}
+}
+
+// found settles what becomes of the name once the probe of namesake m is over. A
+// newcomer never disturbs the holder, and after a split the younger gives way.
+func (o *ownName) found(n *node, m Member, alive, spare bool) {
+	switch {
+	case !alive:
+		if o.gone = m; m.Incarnation >= n.self.Incarnation {
+			o.raise(n, m.Incarnation+1)
+		}
+	case n.joining.since == 0 || n.self.Born > m.Born:
+		if o.holder, o.at = m, n.now; !spare || n.joining.since != 0 {
+			n.out.fatal = taken(m)
+		}
+	default:
+		o.raise(n, max(m.Incarnation, n.self.Incarnation)+1)
+		n.exchange(m) // it does not count what a stranger sends
+	}
+}
+
+// moved is told from which address this node has dialled: what it advertises is
+// no longer (gone) an address of this machine, or was not the way to the first
+// seed that answers. To the others it is a restart, to my handlers nothing.
+func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
+	m := n.self.Member
+	first := joins && !n.own.placed && n.joining.since == 0
+	if n.own.leaving != 0 || !first && !gone || ip == m.Addr.Addr() {
+		return
+	}
+	n.own.gone = m
+	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
+	m.Born = max(birth(unixMs, n.rng.Uint64()), m.Incarnation+1)
+	m.Incarnation = m.Born
+	n.self.told, n.self.shown = &claim{Member: m}, StatusAlive
+	n.logf("[INFO] this node has the address %s now and advertises it", ip)
+	n.declare(m, "")
+}
+
+// setTags sets the tags in set, then drops those that drop names.
+func (n *node) setTags(set map[string]string, drop []string) error {
+	kv := n.self.Tags.Map()
+	for k, v := range set {
+		kv[k] = v
+	}
+	for _, k := range drop {
+		delete(kv, k)
+	}
+	tags, err := MakeTags(kv)
+	if err != nil || tags == n.self.Tags {
+		return err
+	}
+	m := n.self.Member
+	m.Tags = tags
+	m.Incarnation++
+	n.declare(m, "")
+	return nil
+}
+
+// startLeave tells the watchers that this node leaves. outputs.left follows when
+// all of them know, or after leaveFor.
+func (n *node) startLeave() {
+	if n.own.leaving != 0 {
+		return
+	}
+	n.own.leaving = n.now + leaveFor
+	u := n.claim(n.self, "")
+	u.Member.Status = StatusLeft
+	n.letters = nil
+	for _, w := range n.ring.watchers {
+		n.post(w.e, n.head(kFlood), wire.encode(nil, &u), leaveFor)
+	}
+}
+
+func (o *ownName) stepLeave(n *node) {
+	n.wakeAt(o.leaving)
+	if len(n.letters) == 0 || n.now >= o.leaving {
+		n.out.left = true
+	}
+}
+
+// forceLeave makes everybody believe that a failed member has left; with prune
+// it also vanishes.
+func (n *node) forceLeave(name string, prune bool) error {
+	e := n.t.get(name)
+	switch {
+	case e == nil || e.reaped || e.Status == StatusPruned:
+		return fmt.Errorf("no member is called %q", name)
+	case e == n.self || e.visible() == StatusAlive:
+		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
+	case !e.Status.dead():
+		return fmt.Errorf("this node is cut off and cannot judge %q", name)
+	}
+	m := e.Member
+	m.Status = StatusLeft
+	if prune {
+		m.Status = StatusPruned
+	}
+	n.declare(m, "")
+	return nil
+}
+
+// members is what users see of those whose names follow after, limit at most.
+func (n *node) members(after string, limit int) []Member {
+	ms := n.t.list(after, limit)
+	for i := range ms {
+		if n.own.leaving != 0 && ms[i].Name == n.self.Name {
+			ms[i].Status = StatusLeaving
+		}
+	}
+	return ms
+}
+
+// info is what this node knows of itself: key, value; and so on.
+func (n *node) info() []any {
+	count := make(map[Status]int)
+	ms := n.members("", maxMembers)
+	for _, m := range ms {
+		count[m.Status]++
+	}
+	return []any{"cut_off", n.detector.alone, "event_time", n.spread.events.lamport, "failed", count[StatusFailed], "left", count[StatusLeft],
+		"members", len(ms), "seeds", strings.Join(n.Seeds, ","), "seeds_error", strings.Join(n.joining.errs, "; ")}
+}
+
+// ---- queries ----
+
+// queries are those of this node that wait for answers, and those of others
+// whose time is not over. A query is a letter to each member that is asked, and
+// so is each answer, to the asker alone: nobody hears a query twice or late.
+type queries struct {
+	last   uint32
+	mine   []*query
+	duties []duty
+}
+
+// query is one that this node has asked.
+type query struct {
+	id      uint32
+	until   time.Duration
+	waiting []run // whose answer has not come
+	heard   []run // who have the query
+}
+
+// duty is a query that this node was asked. It is remembered until its time is
+// over, so that it is heard once, however often it arrives.
+type duty struct {
+	run
+	id    uint32
+	until time.Duration
+}
+
+var errNobody = errors.New("nobody is asked: no living member is as the query wants it")
+
+// query asks the living members that nodes names; none: all of them. It returns
+// the query's number, which the EventAnswers will bear, and who was asked. The
+// last EventAnswer has replyNone.
+func (n *node) query(name string, payload []byte, nodes []string, within time.Duration) (id uint32, who []string, err error) {
+	qs := &n.queries
+	if err := checkPayload("query", name, payload); err != nil {
+		return 0, nil, err
+	}
+	if len(qs.mine) >= maxQueries {
+		return 0, nil, fmt.Errorf("%d queries of this agent are under way, that is the limit", maxQueries)
+	}
+	qs.last++
+	q := &query{id: qs.last, until: n.now + within}
+	u := update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Within: uint32(within / ms)}
+	h, body := n.head(kQuery), wire.encode(nil, &u)
+	h.Query = q.id
+	for _, e := range n.t.ordered {
+		if e.visible() != StatusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
+			continue
+		}
+		q.waiting, who = append(q.waiting, runOf(e)), append(who, e.Name)
+		if e != n.self {
+			n.post(e, h, body, within)
+		}
+	}
+	if len(who) == 0 {
+		return 0, nil, errNobody
+	}
+	qs.mine = append(qs.mine, q)
+	if slices.Contains(q.waiting, runOf(n.self)) {
+		qs.answered(n, n.self, head{Query: q.id, Reply: replyHeard}, nil)
+		err = qs.hear(n, n.self, h, []update{u})
+	}
+	return q.id, who, err
+}
+
+// hear takes a query of e.
+func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
+	if len(us) != 1 || checkPayload("query", us[0].Event, us[0].Payload) != nil || us[0].LTime == 0 || !n.plausible(us[0].LTime, n.spread.events.lamport) {
+		return errors.New("sent a bad query")
+	}
+	u, within := us[0], time.Duration(us[0].Within)*ms
+	if len(qs.duties) >= maxDuties || slices.ContainsFunc(qs.duties, func(d duty) bool { return d.run == runOf(e) && d.id == h.Query }) {
+		return nil
+	}
+	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
+	qs.duties = append(qs.duties, duty{runOf(e), h.Query, n.now + within})
+	n.out.events = append(n.out.events, Event{Kind: EventQuery, Member: e.Member, Name: u.Event, Payload: u.Payload, LTime: u.LTime, ID: h.Query, Within: within})
+	if !slices.Contains(n.Answers, "") && !slices.Contains(n.Answers, u.Event) {
+		n.replied(e.Member, h.Query, replyNothing, nil)
+	}
+	return nil
+}
+
+// replied is told what came of the EventQuery with this id of asker.
+func (n *node) replied(asker Member, id uint32, r reply, text []byte) {
+	h, us := n.head(kReply), []update{{Payload: text}}
+	h.Query, h.Reply = id, r
+	for _, d := range n.queries.duties {
+		switch {
+		case d.e.Name != asker.Name || d.born != asker.Born || d.id != id:
+		case d.e == n.self:
+			n.queries.answered(n, n.self, h, us)
+		default:
+			n.post(d.e, h, wire.encode(nil, &us[0]), d.until-n.now)
+		}
+	}
+}
+
+// answered takes what e says of a query of mine.
+func (qs *queries) answered(n *node, e *entry, h head, us []update) {
+	i := slices.IndexFunc(qs.mine, func(q *query) bool { return q.id == h.Query && slices.Contains(q.waiting, runOf(e)) })
+	if i < 0 || h.Reply == replyNone || h.Reply > replyFailed {
+		return
+	}
+	q := qs.mine[i]
+	tell := func(r reply, text []byte) {
+		n.out.events = append(n.out.events, Event{Kind: EventAnswer, ID: q.id, Member: e.Member, Reply: r, Payload: text})
+	}
+	if !slices.Contains(q.heard, runOf(e)) {
+		q.heard = append(q.heard, runOf(e))
+		tell(replyHeard, nil)
+	}
+	if h.Reply == replyHeard {
+		return
+	}
+	q.waiting = slices.DeleteFunc(q.waiting, func(r run) bool { return r.e == e })
+	var text []byte
+	for _, u := range us {
+		text = u.Payload[:min(len(u.Payload), maxPayload)]
+	}
+	tell(h.Reply, text)
+}
+
+// step ends queries: when everybody who lives has answered, or their time is over.
+func (qs *queries) step(n *node) {
+	qs.mine = slices.DeleteFunc(qs.mine, func(q *query) bool {
+		q.waiting = slices.DeleteFunc(q.waiting, run.over)
+		if len(q.waiting) == 0 || n.now >= q.until {
+			n.out.events = append(n.out.events, Event{Kind: EventAnswer, ID: q.id})
+			return true
+		}
+		n.wakeAt(q.until)
+		return false
+	})
+	qs.duties = slices.DeleteFunc(qs.duties, func(d duty) bool { return n.now >= d.until || d.over() })
+}
+
+// ---------------------------------------------------------------------------
+// The loop: one goroutine owns the node and never blocks. UDP is here, too.
+
+const (
+	inboxSize = 1024
+	drainFor  = 20 * ms
+	writeFor  = ms // what does not fit into the socket's buffer by then is lost, as UDP may
+	// Log lines about members: so many a second, and so many at once.
+	linesRate, linesBurst = 50, 2000
+)
+
+// GossipConfig is what StartGossip needs to know. Self's address is what others
+// are told: none means the bound one, its port 0 the bound port.
+type GossipConfig struct {
+	nodeConfig
+	Bind    netip.AddrPort // UDP and TCP; port 0 takes a free one
+	Moves   bool           // the address was not chosen by the user: it may change
+	RPCPort uint16         // for who comes to the wrong one
+	Keys    [][]byte       // of 32 bytes: the first seals, any opens
+	Cluster string
+	Log     *log.Logger
+	// Events is called from the loop with each event, and for an EventQuery with
+	// what takes the answer: it must not block.
+	Events func(ev Event, answer func(r reply, text []byte))
+}
+
+// Gossip runs a node: it owns its sockets and the loop. Its methods are safe for
+// concurrent use.
+type Gossip struct {
+	cfg     GossipConfig
+	door    door // of TCP, with the seal of both
+	udp     *net.UDPConn
+	tcp     net.Listener
+	start   time.Time
+	born    atomic.Uint64    // of the node's run: it may change with its address
+	inbox   chan func(*node) // datagrams: too many are lost
+	calls   chan func(*node) // all else that the loop shall do; the callers wait
+	ctx     context.Context
+	quit    context.CancelFunc
+	done    chan struct{}
+	err     error   // valid after done, like
+	last    []Event // what handlers shall still hear
+	strange strangers
+	sessions
+	owned
+}
+
+// owned is what the loop alone touches.
+type owned struct {
+	node     *node
+	links    map[string]context.CancelFunc
+	feeds    map[*feed]bool
+	lines    bucket // of the log about members
+	unlogged int    // lines that were left out
+}
+
+// StartGossip binds the sockets, starts the loop, and begins to join the seeds.
+func StartGossip(cfg GossipConfig) (*Gossip, error) {
+	s, err := newSeal(cfg.Cluster, cfg.Keys)
+	if err != nil {
+		return nil, err
+	}
+	g := &Gossip{cfg: cfg, door: door{s, gossipPort, cfg.RPCPort}, start: time.Now(), done: make(chan struct{}),
+		inbox: make(chan func(*node), inboxSize), calls: make(chan func(*node)), strange: strangers{log: cfg.Log},
+		sessions: sessions{guests: guests{limit: guestLimit()}, tables: make(chan struct{}, maxTables)}}
+	if err := g.listen(); err != nil {
+		return nil, err
+	}
+	self, bound := &cfg.Self, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
+	ip, port := self.Addr.Addr(), cmp.Or(self.Addr.Port(), bound.Port())
+	if !ip.IsValid() {
+		ip = bound.Addr().Unmap()
+	}
+	self.Addr = netip.AddrPortFrom(ip, port)
+	crand.Read(cfg.Random[:])
+	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.Random[:]))
+	self.Incarnation = self.Born
+	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
+	g.born.Store(self.Born)
+	g.ctx, g.quit = context.WithCancel(context.Background())
+	g.wg.Go(g.readUDP)
+	g.wg.Go(func() { g.guests.accept(g.tcp, &g.strange, g.serve) })
+	go g.run()
+	return g, nil
+}
+
+// listen binds UDP and TCP to one port. A free port may be taken by somebody
+// between the two, so port 0 is tried a few times.
+func (g *Gossip) listen() (err error) {
+	family := ""
+	if g.cfg.Bind.Addr().Is4() {
+		family = "4"
+	}
+	for range 10 {
+		lc := net.ListenConfig{KeepAlive: -1}
+		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family, g.cfg.Bind.String()); err != nil {
+			return err
+		}
+		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(g.cfg.Bind.Addr(), uint16(g.tcp.Addr().(*net.TCPAddr).Port)))
+		if g.udp, err = net.ListenUDP("udp"+family, at); err == nil {
+			return g.udp.SetReadBuffer(1 << 20)
+		}
+		g.tcp.Close()
+		if g.cfg.Bind.Port() != 0 {
+			return err
+		}
+	}
+	return err
+}
+
+func (g *Gossip) now() time.Duration { return time.Since(g.start) }
+
+// run is the loop: the only goroutine that touches the node.
+func (g *Gossip) run() {
+	atOnce := make(chan time.Time)
+	close(atOnce)
+	for planned := time.Duration(0); g.ctx.Err() == nil; {
+		g.take(time.After(max(planned-g.now(), 0)))
+		// What has arrived meanwhile comes first. Whoever was stopped must hear it
+		// before it judges, so the readers get a moment then to hand it over. Peers
+		// that never stop sending must not keep the node from ticking.
+		grace := (<-chan time.Time)(atOnce)
+		if g.now()-planned > lateBy {
+			grace = time.After(2 * ms)
+		}
+		for end := g.now() + drainFor; g.now() < end && g.take(grace); {
+		}
+		out := g.node.tick(g.now())
+		g.carryOut(out)
+		planned = out.wake
+	}
+	g.udp.Close()
+	g.tcp.Close()
+	g.guests.remove(nil)
+	waitAtMost(time.Second, func() { g.wg.Wait(); g.guests.served.Wait() }) // a peer may read too slowly for my last words
+	close(g.done)
+}
+
+// take hands the node one input that is there, or comes before until; false: none.
+func (g *Gossip) take(until <-chan time.Time) bool {
+	var input func(*node)
+	select {
+	case input = <-g.inbox:
+	case input = <-g.calls:
+	default:
+		select {
+		case input = <-g.inbox:
+		case input = <-g.calls:
+		case <-until:
+		case <-g.ctx.Done():
+		}
+	}
+	if input != nil {
+		g.node.enter(g.now(), input)
+	}
+	return input != nil
+}
+
+// carryOut does what the node wants done.
+func (g *Gossip) carryOut(out outputs) {
+	g.born.Store(g.node.self.Born)
+	for _, l := range out.logs {
+		g.cfg.Log.Print(l)
+	}
+	for _, ev := range out.events {
+		g.publish(ev)
+	}
+	g.writeUDP(out.packets)
+	for _, l := range out.looks {
+		g.wg.Go(func() { g.look(l) })
+	}
+	for _, m := range out.exchanges { // one that fails is wanted again
+		g.wg.Go(func() { g.compare(m.Addr, &exchange{}, false) })
+	}
+	if out.relink {
+		g.relink(g.node.self.Member, out.links)
+	}
+	if out.resolve {
+		g.wg.Go(g.joinSeeds)
+	}
+	if out.fatal != nil || out.left {
+		if g.err = out.fatal; out.left {
+			m := g.node.self.Member
+			m.Status = StatusLeft
+			g.last = []Event{{Kind: EventLeave, Member: m}} // for those that deregister it
+		}
+		g.quit()
+	}
+}
+
+// publish hands an event to the log, to the handlers, and to those who watch.
+func (g *Gossip) publish(ev Event) {
+	for f := range g.feeds {
+		f.put(ev)
+	}
+	m, what := ev.Member, fmt.Sprintf("%s (from %s, %d bytes)", oneLine(ev.Name), ev.Member.Name, len(ev.Payload))
+	switch {
+	case ev.Kind == EventAnswer:
+		return
+	case ev.Kind == EventUser:
+		g.cfg.Log.Printf("[INFO] user-event: %s", what)
+	case ev.Kind == EventQuery:
+		g.cfg.Log.Printf("[DEBUG] query: %s", what)
+	case !g.lines.fill(g.now(), linesRate, linesBurst).take():
+		g.unlogged++
+	default:
+		if g.unlogged > 0 {
+			g.cfg.Log.Printf("[WARN] %d lines about members were left out", g.unlogged)
+		}
+		g.unlogged = 0
+		g.cfg.Log.Printf("[INFO] %s: %s %s", ev.Kind, m.Name, m.Addr)
+	}
+	g.cfg.Events(ev, func(r reply, text []byte) { g.call(func(n *node) { n.replied(m, ev.ID, r, text) }) })
+}
+
+func (g *Gossip) readUDP() {
+	for buf := make([]byte, maxDatagram+1); ; {
+		size, from, err := g.udp.ReadFromUDPAddrPort(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		} else if err != nil {
+			continue // an ICMP answer to something sent before
+		}
+		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		data, anyRun, err := g.door.openDatagram(buf[:size], g.cfg.Self.Name, g.born.Load())
+		if err != nil {
+			if !errors.Is(err, errNotForMe) {
+				g.strange.seen(from.Addr(), err)
+			}
+			continue
+		}
+		data = bytes.Clone(data)
+		select {
+		case g.inbox <- func(n *node) { g.strange.seen(from.Addr(), n.datagram(from, data, anyRun)) }:
+		default:
+			g.strange.dropped.Add(1)
+		}
+	}
+}
+
+func (g *Gossip) writeUDP(ps []packet) {
+	if len(ps) == 0 {
+		return
+	}
+	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+	for _, p := range ps {
+		g.udp.WriteToUDPAddrPort(g.door.closeDatagram(p.data, p.to.Name, p.to.Born), p.to.Addr)
+	}
+	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
+}
+
+// call has the loop run f and waits until it has taken it; false once it has ended.
+func (g *Gossip) call(f func(*node)) bool {
+	select {
+	case g.calls <- f:
+		return true
+	case <-g.ctx.Done():
+		return false
+	}
+}
+
+var errStopped = errors.New("the agent is stopping")
+
+// do runs f in the loop and waits for it.
+func (g *Gossip) do(f func(*node) error) (err error) {
+	ran := make(chan struct{})
+	if !g.call(func(n *node) { err = f(n); close(ran) }) {
+		return errStopped
+	}
+	<-ran
+	return err
+}
+
+// Self returns this node's own record, whose Addr is the advertised one, and
+// whether it is cut off.
+func (g *Gossip) Self() (m Member, alone bool) {
+	self := func(n *node) error { m, alone = n.self.Member, n.detector.alone; return nil }
+	if errors.Is(g.do(self), errStopped) {
+		<-g.done
+		self(g.node) // what the loop has left
+	}
+	return m, alone
+}
+
+// Leave tells everybody that this node leaves, waits up to a second for the
+// watchers to know, and stops the loop.
+func (g *Gossip) Leave() error {
+	err := g.do(func(n *node) error { n.startLeave(); return nil })
+	<-g.done
+	return err
+}
+
+// Close stops the loop at once, without leaving.
+func (g *Gossip) Close() {
+	g.quit()
+	<-g.done
+}
+
+// Last is, after Done, the event that this node has left, if it has.
+func (g *Gossip) Last() []Event { return g.last }
+
+// Done is closed when the loop has ended; then Err says why, nil if it was told to.
+func (g *Gossip) Done() <-chan struct{} { return g.done }
+func (g *Gossip) Err() error            { return g.err }
+
+// strangers logs what unwelcome peers do: one line per peer a minute, at most
+// ten lines a minute in all, and counts the rest. Safe for concurrent use.
+type strangers struct {
+	log     *log.Logger
+	dropped atomic.Int64 // packets lost to a full inbox
+	mu      sync.Mutex
+	minute  time.Time
+	peers   map[netip.Addr]bool
+	more    int
+}
+
+func (s *strangers) seen(who netip.Addr, err error) {
+	if err == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now := time.Now(); now.Sub(s.minute) >= time.Minute {
+		if drops := s.dropped.Swap(0); s.more > 0 || drops > 0 {
+			s.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", s.more, drops)
+		}
+		s.minute, s.peers, s.more = now, make(map[netip.Addr]bool), 0
+	}
+	if s.peers[who] || len(s.peers) >= 10 {
+		s.more++
+		return
+	}
+	s.peers[who] = true
+	if who.IsValid() {
+		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
+	}
+	s.log.Printf("[WARN] %v", err)
 }

@@ -1,9 +1,14 @@
+// gossip_test.go: conversations with one node, and the loop with its sockets.
+// Whole clusters are in sim_test.go, the failure detector is in detect_test.go.
+
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
-	"slices"
+	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -11,15 +16,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// A transcript is a conversation with one node: what it is told, and below,
-// indented, all that it puts out. Whole clusters are in scenario_test.go.
-
+// lab is a transcript: what a node is told, and below, indented, all that it
+// puts out.
 type lab struct {
-	t    *testing.T
-	n    *node
-	c    *codec
-	now  time.Duration
-	text strings.Builder
+	t       *testing.T
+	n       *node
+	now     time.Duration
+	numbers map[string]uint64 // of the members' datagrams
+	seqs    map[string]uint32 // of the last question to each
+	looks   map[string]look   // that have not ended
+	text    strings.Builder
 }
 
 // labMember is member number i: a, b, c ..., all born at 10.
@@ -29,28 +35,30 @@ func labMember(i int) Member {
 	return m
 }
 
-// newLab makes node a, which knows of count-1 others, in silence.
+// newLab makes node a, which has known count-1 others for a while.
 func newLab(t *testing.T, count int) *lab {
-	c := newCodec()
-	l := &lab{t: t, c: c, n: newNode(nodeConfig{Self: labMember(0), ReapAfter: time.Hour, Codec: c}, 0)}
+	l := &lab{t: t, n: newNode(nodeConfig{Self: labMember(0), ReapAfter: time.Hour, Answers: []string{"load"}}, 0),
+		numbers: make(map[string]uint64), seqs: make(map[string]uint32), looks: make(map[string]look)}
 	for i := 1; i < count; i++ {
-		l.n.t.apply(l.n.now, labMember(i), 0)
+		l.n.t.apply(l.n.now, labMember(i), 0).deal().met = true
 	}
-	l.n.everJoined = true
+	l.n.joining.since = 1
 	l.n.tick(0)
-	l.n.take()
-	for _, s := range l.n.streams { // the watch links stand
-		s.open, s.by = true, 0
-	}
 	return l
+}
+
+// tell hands in what happens, and prints what comes of it.
+func (l *lab) tell(what string, input func(n *node)) {
+	fmt.Fprintln(&l.text, what)
+	l.n.enter(l.now, input)
+	l.print(l.n.tick(l.now))
 }
 
 // after lets d pass, in steps as the loop would make them.
 func (l *lab) after(d time.Duration) {
 	fmt.Fprintf(&l.text, "%v pass\n", d)
 	for end := l.now + d; ; {
-		l.n.tick(l.now)
-		o := l.n.take()
+		o := l.n.tick(l.now)
 		l.print(o)
 		if o.wake >= end {
 			l.now = end
@@ -60,56 +68,55 @@ func (l *lab) after(d time.Duration) {
 	}
 }
 
-// udp hands in a datagram of member from, with updates.
-func (l *lab) udp(from int, h head, updates ...update) {
+// head is one as member from writes it.
+func (l *lab) head(from int, h head) head {
 	m := labMember(from)
 	if h.From == "" {
 		h.From, h.Incarnation = m.Name, m.Incarnation
 	}
-	b := l.c.head(nil, &h)
-	for _, u := range updates {
-		b = l.c.update(b, &u)
-	}
-	fmt.Fprintf(&l.text, "%s says %s\n", h.From, l.say(b))
-	if err := l.n.datagram(l.now, m.Addr, b); err != nil {
-		fmt.Fprintf(&l.text, "  error: %v\n", err)
-	}
-	l.n.tick(l.now)
-	l.print(l.n.take())
+	l.numbers[h.From]++
+	h.Number = l.numbers[h.From]
+	return h
 }
 
-// dials tells the node how its dials to a member end.
-func (l *lab) dials(to int, err error) {
-	fmt.Fprintf(&l.text, "dials to %s: %v\n", labMember(to).Name, err)
-	for _, s := range l.n.streams {
-		if s.addr == labMember(to).Addr && s.want == kLook && !s.open {
-			l.n.dialed(l.now, s.id, err)
-			break
+// udp hands in a datagram of member from, with updates.
+func (l *lab) udp(from int, h head, updates ...update) {
+	h = l.head(from, h)
+	l.raw(from, wire.encodeAll(&h, updates))
+}
+
+func (l *lab) raw(from int, b []byte) {
+	l.tell(labMember(from).Name+" says "+l.say(b), func(n *node) {
+		if err := n.datagram(labMember(from).Addr, b, false); err != nil {
+			fmt.Fprintf(&l.text, "  error: %v\n", err)
 		}
+	})
+}
+
+// sees tells the node what its look at a member has seen.
+func (l *lab) sees(whom int, v verdict) {
+	m := labMember(whom)
+	s := sight{look: l.looks[m.Name], v: v}
+	if v == vAlive {
+		s.name, s.born = m.Name, m.Born
 	}
-	l.n.tick(l.now)
-	l.print(l.n.take())
+	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.saw(s) })
 }
 
 // breaks ends the watch link with a member, as its death would.
 func (l *lab) breaks(with int) {
-	fmt.Fprintf(&l.text, "link to %s breaks\n", labMember(with).Name)
-	for _, s := range l.n.streams {
-		if s.want == kWatch && s.name == labMember(with).Name {
-			l.n.closed(l.now, s.id, fmt.Errorf("gone"))
-			break
-		}
-	}
-	l.n.tick(l.now)
-	l.print(l.n.take())
+	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.linkEnded(labMember(with), 0, false) })
 }
 
-var kindWords = map[kind]string{kHeartbeat: "heartbeat", kPing: "ping", kAck: "ack", kCheck: "check", kVote: "vote", kFlood: "flood"}
+var kindWords = map[kind]string{kHeartbeat: "heartbeat", kPing: "ping", kAck: "ack", kCheck: "check", kVote: "vote", kFlood: "flood", kQuery: "query", kReply: "reply"}
+var verdictWords = []string{"hung up", "unreachable", "refused", "accepted", "alive"}
 var statusWords = map[Status]string{StatusAlive: "alive", StatusSuspect: "suspect", StatusFailed: "failed", StatusLeft: "left"}
+var replyWords = []string{"over", "heard", "nothing", "done", "failed"}
 
 // say renders a datagram.
 func (l *lab) say(b []byte) string {
-	h, rest, err := l.c.readHead(b)
+	var h head
+	rest, err := wire.decode(b, &h)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -118,17 +125,26 @@ func (l *lab) say(b []byte) string {
 		s += " " + h.Target
 	}
 	if h.Kind == kVote {
-		s += " " + []string{"-", "unreachable", "refused", "silent", "alive"}[h.Verdict]
+		s += " " + verdictWords[h.Verdict]
 	}
-	for len(rest) > 0 {
-		var u update
-		if u, rest, err = l.c.readUpdate(rest); err != nil {
-			l.t.Fatal(err)
-		}
-		if u.Event != "" {
+	if h.Kind == kReply {
+		s += " " + replyWords[h.Reply]
+	}
+	us, err := wire.decodeAll(rest)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, u := range us {
+		switch m := u.Member; {
+		case h.Kind == kReply && len(u.Payload) == 0:
+		case h.Kind == kReply:
+			s += fmt.Sprintf(" %q", u.Payload)
+		case h.Kind == kQuery:
+			s += fmt.Sprintf(" %s %q", u.Event, u.Payload)
+		case u.Event != "":
 			s += fmt.Sprintf(" [event %s %d]", u.Event, u.LTime)
-		} else {
-			s += fmt.Sprintf(" [%s %s %d]", u.Name, statusWords[u.Status], u.Incarnation)
+		default:
+			s += strings.TrimRight(fmt.Sprintf(" [%s %s %d %s", m.Name, statusWords[m.Status], m.Incarnation, m.Tags), " ") + "]"
 		}
 	}
 	return s
@@ -137,23 +153,32 @@ func (l *lab) say(b []byte) string {
 // print writes the outputs that matter: heartbeats and watch links are silence.
 func (l *lab) print(o outputs) {
 	for _, p := range o.packets {
+		var h head
+		wire.decode(p.data, &h)
+		l.seqs[p.to.Name] = h.Seq
 		if s := l.say(p.data); s != "heartbeat" {
-			fmt.Fprintf(&l.text, "  to %s: %s\n", p.name, s)
+			fmt.Fprintf(&l.text, "  to %s: %s\n", p.to.Name, s)
 		}
 	}
-	for _, op := range o.streams {
-		if s := l.n.stream(op.id); op.op == opDial && s != nil && s.want != kWatch {
-			fmt.Fprintf(&l.text, "  dials %s\n", op.to.Addr())
-		}
+	for _, k := range o.looks {
+		l.looks[k.m.Name] = k
+		fmt.Fprintf(&l.text, "  looks at %s\n", k.m.Name)
+	}
+	for _, m := range o.exchanges {
+		fmt.Fprintf(&l.text, "  compares tables with %s\n", m.Name)
 	}
 	for _, ev := range o.events {
-		fmt.Fprintf(&l.text, "  event %v %s\n", ev.Kind, ev.Member.Name+ev.Name)
+		switch ev.Kind {
+		case EventAnswer:
+			fmt.Fprintf(&l.text, "  answer %s %s %q\n", ev.Member.Name, replyWords[ev.Reply], ev.Payload)
+		default:
+			fmt.Fprintf(&l.text, "  event %v %s\n", ev.Kind, strings.TrimSpace(ev.Member.Name+" "+ev.Name))
+		}
 	}
 	for _, s := range o.logs {
-		if strings.HasPrefix(s, "[TRACE]") {
-			continue
+		if !strings.HasPrefix(s, "[TRACE]") {
+			fmt.Fprintf(&l.text, "  log %s\n", s)
 		}
-		fmt.Fprintf(&l.text, "  log %s\n", s)
 	}
 }
 
@@ -166,60 +191,37 @@ func (l *lab) want(s string) {
 	l.text.Reset()
 }
 
-func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
-	l := newLab(t, 3)
-	l.breaks(1)
-	l.dials(1, errRefused)
-	l.udp(2, head{Kind: kVote, Seq: l.n.probes[0].seq, Target: "b", Verdict: vRefused})
-	l.want(`
-		link to b breaks
-		  to b: ping b
-		  dials 10.0.0.2
-		dials to b: connection refused
-		  to b: ping b
-		  to c: check b
-		c says vote b refused
-		  to c: flood [b failed 10]
-		  event member-failed b
-	`)
-}
+func claimed(m Member, s Status) update { m.Status = s; return update{Member: m} }
 
-func TestARefusedDialIsNoVerdictWhenSomebodyReachesIt(t *testing.T) {
+func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 	l := newLab(t, 3)
-	l.breaks(1)
-	l.dials(1, errRefused)
-	l.udp(2, head{Kind: kVote, Seq: l.n.probes[0].seq, Target: "b", Verdict: vAlive})
-	l.text.Reset()
-	l.after(700 * ms)
-	if e := l.n.t.get("b"); e.Status != StatusAlive {
-		t.Errorf("b is %v\n%s", e.Status, l.text.String())
-	}
-}
-
-func TestASuspectRefutesToItsAccuserDirectly(t *testing.T) {
-	l := newLab(t, 3)
-	me := memberUpdate(labMember(0))
-	me.Status, me.By = StatusSuspect, "c"
+	me := claimed(labMember(0), StatusSuspect)
+	me.By = "c"
 	l.udp(1, head{Kind: kFlood}, me)
 	l.want(`
 		b says flood [a suspect 10]
 		  to b: flood [a alive 11]
 		  to c: flood [a alive 11]
-		  to b: flood [a alive 11]
-		  to c: flood [a alive 11]
 		  log [DEBUG] refuting what is said of this node, incarnation 11
 	`)
+	l.n.ring.watchers = l.n.ring.watchers[:1] // the other one is on the far side of a split
+	far := map[string]int{"b": 2, "c": 1}[l.n.ring.watchers[0].e.Name]
+	me.Member.Incarnation, me.By = 11, labMember(far).Name
+	l.after(10 * ms)
+	l.text.Reset()
+	l.udp(far, head{Kind: kFlood}, me)
+	if got := strings.Count(l.text.String(), "to "+labMember(far).Name+": flood [a alive 12]"); got != 1 {
+		t.Errorf("the accuser is told %d times:\n%s", got, l.text.String())
+	}
 }
 
 func TestWhoeverIsThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
 	l := newLab(t, 3)
-	dead := memberUpdate(labMember(1))
-	dead.Status = StatusFailed
-	l.udp(2, head{Kind: kFlood}, dead)
-	l.udp(1, head{Kind: kHeartbeat, Seq: 1, Promise: 1000})
-	again := memberUpdate(labMember(1))
-	again.Incarnation, again.Raised = 11, 1
-	l.udp(1, head{Kind: kFlood}, again)
+	l.udp(2, head{Kind: kFlood}, claimed(labMember(1), StatusFailed))
+	l.udp(1, head{Kind: kHeartbeat, Promise: 1000})
+	again := labMember(1)
+	again.Incarnation = 11
+	l.udp(1, head{Kind: kFlood}, claimed(again, StatusAlive))
 	l.want(`
 		c says flood [b failed 10]
 		  to c: flood [b failed 10]
@@ -231,10 +233,26 @@ func TestWhoeverIsThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
 	`)
 }
 
+// Its tags may have changed with it: what was missed is asked for, not guessed.
+func TestWhoeverHasAnUnknownIncarnationIsAskedForItsRecord(t *testing.T) {
+	l := newLab(t, 2)
+	l.udp(1, head{Kind: kHeartbeat, Incarnation: 12, Raised: 2, From: "b", Promise: 1000})
+	again := labMember(1)
+	again.Incarnation, again.Tags = 12, "k=v"
+	l.udp(1, head{Kind: kFlood, Incarnation: 12, Raised: 2, From: "b"}, claimed(again, StatusAlive))
+	l.want(`
+		b says heartbeat
+		  to b: flood [b alive 10]
+		b says flood [b alive 12 k=v]
+		  to b: flood [b alive 12 k=v]
+		  event member-update b
+	`)
+}
+
 func TestAPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
 	l := newLab(t, 2)
-	l.udp(1, head{Kind: kPing, Seq: 5, Target: "z"})
-	l.udp(1, head{Kind: kPing, Seq: 6, Target: "a"})
+	l.udp(1, head{Kind: kPing, Seq: 5, Target: "z", Digest: 1})
+	l.udp(1, head{Kind: kPing, Seq: 6, Target: "a", Digest: 1})
 	l.want(`
 		b says ping z
 		b says ping a
@@ -244,104 +262,398 @@ func TestAPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
 
 func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	l := newLab(t, 2)
-	ev := update{Name: "b", Event: "deploy", Payload: []byte("1"), LTime: 7}
+	ev := update{Member: Member{Name: "b"}, Event: "deploy", Payload: []byte("1"), LTime: 7}
 	l.udp(1, head{Kind: kFlood}, ev)
 	l.udp(1, head{Kind: kFlood}, ev)
-	if err := l.n.userEvent(l.now, "reply", nil, true); err != nil {
-		t.Fatal(err)
-	}
 	l.after(10 * ms)
+	l.tell("user event", func(n *node) {
+		if err := n.userEvent("reply", nil, true); err != nil {
+			t.Error(err)
+		}
+	})
 	l.want(`
 		b says flood [event deploy 7]
 		  to b: flood [event deploy 7]
-		  event user deploy
+		  event user b deploy
 		b says flood [event deploy 7]
 		10ms pass
-		  event user reply
+		user event
 		  to b: flood [event reply 8]
+		  event user a reply
 	`)
 }
 
-func TestARecordedHeartbeatDoesNotKeepTheDeadAlive(t *testing.T) {
+// By whichever way it comes in, what was sent before is over: a restarted agent
+// ran "reboot" again. What was only missed is delivered late.
+func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
+	event := func(of string, age time.Duration) update {
+		return update{Member: Member{Name: of}, Event: "reboot", LTime: 7, Age: uint64(age / ms)}
+	}
+	table := head{Kind: kTable}
+	for _, tt := range []struct {
+		fact, of  string
+		known     time.Duration // how long the sender has been known; 0: it comes along
+		age       time.Duration
+		replay    bool
+		delivered bool
+	}{
+		{"joined or found again", "b", 0, time.Second, false, false},
+		{"joined or found again, and asked for it", "b", 0, time.Second, true, true},
+		{"missed, and found in a table later", "b", time.Minute, 10 * time.Second, false, true},
+		{"sent in another cluster, before both met", "b", time.Second, 10 * time.Second, false, false},
+		{"sent by a former run of this agent", "a", 0, 2 * time.Hour, false, false},
+		{"sent by one who is not known any more", "z", time.Minute, 2 * time.Hour, false, false},
+	} {
+		l := newLab(t, 1)
+		l.now = time.Hour
+		l.n.enter(l.now-tt.known, func(n *node) {
+			if tt.known > 0 {
+				n.adopt(&update{Member: labMember(1)})
+			}
+		})
+		l.tell("table", func(n *node) {
+			n.merge(&exchange{replay: tt.replay}, table, []update{{Member: labMember(1)}, event(tt.of, tt.age)})
+		})
+		if got := strings.Contains(l.text.String(), "event user"); got != tt.delivered {
+			t.Errorf("%s: delivered %v", tt.fact, got)
+		}
+		l.text.Reset()
+		l.tell("again", func(n *node) { n.merge(&exchange{}, table, []update{event(tt.of, tt.age)}) })
+		if strings.Contains(l.text.String(), "event user") {
+			t.Errorf("%s: delivered the second time", tt.fact)
+		}
+	}
+}
+
+func TestADatagramCountsOnce(t *testing.T) {
 	l := newLab(t, 2)
-	beat := head{Kind: kHeartbeat, Seq: 3, Promise: 500}
-	l.udp(1, beat)
-	due := l.n.peers["b"].due
+	beat := l.head(1, head{Kind: kHeartbeat, Promise: 500})
+	b := wire.encode(nil, &beat)
+	l.raw(1, b)
+	due := l.n.ring.watched[0].by
 	l.after(300 * ms)
-	l.udp(1, beat)
-	if got := l.n.peers["b"].due; got != due {
-		t.Errorf("due moved from %v to %v", due, got)
+	l.raw(1, b)
+	if got := l.n.ring.watched[0].by; got != due {
+		t.Errorf("a recorded heartbeat moves the deadline from %v to %v", due, got)
+	}
+	var w window
+	for _, step := range []struct {
+		number uint64
+		counts bool
+	}{{0, false}, {3, true}, {3, false}, {1, true}, {1, false}, {2, true}, {100, true}, {36, false}, {37, true}, {37, false}, {99, true}, {1 << 40, true}, {100, false}, {1<<40 - 63, true}} {
+		if w.take(step.number) != step.counts {
+			t.Errorf("datagram %d counts: %v", step.number, !step.counts)
+		}
 	}
 }
 
-func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
+// Without a key, one forged number would make all datagrams of a member count for
+// nothing. Its answer to a ping shows what it is at.
+func TestAForgedNumberDoesNotMuteAMember(t *testing.T) {
 	l := newLab(t, 3)
-	l.udp(1, head{Kind: kCheck, Seq: 1, Target: "stranger"})
-	l.udp(1, head{Kind: kCheck, Seq: 2, Target: "c"})
+	forged := head{Kind: kHeartbeat, From: "b", Incarnation: 10, Number: 1 << 60}
+	l.raw(1, wire.encode(nil, &forged))
+	l.udp(1, head{Kind: kFlood}, claimed(labMember(2), StatusFailed))
+	if !l.n.t.get("c").Status.dead() {
+		l.breaks(1)
+		l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
+		l.udp(1, head{Kind: kFlood}, claimed(labMember(2), StatusFailed))
+	}
+	if !l.n.t.get("c").Status.dead() {
+		t.Errorf("b is not heard any more:\n%s", l.text.String())
+	}
+}
+
+func TestWhoeverIsNotRememberedCountsForNothing(t *testing.T) {
+	l := newLab(t, 2)
+	l.after(2900 * ms) // nobody is heard of
+	l.text.Reset()
+	l.udp(2, head{Kind: kHeartbeat, Promise: 500, Seq: 3})
+	l.udp(2, head{Kind: kFlood}, claimed(labMember(3), StatusAlive))
+	l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: 9, Promise: 500}) // a former run
+	if l.n.t.get("d") != nil || l.n.t.get("c") != nil || l.n.now-l.n.detector.heard < 2*time.Second {
+		t.Errorf("strangers count:\n%s", l.text.String())
+	}
+	l.udp(2, head{Kind: kPing, Target: "a", Seq: 9, Digest: 1})
+	if !strings.HasSuffix(l.text.String(), "to c: ack\n") {
+		t.Errorf("a stranger's ping is not answered:\n%s", l.text.String())
+	}
+}
+
+// One datagram with the highest number of all poisoned its receiver for good.
+func TestNumbersFarAheadOfAllThatIsKnownAreRefused(t *testing.T) {
+	for _, far := range []uint64{1<<64 - 1, 1 << 62, 1 << 60} {
+		l := newLab(t, 3)
+		m := labMember(2)
+		m.Incarnation, m.Born = far, far
+		l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: far, Raised: far - 10})
+		l.udp(1, head{Kind: kFlood}, claimed(m, StatusFailed))
+		me := claimed(labMember(0), StatusFailed)
+		me.Member.Incarnation = far
+		l.udp(1, head{Kind: kFlood}, me)
+		l.udp(1, head{Kind: kFlood}, update{Member: Member{Name: "b"}, Event: "e", LTime: far})
+		if got := strings.Count(l.text.String(), "error:"); got != 4 || l.n.self.Incarnation != 10 || l.n.t.get("c").Incarnation != 10 || l.n.spread.events.lamport != 0 {
+			t.Errorf("%d of 4 are refused:\n%s", got, l.text.String())
+		}
+	}
+	// The highest that is believed can be refuted, and a moment later by everybody.
+	l := newLab(t, 3)
+	limit := uint64(1)
+	for bit := uint64(1) << 62; bit > 0; bit >>= 1 {
+		if l.n.plausible(limit|bit, 10) {
+			limit |= bit
+		}
+	}
+	me := claimed(labMember(0), StatusFailed)
+	me.Member.Incarnation = limit
+	l.udp(1, head{Kind: kFlood}, me)
+	if l.n.self.Incarnation != limit+1 {
+		t.Fatalf("the incarnation is %d", l.n.self.Incarnation)
+	}
+	other := newLab(t, 3)
+	other.after(2 * ms)
+	if !other.n.plausible(limit+1, 10) {
+		t.Error("who has not heard of the attack refuses the refutation")
+	}
+	if !newLab(t, 1).n.plausible(birth(1_900_000_000_000, 0), 10) {
+		t.Error("an agent without a clock refuses the others' births")
+	}
+}
+
+func TestOneBadRecordCostsThatRecord(t *testing.T) {
+	l := newLab(t, 2)
+	bad := labMember(2)
+	bad.Addr = netip.AddrPort{}
+	far := labMember(3)
+	far.Incarnation = 1 << 63
+	tags := labMember(4)
+	tags.Tags = "k=1\x00k=2"
+	l.tell("table", func(n *node) {
+		more, count, err := n.merge(&exchange{}, head{Kind: kTable}, []update{{Member: bad}, {Member: far}, {Member: tags}, {Member: labMember(5)}})
+		if more || count != 3 || err != nil {
+			t.Errorf("more %v, bad %d, %v", more, count, err)
+		}
+	})
+	if l.n.t.get("f") == nil || l.n.t.get("c") != nil || l.n.t.get("d") != nil || l.n.t.get("e") != nil {
+		t.Error("the good record is lost, or a bad one is not")
+	}
+}
+
+func TestADeadClaimThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
+	l := newLab(t, 2)
+	old := claimed(labMember(2), StatusFailed)
+	old.Age = uint64(time.Hour / ms)
+	l.udp(1, head{Kind: kFlood}, old)
+	if l.n.t.get("c") != nil {
+		t.Error("it comes back from whoever forgets later")
+	}
+	l.n.t.apply(l.n.now, labMember(2), 0)
+	l.udp(1, head{Kind: kFlood}, old)
+	if l.n.t.get("c").Status != StatusFailed {
+		t.Error("the death of one who is believed alive is not taken")
+	}
+}
+
+// Two who forget the dead after different times would compare tables for ever.
+func TestAComparisonThatCanChangeNothingIsNotRepeated(t *testing.T) {
+	l := newLab(t, 2)
+	compared := func() int { return strings.Count(l.text.String(), "compares tables") }
+	beat := func() {
+		l.udp(1, head{Kind: kHeartbeat, Promise: 500, Digest: 77})
+		l.after(400 * ms)
+	}
+	beat()
+	if compared() != 1 {
+		t.Fatalf("no comparison:\n%s", l.text.String())
+	}
+	l.n.enter(l.now, func(n *node) { n.exchanged(&exchange{with: labMember(1), digest: 77}) })
+	for range 10 {
+		beat()
+	}
+	if n := compared(); n != 1 {
+		t.Errorf("%d comparisons", n)
+	}
+	l.n.t.apply(l.n.now, labMember(2), 0)
+	for range 4 {
+		beat()
+	}
+	if compared() < 2 {
+		t.Error("a change is not compared")
+	}
+}
+
+// The dialler sends its table in pieces; to each the acceptor answers with what
+// the dialler lacks in that stretch.
+func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
+	for _, sizes := range [][2]int{{0, 0}, {0, 900}, {900, 0}, {900, 900}, {3, 2000}} {
+		a, b := newNode(nodeConfig{Self: labMember(0), ReapAfter: time.Hour}, 0), newNode(nodeConfig{Self: labMember(1), ReapAfter: time.Hour}, 0)
+		for k, n := range []*node{a, b} {
+			for i := range sizes[k] {
+				m := testMember(fmt.Sprintf("m%d-%04d", i%2*(1+k), i), uint64(10+i%3*k), StatusAlive)
+				m.Tags = Tags("k=" + strings.Repeat("v", i%200))
+				n.t.apply(n.now, m, 0)
+			}
+			n.userEvent(fmt.Sprint("of", k), make([]byte, 900), false)
+		}
+		x, y := &exchange{dialled: true, with: labMember(1)}, &exchange{with: labMember(0)}
+		frames := 0
+		pass := func(from, to *node, xf, xt *exchange) (more bool) {
+			b, more := from.piece(xf)
+			if frames++; len(b) > maxFrame {
+				t.Fatalf("a frame of %d bytes", len(b))
+			}
+			var h head
+			rest, _ := wire.decode(b, &h)
+			us, err := wire.decodeAll(rest)
+			if _, bad, merr := to.merge(xt, h, us); err != nil || merr != nil || bad > 0 {
+				t.Fatalf("%v %v %d bad", err, merr, bad)
+			}
+			return more
+		}
+		for more := true; more; {
+			more = pass(a, b, x, y)
+			for pass(b, a, y, x) {
+			}
+		}
+		if a.digest() != b.digest() || len(a.t.ordered) != len(b.t.ordered) {
+			t.Errorf("%v: %d and %d members after %d frames", sizes, len(a.t.ordered), len(b.t.ordered), frames)
+		}
+	}
+}
+
+func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
+	l := newLab(t, 4)
+	var id uint32
+	l.tell("query", func(n *node) { id, _, _ = n.query("load", []byte("?"), nil, time.Second) })
+	l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
+	l.udp(1, head{Kind: kReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
+	l.udp(1, head{Kind: kReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
+	l.udp(2, head{Kind: kReply, Seq: 6, Query: id, Reply: replyNothing}, update{})
+	l.tell("handler", func(n *node) { n.replied(n.self.Member, id, replyDone, []byte("1")) })
+	l.udp(1, head{Kind: kFlood}, claimed(labMember(3), StatusFailed))
 	l.want(`
-		b says check stranger
-		b says check c
-		  to c: ping c
-		  dials 10.0.0.3
+		query
+		  to b: query load "?"
+		  to c: query load "?"
+		  to d: query load "?"
+		  answer a heard ""
+		  event query a load
+		b says ack
+		  answer b heard ""
+		b says reply done "0.5"
+		  to b: ack
+		  answer b done "0.5"
+		b says reply done "0.5"
+		  to b: ack
+		c says reply nothing
+		  to c: ack
+		  answer c heard ""
+		  answer c nothing ""
+		handler
+		  answer a done "1"
+		b says flood [d failed 10]
+		  to b: flood [d failed 10]
+		  to c: flood [d failed 10]
+		  answer  over ""
+		  event member-failed d
 	`)
 }
 
-func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
+func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 	l := newLab(t, 2)
-	l.udp(1, head{Kind: kHeartbeat, Seq: 1, Promise: 500})
+	q := update{Member: Member{Name: "b"}, Event: "load", LTime: 3, Within: 1000}
+	l.udp(1, head{Kind: kHeartbeat, Promise: 9000})
+	l.udp(1, head{Kind: kQuery, Query: 8, Seq: 1}, q)
+	l.udp(1, head{Kind: kQuery, Query: 8, Seq: 1}, q)
+	l.tell("handler", func(n *node) { n.replied(labMember(1), 8, replyDone, []byte("x")) })
+	l.after(60 * ms)
+	l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
+	l.after(2 * time.Second)
+	l.text.WriteString("\n")
+	if got := l.text.String(); strings.Count(got, "event query") != 1 || strings.Count(got, `reply done "x"`) != 2 || strings.Count(got, "to b: ack") != 2 {
+		t.Errorf("transcript:\n%s", got)
+	}
 	l.text.Reset()
-	l.now += 8 * time.Second
-	if err := l.n.datagram(l.now, labMember(1).Addr, l.c.head(nil, &head{Kind: kHeartbeat, From: "b", Incarnation: 10, Seq: 2, Promise: 500})); err != nil {
-		t.Fatal(err)
+	l.udp(1, head{Kind: kQuery, Query: 9, Seq: 2}, update{Member: Member{Name: "b"}, Event: "other", LTime: 4, Within: 1000})
+	l.want(`
+		b says query other ""
+		  to b: ack
+		  to b: reply nothing
+		  event query b other
+	`)
+}
+
+func TestNobodyToAskAndTooManyQueriesAreErrors(t *testing.T) {
+	l := newLab(t, 2)
+	if _, _, err := l.n.query("load", nil, []string{"nobody"}, time.Second); err == nil {
+		t.Error("nobody is asked, and that is no error")
 	}
-	l.after(400 * ms)
-	if strings.Contains(l.text.String(), "ping") {
-		t.Errorf("it doubts b:\n%s", l.text.String())
+	if _, _, err := l.n.query("", nil, nil, time.Second); err == nil {
+		t.Error("a query without a name")
 	}
+	if _, _, err := l.n.query("load", make([]byte, maxPayload-3), nil, time.Second); err == nil || !strings.Contains(err.Error(), "1025") {
+		t.Errorf("a query that is too long: %v", err)
+	}
+	for range maxQueries {
+		if _, _, err := l.n.query("load", nil, []string{"b"}, time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, err := l.n.query("load", nil, []string{"b"}, time.Second); err == nil {
+		t.Error("one more than may be under way")
+	}
+}
+
+func TestChangedTagsRaiseTheIncarnationAndAreFlooded(t *testing.T) {
+	l := newLab(t, 2)
+	l.tell("tags", func(n *node) {
+		if err := n.setTags(map[string]string{"state": "drain", "x": "1"}, []string{"x"}); err != nil {
+			t.Error(err)
+		}
+	})
+	l.tell("the same tags", func(n *node) { n.setTags(map[string]string{"state": "drain"}, nil) })
+	l.tell("too long", func(n *node) {
+		if err := n.setTags(map[string]string{"k": strings.Repeat("v", maxTags)}, []string{"state"}); err == nil {
+			t.Error("no error")
+		}
+	})
+	l.want(`
+		tags
+		  to b: flood [a alive 11 state=drain]
+		  event member-update a
+		the same tags
+		too long
+	`)
 }
 
 // A machine on two networks dials members on both; what it advertises must not
 // flap for that.
 func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	l := newLab(t, 1)
-	n, own := l.n, labMember(0).Addr.Addr()
-	n.everJoined = false
-	dialFrom := func(want kind, ip string, gone bool) {
-		if want == 0 {
-			s := n.streams[len(n.streams)-1]
-			s.open = true
-			if err := n.welcomedExchange(s, head{From: "b", Incarnation: 10, Digest: 1}); err != nil {
-				t.Error(err)
-			}
-			return
-		}
-		s := n.dial(labMember(1).Addr, want, "b")
-		if want == kExchange {
-			s.attempt = &attempt{open: 9}
-		}
-		n.moved(l.now, s.id, netip.MustParseAddr(ip), gone, 20)
+	n, own := l.n, labMember(0).Addr.Addr().String()
+	moved := func(ip string, gone, joins bool) string {
+		n.moved(netip.MustParseAddr(ip), gone, joins, 20)
+		return n.self.Addr.Addr().String()
 	}
-	n.everJoined = true // through others, who know the address
-	if dialFrom(kExchange, "10.66.0.1", false); n.self.Addr.Addr() != own {
-		t.Errorf("after it has been joined it moves to %s", n.self.Addr)
+	if got := moved("10.66.0.1", false, true); got != own { // others know the address
+		t.Errorf("after it has joined it moves to %s", got)
 	}
-	n.everJoined = false
-	for _, tt := range []struct {
-		want kind
-		from string
-		gone bool
-		is   string
-	}{
-		{kWatch, "10.88.0.1", false, own.String()},
-		{kExchange, "10.77.0.1", false, "10.77.0.1"},
-		{0, "", false, "10.77.0.1"}, // the seed answers
-		{kExchange, "10.88.0.1", false, "10.77.0.1"},
-		{kLook, "10.88.0.1", false, "10.77.0.1"},
-		{kWatch, "10.99.0.1", true, "10.99.0.1"},
-	} {
-		if dialFrom(tt.want, tt.from, tt.gone); n.self.Addr.Addr().String() != tt.is {
-			t.Errorf("after a dial from %s it advertises %s, want %s", tt.from, n.self.Addr, tt.is)
-		}
+	n.joining.since = 0
+	if got := moved("10.88.0.1", false, false); got != own {
+		t.Errorf("a look moves it to %s", got)
+	}
+	born := n.self.Born
+	if got := moved("10.77.0.1", false, true); got != "10.77.0.1" || n.self.Born <= born {
+		t.Errorf("the dial to a seed moves it to %s, born %d", got, n.self.Born)
+	}
+	if err := n.welcomed(&exchange{}, head{From: "b", Incarnation: 10}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := moved("10.88.0.1", false, true); got != "10.77.0.1" {
+		t.Errorf("after a seed has answered it moves to %s", got)
+	}
+	if got := moved("10.99.0.1", true, false); got != "10.99.0.1" {
+		t.Errorf("when its address has gone it stays at %s", got)
 	}
 }
 
@@ -353,109 +665,16 @@ func TestAnAddressBringsNoTextAlong(t *testing.T) {
 	} {
 		m := labMember(1)
 		m.Addr = netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(zone), 7946)
-		u := memberUpdate(m)
-		if _, err := u.member(); (err == nil) != ok {
+		if err := newLab(t, 1).n.check(&update{Member: m}); (err == nil) != ok {
 			t.Errorf("zone %.20q: %v", zone, err)
 		}
-	}
-}
-
-// Whoever opens many streams and tells of members that nobody has must not fill
-// the memory: what a stream has told is remembered while it is open.
-func TestTablesOfManyStreamsAreBoundedTogether(t *testing.T) {
-	l := newLab(t, 2)
-	frame := func(id connID, h head, us ...update) error {
-		b := l.c.head(nil, &h)
-		for _, u := range us {
-			b = l.c.update(b, &u)
-		}
-		return l.n.frame(l.now, id, b)
-	}
-	told := 0
-	for id := connID(-1); id > -100; id-- {
-		if err := frame(id, head{Kind: kExchange, From: "q", Incarnation: 10, Nonce: 1, Digest: l.n.digest()}); err != nil {
-			t.Fatal(err)
-		}
-		for k := range maxMembers / 64 {
-			var us []update
-			for i := range 64 {
-				m := labMember(1)
-				m.Name, m.Status = fmt.Sprintf("%d-%d", id, 64*k+i), StatusLeft
-				us = append(us, memberUpdate(m))
-			}
-			if err := frame(id, head{Kind: kTable, From: "q", Incarnation: 10, Echo: l.n.stream(id).nonce, More: true}, us...); err != nil {
-				break
-			}
-			told += len(us)
-			l.n.take()
-		}
-	}
-	if told > 5*maxMembers {
-		t.Errorf("streams brought %d updates", told)
-	}
-	if err := frame(-1000, head{Kind: kExchange, From: "d", Incarnation: 10, Nonce: 1, Digest: l.n.digest()}); err != nil {
-		t.Fatal(err)
-	}
-	if err := frame(-1000, head{Kind: kTable, From: "d", Incarnation: 10, Echo: l.n.stream(-1000).nonce}, memberUpdate(labMember(3))); err != nil {
-		t.Errorf("a member that joins meanwhile: %v", err)
-	}
-}
-
-func TestEachHolderOfANameIsAskedBeforeAnotherTakesIt(t *testing.T) {
-	l := newLab(t, 3)
-	e := l.n.t.get("b")
-	for i := range 2 {
-		m := e.Member
-		m.Addr, m.Born, m.Incarnation = labMember(5+i).Addr, m.Born+10, m.Incarnation+10
-		if !l.n.disputed(e, m) {
-			t.Fatalf("namesake %d is believed at once", i+1)
-		}
-		l.n.now += rivalFor
-		if l.n.disputed(e, m) {
-			t.Fatalf("namesake %d is not believed when the holder is silent", i+1)
-		}
-		l.n.adopt(m, &update{})
-	}
-}
-
-// A name can be refused to a join command while an exchange of the node's own is
-// under way.
-func TestARefusedNameEndsTheExchangesThatWaited(t *testing.T) {
-	l := newLab(t, 2)
-	n := l.n
-	n.everJoined = false
-	rival := labMember(0)
-	rival.Addr, rival.Born, rival.Incarnation = labMember(5).Addr, 20, 20
-	n.exchange(n.t.get("b"))
-	n.join(l.now, 1, []netip.AddrPort{labMember(2).Addr}, nil)
-	for _, s := range slices.Clone(n.streams) {
-		if s.want != kExchange {
-			continue
-		}
-		n.dialed(l.now, s.id, nil)
-		h, table := head{Kind: kWelcome, From: "b", Incarnation: 10, Nonce: 3, Echo: s.nonce, Digest: 7}, memberUpdate(rival)
-		if err := n.frame(l.now, s.id, l.c.head(nil, &h)); err != nil {
-			t.Fatal(err)
-		}
-		h = head{Kind: kTable, From: "b", Incarnation: 10, Echo: s.nonce}
-		if err := n.frame(l.now, s.id, l.c.update(l.c.head(nil, &h), &table)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if n.rival == nil || len(n.rival.again) != 2 {
-		t.Fatal("both exchanges should wait for the rival's answer")
-	}
-	n.rivalAnswered(20)
-	o := n.take()
-	if o.fatal != nil || len(o.joins) != 1 || !strings.Contains(strings.Join(o.joins[0].errs, ""), "is taken") {
-		t.Errorf("joins %+v, fatal %v", o.joins, o.fatal)
 	}
 }
 
 func TestForceLeaveIsRefusedForTheLivingAndTheUnknown(t *testing.T) {
 	l := newLab(t, 2)
 	for name, want := range map[string]string{"a": "alive", "b": "alive", "x": "no member"} {
-		if err := l.n.forceLeave(l.now, name, true); err == nil || !strings.Contains(err.Error(), want) {
+		if err := l.n.forceLeave(name, true); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("force-leave %s: %v", name, err)
 		}
 	}
@@ -463,11 +682,183 @@ func TestForceLeaveIsRefusedForTheLivingAndTheUnknown(t *testing.T) {
 
 func TestAUserEventThatIsTooLongSaysBothNumbers(t *testing.T) {
 	l := newLab(t, 1)
-	err := l.n.userEvent(0, "deploy", make([]byte, 1019), false)
+	err := l.n.userEvent("deploy", make([]byte, 1019), false)
 	if err == nil || !strings.Contains(err.Error(), "1025") || !strings.Contains(err.Error(), "1024") {
 		t.Errorf("got %v", err)
 	}
-	if err := l.n.userEvent(0, "deploy", make([]byte, 1018), false); err != nil {
+	if err := l.n.userEvent("deploy", make([]byte, 1018), false); err != nil {
 		t.Error(err)
 	}
+}
+
+// ---- the codec ----
+
+// The ids of gob's types depend on what a process touches first; all agents must
+// agree on them.
+func TestAHeartbeatHasTheseBytes(t *testing.T) {
+	h := head{From: "web10", Incarnation: birth(1_700_000_000_000, 5<<60), Number: 300, Digest: 0x0123456789abcdef, Promise: 2000}
+	got := fmt.Sprintf("% x", wire.encode(nil, &h))
+	want := strings.TrimSpace(string(readGolden(t, "heartbeat.hex")))
+	if got != want {
+		t.Errorf("heartbeat\n%s\nwant\n%s", got, want)
+	}
+	if s, _ := newSeal("", nil); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
+		t.Errorf("a heartbeat of %d bytes", len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)))
+	}
+}
+
+func readGolden(t *testing.T, name string) []byte {
+	b, err := os.ReadFile("testdata/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestMessagesComeBackInAnyOrder(t *testing.T) {
+	h := head{Kind: kVote, From: "a", Incarnation: 5, Raised: 1, Number: 9, Seq: 7, Target: "b", Verdict: vSilent}
+	u := update{Member: labMember(3), By: "x", Age: 3}
+	ev := update{Member: Member{Name: "b"}, Event: "deploy", Payload: []byte{0, 255}, LTime: 9, Coalesce: true}
+	for range 3 {
+		b := wire.encodeAll(&h, []update{ev, u})
+		var got head
+		rest, err := wire.decode(b, &got)
+		us, uerr := wire.decodeAll(rest)
+		if err != nil || uerr != nil || got != h {
+			t.Fatalf("%v %v: %+v", err, uerr, got)
+		}
+		if diff := cmp.Diff([]update{ev, u}, us, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+			t.Error(diff)
+		}
+	}
+}
+
+func FuzzDatagram(f *testing.F) {
+	s, _ := newSeal("c", nil)
+	k, _ := newSeal("c", [][]byte{bytes.Repeat([]byte{7}, keySize)})
+	h := head{Kind: kFlood, From: "b", Incarnation: 10, Number: 1}
+	f.Add(s.closeDatagram(wire.encodeAll(&h, []update{{Member: labMember(1)}}), "a", 10), uint64(10))
+	f.Add(k.closeDatagram(wire.encodeAll(&h, nil), "a", 10), uint64(10))
+	f.Add(s.closeDatagram([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}, "a", 0), uint64(10)) // a million elements
+	f.Fuzz(func(t *testing.T, b []byte, born uint64) {
+		k.openDatagram(b, "a", born)
+		data, anyRun, err := s.openDatagram(b, "a", born)
+		if err != nil {
+			return
+		}
+		n := newNode(nodeConfig{Self: labMember(0), ReapAfter: time.Hour}, 0)
+		n.t.apply(n.now, labMember(1), 0)
+		n.enter(0, func(n *node) { n.datagram(labMember(1).Addr, data, anyRun) })
+		n.tick(0)
+	})
+}
+
+// Whatever is logged of a member can be found by a user's grep.
+func TestEventsAreLoggedWithAddressSenderAndSize(t *testing.T) {
+	g, logged := startTestGossip(t, "red", GossipConfig{})
+	if err := g.do(func(n *node) error { return n.userEvent("deploy\n2013/12/08", []byte("12345"), false) }); err != nil {
+		t.Fatal(err)
+	}
+	self, _ := g.Self()
+	for _, want := range []string{`\[INFO\] member-join: red ` + regexp.QuoteMeta(self.Addr.String()) + `\n`, `\[INFO\] user-event: deploy 2013/12/08 \(from red, 5 bytes\)\n`} {
+		eventually(t, want, func() bool { return regexp.MustCompile(want).MatchString(logged.String()) })
+	}
+}
+
+// ---- what the core alone takes ----
+
+func BenchmarkHeartbeat(b *testing.B) {
+	n := benchNode(1000)
+	w := n.ring.watched[0]
+	h := head{From: w.e.Name, Incarnation: w.e.Incarnation, Digest: n.digest(), Promise: 2000, Number: 1000}
+	data := wire.encode(nil, &h)
+	b.Run("encode", func(b *testing.B) {
+		for b.Loop() {
+			data = wire.encode(data[:0], &h)
+		}
+		b.ReportMetric(float64(len(data)), "bytes")
+	})
+	b.Run("decode", func(b *testing.B) {
+		for b.Loop() {
+			var h head
+			if _, err := wire.decode(data, &h); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("handle", func(b *testing.B) {
+		for b.Loop() {
+			w.e.deal().window = window{}
+			if err := n.datagram(w.e.Addr, data, false); err != nil || w.e.deal().window.top != h.Number {
+				b.Fatal("the heartbeat was not taken", err)
+			}
+		}
+	})
+}
+
+func BenchmarkIdleTick(b *testing.B) {
+	n := benchNode(1000)
+	b.Run("nothing is due", func(b *testing.B) {
+		for b.Loop() {
+			if out := benchTick(n, 0); len(out.packets) > 0 {
+				b.Fatalf("the node sends %d packets", len(out.packets))
+			}
+		}
+	})
+	b.Run("a heartbeat is due", func(b *testing.B) {
+		sent := 0
+		for b.Loop() {
+			sent += len(benchTick(n, n.planned).packets)
+		}
+		if sent < b.N*9/10 || sent > b.N {
+			b.Fatalf("the node sent %d packets in %d ticks", sent, b.N)
+		}
+	})
+}
+
+func BenchmarkRings(b *testing.B) {
+	n := benchNode(1000)
+	b.Run("watchers", func(b *testing.B) {
+		for b.Loop() {
+			n.t.watchers(n.self)
+		}
+	})
+	b.Run("watched", func(b *testing.B) {
+		for b.Loop() {
+			n.t.watched(n.self)
+		}
+	})
+	b.Run("all after a change", func(b *testing.B) {
+		for b.Loop() {
+			n.t.version++
+			n.ring.refresh(n)
+		}
+	})
+}
+
+// benchNode returns a node that knows count members and has nothing left to do.
+func benchNode(count int) *node {
+	n := newNode(nodeConfig{Self: benchMember(0), ReapAfter: 24 * time.Hour}, 0)
+	for i := 1; i < count; i++ {
+		n.t.apply(n.now, benchMember(i), 0).deal().met = true
+	}
+	n.joining.since = 1
+	for range 3 {
+		benchTick(n, n.planned)
+	}
+	return n
+}
+
+func benchMember(i int) Member {
+	addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 7946)
+	return Member{Name: fmt.Sprintf("n%d", i), Addr: addr, Incarnation: birth(1386489408000, 0), Born: birth(1386489408000, 0), Status: StatusAlive}
+}
+
+// benchTick ticks as if everybody had been heard of just now.
+func benchTick(n *node, after time.Duration) outputs {
+	for _, w := range n.ring.watched {
+		w.by = n.now + time.Minute
+	}
+	n.detector.heard = n.now
+	return n.tick(n.real + after)
 }

@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,15 +44,14 @@ type HandlerConfig struct {
 	Grace   time.Duration   // what Close leaves to running handlers
 	Env     func() []string // added to the agent's environment; asked at each run
 	Log     *log.Logger
-
-	shell string // "": /bin/sh
+	shell   string // "": /bin/sh
 }
 
 // Handlers are all handlers of one agent.
 type Handlers struct {
 	cfg     HandlerConfig
 	all     []*handler
-	open    context.Context // done: no new runs
+	open    context.Context // done: nothing new is taken
 	stop    context.CancelFunc
 	hurry   chan struct{} // closed: the grace is over
 	workers sync.WaitGroup
@@ -59,25 +59,35 @@ type Handlers struct {
 }
 
 type handler struct {
-	spec    string
-	filters []eventFilter
-	argv    []string
-	wake    chan struct{} // holds a token when something was queued
+	events, script string // as the spec has them
+	filters        []eventFilter
+	argv           []string
+	wake           chan struct{} // holds a token when something was queued
 
 	mu      sync.Mutex
-	queue   []Event
-	dropped int // since the last run
+	queue   []delivery
+	dropped int    // since the last run
+	lost    int    // in all
+	last    string // how the last run ended
 }
 
-// eventFilter matches events; kind 0 is every kind, an empty name every user event.
+// delivery is an event on its way to a handler.
+type delivery struct {
+	Event
+	until  time.Time           // of a query: later nobody wants the answer
+	answer func(reply, []byte) // of a query, for the handler that answers it
+}
+
+// eventFilter matches events; kind 0 is every kind, an empty name every user event
+// or query.
 type eventFilter struct {
 	kind EventKind
 	name string
 }
 
-func (h *handler) wants(ev Event) bool {
-	return slices.ContainsFunc(h.filters, func(f eventFilter) bool {
-		return f.kind == 0 || f.kind == ev.Kind && (f.name == "" || f.name == ev.Name)
+func wants(filters []eventFilter, kind EventKind, name string) bool {
+	return slices.ContainsFunc(filters, func(f eventFilter) bool {
+		return f.kind == 0 || f.kind == kind && (f.name == "" || f.name == name)
 	})
 }
 
@@ -86,11 +96,13 @@ func NewHandlers(cfg HandlerConfig) (*Handlers, error) {
 	cfg.shell = cmp.Or(cfg.shell, "/bin/sh")
 	hs := &Handlers{cfg: cfg, hurry: make(chan struct{})}
 	for _, spec := range cfg.Specs {
-		h := &handler{spec: spec, wake: make(chan struct{}, 1)}
-		filters, script, err := parseSpec(spec)
+		h := &handler{wake: make(chan struct{}, 1)}
+		var err error
+		if h.events, h.script, err = parseSpec(spec); err == nil {
+			h.filters, err = parseFilters(strings.Split(h.events, ","))
+		}
 		if err == nil {
-			h.filters = filters
-			h.argv, err = commandLine(cfg.shell, script)
+			h.argv, err = commandLine(cfg.shell, h.script)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
@@ -105,35 +117,31 @@ func NewHandlers(cfg HandlerConfig) (*Handlers, error) {
 }
 
 // parseSpec takes "script" or "event[,event...]=script" apart.
-func parseSpec(spec string) ([]eventFilter, string, error) {
+func parseSpec(spec string) (events, script string, err error) {
 	events, script, found := strings.Cut(spec, "=")
 	if !found {
 		// Events alone are a forgotten script, or a list that was cut at its
 		// commas; run as a script they would only fail later.
-		if _, err := parseFilters(spec); err == nil {
-			return nil, "", fmt.Errorf("there is no script; write %s=SCRIPT", spec)
+		if _, err := parseFilters(strings.Split(spec, ",")); err == nil {
+			return "", "", fmt.Errorf("there is no script; write %s=SCRIPT", spec)
 		}
 		events, script = "*", spec
 	}
 	if strings.TrimSpace(script) == "" {
-		return nil, "", fmt.Errorf("the script is empty")
+		err = errors.New("the script is empty")
 	}
-	filters, err := parseFilters(events)
-	return filters, script, err
+	return events, script, err
 }
 
-func parseFilters(events string) ([]eventFilter, error) {
-	var fs []eventFilter
-	for ev := range strings.SplitSeq(events, ",") {
+func parseFilters(events []string) (fs []eventFilter, err error) {
+	for _, ev := range events {
 		kind, name, named := strings.Cut(ev, ":")
-		k := slices.Index(eventKindNames[1:], kind) + 1
+		k := slices.Index(eventNames[1:], kind) + 1
 		switch {
 		case ev == "*": // every kind: 0
-		case named && kind == "user" && name == "":
-			return nil, fmt.Errorf("event %q names no user event", ev)
-		case k == 0 || named && kind != "user":
-			return nil, fmt.Errorf("unknown event %.60q; there are %s, user:NAME and * (a script that holds a '=' is written *=SCRIPT)",
-				ev, strings.Join(eventKindNames[1:], ", "))
+		case k == 0 || named && (EventKind(k) < EventUser || name == ""):
+			return nil, fmt.Errorf("unknown event %.60q; there are %s, user:NAME, query:NAME and * (a script that holds a '=' is written *=SCRIPT)",
+				ev, strings.Join(eventNames[1:], ", "))
 		}
 		fs = append(fs, eventFilter{EventKind(k), name})
 	}
@@ -156,14 +164,31 @@ func commandLine(shell, script string) ([]string, error) {
 	return words, nil
 }
 
-// Deliver queues ev for every handler that wants it. It never blocks.
-func (hs *Handlers) Deliver(ev Event) {
+// Answers names the queries that some handler answers; "" is every query.
+func (hs *Handlers) Answers() (names []string) {
 	for _, h := range hs.all {
-		if !h.wants(ev) {
+		for _, f := range h.filters {
+			if f.kind == 0 || f.kind == EventQuery {
+				names = append(names, f.name)
+			}
+		}
+	}
+	return names
+}
+
+// Deliver queues ev for every handler that wants it. It never blocks. The first
+// handler that a query finds is the one that answers it.
+func (hs *Handlers) Deliver(ev Event, answer func(reply, []byte)) {
+	d := delivery{Event: ev, until: time.Now().Add(ev.Within), answer: answer}
+	for _, h := range hs.all {
+		if !wants(h.filters, ev.Kind, ev.Name) || hs.open.Err() != nil {
 			continue
 		}
-		if h.enqueue(ev) {
-			hs.cfg.Log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", oneLine(h.spec), queueLimit)
+		if h.enqueue(d) {
+			hs.cfg.Log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h, queueLimit)
+		}
+		if ev.Kind == EventQuery {
+			d.answer = nil
 		}
 		select {
 		case h.wake <- struct{}{}:
@@ -172,13 +197,27 @@ func (hs *Handlers) Deliver(ev Event) {
 	}
 }
 
-// enqueue reports whether it was the first since the last run to drop another.
-func (h *handler) enqueue(ev Event) (overflow bool) {
+func (h *handler) String() string {
+	if h.events == "*" {
+		return oneLine(h.script)
+	}
+	return oneLine(h.events + "=" + h.script)
+}
+
+// state is how many events wait, how many were dropped, and how the last run ended.
+func (h *handler) state() (waiting, lost int, last string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if ev.Coalesce {
-		i := slices.IndexFunc(h.queue, func(q Event) bool { return q.Coalesce && q.Name == ev.Name })
-		if i >= 0 && h.queue[i].LTime > ev.LTime {
+	return len(h.queue), h.lost, cmp.Or(h.last, "never")
+}
+
+// enqueue reports whether it was the first since the last run to drop another.
+func (h *handler) enqueue(d delivery) (overflow bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if d.Coalesce {
+		i := slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name })
+		if i >= 0 && h.queue[i].LTime > d.LTime {
 			return false // floods overtake each other: the last is the last one sent
 		}
 		if i >= 0 {
@@ -186,26 +225,28 @@ func (h *handler) enqueue(ev Event) (overflow bool) {
 		}
 	}
 	if len(h.queue) == queueLimit {
-		h.queue[0] = Event{}
+		h.queue[0] = delivery{}
 		h.queue = h.queue[1:]
 		h.dropped++
+		h.lost++
 		overflow = h.dropped == 1
 	}
-	h.queue = append(h.queue, ev)
+	h.queue = append(h.queue, d)
 	return overflow
 }
 
 // take removes what the next run is about: consecutive member events of one
-// kind, or one user event.
-func (h *handler) take() (batch []Event, dropped int) {
+// kind, one user event, or one query whose time is not over.
+func (h *handler) take() (batch []delivery, dropped int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.queue = h.queue[h.late():]
 	if len(h.queue) == 0 {
 		h.queue = nil // lets go of what a burst has taken
 		return nil, 0
 	}
 	n := 1
-	for kind := h.queue[0].Kind; kind != EventUser && n < len(h.queue) && h.queue[n].Kind == kind; {
+	for kind := h.queue[0].Kind; kind < EventUser && n < len(h.queue) && h.queue[n].Kind == kind; {
 		n++
 	}
 	batch, h.queue = h.queue[:n:n], h.queue[n:]
@@ -213,49 +254,77 @@ func (h *handler) take() (batch []Event, dropped int) {
 	return batch, dropped
 }
 
+// late counts the queries at the front whose time is over.
+func (h *handler) late() int {
+	i := slices.IndexFunc(h.queue, func(d delivery) bool { return d.Kind != EventQuery || time.Now().Before(d.until) })
+	if i < 0 {
+		return len(h.queue)
+	}
+	return i
+}
+
+// work runs what comes, and at the end what is left: Close decides what that is.
 func (hs *Handlers) work(h *handler) {
-	for hs.open.Err() == nil {
+	for {
 		batch, dropped := h.take()
 		if dropped > 0 {
-			hs.cfg.Log.Printf("[WARN] handler '%s' was behind: %d events dropped", oneLine(h.spec), dropped)
+			hs.cfg.Log.Printf("[WARN] handler '%s' was behind: %d events dropped", h, dropped)
 		}
-		if batch != nil {
+		switch {
+		case batch != nil:
 			hs.run(h, batch)
-			continue
-		}
-		select {
-		case <-hs.open.Done():
-		case <-h.wake:
+		case hs.open.Err() != nil:
+			return
+		default:
+			select {
+			case <-hs.open.Done():
+			case <-h.wake:
+			}
 		}
 	}
 }
 
 // run runs the handler's script once, to its end or its timeout.
-func (hs *Handlers) run(h *handler, batch []Event) {
+func (hs *Handlers) run(h *handler, batch []delivery) {
 	started, event := time.Now(), batch[0]
 	var status, output string // status: what was wrong with the end
-	r, err := startRun(h.argv, hs.environ(event), stdinFor(batch))
+	r, err := startRun(h.argv, hs.environ(event.Event), stdinFor(batch), event.answer != nil)
 	if err != nil {
 		status, output = "cannot start", err.Error()
 	} else {
 		status = hs.await(r)
-		output = string(r.output)
+		output = string(r.answer) + string(r.output)
 		hs.cfg.Log.Printf("[DEBUG] Event '%s' script output: %s", event.Kind, output)
+	}
+	h.mu.Lock()
+	h.last = fmt.Sprintf("%s after %v, %s", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond), started.Format(time.DateTime))
+	h.mu.Unlock()
+	switch {
+	case event.answer == nil:
+	case status != "":
+		event.answer(replyFailed, cut(status+"\n"+output))
+	default:
+		event.answer(replyDone, cut(output))
 	}
 	if status == "" {
 		return
 	}
 	what := event.Kind.String()
-	if event.Kind == EventUser {
+	if event.Name != "" {
 		what += ":" + event.Name
 	}
 	output = strings.TrimSpace(output)
-	last := output[strings.LastIndexByte(output, '\n')+1:]
-	if last == "" {
-		last = "(no output)"
-	}
-	hs.cfg.Log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", oneLine(h.spec), oneLine(what), status,
+	last := cmp.Or(output[strings.LastIndexByte(output, '\n')+1:], "(no output)")
+	hs.cfg.Log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", h, oneLine(what), status,
 		time.Since(started).Round(time.Millisecond), oneLine(last))
+}
+
+// cut makes an answer fit, and says so.
+func cut(s string) []byte {
+	if note := fmt.Sprintf("... (cut: %d bytes)\n", len(s)); len(s) > maxPayload {
+		s = s[:maxPayload-len(note)] + note
+	}
+	return []byte(s)
 }
 
 // await waits for the script and returns what was wrong with its end, if anything.
@@ -287,7 +356,7 @@ func endGroup(pgid int, hurry <-chan struct{}) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(killAfter); time.Now().Before(deadline); {
-		if syscall.Kill(-pgid, 0) != nil {
+		if !groupLives(pgid) {
 			return
 		}
 		select {
@@ -299,10 +368,37 @@ func endGroup(pgid int, hurry <-chan struct{}) {
 	syscall.Kill(-pgid, syscall.SIGKILL)
 }
 
-// Close stops the handlers: nothing new runs, what runs has the grace to end,
-// then its whole group is ended.
-func (hs *Handlers) Close() {
+// groupLives reports whether something of a process group runs. A zombie that
+// nobody has reaped does not, and where there is a /proc it is told apart.
+func groupLives(pgid int) bool {
+	if syscall.Kill(-pgid, 0) != nil {
+		return false
+	}
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, f := range stats {
+		b, _ := os.ReadFile(f)
+		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // state, parent, group
+		if len(fields) > 2 && fields[2] == strconv.Itoa(pgid) && fields[0] != "Z" && fields[0] != "X" {
+			return true
+		}
+	}
+	return len(stats) == 0
+}
+
+// Close stops the handlers: what runs, and then the last events, have the grace
+// to end; then their groups are ended. Whatever else waits is dropped.
+func (hs *Handlers) Close(last ...Event) {
 	hs.closing.Do(func() {
+		for _, h := range hs.all {
+			h.mu.Lock()
+			h.queue = nil
+			for _, ev := range last {
+				if wants(h.filters, ev.Kind, ev.Name) {
+					h.queue = append(h.queue, delivery{Event: ev})
+				}
+			}
+			h.mu.Unlock()
+		}
 		hs.stop()
 		if !waitAtMost(hs.cfg.Grace, hs.workers.Wait) {
 			close(hs.hurry)
@@ -316,12 +412,16 @@ type scriptRun struct {
 	cmd    *exec.Cmd
 	exited chan error
 	output outputTail // whole when exited is told
+	answer outputTail // what a query's handler prints to stdout
 }
 
 // startRun starts argv in a process group of its own.
-func startRun(argv, env []string, stdin []byte) (*scriptRun, error) {
+func startRun(argv, env []string, stdin []byte, answers bool) (*scriptRun, error) {
 	r := &scriptRun{cmd: exec.Command(argv[0], argv[1:]...), exited: make(chan error, 1)}
 	r.cmd.Env, r.cmd.Stdin, r.cmd.Stdout, r.cmd.Stderr = env, bytes.NewReader(stdin), &r.output, &r.output
+	if answers {
+		r.cmd.Stdout = &r.answer
+	}
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	r.cmd.WaitDelay = pipesFor
 	if err := r.cmd.Start(); err != nil {
@@ -358,8 +458,8 @@ func oneLine(s string) string {
 }
 
 // stdinFor is what a script reads: Serf's line for each member, or the payload.
-func stdinFor(batch []Event) []byte {
-	if batch[0].Kind == EventUser {
+func stdinFor(batch []delivery) []byte {
+	if batch[0].Kind >= EventUser {
 		p := slices.Clip(batch[0].Payload)
 		if len(p) > 0 && p[len(p)-1] != '\n' {
 			p = append(p, '\n')
@@ -380,23 +480,26 @@ func stdinFor(batch []Event) []byte {
 func (hs *Handlers) environ(ev Event) []string {
 	env := append(os.Environ(), hs.cfg.Env()...)
 	env = append(env, "SERF_EVENT="+ev.Kind.String())
-	if ev.Kind == EventUser {
-		// A NUL from a peer would make every start fail.
-		env = append(env, "SERF_USER_EVENT="+strings.ReplaceAll(ev.Name, "\x00", ""),
-			"SERF_USER_LTIME="+strconv.FormatUint(ev.LTime, 10))
+	name, ltime := strings.ReplaceAll(ev.Name, "\x00", ""), strconv.FormatUint(ev.LTime, 10) // a NUL would make every start fail
+	switch ev.Kind {
+	case EventUser:
+		env = append(env, "SERF_USER_EVENT="+name, "SERF_USER_LTIME="+ltime)
+	case EventQuery:
+		env = append(env, "SERF_QUERY_NAME="+name, "SERF_QUERY_LTIME="+ltime)
 	}
 	return env
 }
 
 // handlerEnv is what scripts are told about their agent, under Serf's names.
 // SERF_RPC_AUTH is set even when empty: an inherited one is not this agent's.
-func handlerEnv(self Member, rpcAddr, rpcAuth string) []string {
+func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	env := []string{
 		"SERF_SELF_NAME=" + self.Name,
 		"SERF_SELF_ROLE=" + self.Tags.Map()["role"],
 		"SERF_SELF_ADDR=" + self.Addr.String(),
 		"SERF_RPC_ADDR=" + rpcAddr,
 		"SERF_RPC_AUTH=" + rpcAuth,
+		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
 	}
 	for _, pair := range self.Tags.Pairs() {
 		k, v, _ := strings.Cut(pair, "=")

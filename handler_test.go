@@ -84,7 +84,7 @@ func startHandlers(t testing.TB, cfg HandlerConfig, specs ...string) (*Handlers,
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(hs.Close)
+	t.Cleanup(func() { hs.Close() })
 	return hs, logged
 }
 
@@ -228,7 +228,7 @@ func installScript(t *testing.T, body string) string {
 // ---- specs
 
 func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
-	all := []string{"member-join", "member-leave", "member-failed", "member-update", "member-reap", "user:deploy", "user:other"}
+	all := []string{"member-join", "member-leave", "member-failed", "member-update", "member-reap", "user:deploy", "user:other", "query:load"}
 	for _, tc := range []struct{ spec, script, events string }{
 		{"script", "script", "all"},
 		{"./handler.sh a b", "./handler.sh a b", "all"},
@@ -242,6 +242,9 @@ func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
 		{"member-join,member-join=script", "script", "member-join"},
 		{"user=script", "script", "user:deploy user:other"},
 		{"user:deploy=script", "script", "user:deploy"},
+		{"query=script", "script", "query:load"},
+		{"query:load,user=script", "script", "user:deploy user:other query:load"},
+		{"query:other=script", "script", ""},
 		{"user:deploy,user:other=script", "script", "user:deploy user:other"},
 		{"user:deploy,member-failed=script", "script", "member-failed user:deploy"},
 		{"member-join,*=script", "script", "all"},
@@ -249,15 +252,15 @@ func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
 		{"member-join=run --mode=x | tee", "run --mode=x | tee", "member-join"},
 		{"*=member-join", "member-join", "all"},
 	} {
-		filters, script, err := parseSpec(tc.spec)
-		if err != nil || script != tc.script {
+		events, script, err := parseSpec(tc.spec)
+		filters, ferr := parseFilters(strings.Split(events, ","))
+		if err != nil || ferr != nil || script != tc.script {
 			t.Errorf("%q: script %q, error %v", tc.spec, script, err)
 		}
 		var got []string
 		for _, name := range all {
 			kind, user, _ := strings.Cut(name, ":")
-			ev := Event{Kind: EventKind(slices.Index(eventKindNames[:], kind)), Name: user}
-			if (&handler{filters: filters}).wants(ev) {
+			if wants(filters, EventKind(slices.Index(eventNames[:], kind)), user) {
 				got = append(got, name)
 			}
 		}
@@ -279,11 +282,10 @@ func TestBadSpecIsStartUpErrorThatQuotesIt(t *testing.T) {
 		"member-jion=script":         `unknown event "member-jion"`,
 		"member-join, user=script":   `unknown event " user"`,
 		"Member-Join=script":         `unknown event "Member-Join"`,
-		"query=script":               `unknown event "query"`,
-		"query:uptime=script":        `unknown event "query:uptime"`,
+		"query:=script":              `unknown event "query:"`,
 		"member-join:x=script":       `unknown event "member-join:x"`,
 		"*:x=script":                 `unknown event "*:x"`,
-		"user:=script":               "names no user event",
+		"user:=script":               `unknown event "user:"`,
 		"MODE=x ./run":               "*=SCRIPT",
 		"./run --mode=x":             "*=SCRIPT",
 		"member-join":                "there is no script",
@@ -304,23 +306,24 @@ func FuzzHandlerSpec(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, spec string) {
-		filters, script, err := parseSpec(spec)
+		events, script, err := parseSpec(spec)
 		if err != nil {
-			if len(filters) > 0 && script != "" {
-				t.Fatalf("%q: an error and a result", spec)
-			}
+			return
+		}
+		filters, err := parseFilters(strings.Split(events, ","))
+		if err != nil {
 			return
 		}
 		if strings.TrimSpace(script) == "" || !strings.HasSuffix(spec, script) || len(filters) == 0 {
 			t.Fatalf("%q: %d filters, script %q", spec, len(filters), script)
 		}
 		for _, fl := range filters {
-			if fl.kind > EventUser || fl.name != "" && fl.kind != EventUser {
+			if fl.kind > EventQuery || fl.name != "" && fl.kind < EventUser {
 				t.Fatalf("%q: filter %+v", spec, fl)
 			}
 		}
 		again, same, err := parseSpec("*=" + script)
-		if err != nil || same != script || !slices.Equal(again, []eventFilter{{}}) {
+		if err != nil || same != script || again != "*" {
 			t.Fatalf("*=%q: %v %q %v", script, again, same, err)
 		}
 		if argv, err := commandLine("/nonexistent/sh", script); err == nil && (len(argv) == 0 || strings.ContainsAny(strings.Join(argv, " "), shellSyntax)) {
@@ -333,10 +336,10 @@ func FuzzHandlerSpec(f *testing.F) {
 
 func TestEnvironmentHasSerfsNames(t *testing.T) {
 	self := handlerMember("web1", "a-b.c=1", "role=lb", "été=2", "x_9=it's \"so\"\tlong\n=")
-	got := handlerEnv(self, "127.0.0.1:7373", "secret")
+	got := handlerEnv(self, true, "127.0.0.1:7373", "secret")
 	want := []string{
 		"SERF_SELF_NAME=web1", "SERF_SELF_ROLE=lb", "SERF_SELF_ADDR=172.17.0.20:7946",
-		"SERF_RPC_ADDR=127.0.0.1:7373", "SERF_RPC_AUTH=secret",
+		"SERF_RPC_ADDR=127.0.0.1:7373", "SERF_RPC_AUTH=secret", "SERF_SELF_ALONE=1",
 		"SERF_TAG_A_B_C=1", "SERF_TAG_ROLE=lb", "SERF_TAG__T_=2", "SERF_TAG_X_9=it's \"so\"\tlong\n=",
 	}
 	if !slices.Equal(got, want) {
@@ -351,13 +354,13 @@ func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 	eachShell(t, func(t *testing.T, shell string) {
 		dir := t.TempDir()
 		self := handlerMember("self", "role=lb", "quo te=a 'b' \"c\" $HOME `x` \\ \té\nz")
-		cfg := HandlerConfig{shell: shell, Env: func() []string { return handlerEnv(self, "127.0.0.1:1", "") }}
+		cfg := HandlerConfig{shell: shell, Env: func() []string { return handlerEnv(self, false, "127.0.0.1:1", "") }}
 		hs, logged := startHandlers(t, cfg, `*=cd '`+dir+`'; cat >stdin; printf '%s|' "$FROM_THE_AGENT" "$SERF_EVENT" "$SERF_SELF_NAME" `+
 			`"$SERF_SELF_ROLE" "$SERF_TAG_ROLE" "$SERF_TAG_QUO_TE" "$SERF_RPC_ADDR" "$SERF_RPC_AUTH" "${SERF_USER_EVENT-unset}" "${SERF_USER_LTIME-unset}" >env; echo done`)
 
 		m := handlerMember("ünï", "aa=1,2", "role=w\teb", "text=it's \"a\"\n\té\\")
 		m.Addr = netip.MustParseAddrPort("[2001:db8::7]:7946")
-		hs.Deliver(Event{Kind: EventUpdate, Member: m})
+		hs.Deliver(Event{Kind: EventUpdate, Member: m}, nil)
 		logged.waitFor(t, "done", 1)
 		if got, want := readFile(dir+"/stdin"), "ünï\t2001:db8::7\tw\\teb\taa=1,2,role=w\\teb,text=it's \"a\"\\n\\té\\\n"; got != want {
 			t.Errorf("stdin %q\nwant  %q", got, want)
@@ -366,7 +369,7 @@ func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 			t.Errorf("env %q\nwant %q", got, want)
 		}
 
-		hs.Deliver(userEventOf("de ploy\x00'", "v1.2\n\té $x", 42, true))
+		hs.Deliver(userEventOf("de ploy\x00'", "v1.2\n\té $x", 42, true), nil)
 		logged.waitFor(t, "done", 2)
 		if got, want := readFile(dir+"/stdin"), "v1.2\n\té $x\n"; got != want {
 			t.Errorf("payload %q, want %q", got, want)
@@ -381,7 +384,7 @@ func TestPayloadEndsInOneNewline(t *testing.T) {
 	for payload, want := range map[string]string{"": "", "a": "a\n", "a\n": "a\n", "a\nb": "a\nb\n", "a\n\n": "a\n\n"} {
 		shared := append(make([]byte, 0, 64), payload...)
 		ev := Event{Kind: EventUser, Payload: shared}
-		if got := stdinFor([]Event{ev}); string(got) != want {
+		if got := stdinFor([]delivery{{Event: ev}}); string(got) != want {
 			t.Errorf("%q: %q, want %q", payload, got, want)
 		}
 		if more := shared[:len(payload)+1]; more[len(payload)] != 0 {
@@ -424,7 +427,7 @@ done
 echo reloaded
 `)
 	hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("SERF_SELF_ROLE=lb", "CFG="+cfgFile)}, intro, "member-join="+balancer)
-	hs.Deliver(Event{Kind: EventJoin, Member: handlerMember("c1fbbfe7c9ea", "role=web")})
+	hs.Deliver(Event{Kind: EventJoin, Member: handlerMember("c1fbbfe7c9ea", "role=web")}, nil)
 	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: \nNew event: member-join. Data follows...\nc1fbbfe7c9ea\t172.17.0.20\tweb\trole=web\n", 1)
 	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: reloaded\n", 1)
 	if got := readFile(cfgFile); got != "    server c1fbbfe7c9ea 172.17.0.20 check\n" {
@@ -445,19 +448,19 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	hs, _ := startHandlers(t, cfg,
 		`*=[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; { echo "run $SERF_EVENT"; cat; } >>"$DIR/sleeper"`,
 		`*=cat >>"$DIR/other"`)
-	hs.Deliver(userEventOf("first", "first", 1, false))
+	hs.Deliver(userEventOf("first", "first", 1, false), nil)
 	awaitCond(t, "the sleeper sleeps", func() bool { return readFile(dir+"/other") != "" })
 	began := time.Now()
 	for i := range 100 {
 		switch {
 		case i < 60:
-			hs.Deliver(userEventOf("u", "u"+strconv.Itoa(i), uint64(i), false))
+			hs.Deliver(userEventOf("u", "u"+strconv.Itoa(i), uint64(i), false), nil)
 		case i < 80:
-			hs.Deliver(joinOf("m" + strconv.Itoa(i)))
+			hs.Deliver(joinOf("m"+strconv.Itoa(i)), nil)
 		case i < 99:
-			hs.Deliver(failOf("m" + strconv.Itoa(i-20)))
+			hs.Deliver(failOf("m"+strconv.Itoa(i-20)), nil)
 		default:
-			hs.Deliver(joinOf("m60"))
+			hs.Deliver(joinOf("m60"), nil)
 		}
 	}
 	if d := time.Since(began); d > 100*time.Millisecond {
@@ -498,7 +501,7 @@ func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
 	hs, _ := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, `echo run >>"$DIR/runs"; sleep 0.1; cat >>"$DIR/got"`)
 	before := runtime.NumGoroutine()
 	for i := range 1000 {
-		hs.Deliver(joinOf("n" + strconv.Itoa(i)))
+		hs.Deliver(joinOf("n"+strconv.Itoa(i)), nil)
 	}
 	if n := runtime.NumGoroutine() - before; n > 40 { // other tests run beside this one
 		t.Errorf("%d goroutines more for 1,000 events", n)
@@ -521,7 +524,7 @@ func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
 	hs, _ := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, "*="+script+`a"`, "*="+script+`b"`, "member-failed,member-leave="+script+`c"`)
 	m := handlerMember("m")
 	for _, k := range []EventKind{EventJoin, EventFailed, EventJoin, EventUpdate, EventUpdate, EventLeave, EventReap} {
-		hs.Deliver(Event{Kind: k, Member: m})
+		hs.Deliver(Event{Kind: k, Member: m}, nil)
 	}
 	words := func(file string) string {
 		return strings.Join(strings.Fields(strings.ReplaceAll(readFile(dir+"/"+file), "172.17.0.20", "")), " ")
@@ -548,7 +551,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 		userEventOf("deploy", "5", 5, true), joinOf("b"), userEventOf("deploy", "4", 4, true), failOf("a"), failOf("b"),
 		userEventOf("other", "6", 6, true), joinOf("a"),
 	} {
-		h.enqueue(ev)
+		h.enqueue(delivery{Event: ev})
 	}
 	var got []string
 	for batch, _ := h.take(); batch != nil; batch, _ = h.take() {
@@ -573,10 +576,10 @@ func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
 	}
 	hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)},
 		`[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; cat >>"$DIR/got"`)
-	hs.Deliver(failOf("first"))
+	hs.Deliver(failOf("first"), nil)
 	awaitCond(t, "the handler hangs", func() bool { _, err := os.Stat(dir + "/slept"); return err == nil })
 	for i := range queueLimit + 1000 {
-		hs.Deliver(joinOf("n" + strconv.Itoa(i)))
+		hs.Deliver(joinOf("n"+strconv.Itoa(i)), nil)
 	}
 	logged.waitFor(t, "is behind: 4096 events wait, dropping the oldest", 1)
 	os.WriteFile(fifo, []byte("wake\n"), 0)
@@ -614,7 +617,7 @@ func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 			c.dir = t.TempDir()
 			hs, logged := startHandlers(t, HandlerConfig{shell: shell, Timeout: 500 * time.Millisecond, Env: extraEnv("DIR=" + c.dir)}, "*="+c.script)
 			c.logged, c.began = logged, time.Now()
-			hs.Deliver(joinOf("a"))
+			hs.Deliver(joinOf("a"), nil)
 			cases = append(cases, &c)
 		}
 	}
@@ -642,7 +645,7 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 					"*="+child+` & echo $! >>"$DIR/pids"; echo started`)
 				began := time.Now()
 				for i := range 5 {
-					hs.Deliver(userEventOf("e", "", uint64(i), false))
+					hs.Deliver(userEventOf("e", "", uint64(i), false), nil)
 				}
 				logged.waitFor(t, "script output", 5)
 				if took := time.Since(began); took > 5*time.Second {
@@ -668,7 +671,7 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 func TestOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
 	hs, logged := startHandlers(t, HandlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
 	for i := range 20 {
-		hs.Deliver(userEventOf("e", "", uint64(i), false))
+		hs.Deliver(userEventOf("e", "", uint64(i), false), nil)
 		logged.waitFor(t, fmt.Sprintf("line 299\nlast %d\n", i), 1)
 	}
 }
@@ -683,11 +686,11 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 			hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, "*="+script)
 			for i := range 3000 { // far more than a pipe takes
 				h := hs.all[0]
-				h.enqueue(Event{Kind: EventJoin, Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))})
+				h.enqueue(delivery{Event: Event{Kind: EventJoin, Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}})
 			}
-			hs.Deliver(joinOf("last"))
+			hs.Deliver(joinOf("last"), nil)
 			logged.waitFor(t, "script output", 1)
-			hs.Deliver(failOf("next"))
+			hs.Deliver(failOf("next"), nil)
 			logged.waitFor(t, "'member-failed' script output", 1)
 			hs.Close()
 			awaitCond(t, "the goroutines end", func() bool { return runtime.NumGoroutine() <= before+1 })
@@ -709,7 +712,7 @@ func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 	hs, logged := startHandlers(t, HandlerConfig{shell: "/nowhere/sh"}, "/nowhere/missing", "sleep 0", "sh -c")
 	hs.all[2].argv = []string{"/bin/sh", "-c", "echo x; exec sleep 0.02 <&- & exit 1"}
 	for i := range 50 {
-		hs.Deliver(userEventOf("e", "payload", uint64(i), false))
+		hs.Deliver(userEventOf("e", "payload", uint64(i), false), nil)
 	}
 	logged.waitFor(t, "[WARN]", 100)
 	logged.waitFor(t, "[DEBUG]", 100)
@@ -723,7 +726,7 @@ func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
 	t.Parallel()
 	hs, logged := startHandlers(t, HandlerConfig{}, `*=head -c 200000000 /dev/zero; echo the end; echo to stderr >&2`)
-	hs.Deliver(joinOf("a"))
+	hs.Deliver(joinOf("a"), nil)
 	logged.waitFor(t, "the end\nto stderr\n", 1)
 	if n := len(logged.String()); n > outputKept+100 {
 		t.Errorf("logged %d bytes", n)
@@ -747,9 +750,9 @@ func TestTailKeepsTheLastBytes(t *testing.T) {
 
 func TestFailedRunIsOneWarnLine(t *testing.T) {
 	hs, logged := startHandlers(t, HandlerConfig{}, "member-join=echo first; echo 'it broke' >&2; echo; exit 3", "user:deploy=kill -9 $$")
-	hs.Deliver(joinOf("a"))
+	hs.Deliver(joinOf("a"), nil)
 	logged.waitFor(t, "[WARN]", 1)
-	hs.Deliver(userEventOf("deploy", "x", 1, false))
+	hs.Deliver(userEventOf("deploy", "x", 1, false), nil)
 	logged.waitFor(t, "[WARN]", 2)
 	for _, want := range []string{
 		`(?m)^\[WARN\] handler 'member-join=echo first; .* exit 3' failed on member-join: exit status 3 after \d+ms: it broke$`,
@@ -771,7 +774,7 @@ func TestScriptThatCannotRunIsOneWarningARun(t *testing.T) {
 		for _, script := range []string{"/nowhere/missing.sh", plain} {
 			hs, logged := startHandlers(t, HandlerConfig{shell: shell}, script)
 			for i := range 3 {
-				hs.Deliver(userEventOf("e", "", uint64(i), false))
+				hs.Deliver(userEventOf("e", "", uint64(i), false), nil)
 				logged.waitFor(t, "[WARN]", i+1)
 			}
 			hs.Close()
@@ -792,7 +795,7 @@ func TestWithoutShellProgramsRunAndShellSyntaxIsAnError(t *testing.T) {
 		t.Fatal(err)
 	}
 	hs, logged := startHandlers(t, HandlerConfig{shell: "/nowhere/sh"}, self, "member-join="+self+"  -x  b=c ")
-	hs.Deliver(joinOf("a"))
+	hs.Deliver(joinOf("a"), nil)
 	logged.waitFor(t, "script output: args [] event member-join\na\t172.17.0.20\t\t\n", 1)
 	logged.waitFor(t, `script output: args ["-x" "b=c"] event member-join`, 1)
 	for _, script := range []string{"a | b", "a && b", "a; b", "echo $X", "a > b", "a 'b c'", `a "b"`, "a *", "A=1 a", "a &", "a\nb", "a `b`", "(a)", `a\ b`} {
@@ -810,12 +813,12 @@ func TestCloseLetsRunningHandlersEnd(t *testing.T) {
 	dir := t.TempDir()
 	hs, logged := startHandlers(t, HandlerConfig{Grace: 20 * time.Second, Env: extraEnv("DIR=" + dir)},
 		`*=echo $SERF_EVENT >>"$DIR/began"; sleep 0.2; echo $SERF_EVENT >>"$DIR/ended"`)
-	hs.Deliver(joinOf("a"))
-	hs.Deliver(failOf("a"))
+	hs.Deliver(joinOf("a"), nil)
+	hs.Deliver(failOf("a"), nil)
 	awaitCond(t, "the first run began", func() bool { return readFile(dir+"/began") != "" })
 	began := time.Now()
 	hs.Close()
-	hs.Deliver(joinOf("late"))
+	hs.Deliver(joinOf("late"), nil)
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("Close took %v for 0.2 s of work", took)
 	}
@@ -834,7 +837,7 @@ func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
 	hs, logged := startHandlers(t, HandlerConfig{Grace: 300 * time.Millisecond, Env: extraEnv("DIR=" + dir)},
 		`*=echo $$ >"$DIR/meek"; sleep 300 & sleep 300`,
 		`*=trap "" TERM; echo $$ >"$DIR/stubborn"; while :; do sleep 1; done`)
-	hs.Deliver(joinOf("a"))
+	hs.Deliver(joinOf("a"), nil)
 	meek, stubborn := pidIn(t, dir+"/meek"), pidIn(t, dir+"/stubborn")
 	began := time.Now()
 	hs.Close()
@@ -853,7 +856,7 @@ func TestCloseShortensTheWaitOfATimeout(t *testing.T) {
 	dir := t.TempDir()
 	hs, _ := startHandlers(t, HandlerConfig{Timeout: 50 * time.Millisecond, Env: extraEnv("DIR=" + dir)},
 		`*=trap "echo >$DIR/termed" TERM; while :; do sleep 0.1; done`)
-	hs.Deliver(joinOf("a"))
+	hs.Deliver(joinOf("a"), nil)
 	awaitCond(t, "TERM arrived", func() bool { return readFile(dir+"/termed") != "" })
 	began := time.Now()
 	hs.Close()
@@ -883,7 +886,7 @@ func BenchmarkDeliverToFirstLine(b *testing.B) {
 			var took []time.Duration
 			for i := 0; b.Loop(); i++ {
 				began := time.Now()
-				hs.Deliver(userEventOf("e", "payload", uint64(i), false))
+				hs.Deliver(userEventOf("e", "payload", uint64(i), false), nil)
 				fifo.Read(buf)
 				took = append(took, time.Since(began))
 				logged.waitFor(b, "script output", 1)

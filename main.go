@@ -1,5 +1,5 @@
 // main.go: what a user types and sees: the commands with their options, help,
-// output and errors, and the wiring of an agent.
+// output and errors, addresses, the log, and the wiring of an agent.
 
 package main
 
@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"regexp/syntax"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -38,12 +39,16 @@ var version = "0.1.0" // the Makefile sets it
 var prog = "hamlet" // the name that the program was called by
 
 const (
-	rpcPort      = "7373"
-	defaultRPC   = "127.0.0.1:" + rpcPort
-	keySize      = 32
-	handlerGrace = 3 * time.Second // for handlers that run when the agent ends
+	defaultPort    = "7946"
+	defaultRPCPort = "7373"
+	defaultRPC     = "127.0.0.1:" + defaultRPCPort
+	keySize        = 32
+	rpcTimeout     = 5 * time.Second
+	slowTimeout    = 10 * time.Second // a join or a leave takes the agent itself up to five
+	resolveFor     = 1500 * ms
+	handlerGrace   = 3 * time.Second // for handlers that run when the agent ends
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
-	sameSignal = 200 * time.Millisecond
+	sameSignal = 200 * ms
 )
 
 // failure is an error as a user reads it.
@@ -55,7 +60,8 @@ type failure struct {
 
 func (f *failure) Error() string { return f.msg }
 
-func fail(hint, format string, args ...any) error {
+// trouble is a failure of what was asked for, misuse one of how.
+func trouble(hint, format string, args ...any) error {
 	return &failure{msg: fmt.Sprintf(format, args...), hint: hint, code: 1}
 }
 
@@ -65,10 +71,13 @@ func misuse(hint, format string, args ...any) error {
 
 func main() {
 	prog = filepath.Base(os.Args[0])
-	err := run(append(os.Args[1:], "")[0], os.Args[min(2, len(os.Args)):])
-	if err == nil {
-		return
+	if err := execute(append(os.Args[1:], "")[0], os.Args[min(2, len(os.Args)):]); err != nil {
+		exit(err)
 	}
+}
+
+// exit tells err, and ends the program.
+func exit(err error) {
 	f, ok := errors.AsType[*failure](err)
 	if !ok {
 		f = &failure{msg: err.Error(), code: 1}
@@ -80,8 +89,10 @@ func main() {
 	os.Exit(f.code)
 }
 
-func run(name string, args []string) error {
+func execute(name string, args []string) error {
 	switch name {
+	case "":
+		return cmp.Or(help(nil), misuse("", "no command given"))
 	case "help", "-h", "-help", "--help":
 		return help(args)
 	case "-v", "-version", "--version":
@@ -95,8 +106,7 @@ func run(name string, args []string) error {
 	if err != nil {
 		return err
 	}
-	args, err = c.parse(args)
-	if errors.Is(err, flag.ErrHelp) {
+	if args, err = c.parse(args); errors.Is(err, flag.ErrHelp) {
 		return help([]string{name})
 	} else if err != nil {
 		return err
@@ -121,29 +131,56 @@ type command struct {
 }
 
 // option defines a flag and its lines in the help. Without a name, text heads
-// the group of options that follows.
+// the group of options that follows; without a text it is one of Serf's that is
+// taken in silence.
 type option struct {
 	name, arg, text string
 	value           any      // *string, *int, *bool, *time.Duration or *[]string; holds the default
 	env             []string // where the value is looked for if the flag is not given
 }
 
-// commands make one command each, with the defaults in its options.
-var commands = []func() *command{
-	agentCommand, membersCommand, joinCommand, leaveCommand, forceLeaveCommand, eventCommand, keygenCommand, versionCommand,
+// newCommands makes all commands, with the defaults in their options.
+func newCommands() []*command {
+	c := &client{addr: defaultRPC}
+	return append(append([]*command{agentCommand()}, c.looks()...), c.acts()...)
+}
+
+// serfWords is what to do instead of what Serf has and hamlet has not.
+var serfWords = map[string]string{
+	"-snapshot -rejoin":        "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found",
+	"-config-file -config-dir": "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN",
+	"-profile":                 "there is one timing, for LAN and WAN alike",
+	"-discover -mdns-iface":    "name the seeds with -join; a DNS name with many addresses will do",
+	"-keyring-file":            "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
+	"-tags-file":               "give tags with -tag or HAMLET_TAG, and change them with the tags command",
+	"-syslog":                  "the log goes to stderr: let systemd or 'logger' take it",
+	"-protocol":                "there is one version: run the same hamlet everywhere",
+	"-broadcast-timeout":       "nothing waits for a broadcast",
+	"-relay-factor":            "an answer is sent again until it arrives",
+	"keys":                     "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW",
+	"reachability":             "every member is looked at all the time: see 'members' and 'info'",
+	"rtt":                      "there are no network coordinates: use ping",
+	"monitor":                  "'watch' streams events, and the log is the agent's stderr",
+}
+
+// serfWord is the error for a word of Serf's; nil: it is none.
+func serfWord(word string) error {
+	for words, advice := range serfWords {
+		if word != "" && slices.Contains(strings.Fields(words), word) {
+			return misuse("", "%s has no %s: %s", prog, word, advice)
+		}
+	}
+	return nil
 }
 
 func findCommand(name string) (*command, error) {
-	for _, newCommand := range commands {
-		if c := newCommand(); c.name == name {
+	for _, c := range newCommands() {
+		if c.name == name {
 			return c, nil
 		}
 	}
 	hint := fmt.Sprintf("'%s help' lists the commands; '%s agent' starts a node", prog, prog)
-	if name == "" {
-		return nil, misuse(hint, "no command given")
-	}
-	return nil, misuse(hint, "there is no command %q", name)
+	return nil, cmp.Or(serfWord(name), misuse(hint, "there is no command %q", name))
 }
 
 const topHelp = `  {} agent                     start a node on this machine
@@ -158,9 +195,8 @@ Commands:
 
 func help(args []string) error {
 	text := topHelp
-	if len(args) == 0 {
-		for _, newCommand := range commands {
-			c := newCommand()
+	if len(args) == 0 || args[0] == "help" {
+		for _, c := range newCommands() {
 			text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
 		}
 		text += "\n'{} help COMMAND' shows how to use a command, and its options.\n"
@@ -182,12 +218,14 @@ func help(args []string) error {
 }
 
 func (o option) help() string {
-	if o.name == "" {
-		return "\n" + o.text + ":\n"
-	}
 	const indent = "                        "
 	left := strings.TrimRight("  -"+o.name+" "+o.arg, " ")
-	if len(left) > len(indent)-2 {
+	switch {
+	case o.text == "":
+		return ""
+	case o.name == "":
+		return "\n" + o.text + ":\n"
+	case len(left) > len(indent)-2:
 		left += "\n" + indent
 	}
 	return fmt.Sprintf("%-*s%s\n", len(indent), left, strings.ReplaceAll(o.text, "\n", "\n"+indent))
@@ -200,33 +238,25 @@ func (c *command) parse(args []string) ([]string, error) {
 	fs.SetOutput(io.Discard)
 	given := make(map[string]bool)
 	for _, o := range c.options {
-		take := func(s string) error { given[o.name] = true; return set(o.value, s) }
-		if _, ok := o.value.(*bool); ok {
-			fs.BoolFunc(o.name, "", take)
-		} else if o.name != "" {
-			fs.Func(o.name, "", take)
+		if o.name != "" {
+			fs.Var(flagValue{o.value}, o.name, "")
 		}
 	}
 	err := fs.Parse(args)
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, o := range c.options {
-		i := slices.IndexFunc(o.env, func(name string) bool { return os.Getenv(name) != "" })
-		if i < 0 || given[o.name] || err != nil {
-			continue
-		}
-		values := []string{os.Getenv(o.env[i])}
-		if _, ok := o.value.(*[]string); ok {
-			values = splitList(values[0])
-		}
-		for _, v := range values {
-			if e := set(o.value, v); e != nil {
-				err = fmt.Errorf("invalid value %q for %s: %w", v, o.env[i], e)
-			}
+		if i := slices.IndexFunc(o.env, func(name string) bool { return os.Getenv(name) != "" }); i >= 0 && !given[o.name] && err == nil {
+			err = o.fromEnv(o.env[i])
 		}
 	}
-	switch args = fs.Args(); {
+	args = fs.Args()
+	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return nil, err
 	case err != nil:
+		if _, name, _ := strings.Cut(err.Error(), "not defined: "); serfWord(name) != nil {
+			return nil, serfWord(name)
+		}
 	case len(args) < c.minArgs:
 		err = fmt.Errorf("%s is missing", c.args)
 	case len(args) > c.maxArgs:
@@ -234,62 +264,85 @@ func (c *command) parse(args []string) ([]string, error) {
 			args[c.maxArgs] = "(a key)" // which is never shown
 		}
 		err = fmt.Errorf("unexpected argument %q", args[c.maxArgs])
-	default:
-		return args, nil
 	}
-	return nil, misuse(fmt.Sprintf("'%s help %s' shows how to use it", prog, c.name), "%s: %v", c.name, err)
+	for _, arg := range args {
+		if name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "="); strings.HasPrefix(arg, "-") && fs.Lookup(name) != nil && err == nil {
+			err = fmt.Errorf("%s stands behind the arguments: options come before the name", arg)
+		}
+	}
+	if err != nil {
+		return nil, misuse(fmt.Sprintf("'%s help %s' shows how to use it", prog, c.name), "%s: %v", c.name, err)
+	}
+	return args, nil
 }
 
-// set parses s into *value, or appends it to a list.
-func set(value any, s string) (err error) {
-	switch v := value.(type) {
+// fromEnv sets the option from a variable. Lists are split on commas, or on
+// newlines if there are any; the events in member-join,user:x=script stay with
+// their script.
+func (o option) fromEnv(name string) error {
+	text, sep, events := os.Getenv(name), ",", ""
+	list, isList := o.value.(*[]string)
+	if strings.Contains(text, "\n") {
+		sep = "\n"
+	}
+	if !isList {
+		if err := (flagValue{o.value}).Set(text); err != nil {
+			return fmt.Errorf("invalid value %q for %s: %w", text, name, err)
+		}
+		return nil
+	}
+	for item := range strings.SplitSeq(text, sep) {
+		item = strings.TrimSpace(item)
+		if strings.Count(item, `"`)%2+strings.Count(item, "'")%2 > 0 && sep == "," || o.name == "tag" && item != "" && !strings.Contains(item, "=") {
+			return fmt.Errorf("%s is split at its commas, and %q is a part of it: end it with a newline to have it split at newlines only", name, item)
+		}
+		if _, err := parseFilters([]string{item}); err == nil && !strings.Contains(item, "=") {
+			events += item + ","
+		} else if item != "" {
+			*list, events = append(*list, events+item), ""
+		}
+	}
+	if events != "" {
+		*list = append(*list, strings.TrimSuffix(events, ","))
+	}
+	return nil
+}
+
+// flagValue is a flag.Value that sets what at points to, or appends to a list.
+type flagValue struct{ at any }
+
+func (f flagValue) String() string   { return "" }
+func (f flagValue) IsBoolFlag() bool { _, ok := f.at.(*bool); return ok }
+
+func (f flagValue) Set(s string) (err error) {
+	want := ""
+	switch v := f.at.(type) {
 	case *string:
 		*v = s
 	case *[]string:
 		*v = append(*v, s)
 	case *bool:
-		if *v, err = strconv.ParseBool(s); err != nil {
-			return errors.New("want true or false")
-		}
+		*v, err = strconv.ParseBool(s)
+		want = "true or false"
 	case *int:
-		if *v, err = strconv.Atoi(s); err != nil || *v < 0 {
-			return errors.New("want a number, 0 or more")
-		}
+		n, e := strconv.ParseUint(s, 10, 31)
+		*v, err, want = int(n), e, "a number, 0 or more"
 	case *time.Duration:
-		if *v, err = time.ParseDuration(s); err != nil || *v <= 0 {
-			return errors.New("want a duration, such as 500ms, 20s or 10m")
+		if *v, err = time.ParseDuration(s); *v <= 0 {
+			err = cmp.Or(err, errors.ErrUnsupported)
 		}
+		want = "a duration, such as 500ms, 20s or 10m"
+	}
+	if err != nil {
+		return errors.New("want " + want)
 	}
 	return nil
-}
-
-// splitList splits the value of an environment variable on commas, or on
-// newlines if it holds any. The events in member-join,user:x=script stay with
-// their script.
-func splitList(s string) (items []string) {
-	sep, events := ",", ""
-	if strings.Contains(s, "\n") {
-		sep = "\n"
-	}
-	for item := range strings.SplitSeq(s, sep) {
-		item = strings.TrimSpace(item)
-		if _, err := parseFilters(item); err == nil && !strings.Contains(item, "=") {
-			events += item + ","
-		} else if item != "" {
-			items = append(items, events+item)
-			events = ""
-		}
-	}
-	if events != "" {
-		items = append(items, strings.TrimSuffix(events, ","))
-	}
-	return items
 }
 
 // output writes to stdout; a full disk or a closed pipe is an error.
 func output(text string) error {
 	if _, err := os.Stdout.WriteString(text); err != nil {
-		return fail("", "cannot write the output: %v", reason(err))
+		return trouble("", "cannot write the output: %v", reason(err))
 	}
 	return nil
 }
@@ -311,6 +364,62 @@ func printable(s, keep string) string {
 	return b.String()
 }
 
+// pairs is a JSON object: key, value, key, value.
+type pairs []any
+
+// toJSON lays v out as Serf does, indented, or (indent "-") in one line. Not with
+// encoding/json: that leaves DEL and the C1 controls as they are, and a terminal
+// would obey them.
+func toJSON(v any, indent string) string {
+	inner := indent + "  "
+	if indent == "-" {
+		inner = indent
+	}
+	var items []string
+	brackets := "[]"
+	switch v := v.(type) {
+	case string:
+		return jsonString(v)
+	case []any:
+		for _, x := range v {
+			items = append(items, toJSON(x, inner))
+		}
+	case pairs:
+		brackets = "{}"
+		for i := 0; i < len(v); i += 2 {
+			items = append(items, jsonString(v[i].(string))+": "+toJSON(v[i+1], inner))
+		}
+	default:
+		return fmt.Sprint(v)
+	}
+	switch {
+	case len(items) == 0:
+		return brackets
+	case indent == "-":
+		return brackets[:1] + strings.Join(items, ", ") + brackets[1:]
+	}
+	return brackets[:1] + "\n" + inner + strings.Join(items, ",\n"+inner) + "\n" + indent + brackets[1:]
+}
+
+func jsonString(s string) string {
+	q := []byte{'"'}
+	for _, r := range s { // broken UTF-8 becomes U+FFFD
+		switch {
+		case r == '"' || r == '\\':
+			q = append(q, '\\', byte(r))
+		case r == '\n':
+			q = append(q, `\n`...)
+		case unicode.IsGraphic(r):
+			q = utf8.AppendRune(q, r)
+		default:
+			for _, u := range utf16.AppendRune(nil, r) {
+				q = fmt.Appendf(q, `\u%04x`, u)
+			}
+		}
+	}
+	return string(append(q, '"'))
+}
+
 // reason strips what the net and os packages put in front of an error number.
 func reason(err error) error {
 	if no, ok := errors.AsType[syscall.Errno](err); ok {
@@ -324,76 +433,195 @@ func reason(err error) error {
 // client is how a command reaches its agent.
 type client struct{ addr, token string }
 
-func (c *client) options() []option {
-	c.addr = defaultRPC
-	return []option{
-		{text: "Reaching the agent"},
-		{"rpc-addr", "ADDR", "where its RPC listens, or SERF_RPC_ADDR\n(default: " + defaultRPC + ")", &c.addr, []string{"SERF_RPC_ADDR", "HAMLET_RPC_ADDR"}},
-		{"rpc-auth", "TOKEN", "the token that it asks for, or SERF_RPC_AUTH", &c.token, []string{"SERF_RPC_AUTH", "HAMLET_RPC_AUTH"}},
-	}
+// with puts the options that reach the agent behind others.
+func (c *client) with(options ...option) []option {
+	return append(options,
+		option{text: "Reaching the agent"},
+		option{"rpc-addr", "ADDR", "where its RPC listens, or SERF_RPC_ADDR\n(default: " + defaultRPC + ")", &c.addr, []string{"SERF_RPC_ADDR", "HAMLET_RPC_ADDR"}},
+		option{"rpc-auth", "TOKEN", "the token that it asks for, or SERF_RPC_AUTH", &c.token, []string{"SERF_RPC_AUTH", "HAMLET_RPC_AUTH"}})
 }
 
-func (c *client) call(req request, timeout time.Duration) (answer, error) {
-	host, port, err := hostPort(c.addr, rpcPort)
+func (c *client) call(req request, timeout time.Duration, each func(answer, []update) error) error {
+	host, port, err := hostPort(c.addr, defaultRPCPort)
 	if err != nil {
-		return answer{}, misuse("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
+		return misuse("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
 	}
-	return callRPC(net.JoinHostPort(host, port), c.token, req, timeout)
+	return callRPC(net.JoinHostPort(host, port), c.token, req, timeout, each)
 }
 
 // do makes a call and says that it is done; %d stands for the nodes joined.
 func (c *client) do(req request, timeout time.Duration, done string) error {
-	ans, err := c.call(req, timeout)
-	if err != nil {
-		return err
-	}
-	return output(strings.ReplaceAll(done, "%d", strconv.Itoa(ans.Joined)))
+	return c.call(req, timeout, func(a answer, _ []update) error {
+		return output(strings.ReplaceAll(done, "%d", strconv.Itoa(a.Count)))
+	})
 }
 
-// query is what a user asks of the members.
-type query struct {
-	format, status, name string
-	tags                 []string
-	wait                 int
-	timeout              time.Duration
+// members asks for all members.
+func (c *client) members(timeout time.Duration) (ms []Member, err error) {
+	err = c.call(request{Op: "members"}, timeout, func(_ answer, us []update) error {
+		for _, u := range us {
+			ms = append(ms, u.Member)
+		}
+		return nil
+	})
+	return ms, err
 }
 
-func membersCommand() *command {
-	var c client
-	q := query{format: "text", status: ".*", name: ".*"}
-	return &command{
-		name: "members", short: "lists the members of the cluster",
-		examples: `  {} members                                list all members
+// looks are the commands that show something.
+func (c *client) looks() []*command {
+	l, w, q := &listing{format: "text"}, &watching{format: "text", event: "*"}, &asking{format: "text", timeout: 15 * time.Second}
+	format := option{"format", "FORMAT", "text or json (default: text)", nil, nil}
+	in := func(value *string) option { o := format; o.value = value; return o }
+	infoFormat := "text"
+	return []*command{
+		{name: "members", short: "lists the members of the cluster",
+			examples: `  {} members                                list all members
   {} members -status alive -tag role=web    the living ones with a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
 `,
-		options: append([]option{
-			{text: "What to list (RE: a regular expression that matches the whole)"},
-			{"status", "RE", "alive, leaving, left, failed", &q.status, nil},
-			{"name", "RE", "the member's name", &q.name, nil},
-			{"tag", "KEY=RE", "a tag's value; repeatable", &q.tags, nil},
-			{"format", "FORMAT", "text or json (default: text)", &q.format, nil},
-			{text: "Waiting"},
-			{"wait", "N", "wait until N of those listed are alive, even for the\nagent to start; exit status 1 if it took too long", &q.wait, nil},
-			{"timeout", "DURATION", "how long to wait (default: for ever)", &q.timeout, nil},
-		}, c.options()...),
-		run: func([]string) error { return q.run(&c) },
+			options: c.with(option{text: "What to list (RE: a regular expression that matches the whole)"},
+				option{"status", "RE", "alive, leaving, left, failed", &l.status, nil},
+				option{"name", "RE", "the member's name", &l.name, nil},
+				option{"tag", "KEY=RE", "a tag's value; repeatable", &l.tags, nil},
+				option{"role", "RE", "the same as -tag role=RE", &l.role, nil},
+				in(&l.format), option{"detailed", "", "", new(bool), nil},
+				option{text: "Waiting"},
+				option{"wait", "N", "wait until N of those listed are alive, even for the\nagent to start; exit status 1 if it took too long", &l.wait, nil},
+				option{"timeout", "DURATION", "how long to wait (default: for ever)", &l.timeout, nil}),
+			run: func([]string) error { return l.run(c) }},
+		{name: "watch", short: "shows who is there, and then what happens, as it happens",
+			examples: `  {} watch
+  {} watch -event member-failed,user:deploy
+  {} watch -format json      one object a line, for programs
+  {} watch -event user:done -n 1 -timeout 60s   wait for an event
+`,
+			options: c.with(option{text: "Options"},
+				option{"event", "EVENT[,EVENT...]", "what to show, as in -event-handler; 'member' is who is\nthere at the start (default: *)", &w.event, nil},
+				in(&w.format),
+				option{"n", "N", "end after N events, not counting who is there at first", &w.n, nil},
+				option{"timeout", "DURATION", "with -n: exit status 1 if it takes longer", &w.timeout, nil}),
+			run: func([]string) error { return w.run(c) }},
+		{name: "query", args: "NAME [PAYLOAD]", short: "asks members; their handlers' output is the answer", minArgs: 1, maxArgs: 2,
+			examples: "  {} query load\n  {} query -tag role=db master\n  {} query -node web1 -node web2 -timeout 3s -format json health\n",
+			options: c.with(option{text: "Options"},
+				option{"node", "NAME", "ask only this member; repeatable", &q.nodes, nil},
+				option{"tag", "KEY=RE", "ask only those with such a tag; repeatable", &q.tags, nil},
+				option{"timeout", "DURATION", "how long to wait for the slowest (default: 15s)", &q.timeout, nil},
+				option{"no-ack", "", "do not show who has the query", &q.noAck, nil}, in(&q.format)),
+			run: func(args []string) error { return q.run(c, args[0], []byte(strings.Join(args[1:], ""))) }},
+		{name: "info", short: "shows what the agent knows of itself",
+			examples: "  {} info\n  {} info -format json\n", options: c.with(option{text: "Options"}, in(&infoFormat)),
+			run: func([]string) error { return c.info(infoFormat) }},
 	}
 }
 
-// conditions are what a member must fulfil to be listed.
-func (q *query) conditions() (conds []func(Member) bool, err error) {
+// acts are the commands that change something, and those that ask nobody.
+func (c *client) acts() []*command {
+	var replay, prune bool
+	coalesce := true
+	var set, drop []string
+	return []*command{
+		{name: "tags", short: "changes the tags of the running agent",
+			examples: "  {} tags -set state=drain\n  {} tags -set health=ok -set zone=b -delete state\n",
+			options: c.with(option{text: "Options"}, option{"set", "KEY=VALUE", "sets a tag; repeatable", &set, nil},
+				option{"delete", "KEY", "removes a tag; repeatable", &drop, nil}),
+			run: func([]string) error {
+				tags, err := parseTags("-set", set)
+				if err == nil && len(set)+len(drop) == 0 {
+					err = misuse("for example: -set state=drain", "nothing to change: give -set or -delete")
+				}
+				if err != nil {
+					return err
+				}
+				return c.do(request{Op: "tags", Args: string(tags), Drop: strings.Join(drop, "\x00")}, rpcTimeout, "Successfully updated agent tags\n")
+			}},
+		{name: "event", args: "NAME [PAYLOAD]", short: "sends a user event to the handlers of every member", minArgs: 1, maxArgs: 2,
+			examples: "  {} event deploy\n  {} event deploy 3f2c1aa       with a payload, the handlers' input\n  {} event -coalesce=false log \"$(uptime)\"\n",
+			options:  c.with(option{text: "Options"}, option{"coalesce", "", "of events of one name that wait for a handler, only the\nlast is run (default: true)", &coalesce, nil}),
+			run: func(args []string) error {
+				payload := []byte(strings.Join(args[1:], ""))
+				if err := checkPayload("event", args[0], payload); err != nil {
+					return err
+				}
+				return c.do(request{Op: "event", Name: args[0], Payload: payload, Merge: coalesce}, rpcTimeout,
+					fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(args[0], ""), coalesce))
+			}},
+		{name: "join", args: "ADDR...", short: "makes the agent join the cluster of another node", minArgs: 1, maxArgs: 1000,
+			examples: "  {} join 10.0.2.15\n  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'\n",
+			options:  c.with(option{text: "Options"}, option{"replay", "", "run handlers for the remembered events of that cluster", &replay, nil}),
+			run: func(addrs []string) error {
+				if err := checkAddrs("join", addrs); err != nil {
+					return err
+				}
+				return c.do(request{Op: "join", Args: strings.Join(addrs, "\x00"), Replay: replay}, slowTimeout, "Successfully joined cluster by contacting %d nodes.\n")
+			}},
+		{name: "leave", short: "makes the agent leave the cluster and stop", examples: "  {} leave\n", options: c.with(),
+			run: func([]string) error { return c.do(request{Op: "leave"}, slowTimeout, "Graceful leave complete\n") }},
+		{name: "force-leave", args: "NAME", short: "turns a failed member into one that left", minArgs: 1, maxArgs: 1,
+			examples: "  {} force-leave web3           a failed member counts as left, everywhere\n  {} force-leave -prune web3    it vanishes from the list\n",
+			options:  c.with(option{text: "Options"}, option{"prune", "", "forget the member altogether", &prune, nil}),
+			run: func(args []string) error {
+				return c.do(request{Op: "force-leave", Name: args[0], Prune: prune}, rpcTimeout, "")
+			}},
+		{name: "keygen", short: "prints a new key for -encrypt", examples: "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n",
+			run: func([]string) error {
+				key := make([]byte, keySize)
+				rand.Read(key) // never fails
+				return output(base64.StdEncoding.EncodeToString(key) + "\n")
+			}},
+		{name: "version", short: "prints the version", examples: "  {} version\n",
+			run: func([]string) error {
+				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+			}},
+	}
+}
+
+func badFormat(format string) error {
+	if format != "text" && format != "json" {
+		return misuse("", "-format is text or json, not %q", format)
+	}
+	return nil
+}
+
+// parseTags checks and packs KEY=VALUE options.
+func parseTags(option string, list []string) (Tags, error) {
+	kv := make(map[string]string)
+	for _, t := range list {
+		k, v, ok := strings.Cut(t, "=")
+		if !ok {
+			return "", misuse("for example: "+option+" role=web", "%s takes KEY=VALUE, not %q", option, t)
+		}
+		kv[k] = v
+	}
+	tags, err := MakeTags(kv)
+	if err != nil {
+		err = misuse("", "%s: %v", option, err)
+	}
+	return tags, err
+}
+
+// selection is which members a user means.
+type selection struct {
+	status, name, role string
+	tags               []string
+}
+
+// conditions are what a member must fulfil; the first is about its status.
+func (s *selection) conditions() (conds []func(Member) bool, err error) {
 	add := func(option, re string, field func(Member) (string, bool)) {
 		r, rerr := regexp.Compile("^(?s:" + re + ")$")
-		if rerr != nil {
-			err = misuse("", "%s: %q is not a regular expression: %v", option, re, rerr)
+		if se, ok := errors.AsType[*syntax.Error](rerr); ok {
+			err = misuse("", "%s: %q is not a regular expression: %s", option, re, se.Code)
 		}
 		conds = append(conds, func(m Member) bool { v, ok := field(m); return ok && r.MatchString(v) })
 	}
-	add("-status", q.status, func(m Member) (string, bool) { return m.Status.String(), true })
-	add("-name", q.name, func(m Member) (string, bool) { return m.Name, true })
-	for _, t := range q.tags {
+	add("-status", cmp.Or(s.status, ".*"), func(m Member) (string, bool) { return m.Status.String(), true })
+	add("-name", cmp.Or(s.name, ".*"), func(m Member) (string, bool) { return m.Name, true })
+	if s.role != "" {
+		s.tags = append(s.tags, "role="+s.role)
+	}
+	for _, t := range s.tags {
 		key, re, ok := strings.Cut(t, "=")
 		if !ok {
 			return nil, misuse("for example: -tag role=web", "-tag takes KEY=RE, not %q", t)
@@ -403,49 +631,63 @@ func (q *query) conditions() (conds []func(Member) bool, err error) {
 	return conds, err
 }
 
-func (q *query) run(c *client) error {
-	show := map[string]func([]Member) string{"text": membersText, "json": membersJSON}[q.format]
-	if show == nil {
-		return misuse("", "-format is text or json, not %q", q.format)
-	}
-	if q.timeout > 0 && q.wait == 0 {
-		return misuse("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
-	}
-	conds, err := q.conditions()
-	if err != nil {
-		return err
-	}
-	if q.wait > 0 && !conds[0](Member{Status: StatusAlive}) {
-		return misuse("", "-wait counts the living, and -status %q leaves them out", q.status)
-	}
-	const pause = 100 * time.Millisecond
-	alive, answered := 0, false
-	for start := time.Now(); ; time.Sleep(pause) {
-		patience := time.Duration(rpcTimeout)
-		if q.timeout > 0 {
-			patience = min(patience, max(q.timeout-time.Since(start), pause))
+func choose(ms []Member, conds []func(Member) bool) []Member {
+	return slices.DeleteFunc(ms, func(m Member) bool {
+		return slices.ContainsFunc(conds, func(cond func(Member) bool) bool { return !cond(m) })
+	})
+}
+
+// living are the names of those that are alive.
+func living(ms []Member) (names []string) {
+	for _, m := range ms {
+		if m.Status == StatusAlive {
+			names = append(names, m.Name)
 		}
-		ans, err := c.call(request{Op: "members"}, patience)
+	}
+	return names
+}
+
+// listing is what a user asks of the members.
+type listing struct {
+	selection
+	format  string
+	wait    int
+	timeout time.Duration
+}
+
+func (l *listing) run(c *client) error {
+	conds, err := l.conditions()
+	switch err = cmp.Or(err, badFormat(l.format)); {
+	case err != nil:
+		return err
+	case l.timeout > 0 && l.wait == 0:
+		return misuse("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
+	case l.wait > 0 && !conds[0](Member{Status: StatusAlive}):
+		return misuse("", "-wait counts the living, and -status %q leaves them out", l.status)
+	}
+	const pause = 100 * ms
+	var there []string // the living at the last look
+	for start, answered := time.Now(), false; ; time.Sleep(pause) {
+		patience := rpcTimeout
+		if l.timeout > 0 {
+			patience = min(patience, max(l.timeout-time.Since(start), pause))
+		}
+		ms, err := c.members(patience)
 		if err == nil {
-			list := slices.DeleteFunc(ans.Members, func(m Member) bool {
-				return slices.ContainsFunc(conds, func(cond func(Member) bool) bool { return !cond(m) })
-			})
-			alive, answered = 0, true
-			for _, m := range list {
-				if m.Status == StatusAlive {
-					alive++
-				}
-			}
-			if alive >= q.wait {
-				return output(show(list))
+			ms = choose(ms, conds)
+			there, answered = living(ms), true
+			if len(there) >= l.wait && l.format == "json" {
+				return output(membersJSON(ms))
+			} else if len(there) >= l.wait {
+				return output(membersText(ms))
 			}
 		}
 		f, ok := errors.AsType[*failure](err)
-		late := q.timeout > 0 && time.Since(start)+pause >= q.timeout
+		late := l.timeout > 0 && time.Since(start)+pause >= l.timeout
 		switch {
 		case late && answered:
-			return fail("", "%d of %d members alive after %v", alive, q.wait, q.timeout)
-		case err != nil && (q.wait == 0 || late || !ok || !f.again):
+			return trouble("", "%d of %d members alive after %v: %s", len(there), l.wait, l.timeout, cmp.Or(strings.Join(there, ", "), "none"))
+		case err != nil && (l.wait == 0 || late || !ok || !f.again):
 			return err
 		}
 	}
@@ -471,130 +713,202 @@ func membersText(ms []Member) string {
 	return b.String()
 }
 
-// membersJSON lays JSON out as Serf does. Not with encoding/json: that leaves
-// DEL and the C1 controls as they are, and a terminal would obey them.
 func membersJSON(ms []Member) string {
-	var list []string
+	var list []any
 	for _, m := range ms {
-		var tags []string
-		for _, p := range m.Tags.Pairs() {
-			k, v, _ := strings.Cut(p, "=")
-			tags = append(tags, jsonString(k)+": "+jsonString(v))
-		}
-		list = append(list, jsonBlock("{}", "    ", []string{
-			`"name": ` + jsonString(m.Name),
-			`"addr": ` + jsonString(m.Addr.String()),
-			`"port": ` + strconv.Itoa(int(m.Addr.Port())),
-			`"tags": ` + jsonBlock("{}", "      ", tags),
-			`"status": ` + jsonString(m.Status.String()),
-		}))
+		list = append(list, pairs{"name", m.Name, "addr", m.Addr.String(), "port", m.Addr.Port(), "tags", tagPairs(m), "status", m.Status.String()})
 	}
-	return jsonBlock("{}", "", []string{`"members": ` + jsonBlock("[]", "  ", list)}) + "\n"
+	return toJSON(pairs{"members", list}, "") + "\n"
 }
 
-func jsonBlock(brackets, indent string, items []string) string {
-	if len(items) == 0 {
-		return brackets
+func tagPairs(m Member) (kv pairs) {
+	for _, p := range m.Tags.Pairs() {
+		k, v, _ := strings.Cut(p, "=")
+		kv = append(kv, k, v)
 	}
-	return brackets[:1] + "\n  " + indent + strings.Join(items, ",\n  "+indent) + "\n" + indent + brackets[1:]
+	return kv
 }
 
-func jsonString(s string) string {
-	q := []byte{'"'}
-	for _, r := range s { // broken UTF-8 becomes U+FFFD
-		switch {
-		case r == '"' || r == '\\':
-			q = append(q, '\\', byte(r))
-		case unicode.IsGraphic(r):
-			q = utf8.AppendRune(q, r)
-		default:
-			for _, u := range utf16.AppendRune(nil, r) {
-				q = fmt.Appendf(q, `\u%04x`, u)
+// info shows the agent's facts: group, key, value; and so on.
+func (c *client) info(format string) error {
+	if err := badFormat(format); err != nil {
+		return err
+	}
+	return c.call(request{Op: "info"}, rpcTimeout, func(a answer, _ []update) error {
+		facts, groups, text := list(a.Text), pairs{}, ""
+		for i := 0; i+2 < len(facts); i += 3 {
+			if len(groups) == 0 || groups[len(groups)-2] != facts[i] {
+				groups = append(groups, facts[i], pairs{})
+				text += facts[i] + ":\n"
+			}
+			if key, value := facts[i+1], facts[i+2]; key != "" { // else the group may be empty
+				groups[len(groups)-1] = append(groups[len(groups)-1].(pairs), key, value)
+				text += fmt.Sprintf("\t%s = %s\n", printable(key, ""), printable(value, ""))
 			}
 		}
-	}
-	return string(append(q, '"'))
+		if format == "json" {
+			text = toJSON(groups, "") + "\n"
+		}
+		return output(text)
+	})
 }
 
-func joinCommand() *command {
-	var c client
-	return &command{
-		name: "join", args: "ADDR...", short: "makes the agent join the cluster of another node",
-		examples: "  {} join 10.0.2.15\n  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'\n",
-		options:  c.options(), minArgs: 1, maxArgs: 1000,
-		run: func(addrs []string) error {
-			if err := checkAddrs("join", addrs); err != nil {
+// watching is what a user wants to see of the stream of events.
+type watching struct {
+	event, format string
+	n             int
+	timeout       time.Duration
+}
+
+func (w *watching) run(c *client) error {
+	kinds := strings.Split(w.event, ",")
+	there := slices.Contains(kinds, "*") || slices.Contains(kinds, eventNames[0]) // shows who is there at the start
+	filters, err := parseFilters(slices.DeleteFunc(kinds, func(ev string) bool { return ev == eventNames[0] }))
+	switch {
+	case err != nil:
+		return misuse(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
+	case badFormat(w.format) != nil:
+		return badFormat(w.format)
+	case w.timeout > 0 && w.n == 0:
+		return misuse("for example: -n 1 -timeout 60s", "-timeout needs -n N")
+	case w.timeout > 0:
+		time.AfterFunc(w.timeout, func() { exit(trouble("", "fewer than %d events within %v", w.n, w.timeout)) })
+	}
+	seen := 0
+	return c.call(request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
+		text := w.lost(a.Lost)
+		for _, u := range us {
+			if a.Kind == 0 && there || a.Kind != 0 && wants(filters, a.Kind, u.Event) {
+				text += w.line(a, u)
+				seen += min(int(a.Kind), 1)
+			}
+		}
+		if err := output(text); err != nil || w.n == 0 || seen < w.n {
+			return err
+		}
+		return io.EOF // enough
+	})
+}
+
+func (w *watching) lost(n int) string {
+	switch {
+	case n == 0:
+		return ""
+	case w.format == "json":
+		return fmt.Sprintf("{\"lost\": %d}\n", n)
+	}
+	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", n)
+}
+
+// line is one event.
+func (w *watching) line(a answer, u update) string {
+	at, m := time.Unix(0, a.At), u.Member
+	member := a.Kind < EventUser
+	switch {
+	case w.format == "json" && member:
+		return toJSON(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String(), "name", m.Name, "addr", m.Addr.String(),
+			"tags", tagPairs(m), "status", m.Status.String()}, "-") + "\n"
+	case w.format == "json":
+		return toJSON(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String(), "name", u.Event, "payload", string(u.Payload),
+			"ltime", u.LTime, "from", m.Name}, "-") + "\n"
+	}
+	what := fmt.Sprintf("%s %s", u.Event, u.Payload)
+	if member {
+		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(m.Tags.Pairs(), ","))
+	}
+	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at.Format("2006/01/02 15:04:05"), a.Kind, printable(what, "")), " ") + "\n"
+}
+
+// asking is a query as its user wants it, and what has come of it.
+type asking struct {
+	selection
+	nodes     []string
+	format    string
+	timeout   time.Duration
+	noAck     bool
+	silent    []string // asked, and no answer yet
+	acks      []any
+	responses pairs
+	failures  pairs
+}
+
+func (q *asking) run(c *client, name string, payload []byte) error {
+	conds, err := q.conditions()
+	if err = cmp.Or(err, badFormat(q.format), checkPayload("query", name, payload)); err != nil {
+		return err
+	}
+	who := q.nodes
+	if len(q.tags) > 0 {
+		ms, err := c.members(rpcTimeout)
+		if err != nil {
+			return err
+		}
+		who = slices.DeleteFunc(living(choose(ms, conds)), func(name string) bool { return len(q.nodes) > 0 && !slices.Contains(q.nodes, name) })
+		if len(who) == 0 {
+			return trouble("", "%v", errNobody)
+		}
+	}
+	req := request{Op: "query", Name: name, Payload: payload, Args: strings.Join(who, "\x00"), Within: q.timeout}
+	if err := c.call(req, rpcTimeout, func(a answer, us []update) error {
+		if a.Text != "" {
+			q.silent = list(a.Text)
+			return q.print("Query '%s' dispatched\n", name)
+		}
+		for _, u := range us {
+			if err := q.heard(a.Reply, u.Member.Name, string(u.Payload)); err != nil {
 				return err
 			}
-			return c.do(request{Op: "join", Addrs: strings.Join(addrs, " ")}, slowRPCTimeout, "Successfully joined cluster by contacting %d nodes.\n")
-		},
+		}
+		return nil
+	}); err != nil {
+		return err
 	}
+	if q.format == "json" {
+		result := pairs{"Acks", q.acks, "Responses", q.responses}
+		if len(q.failures) > 0 {
+			result = append(result, "Failures", q.failures)
+		}
+		err = output(toJSON(result, "") + "\n")
+	} else {
+		if !q.noAck {
+			q.print("Total Acks: %d\n", len(q.acks))
+		}
+		err = q.print("Total Responses: %d\n", len(q.responses)/2)
+	}
+	if err == nil && len(q.silent) > 0 {
+		err = trouble("", "no answer within %v from %s", q.timeout, strings.Join(q.silent, ", "))
+	}
+	return err
 }
 
-func leaveCommand() *command {
-	var c client
-	return &command{
-		name: "leave", short: "makes the agent leave the cluster and stop",
-		examples: "  {} leave\n", options: c.options(),
-		run: func([]string) error { return c.do(request{Op: "leave"}, slowRPCTimeout, "Graceful leave complete\n") },
+// print prints where the format is text.
+func (q *asking) print(format string, a ...any) error {
+	if q.format == "json" {
+		return nil
 	}
+	return output(printable(fmt.Sprintf(format, a...), "\n\t"))
 }
 
-func forceLeaveCommand() *command {
-	var c client
-	var prune bool
-	return &command{
-		name: "force-leave", args: "NAME", short: "turns a failed member into one that left",
-		examples: "  {} force-leave web3           a failed member counts as left, everywhere\n" +
-			"  {} force-leave -prune web3    it vanishes from the list\n",
-		options: append([]option{{text: "Options"}, {"prune", "", "forget the member altogether", &prune, nil}}, c.options()...),
-		minArgs: 1, maxArgs: 1,
-		run: func(args []string) error {
-			return c.do(request{Op: "force-leave", Name: args[0], Prune: prune}, rpcTimeout, "")
-		},
+// heard takes what a member says: that it has the query, or its answer.
+func (q *asking) heard(r reply, from, text string) error {
+	if r != replyHeard {
+		q.silent = slices.DeleteFunc(q.silent, func(name string) bool { return name == from })
 	}
-}
-
-func eventCommand() *command {
-	var c client
-	coalesce := true
-	return &command{
-		name: "event", args: "NAME [PAYLOAD]", short: "sends a user event to the handlers of every member",
-		examples: "  {} event deploy\n  {} event deploy 3f2c1aa       with a payload, the handlers' input\n" +
-			"  {} event -coalesce=false log \"$(uptime)\"\n",
-		options: append([]option{{text: "Options"}, {"coalesce", "", "of events of one name that wait for a handler, only the\n" +
-			"last is run (default: true)", &coalesce, nil}}, c.options()...),
-		minArgs: 1, maxArgs: 2,
-		run: func(args []string) error {
-			name, payload := args[0], strings.Join(args[1:], "")
-			if n := len(name) + len(payload); name == "" || n > maxEvent {
-				return fail("", "an event's name takes at least a byte, its name and payload at most %d; these take %d and %d", maxEvent, len(name), len(payload))
-			}
-			return c.do(request{Op: "event", Name: name, Payload: []byte(payload), Coalesce: coalesce}, rpcTimeout,
-				fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(name, ""), coalesce))
-		},
+	plain := strings.TrimSuffix(text, "\n")
+	switch r {
+	case replyHeard:
+		q.acks = append(q.acks, from)
+		if !q.noAck {
+			return q.print("Ack from '%s'\n", from)
+		}
+	case replyDone:
+		q.responses = append(q.responses, from, text)
+		return q.print("Response from '%s': %s\n", from, plain)
+	case replyFailed:
+		q.failures = append(q.failures, from, text)
+		return q.print("Failed on '%s': %s\n", from, plain)
 	}
-}
-
-func keygenCommand() *command {
-	return &command{
-		name: "keygen", short: "prints a new key for -encrypt",
-		examples: "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n",
-		run: func([]string) error {
-			key := make([]byte, keySize)
-			rand.Read(key) // never fails
-			return output(base64.StdEncoding.EncodeToString(key) + "\n")
-		},
-	}
-}
-
-func versionCommand() *command {
-	return &command{
-		name: "version", short: "prints the version", examples: "  {} version\n",
-		run: func([]string) error {
-			return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
-		},
-	}
+	return nil
 }
 
 // ---- the agent ----
@@ -605,23 +919,24 @@ type agentOptions struct {
 	gossip                                                   GossipConfig
 	handlers                                                 HandlerConfig
 	bind, advertise, iface, rpcAddr, rpcAuth, role, logLevel string
-	tags, keys                                               []string
+	tags, keys, seeds                                        []string
 	leaveOnTerminate                                         bool
 }
 
 func agentCommand() *command {
 	a := &agentOptions{
-		gossip:   GossipConfig{ReapAfter: 24 * time.Hour},
+		gossip:   GossipConfig{nodeConfig: nodeConfig{ReapAfter: 24 * time.Hour}},
 		handlers: HandlerConfig{Timeout: 10 * time.Minute, Grace: handlerGrace},
-		bind:     "0.0.0.0:7946", rpcAddr: defaultRPC, logLevel: "info",
+		bind:     "0.0.0.0:" + defaultPort, rpcAddr: defaultRPC, logLevel: "info",
 	}
 	c := &command{
 		name: "agent", short: "runs a node until it is told to stop",
 		examples: `  {} agent
   {} agent -join 10.0.2.15
-  {} agent -node web1 -role web -join seed1.example.com -join seed2
+  {} agent -node web1 -role web -join seed1.example.com,seed2
   {} agent -log-level=debug -event-handler=./handler.sh
   {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
+  {} agent -event-handler 'query:load=uptime'
   HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
 
 Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
@@ -633,7 +948,7 @@ SIGHUP does nothing.
 `,
 		options: []option{
 			{text: "The node"},
-			{"node", "NAME", "its name, unique in the cluster (default: the host name)", &a.gossip.Name, nil},
+			{"node", "NAME", "its name, unique in the cluster (default: the host name)", &a.gossip.Self.Name, nil},
 			{"role", "ROLE", "the same as -tag role=ROLE", &a.role, nil},
 			{"tag", "KEY=VALUE", "a tag that others see; repeatable", &a.tags, nil},
 			{text: "Addresses"},
@@ -643,56 +958,60 @@ SIGHUP does nothing.
 			{"rpc-addr", "HOST:PORT", "where to listen for the other commands\n(default: " + defaultRPC + ")", &a.rpcAddr, nil},
 			{"rpc-auth", "TOKEN", "a token that the other commands must give", &a.rpcAuth, nil},
 			{text: "The cluster"},
-			{"join", "HOST[:PORT]", "a node to join, tried until it answers; repeatable", &a.gossip.Seeds, nil},
-			{"retry-max", "N", "give up after N rounds of trying (default: never)", &a.gossip.RetryMax, nil},
+			{"join", "HOST[:PORT]", "a node to join, tried until it answers; repeatable,\nor separated by commas", &a.seeds, nil},
+			{"retry-join", "", "", &a.seeds, nil},
+			{"retry-interval", "", "", new(string), nil},
+			{"retry-max", "N", "give up after N rounds of trying: 10 take some two\nminutes, each further one 30 s (default: never)", &a.gossip.RetryMax, nil},
+			{"replay", "", "run handlers for the remembered events of before its\ntime, too", &a.gossip.Replay, nil},
 			{"cluster", "NAME", "nodes with another cluster name are not let in", &a.gossip.Cluster, nil},
 			{"encrypt", "KEY", "a key from '{} keygen': only nodes with the key can\nread or join. Repeatable: the first seals, all can open.\nOther users can see arguments: better set HAMLET_ENCRYPT", &a.keys, nil},
 			{"reap-after", "DURATION", "when failed and left members are forgotten\n(default: 24h)", &a.gossip.ReapAfter, nil},
 			{"leave-on-terminate", "", "leave gracefully at SIGTERM, too", &a.leaveOnTerminate, nil},
 			{text: "Handlers"},
-			{"event-handler", "SPEC", "a script to run on events; repeatable. SPEC is SCRIPT or\nEVENT[,EVENT...]=SCRIPT; an EVENT is member-join,\nmember-leave, member-failed, member-update, member-reap,\nuser, user:NAME or * (all of them)", &a.handlers.Specs, nil},
+			{"event-handler", "SPEC", "a script to run on events; repeatable. SPEC is SCRIPT or\nEVENT[,EVENT...]=SCRIPT; an EVENT is member-join,\nmember-leave, member-failed, member-update, member-reap,\nuser, user:NAME, query, query:NAME or * (all of them)", &a.handlers.Specs, nil},
 			{"handler-timeout", "DURATION", "when a script is stopped (default: 10m)", &a.handlers.Timeout, nil},
 			{text: "Log"},
 			{"log-level", "LEVEL", "trace, debug, info, warn or err (default: info)", &a.logLevel, nil},
 		},
-		run: func([]string) error { return a.run() },
 	}
+	known := make(map[string]bool)
 	for i, o := range c.options {
-		c.options[i].env = []string{"HAMLET_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))}
+		name := "HAMLET_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
+		c.options[i].env, known[name] = []string{name}, true
 	}
+	c.run = func([]string) error { return a.run(known) }
 	return c
 }
 
-// check fills the gossip configuration from what the user wrote and returns
-// the reason for the advertised address.
+// check fills the configuration from what the user wrote and returns the reason
+// for the advertised address.
 func (a *agentOptions) check() (why string, err error) {
 	cfg := &a.gossip
-	if cfg.Name == "" {
-		cfg.Name, _ = os.Hostname()
+	if cfg.Self.Name == "" {
+		cfg.Self.Name, _ = os.Hostname()
 	}
-	if err := validName(cfg.Name); err != nil {
+	if err := validName(cfg.Self.Name); err != nil {
 		return "", misuse("choose a name with -node", "%v", err)
+	}
+	for _, s := range a.seeds {
+		cfg.Seeds = append(cfg.Seeds, strings.Split(s, ",")...)
 	}
 	if err := checkAddrs("-join", cfg.Seeds); err != nil {
 		return "", err
 	}
-	tags := make(map[string]string)
-	for _, t := range a.tags {
-		k, v, ok := strings.Cut(t, "=")
-		if !ok {
-			return "", misuse("for example: -tag role=web", "-tag takes KEY=VALUE, not %q", t)
-		}
-		tags[k] = v
+	tags, err := parseTags("-tag", a.tags)
+	if err != nil {
+		return "", err
 	}
 	if a.role != "" {
-		if old, ok := tags["role"]; ok && old != a.role {
+		if old, ok := tags.Map()["role"]; ok && old != a.role {
 			return "", misuse("give one of them", "-role %q and -tag role=%q differ", a.role, old)
 		}
-		tags["role"] = a.role
+		if tags, err = parseTags("-role", append(tags.Pairs(), "role="+a.role)); err != nil {
+			return "", err
+		}
 	}
-	if cfg.Tags, err = MakeTags(tags); err != nil {
-		return "", misuse("", "-tag: %v", err)
-	}
+	cfg.Self.Tags = tags
 	if cfg.Keys, err = parseKeys(a.keys); err != nil {
 		return "", misuse(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
@@ -700,7 +1019,7 @@ func (a *agentOptions) check() (why string, err error) {
 		return "", misuse("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946", "-bind: %v", err)
 	}
 	cfg.Moves = cfg.Bind.Addr().IsUnspecified() && a.advertise == "" && a.iface == ""
-	cfg.Advertise, why, err = a.advertised()
+	cfg.Self.Addr, why, err = a.advertised()
 	return why, err
 }
 
@@ -719,7 +1038,8 @@ func parseKeys(list []string) (keys [][]byte, err error) {
 	return keys, nil
 }
 
-func (a *agentOptions) run() error {
+// run runs the agent; known are its variables in the environment.
+func (a *agentOptions) run(known map[string]bool) error {
 	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
 	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
 	if os.Getenv("GOMEMLIMIT") == "" {
@@ -748,23 +1068,38 @@ func (a *agentOptions) run() error {
 	var g *Gossip
 	started := make(chan struct{}) // g is there
 	a.handlers.Log = logger
-	a.handlers.Env = func() []string { <-started; return handlerEnv(g.Self(), loopbackFor(ln.Addr()), a.rpcAuth) }
+	a.handlers.Env = func() []string {
+		<-started
+		self, alone := g.Self()
+		return handlerEnv(self, alone, loopbackFor(ln.Addr()), a.rpcAuth)
+	}
 	handlers, err := NewHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
-	a.gossip.Log, a.gossip.Events = logger, handlers.Deliver
+	a.gossip.RPCPort = uint16(ln.Addr().(*net.TCPAddr).Port)
+	a.gossip.Answers, a.gossip.Log, a.gossip.Events = handlers.Answers(), logger, handlers.Deliver
 	if g, err = StartGossip(a.gossip); err != nil {
 		return startFailure("gossip", "-bind", a.gossip.Bind.String(), err)
 	}
 	close(started)
-	a.banner(g.Self(), why, ln.Addr(), logger)
+	self, _ := g.Self()
+	a.banner(self, why, ln.Addr(), logger)
+	for _, kv := range os.Environ() {
+		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "HAMLET_") && !known[name] {
+			logger.Printf("[WARN] there is no option %s: it is not looked at", name)
+		}
+	}
 	logs.start()
-	return a.wait(g, serveRPC(ln, g, a.rpcAuth, logger), handlers, signals, logger)
+	rpc, err := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
+	if err != nil {
+		return err
+	}
+	return a.wait(g, rpc, handlers, signals, logger)
 }
 
 func listenRPC(addr string) (net.Listener, error) {
-	host, port, err := hostPort(addr, rpcPort)
+	host, port, err := hostPort(addr, defaultRPC[len("127.0.0.1:"):])
 	if err != nil {
 		return nil, misuse("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
 	}
@@ -781,31 +1116,63 @@ func listenRPC(addr string) (net.Listener, error) {
 
 // banner tells how the agent can be reached, and warns of what is hardly meant.
 func (a *agentOptions) banner(self Member, why string, rpc net.Addr, logger *log.Logger) {
-	bind := a.gossip.Bind
+	bind, keyed := a.gossip.Bind, len(a.gossip.Keys) > 0
 	if bind.Port() == 0 {
 		bind = netip.AddrPortFrom(bind.Addr(), self.Addr.Port())
 	}
 	fmt.Printf("==> Starting hamlet agent...\n==> Starting hamlet agent RPC...\n==> hamlet agent running!\n"+
-		"    Node name: '%s'\n    Bind addr: '%s'\n    Advertise: '%s' (%s)\n     RPC addr: '%s'\n",
-		self.Name, bind, self.Addr, why, rpc)
-	if a.rpcAuth == "" && !rpc.(*net.TCPAddr).IP.IsLoopback() {
-		logger.Printf("[WARN] the RPC listens on %s without a token: whoever reaches it controls this agent (-rpc-auth sets one)", rpc)
-	}
-	if why == noAddress {
+		"    Node name: '%s'\n    Bind addr: '%s'\n    Advertise: '%s' (%s)\n     RPC addr: '%s'\n    Encrypted: %v\n",
+		self.Name, bind, self.Addr, why, rpc, keyed)
+	switch ip := self.Addr.Addr(); {
+	case why == noAddress:
 		logger.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
+	case !keyed && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+		logger.Printf("[WARN] %s is a public address, and there is no key: whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
+	if !rpc.(*net.TCPAddr).IP.IsLoopback() {
+		without := ""
+		if a.rpcAuth == "" {
+			without = " without a token"
+		}
+		logger.Printf("[WARN] the RPC listens on %s%s: whoever reaches it controls this agent (-rpc-auth sets a token)", rpc, without)
+	}
+}
+
+// info is what the agent knows of itself: group, key, value; and so on.
+func (a *agentOptions) info(g *Gossip, handlers *Handlers) (facts []string) {
+	add := func(group string, kv ...any) {
+		for i := 0; i < len(kv); i += 2 {
+			facts = append(facts, group, fmt.Sprint(kv[i]), fmt.Sprint(kv[i+1]))
+		}
+	}
+	self, _ := g.Self()
+	add("agent", "name", self.Name, "addr", self.Addr, "version", version, "uptime", time.Since(g.start).Round(time.Second))
+	add("event_handlers", "", "")
+	for _, h := range handlers.all {
+		waiting, lost, last := h.state()
+		add("event_handlers", h.events+":", h.script, h.events+": waiting", waiting, h.events+": dropped", lost, h.events+": last run", last)
+	}
+	add("runtime", "arch", runtime.GOARCH, "cpu_count", runtime.NumCPU(), "goroutines", runtime.NumGoroutine(),
+		"max_procs", runtime.GOMAXPROCS(0), "os", runtime.GOOS, "version", runtime.Version())
+	add("serf", "encrypted", len(a.gossip.Keys) > 0)
+	g.do(func(n *node) error { add("serf", n.info()...); return nil })
+	add("tags", append([]any{"", ""}, tagPairs(self)...)...)
+	return facts
 }
 
 // wait returns when the agent has ended: told by a signal, by the leave
 // command, or by itself.
 func (a *agentOptions) wait(g *Gossip, rpc *rpcServer, handlers *Handlers, signals <-chan os.Signal, logger *log.Logger) error {
 	ended := make(chan struct{})
-	go func() { <-g.Done(); rpc.Close(); handlers.Close(); close(ended) }()
+	go func() { <-g.Done(); rpc.Close(); handlers.Close(g.Last()...); close(ended) }()
 	var told time.Time // to stop
 	for {
 		var s os.Signal
 		select {
 		case <-ended:
+			if err := g.Err(); errors.Is(err, errTaken) {
+				return trouble("choose another name with -node", "%v", err)
+			}
 			return g.Err()
 		case s = <-signals:
 		}
@@ -814,7 +1181,7 @@ func (a *agentOptions) wait(g *Gossip, rpc *rpcServer, handlers *Handlers, signa
 			logger.Printf("[INFO] hangup: there is no configuration to reload, carrying on")
 		case time.Since(told) < sameSignal:
 		case !told.IsZero():
-			return fail("", "%v while stopping: ended at once", s)
+			return trouble("", "%v while stopping: ended at once", s)
 		case s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate:
 			told = time.Now()
 			logger.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
@@ -835,14 +1202,26 @@ func (a *agentOptions) wait(g *Gossip, rpc *rpcServer, handlers *Handlers, signa
 func startFailure(what, option, addr string, err error) error {
 	no, ok := errors.AsType[syscall.Errno](err)
 	if !ok {
-		return fail("", "cannot start %s at %s: %v", what, addr, err)
+		return trouble("", "cannot start %s at %s: %v", what, addr, err)
 	}
 	hint := map[syscall.Errno]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
 	}[no]
-	return fail(hint, "cannot listen on %s for %s: %v", addr, what, no)
+	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, no)
+}
+
+// waitAtMost reports whether wait returned within d.
+func waitAtMost(d time.Duration, wait func()) bool {
+	done := make(chan struct{})
+	go func() { wait(); close(done) }()
+	select {
+	case <-done:
+		return true
+	case <-time.After(d):
+		return false
+	}
 }
 
 // ---- addresses ----
@@ -958,6 +1337,90 @@ func ifaceAddr(ifc *net.Interface, bind netip.Addr) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// usable reports whether other machines may reach ip at a socket bound to bind.
+func usable(ip, bind netip.Addr) bool {
+	return ip.IsGlobalUnicast() && ip.Zone() == "" && fits(ip, bind)
+}
+
+// fits reports whether a socket bound to bind takes packets of ip's family.
+func fits(ip, bind netip.Addr) bool { return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified() }
+
+// isMine reports whether others can reach this machine at ip, as far as it knows.
+func isMine(ip netip.Addr) bool {
+	addrs, err := net.InterfaceAddrs()
+	return err != nil || !ip.IsLoopback() && slices.ContainsFunc(addrs, func(a net.Addr) bool {
+		p, err := netip.ParsePrefix(a.String())
+		return err == nil && p.Addr().Unmap() == ip
+	})
+}
+
+// resolve looks up all addresses of all hosts at the same time; a host without
+// a port means 7946. What takes longer than 1.5 s counts as failed.
+func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs []string) {
+	ctx, cancel := context.WithTimeout(ctx, resolveFor)
+	defer cancel()
+	type result struct {
+		addrs []netip.AddrPort
+		err   error
+	}
+	results := make([]result, len(hosts))
+	var wg sync.WaitGroup
+	for i, h := range hosts {
+		wg.Go(func() { results[i].addrs, results[i].err = resolveOne(ctx, h, defaultPort) })
+	}
+	wg.Wait()
+	for i, r := range results {
+		if r.err != nil {
+			errs = append(errs, fmt.Sprintf("%s: %v", hosts[i], r.err))
+		}
+		for _, a := range r.addrs {
+			if !slices.Contains(addrs, a) {
+				addrs = append(addrs, a)
+			}
+		}
+	}
+	return addrs, errs
+}
+
+// resolveOne looks up all addresses of one host; port stands in for a missing one.
+func resolveOne(ctx context.Context, s, port string) ([]netip.AddrPort, error) {
+	host, port, err := hostPort(s, port)
+	if err != nil {
+		return nil, err
+	}
+	p, _ := strconv.ParseUint(port, 10, 16)
+	if ip, err := netip.ParseAddr(host); err == nil { // looked up, it would lose its zone
+		return []netip.AddrPort{netip.AddrPortFrom(ip.Unmap(), uint16(p))}, nil
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	var addrs []netip.AddrPort
+	for _, ip := range ips {
+		addrs = append(addrs, netip.AddrPortFrom(ip.Unmap(), uint16(p)))
+	}
+	return addrs, nil
+}
+
+// hostPort splits HOST, HOST:PORT, IP, [IPv6] or [IPv6]:PORT; port stands in
+// for a missing one.
+func hostPort(s, port string) (string, string, error) {
+	if _, err := netip.ParseAddr(s); err == nil {
+		return s, port, nil
+	}
+	h, p, err := net.SplitHostPort(s)
+	if err != nil {
+		h, p, err = net.SplitHostPort(s + ":" + port)
+	}
+	_, perr := strconv.ParseUint(p, 10, 16)
+	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
+	if err != nil || perr != nil || strings.HasPrefix(h, "-") || strings.ContainsFunc(h, odd) {
+		return "", "", fmt.Errorf("%q is not an address", s)
+	}
+	return h, p, nil
 }
 
 // ---- the log ----

@@ -1,18 +1,13 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"log"
 	"net/netip"
-	"os"
-	"os/exec"
-	"regexp"
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 	"unicode"
@@ -20,151 +15,14 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestMain lets the test binary be the command, for tests that speak the
-// protocol with a real agent.
-func TestMain(m *testing.M) {
-	if os.Getenv("HAMLET_TEST_MAIN") == "1" {
-		os.Args[0] = "hamlet"
-		main()
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
-
-// --- helpers for tests with real processes
-
-// hamletCmd returns this program as a command, in an environment without
-// settings for hamlet.
-func hamletCmd(args ...string) *exec.Cmd {
-	self, err := os.Executable()
-	if err != nil {
-		panic(err)
-	}
-	cmd := exec.Command(self, args...)
-	cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool {
-		return strings.HasPrefix(kv, "HAMLET_") || strings.HasPrefix(kv, "SERF_")
-	})
-	// A process under the race detector would sleep a second at its end.
-	cmd.Env = append(cmd.Env, "HAMLET_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
-	return cmd
-}
-
-// processOutput collects what a process writes; safe for concurrent use.
-type processOutput struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (o *processOutput) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(p)
-}
-
-func (o *processOutput) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
-}
-
-// testAgent is an agent in a process of its own.
-type testAgent struct {
-	t              *testing.T
-	cmd            *exec.Cmd
-	stdout, stderr *processOutput
-	name           string
-	bind           string // IP:PORT, from the banner
-	rpc            string // IP:PORT of its RPC
-}
-
-// startAgent starts an agent on free ports of 127.0.0.1, which ends with the
-// test, and waits for its banner.
-func startAgent(t *testing.T, args ...string) *testAgent {
-	t.Helper()
-	cmd := hamletCmd(append([]string{"agent", "-bind", "127.0.0.1:0", "-rpc-addr", "127.0.0.1:0"}, args...)...)
-	a := &testAgent{t: t, cmd: cmd, stdout: &processOutput{}, stderr: &processOutput{}}
-	cmd.Stdout, cmd.Stderr = a.stdout, a.stderr
-	cmd.WaitDelay = 5 * time.Second // handlers may hold the pipes
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-		if t.Failed() {
-			t.Logf("%s\n%s%s", strings.Join(cmd.Args[1:], " "), a.stdout, a.stderr)
-		}
-	})
-	banner := regexp.MustCompile(`Node name: '(.*)'\n +Bind addr: '(.*)'\n +Advertise: '.*' \(.*\)\n +RPC addr: '(.*)'\n`)
-	eventually(t, "the banner of "+strings.Join(cmd.Args[1:], " "), func() bool {
-		found := banner.FindStringSubmatch(a.stdout.String())
-		if found != nil {
-			a.name, a.bind, a.rpc = found[1], found[2], found[3]
-		}
-		return found != nil
-	})
-	return a
-}
-
-// waitLog waits until the agent's log contains text.
-func (a *testAgent) waitLog(text string) {
-	a.t.Helper()
-	eventually(a.t, fmt.Sprintf("%q in the log of %s", text, a.name), func() bool { return strings.Contains(a.stderr.String(), text) })
-}
-
-// members asks the agent for its members; nil if it does not answer.
-func (a *testAgent) members() []Member {
-	ans, err := callRPC(a.rpc, "", request{Op: "members"}, rpcTimeout)
-	if err != nil {
-		return nil
-	}
-	return ans.Members
-}
-
-// status is what the agent says of a member; "" if it does not know it.
-func (a *testAgent) status(name string) string {
-	for _, m := range a.members() {
-		if m.Name == name {
-			return m.Status.String()
-		}
-	}
-	return ""
-}
-
-// waitStatus waits until the agent says so of a member.
-func (a *testAgent) waitStatus(name, status string) {
-	a.t.Helper()
-	eventually(a.t, fmt.Sprintf("%s says that %s is %s", a.name, name, status), func() bool { return a.status(name) == status })
-}
-
-// run runs a command line that asks this agent and returns what it prints.
-func (a *testAgent) run(command string, args ...string) string {
-	a.t.Helper()
-	out, err := hamletCmd(append([]string{command, "-rpc-addr", a.rpc}, args...)...).CombinedOutput()
-	if err != nil {
-		a.t.Errorf("%s: %v: %s", command, err, out)
-	}
-	return string(out)
-}
-
-// eventually waits for a condition, for 15 seconds at most.
-func eventually(t *testing.T, what string, cond func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(15 * time.Second); !cond(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not in time: %s", what)
-		}
-	}
-}
-
 // --- what the user types
 
 func TestDefaultsInTheHelpAreTrue(t *testing.T) {
-	for _, newCommand := range commands {
-		for _, o := range newCommand().options {
+	for _, c := range newCommands() {
+		for _, o := range c.options {
 			_, doc, ok := strings.Cut(o.text, "(default: ")
 			doc, _, _ = strings.Cut(doc, ")")
-			if !ok || strings.Contains(doc, " ") || doc == "never" {
+			if !ok || strings.Contains(doc, " ") || doc == "never" || o.name == "" {
 				continue
 			}
 			want := ""
@@ -351,8 +209,60 @@ func TestListsFromTheEnvironment(t *testing.T) {
 		"a=1,2\nb=3":                   {"a=1,2", "b=3"},
 		",":                            nil,
 	} {
-		if got := splitList(in); !slices.Equal(got, want) {
-			t.Errorf("splitList(%q) = %q, want %q", in, got, want)
+		t.Setenv("HAMLET_X", in)
+		var got []string
+		if err := (option{name: "x", value: &got}).fromEnv("HAMLET_X"); err != nil || !slices.Equal(got, want) {
+			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
+		}
+	}
+	// What would become two broken parts is told.
+	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
+		t.Setenv("HAMLET_X", in)
+		var got []string
+		if err := (option{name: name, value: &got}).fromEnv("HAMLET_X"); err == nil || !strings.Contains(err.Error(), "newline") {
+			t.Errorf("%s: %q, %v", in, got, err)
+		}
+		t.Setenv("HAMLET_X", in+"\n")
+		if err := (option{name: name, value: &got}).fromEnv("HAMLET_X"); err != nil || !slices.Equal(got[len(got)-1:], []string{in}) {
+			t.Errorf("%s with a newline: %q, %v", in, got, err)
+		}
+	}
+}
+
+func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
+	v := pairs{"a", "x\n\"", "b", 3, "c", []any{"d", pairs{"e", true}}, "f", pairs{}, "g", []any(nil)}
+	for _, indent := range []string{"", "-"} {
+		var back map[string]any
+		text := toJSON(v, indent)
+		if err := json.Unmarshal([]byte(text), &back); err != nil || len(back) != 5 || back["a"] != "x\n\"" {
+			t.Errorf("%v: %s", err, text)
+		}
+		if indent == "-" && strings.Contains(text, "\n") {
+			t.Errorf("more than a line: %s", text)
+		}
+	}
+}
+
+func TestLinesOfWatch(t *testing.T) {
+	m := Member{Name: "web1", Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Status: StatusFailed, Tags: "role=web"}
+	at := time.Date(2013, 12, 8, 7, 56, 48, 0, time.Local).UnixNano()
+	for _, tt := range []struct {
+		a          answer
+		u          update
+		text, json string
+	}{
+		{answer{Kind: EventFailed, At: at}, update{Member: m}, "2013/12/08 07:56:48 member-failed: web1 10.0.0.1:7946 failed role=web\n",
+			`"event": "member-failed", "name": "web1", "addr": "10.0.0.1:7946", "tags": {"role": "web"}, "status": "failed"}`},
+		{answer{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: StatusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
+			`"event": "member", "name": "a", "addr": "10.0.0.1:7946", "tags": {}, "status": "alive"}`},
+		{answer{Kind: EventUser, At: at}, update{Member: m, Event: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
+			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
+	} {
+		if got := (&watching{format: "text"}).line(tt.a, tt.u); got != tt.text {
+			t.Errorf("text: %q, want %q", got, tt.text)
+		}
+		if got := (&watching{format: "json"}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}
 }
@@ -379,8 +289,6 @@ func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
 		t.Errorf("%d lines counted as lost, want 7", n)
 	}
 }
-
-// --- agents in real processes
 
 // underRace reports whether the race detector is on: agents are then several
 // times slower and larger.

@@ -8,7 +8,6 @@ package main
 
 import (
 	"cmp"
-	"encoding/binary"
 	"fmt"
 	"hash/fnv"
 	"maps"
@@ -21,10 +20,11 @@ import (
 	"unicode/utf8"
 )
 
-// Limits on what a member may carry; both are in bytes.
+// Limits on what a member may carry (in bytes), and on how many there may be.
 const (
-	maxName = 128
-	maxTags = 512
+	maxName    = 128
+	maxTags    = 512
+	maxMembers = 1 << 14
 )
 
 // Status is what is believed about a member. The order is the order of
@@ -40,22 +40,10 @@ const (
 	StatusPruned // left and to be forgotten; shown to nobody
 )
 
-// String returns the word that users see.
-func (s Status) String() string {
-	switch s {
-	case StatusAlive, StatusSuspect:
-		return "alive"
-	case StatusLeaving:
-		return "leaving"
-	case StatusFailed:
-		return "failed"
-	case StatusLeft:
-		return "left"
-	case StatusPruned:
-		return "pruned"
-	}
-	return "unknown"
-}
+// statusNames are the words that users see; the index is the Status.
+var statusNames = [...]string{"unknown", "alive", "alive", "leaving", "failed", "left", "pruned"}
+
+func (s Status) String() string { return statusNames[s] }
 
 // dead reports whether the member is believed to be gone.
 func (s Status) dead() bool { return s >= StatusFailed }
@@ -70,7 +58,7 @@ func MakeTags(kv map[string]string) (Tags, error) {
 	var pairs []string
 	for _, k := range slices.Sorted(maps.Keys(kv)) {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.ContainsRune(kv[k], 0) {
-			return "", fmt.Errorf("bad tag %q: a tag is key=value, and the key may not be empty", k+"="+kv[k])
+			return "", fmt.Errorf("bad tag %q: a tag is key=value, and the key may not be empty or hold a '='", k+"="+kv[k])
 		}
 		pairs = append(pairs, k+"="+kv[k])
 	}
@@ -79,6 +67,19 @@ func MakeTags(kv map[string]string) (Tags, error) {
 		return "", fmt.Errorf("tags take %d bytes, the limit is %d", len(t), maxTags)
 	}
 	return t, nil
+}
+
+// valid reports whether MakeTags could have made t.
+func (t Tags) valid() bool {
+	last := ""
+	for pair := range strings.SplitSeq(string(t), "\x00") {
+		k, _, ok := strings.Cut(pair, "=")
+		if t != "" && (!ok || k <= last) {
+			return false
+		}
+		last = k
+	}
+	return len(t) <= maxTags
 }
 
 // Pairs returns the tags as "key=value", sorted by key.
@@ -103,32 +104,35 @@ func (t Tags) Map() map[string]string {
 type Member struct {
 	Name string
 	Addr netip.AddrPort
-	// Incarnation orders the claims about a name. It starts as the Unix time of
-	// the agent's start in milliseconds, and only the member itself raises it.
+	// Incarnation orders the claims about a name. It starts as Born, and only the
+	// member itself raises it: to refute a claim, or to change its tags.
 	Incarnation uint64
-	// Born is the Unix time of the agent's start in milliseconds. It tells a
-	// restart (another Born) from a refutation (the same one).
+	// Born tells one run of an agent from all others; see birth.
 	Born   uint64
 	Status Status
 	Tags   Tags
 }
 
+// birthBits is how many random bits stand below the milliseconds of a birth.
+const birthBits = 14
+
+// birth makes the number of a run that starts at unixMs. Later starts are
+// higher, so that a restart supersedes its former self without any file; the
+// random bits tell apart two that start in one millisecond.
+func birth(unixMs, random uint64) uint64 { return unixMs<<birthBits | random>>(64-birthBits) }
+
 // supersedes is the one rule that decides which of two claims about a name
-// wins: the higher incarnation, then the worse status. Born, address and tags
-// only make the order total, so that two instances started in the same
-// millisecond cannot be believed differently for ever.
+// wins: the higher incarnation, then the worse status. The rest only makes the
+// order total, so that no two members can believe forged claims differently.
 func (m Member) supersedes(old Member) bool {
 	return cmp.Or(
 		cmp.Compare(m.Incarnation, old.Incarnation),
 		cmp.Compare(m.Born, old.Born),
-		m.Addr.Compare(old.Addr),
 		cmp.Compare(m.Status, old.Status),
+		m.Addr.Compare(old.Addr),
 		cmp.Compare(m.Tags, old.Tags),
 	) > 0
 }
-
-// sameInstance reports whether both claims speak of one run of an agent.
-func (m Member) sameInstance(o Member) bool { return m.Born == o.Born && m.Addr == o.Addr }
 
 // validName returns an error that says why s cannot name a member.
 func validName(s string) error {
@@ -155,41 +159,63 @@ const (
 	EventUpdate
 	EventReap
 	EventUser
+	EventQuery
+	EventAnswer // to a query of this agent: for whoever asked, not for handlers
 )
 
-// eventKindNames are Serf's words; the index is the EventKind.
-var eventKindNames = [...]string{"", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user"}
+// eventNames are Serf's words for what handlers are told; the index is the
+// EventKind, where 0 is no event: that a member is there.
+var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
 
-func (k EventKind) String() string { return eventKindNames[k] }
+func (k EventKind) String() string { return eventNames[k] }
 
-// Event is one thing that handlers and the log are told: something that
-// happened to Member, or (EventUser) a message that a user sent.
+// Event is one thing that handlers, the log and watchers are told: something
+// that happened to Member, or (EventUser, EventQuery) what a user sent, whose
+// sender is Member.
 type Event struct {
 	Kind   EventKind
 	Member Member
 
-	Name     string // of a user event
-	Payload  []byte
+	Name     string // of the user event or query
+	Payload  []byte // what was sent, or (EventAnswer) what came back
 	LTime    uint64 // Lamport time at which it was sent
 	Coalesce bool   // of several that wait in a queue, the last will do
+
+	ID     uint32        // EventQuery: the asker's number of it; EventAnswer: of my query
+	Within time.Duration // EventQuery: what is left of its time
+	Reply  reply         // EventAnswer
 }
 
 // rings is how many orderings of the members there are. Each member has one
 // successor, its watcher, on each of them.
 const rings = 4
 
+// maxWalk bounds how many members are walked over for one neighbour: forged
+// suspects would else make every walk as long as the table. Of real suspects so
+// many in a row are never seen.
+const maxWalk = 64
+
+// claim is what is believed about a name, with its places on the rings. It never
+// changes, so that the tables of a simulation can share it.
+type claim struct {
+	Member
+	pos [rings]uint64
+}
+
 // entry is what the table holds about one name.
 type entry struct {
-	Member
-	pos  [rings]uint64 // place on each ring
-	told Member        // what events last said; Status 0: nothing yet
+	*claim
+	told  *claim // what events last said; nil: nothing yet
+	shown Status // and as which status
 	// lost marks a member that failed for me because I was cut off. It stays
 	// local: exported, it would make everybody fail when a split heals.
-	lost  bool
-	since time.Duration // when it died, for reaping
+	lost bool
 	// reaped entries are invisible and keep an old claim from coming back
 	// through a member that has not reaped yet.
-	reaped bool
+	reaped   bool
+	since    time.Duration // when it died, for reaping
+	known    time.Duration // when the name was first heard of, on the caller's clock
+	dealings *dealings     // the protocol's, with this instance; another one starts anew
 }
 
 // visible is the status that users see.
@@ -203,55 +229,108 @@ func (e *entry) visible() Status {
 	return StatusAlive
 }
 
+// skipped members are walked over on the rings: nobody there would pass on
+// what it is told.
+func (e *entry) skipped() bool { return e.Status == StatusSuspect || e.lost }
+
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
-	byName  map[string]*entry
 	ordered []*entry        // by name, so that no map order can show
 	ring    [rings][]*entry // those believed alive, in ring order
 	digest  uint64          // XOR over the entries that are not reaped
+	highest uint64          // incarnation of all
 	version uint64          // counts changes of the rings or of who is walked over
-	shrunk  uint64          // counts those that took somebody off the rings
+	shrunk  uint64          // the version that last took somebody off
+	failed  int             // members that may come back, of
+	total   int             // all that have neither left nor been forgotten
 	events  []Event         // news that nobody has taken yet
 }
 
-func newTable() *table { return &table{byName: make(map[string]*entry)} }
+// find returns where name is in ordered, or would be.
+func (t *table) find(name string) (int, bool) {
+	return slices.BinarySearchFunc(t.ordered, name, func(e *entry, name string) int { return strings.Compare(e.Name, name) })
+}
 
-func (t *table) get(name string) *entry { return t.byName[name] }
+func (t *table) get(name string) *entry {
+	if at, ok := t.find(name); ok {
+		return t.ordered[at]
+	}
+	return nil
+}
 
 // apply takes claim m into the table when it wins over what is there, and
-// reports whether it did. age is how long a dead member has been dead.
-func (t *table) apply(now time.Duration, m Member, age time.Duration) bool {
-	e := t.byName[m.Name]
-	if e != nil && !m.supersedes(e.Member) {
-		return false
+// returns its entry then, else nil. age is how long a dead member has been dead.
+func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
+	at, found := t.find(m.Name)
+	var e *entry
+	if found {
+		e = t.ordered[at]
+		if !m.supersedes(e.Member) {
+			return nil
+		}
+	} else {
+		if len(t.ordered) >= maxMembers && !t.makeRoom() {
+			return nil
+		}
+		at, _ = t.find(m.Name)
+		e = &entry{claim: &claim{}, since: now}
+		t.ordered = slices.Insert(t.ordered, at, e)
 	}
-	if e == nil {
-		e = &entry{}
+	t.count(e, -1)
+	old := e.claim
+	e.claim = &claim{Member: m, pos: old.pos}
+	if !found {
 		for i := range e.pos {
 			e.pos[i] = ringHash(i, m.Name)
 		}
-		t.byName[m.Name] = e
-		at, _ := slices.BinarySearchFunc(t.ordered, m.Name, byName)
-		t.ordered = slices.Insert(t.ordered, at, e)
-	} else if !e.reaped { // reap has taken it out of the digest
-		t.digest ^= e.digest()
 	}
-	old, wasOn := e.Member, e.Status != 0 && !e.Status.dead()
+	if old.Born != m.Born {
+		e.lost, e.dealings = false, nil
+	}
 	if m.Status.dead() && (!old.Status.dead() || old.Incarnation != m.Incarnation) {
 		e.since = now - age
 	}
-	if !m.sameInstance(old) {
-		e.lost = false
-	}
-	e.Member, e.reaped = m, false
-	t.digest ^= e.digest()
-	if on := !m.Status.dead(); on != wasOn {
+	e.reaped = false
+	t.highest = max(t.highest, m.Incarnation)
+	t.count(e, +1)
+	if on, wasOn := !m.Status.dead(), found && !old.Status.dead(); on != wasOn {
 		t.setOnRings(e, on)
 	}
-	if old.Status != m.Status {
+	if old.Status != m.Status || old.Born != m.Born {
 		t.changed(m.Status == StatusSuspect || m.Status.dead())
 	}
 	t.announce(e)
+	return e
+}
+
+// count adds e to the sums over the table, or takes it out.
+func (t *table) count(e *entry, by int) {
+	if e.reaped || e.Status == 0 {
+		return
+	}
+	t.digest ^= e.digest()
+	if e.Status < StatusLeft {
+		t.total += by
+	}
+	if e.Status == StatusFailed || e.lost && !e.Status.dead() {
+		t.failed += by
+	}
+}
+
+// makeRoom forgets the member that has been dead for longest: names that nobody
+// needs must not keep newcomers out.
+func (t *table) makeRoom() bool {
+	oldest := -1
+	for i, e := range t.ordered {
+		if e.Status.dead() && (oldest < 0 || e.since < t.ordered[oldest].since) {
+			oldest = i
+		}
+	}
+	if oldest < 0 {
+		return false
+	}
+	t.hide(t.ordered[oldest])
+	t.ordered = slices.Delete(t.ordered, oldest, oldest+1)
 	return true
 }
 
@@ -260,7 +339,9 @@ func (t *table) setLost(e *entry, lost bool) {
 	if e.lost == lost {
 		return
 	}
+	t.count(e, -1)
 	e.lost = lost
+	t.count(e, +1)
 	t.changed(lost)
 	t.announce(e)
 }
@@ -269,23 +350,28 @@ func (t *table) setLost(e *entry, lost bool) {
 func (t *table) changed(shrunk bool) {
 	t.version++
 	if shrunk {
-		t.shrunk++
+		t.shrunk = t.version
 	}
 }
 
 // announce tells the events that lead from what was told last to what is
 // visible now. Per member they alternate: nobody joins twice without an end.
 func (t *table) announce(e *entry) {
-	was, is := e.told, e.Member
+	was, is := Member{}, e.Member
+	if e.told != nil {
+		was = e.told.Member
+		was.Status = e.shown
+	}
 	is.Status = e.visible()
 	if was == is {
 		return
 	}
-	e.told = is
+	e.told, e.shown = e.claim, is.Status
 	tell := func(k EventKind, m Member) { t.events = append(t.events, Event{Kind: k, Member: m}) }
 	alive := was.Status == StatusAlive
 	switch {
 	case is.Status == StatusAlive && alive && was.Born != is.Born:
+		was.Status = StatusFailed
 		tell(EventFailed, was)
 		tell(EventJoin, is)
 	case is.Status == StatusAlive && alive:
@@ -309,58 +395,50 @@ func (t *table) announce(e *entry) {
 // reap hides the members that have been dead for longer than after and drops
 // those that were hidden for as long again.
 func (t *table) reap(now, after time.Duration) {
-	keep := t.ordered[:0]
-	for _, e := range t.ordered {
-		dead := now - e.since
-		if !e.Status.dead() || dead < after {
-			keep = append(keep, e)
-			continue
+	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool {
+		if !e.Status.dead() || now-e.since < after {
+			return false
 		}
-		if !e.reaped {
-			e.reaped = true
-			t.changed(false)
-			t.digest ^= e.digest()
-			if e.told.Status != 0 && e.told.Status != StatusPruned {
-				t.events = append(t.events, Event{Kind: EventReap, Member: e.told})
-			}
-			e.told = Member{}
-		}
-		if dead < 2*after {
-			keep = append(keep, e)
-		} else {
-			delete(t.byName, e.Name)
-		}
-	}
-	clear(t.ordered[len(keep):])
-	t.ordered = keep
+		t.hide(e)
+		return now-e.since >= 2*after
+	})
 }
 
-// snapshot copies what a user may see, sorted by name.
-func (t *table) snapshot() []Member {
-	ms := make([]Member, 0, len(t.ordered))
-	for _, e := range t.ordered {
+// hide makes a dead member invisible.
+func (t *table) hide(e *entry) {
+	if e.reaped {
+		return
+	}
+	t.count(e, -1)
+	e.reaped = true
+	if e.told != nil && e.shown != StatusPruned {
+		m := e.told.Member
+		m.Status = e.shown
+		t.events = append(t.events, Event{Kind: EventReap, Member: m})
+	}
+	e.told = nil
+}
+
+// list copies what a user may see of those whose names follow after, sorted by
+// name: limit of them at most.
+func (t *table) list(after string, limit int) []Member {
+	at, found := t.find(after)
+	if found {
+		at++
+	}
+	var ms []Member
+	for _, e := range t.ordered[at:] {
 		if e.reaped || e.Status == StatusPruned {
 			continue
+		}
+		if len(ms) == limit {
+			break
 		}
 		m := e.Member
 		m.Status = e.visible()
 		ms = append(ms, m)
 	}
 	return ms
-}
-
-// failed counts the members that may come back, and all that could.
-func (t *table) failed() (failed, total int) {
-	for _, e := range t.ordered {
-		if e.reaped || e.Status >= StatusLeft {
-			continue
-		}
-		total++
-		if e.Status == StatusFailed || e.lost {
-			failed++
-		}
-	}
-	return failed, total
 }
 
 // alive counts the members on the rings, oneself included.
@@ -380,23 +458,16 @@ func (t *table) setOnRings(e *entry, on bool) {
 // place is where e stands on ring i, or would stand.
 func (t *table) place(i int, e *entry) int {
 	at, _ := slices.BinarySearchFunc(t.ring[i], e, func(a, b *entry) int {
-		if a.pos[i] != b.pos[i] {
-			return cmp.Compare(a.pos[i], b.pos[i])
-		}
-		return strings.Compare(a.Name, b.Name)
+		return cmp.Or(cmp.Compare(a.pos[i], b.pos[i]), strings.Compare(a.Name, b.Name))
 	})
 	return at
 }
-
-// skipped members are walked over on the rings: nobody there would pass on
-// what it is told.
-func (e *entry) skipped() bool { return e.Status == StatusSuspect || e.lost }
 
 // watchers returns the members that watch e: on each ring the next neighbour
 // that no earlier ring has given, since rings over few members coincide and
 // would leave somebody with one watcher. Everybody else, where there are few.
 func (t *table) watchers(e *entry) []*entry {
-	var ws []*entry
+	ws := make([]*entry, 0, rings)
 	for i := range t.ring {
 		t.walk(i, e, +1, func(w *entry) bool {
 			if w.skipped() || slices.Contains(ws, w) {
@@ -430,11 +501,11 @@ func (t *table) watched(e *entry) []*entry {
 }
 
 // walk visits ring i from e's neighbour on, in direction dir, until visit
-// returns false or all others were seen.
+// returns false, all others were seen, or it has gone too far.
 func (t *table) walk(i int, e *entry, dir int, visit func(*entry) bool) {
 	ring := t.ring[i]
 	at := t.place(i, e)
-	for step := 1; step <= len(ring); step++ {
+	for step := 1; step <= min(len(ring), maxWalk); step++ {
 		o := ring[((at+dir*step)%len(ring)+len(ring))%len(ring)]
 		if o != e && !visit(o) {
 			return
@@ -442,20 +513,14 @@ func (t *table) walk(i int, e *entry, dir int, visit func(*entry) bool) {
 	}
 }
 
-func byName(e *entry, name string) int { return strings.Compare(e.Name, name) }
-
 // digest is this entry's part of the table's digest. A suspect counts as
-// alive: suspicion is short and settles itself, it is not worth a repair. The
-// address is in it because of two instances started in the same millisecond:
-// whoever knows the one would never learn of the other.
+// alive: suspicion is short and settles itself, it is not worth a repair.
 func (e *entry) digest() uint64 {
 	s := e.Status
 	if s == StatusSuspect {
 		s = StatusAlive
 	}
-	ip := e.Addr.Addr().As16()
-	hi, lo := binary.BigEndian.Uint64(ip[:8]), binary.BigEndian.Uint64(ip[8:])
-	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(s)<<56) ^ mix(lo^mix(hi^uint64(e.Addr.Port()))))
+	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(s)<<60))
 }
 
 // ringHash places a name on a ring. FNV alone leaves similar names (web1, web2)
@@ -472,4 +537,39 @@ func ringHash(ring int, name string) uint64 {
 func mix(x uint64) uint64 {
 	hi, lo := bits.Mul64(x^0x9e3779b97f4a7c15, 0xd6e8feb86659fd93)
 	return hi ^ lo
+}
+
+// userEvent is one remembered user event. Its key orders it, see update.key.
+type userEvent struct {
+	Event
+	key  string
+	sent time.Duration // on the caller's clock, as far as is known
+}
+
+// maxEvents is how many user events are remembered.
+const maxEvents = 128
+
+// memory is the latest user events. Everybody who has heard the same ones
+// remembers the same ones, so they can be part of the digest.
+type memory struct {
+	lamport uint64      // the highest time heard of
+	recent  []userEvent // in the order of their keys
+	digest  uint64
+}
+
+// add remembers ev; false: it was heard before, or is too old to be told from one
+// that was.
+func (m *memory) add(ev userEvent) bool {
+	m.lamport = max(m.lamport, ev.LTime)
+	at, heard := slices.BinarySearchFunc(m.recent, ev.key, func(o userEvent, key string) int { return strings.Compare(o.key, key) })
+	if heard || at == 0 && len(m.recent) == maxEvents {
+		return false
+	}
+	m.recent = slices.Insert(m.recent, at, ev)
+	m.digest ^= ringHash(rings, ev.key)
+	if len(m.recent) > maxEvents {
+		m.digest ^= ringHash(rings, m.recent[0].key)
+		m.recent = slices.Delete(m.recent, 0, 1)
+	}
+	return true
 }

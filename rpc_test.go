@@ -1,313 +1,951 @@
+// rpc_test.go: sessions on real and piped connections: what is said, what is cut,
+// what is played back, and who does not answer.
+
 package main
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/binary"
-	"encoding/gob"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net"
+	"net/http"
 	"net/netip"
+	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
-// fakeCluster notes what the RPC server asks of it.
-type fakeCluster struct {
-	mu     sync.Mutex
-	called []string
-	block  chan struct{} // Join waits for it
+// logged collects what is logged; safe for concurrent use.
+type logged struct {
+	mu sync.Mutex
+	b  bytes.Buffer
 }
 
-func (f *fakeCluster) note(format string, args ...any) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.called = append(f.called, fmt.Sprintf(format, args...))
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
 }
 
-func (f *fakeCluster) calls() string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return strings.Join(f.called, "; ")
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
-func (f *fakeCluster) Members() []Member {
-	f.note("members")
-	return []Member{{Name: "a", Addr: netip.MustParseAddrPort("[2001:db8::1]:7946"), Incarnation: 7, Born: 6, Status: StatusFailed, Tags: "k=v"}}
-}
-
-func (f *fakeCluster) Join(addrs []string) (int, error) {
-	f.note("join %q", addrs)
-	if f.block != nil {
-		<-f.block
+// startTestGossip starts a node in this process, on free ports of loopback.
+func startTestGossip(t testing.TB, name string, cfg GossipConfig) (*Gossip, *logged) {
+	t.Helper()
+	l := &logged{}
+	cfg.Self.Name, cfg.Log = name, log.New(l, "", 0)
+	if !cfg.Bind.IsValid() {
+		cfg.Bind = netip.MustParseAddrPort("127.0.0.1:0")
 	}
-	if len(addrs) == 1 {
-		return 0, fmt.Errorf("%s: nobody there", addrs[0])
+	if cfg.ReapAfter == 0 {
+		cfg.ReapAfter = time.Hour
 	}
-	return len(addrs) - 1, errors.New("one did not answer")
+	if cfg.Events == nil {
+		cfg.Events = func(Event, func(reply, []byte)) {}
+	}
+	g, err := StartGossip(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(g.Close)
+	return g, l
 }
 
-func (f *fakeCluster) Leave() error { f.note("leave"); return nil }
+func address(g *Gossip) netip.AddrPort { m, _ := g.Self(); return m.Addr }
 
-func (f *fakeCluster) ForceLeave(name string, prune bool) error {
-	f.note("force-leave %s %v", name, prune)
-	return fmt.Errorf("%s is alive", name)
+// seen are the statuses that g shows, by name.
+func seen(g *Gossip) map[string]Status {
+	all := make(map[string]Status)
+	g.do(func(n *node) error {
+		for _, m := range n.members("", maxMembers) {
+			all[m.Name] = m.Status
+		}
+		return nil
+	})
+	return all
 }
 
-func (f *fakeCluster) UserEvent(name string, payload []byte, coalesce bool) error {
-	f.note("event %s %q %v", name, payload, coalesce)
-	return nil
+func eventually(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(15 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not in time: %s", what)
+		}
+	}
 }
 
-// startRPC serves c on a free port.
-func startRPC(t *testing.T, c cluster, token string) (s *rpcServer, addr string, logged *processOutput) {
+func testKey(b byte) [][]byte { return [][]byte{bytes.Repeat([]byte{b}, keySize)} }
+
+func testDoor(t testing.TB, cluster string, keys [][]byte, kind portKind) *door {
+	t.Helper()
+	s, err := newSeal(cluster, keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &door{s, kind, 4242}
+}
+
+// ---- the seal ----
+
+// The test vectors of c2sp.org/XAES-256-GCM.
+func TestXAESGivesThePublishedVectors(t *testing.T) {
+	for _, v := range []struct {
+		key         byte
+		aad, sealed string
+	}{
+		{1, "", "ce546ef63c9cc60765923609b33a9a1974e96e52daf2fcf7075e2271"},
+		{3, "c2sp.org/XAES-256-GCM", "986ec1832593df5443a179437fd083bf3fdb41abd740a21f71eb769d"},
+	} {
+		x, err := newXAES(bytes.Repeat([]byte{v.key}, keySize))
+		if err != nil {
+			t.Fatal(err)
+		}
+		nonce := []byte("ABCDEFGHIJKLMNOPQRSTUVWX")
+		got := x.derived(nonce).Seal(nil, nonce[12:], []byte("XAES-256-GCM"), []byte(v.aad))
+		if hex.EncodeToString(got) != v.sealed {
+			t.Errorf("key %d: %x", v.key, got)
+		}
+	}
+}
+
+func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
+	for name, keys := range map[string][][]byte{"with a key": testKey(1), "without": nil} {
+		s, _ := newSeal("c", keys)
+		other, _ := newSeal("d", keys)
+		b, ping := s.closeDatagram([]byte("hello"), "web1", 77), s.closeDatagram([]byte("hello"), "web1", 0)
+		for _, tt := range []struct {
+			fact  string
+			s     *seal
+			b     []byte
+			name  string
+			born  uint64
+			opens bool
+		}{
+			{"its own", s, b, "web1", 77, true},
+			{"another run", s, b, "web1", 78, false},
+			{"another member", s, b, "web2", 77, false},
+			{"another cluster", other, b, "web1", 77, false},
+			{"a ping to any run", s, ping, "web1", 78, true},
+			{"a ping to another member", s, ping, "web2", 78, false},
+		} {
+			data, anyRun, err := tt.s.openDatagram(tt.b, tt.name, tt.born)
+			if (err == nil) != tt.opens || err != nil && !errors.Is(err, errNotForMe) || (string(data) == "hello") != tt.opens || anyRun != (tt.b[0]&flagAnyRun != 0) {
+				t.Errorf("%s, %s: %q, %v, %v", name, tt.fact, data, anyRun, err)
+			}
+		}
+	}
+	keyed, _ := newSeal("", testKey(1))
+	plain, _ := newSeal("", nil)
+	both, _ := newSeal("", append(testKey(2), testKey(1)...))
+	wrong, _ := newSeal("", testKey(3))
+	b := keyed.closeDatagram([]byte("x"), "a", 1)
+	for want, s := range map[error]*seal{nil: both, errKeyless: plain, errOtherKey: wrong} {
+		if _, _, err := s.openDatagram(b, "a", 1); !errors.Is(err, want) {
+			t.Errorf("got %v, want %v", err, want)
+		}
+	}
+	if _, _, err := keyed.openDatagram(plain.closeDatagram([]byte("x"), "a", 1), "a", 1); !errors.Is(err, errKeyed) {
+		t.Error(err)
+	}
+}
+
+// pipe returns both ends of a session over a pipe.
+func pipe(t *testing.T, d, a *door) (dialler, acceptor *session, wires [2]net.Conn) {
+	x, y := net.Pipe()
+	t.Cleanup(func() { x.Close(); y.Close() })
+	done := make(chan *session)
+	go func() { done <- a.meet(y, false) }()
+	dialler = d.meet(x, true)
+	return dialler, <-done, [2]net.Conn{x, y}
+}
+
+func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
+	plain := testDoor(t, "", nil, gossipPort)
+	keyed := testDoor(t, "", testKey(1), gossipPort)
+	for _, tt := range []struct {
+		d, a       *door
+		atD, atA   error
+		atDialText string
+	}{
+		{plain, plain, nil, nil, ""},
+		{keyed, keyed, nil, nil, ""},
+		{plain, keyed, errKeyless, errKeyed, ""},
+		{keyed, plain, errKeyed, errKeyless, ""},
+		{plain, testDoor(t, "else", nil, gossipPort), errCluster, errCluster, ""},
+		{plain, testDoor(t, "", nil, rpcPort), wrongPort{rpcPort, 4242}, nil, "gossips on port 4242"},
+	} {
+		s, r, _ := pipe(t, tt.d, tt.a)
+		if !errors.Is(s.err, tt.atD) || tt.atA != nil && !errors.Is(r.err, tt.atA) || (s.err == nil) != (r.err == nil) || tt.atDialText != "" && !strings.Contains(s.err.Error(), tt.atDialText) {
+			t.Errorf("dialler: %v, acceptor: %v", s.err, r.err)
+		}
+	}
+	s, r, _ := pipe(t, keyed, testDoor(t, "", testKey(2), gossipPort)) // which only a frame shows
+	go func() { var h head; r.read(&h) }()
+	s.write(&head{Kind: kLook})
+	if s.read(&head{}); !errors.Is(s.err, errOtherKey) {
+		t.Errorf("another key: %v", s.err)
+	}
+}
+
+func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
+	d := testDoor(t, "", testKey(1), gossipPort)
+	record := func() (context string, frames [][]byte) {
+		var b bytes.Buffer
+		s := &session{Conn: writeOnly{w: &b}, seal: d.seal, context: fmt.Sprint(time.Now()), dialled: true}
+		for i := range 3 {
+			b.Reset()
+			s.write(&head{Kind: kTable, Seq: uint32(i)})
+			frames = append(frames, bytes.Clone(b.Bytes()))
+		}
+		return s.context, frames
+	}
+	context, f := record()
+	_, g := record()
+	for _, tt := range []struct {
+		fact   string
+		frames [][]byte
+		taken  int
+	}{
+		{"as they were sent", f, 3},
+		{"one dropped", [][]byte{f[0], f[2]}, 1},
+		{"two in another order", [][]byte{f[1], f[0], f[2]}, 0},
+		{"one twice", [][]byte{f[0], f[0]}, 1},
+		{"one of another stream", [][]byte{f[0], g[1]}, 1},
+	} {
+		s := &session{Conn: writeOnly{Reader: bytes.NewReader(slices.Concat(tt.frames...)), w: io.Discard}, seal: d.seal, context: context}
+		taken := 0
+		for s.err == nil {
+			if s.read(&head{}); s.err == nil {
+				taken++
+			}
+		}
+		if taken != tt.taken {
+			t.Errorf("%s: %d frames are taken, want %d", tt.fact, taken, tt.taken)
+		}
+	}
+	back := &session{Conn: writeOnly{Reader: bytes.NewReader(f[0]), w: io.Discard}, seal: d.seal, context: context, dialled: true}
+	if back.read(&head{}); back.err == nil {
+		t.Error("a frame is taken by the side that sent it")
+	}
+}
+
+// writeOnly is a connection made of a reader and a writer.
+type writeOnly struct {
+	net.Conn
+	io.Reader
+	w io.Writer
+}
+
+func (c writeOnly) Read(b []byte) (int, error)       { return c.Reader.Read(b) }
+func (c writeOnly) Write(b []byte) (int, error)      { return c.w.Write(b) }
+func (c writeOnly) SetWriteDeadline(time.Time) error { return nil }
+
+func TestAWriterThatIsNotReadGivesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := testDoor(t, "", nil, gossipPort)
+		s, _, _ := pipe(t, d, d)
+		began := time.Now()
+		if s.write(&head{}); !timedOut(s.err) || time.Since(began) != frameFor {
+			t.Errorf("after %v: %v", time.Since(began), s.err)
+		}
+	})
+}
+
+func FuzzFrames(f *testing.F) {
+	d := testDoor(f, "", nil, gossipPort)
+	var b bytes.Buffer
+	s := &session{Conn: writeOnly{w: &b}, seal: d.seal, dialled: true}
+	s.write(&head{Kind: kExchange, From: "a"})
+	s.write(&head{Kind: kTable}, update{Member: labMember(1)})
+	f.Add(b.Bytes())
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 1, 2, 3})
+	f.Fuzz(func(t *testing.T, in []byte) {
+		s := &session{Conn: writeOnly{Reader: bytes.NewReader(in), w: io.Discard}, seal: d.seal}
+		for i := 0; s.err == nil; i++ {
+			if s.read(&head{}); i > len(in) {
+				t.Fatal("more frames than bytes")
+			}
+		}
+	})
+}
+
+func FuzzHello(f *testing.F) {
+	keyed := testDoor(f, "c", testKey(1), gossipPort)
+	f.Add(keyed.hello(), true)
+	f.Add(testDoor(f, "c", nil, rpcPort).hello(), false)
+	f.Add([]byte("GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"), false)
+	f.Fuzz(func(t *testing.T, in []byte, dialled bool) {
+		var out bytes.Buffer
+		s := keyed.meet(writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled)
+		if out.Len() > helloSize {
+			t.Fatalf("%d bytes are said", out.Len())
+		}
+		if s.err == nil && keyed.check(in[:helloSize]) != nil {
+			t.Fatal("a bad hello is taken")
+		}
+		if s.readBytes(); s.err == nil {
+			t.Fatal("a frame is taken from one who has no key")
+		}
+	})
+}
+
+// ---- agents among themselves ----
+
+func TestAJoinTellsBothOfAllOthers(t *testing.T) {
+	red, _ := startTestGossip(t, "red", GossipConfig{})
+	blue, _ := startTestGossip(t, "blue", GossipConfig{nodeConfig: nodeConfig{Seeds: []string{address(red).String()}}})
+	green, _ := startTestGossip(t, "green", GossipConfig{})
+	if n, err := green.Join([]string{address(blue).String()}, false); n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	for _, g := range []*Gossip{red, blue, green} {
+		eventually(t, "all three are alive for each", func() bool { return len(seen(g)) == 3 })
+	}
+	blue.Close()
+	for _, g := range []*Gossip{red, green} {
+		eventually(t, "blue has failed", func() bool { return seen(g)["blue"] == StatusFailed })
+	}
+	if green.Leave(); red.Err() != nil {
+		t.Error(red.Err())
+	}
+	eventually(t, "green has left", func() bool { return seen(red)["green"] == StatusLeft })
+}
+
+func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
+	plain, plainLog := startTestGossip(t, "plain", GossipConfig{})
+	keyed, keyedLog := startTestGossip(t, "keyed", GossipConfig{Keys: testKey(1)})
+	other, _ := startTestGossip(t, "other", GossipConfig{Keys: testKey(2)})
+	apart, _ := startTestGossip(t, "apart", GossipConfig{Cluster: "elsewhere"})
+	rpc := startTestRPC(t, plain, "")
+	web := &http.Server{Handler: http.NotFoundHandler()}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go web.Serve(ln)
+	defer web.Close()
+	said := make(map[string]bool)
+	cases := []struct {
+		joiner       *Gossip
+		addr, remedy string
+	}{
+		{other, address(keyed).String(), "has another key: give both the same -encrypt"},
+		{plain, address(keyed).String(), "start this one with -encrypt"},
+		{keyed, address(plain).String(), "start that one with -encrypt"},
+		{apart, address(plain).String(), "give both the same -cluster"},
+		{plain, fakeServer(t, "HAMLET/9\r\n\r\n"+strings.Repeat("x", helloSize)), "run the same hamlet on both sides"},
+		{plain, ln.Addr().String(), "is this the right port"},
+		{plain, fakeServer(t, ""), "a Serf agent hangs up so"},
+		{plain, rpc, fmt.Sprintf("is the RPC port of a hamlet agent, which gossips on port %d", address(plain).Port())},
+		{plain, address(plain).String(), "that is this node itself"},
+		{plain, "127.0.0.1:1", "connection refused"},
+		{plain, "10.99.99.99:7946", "-bind sets another address"},
+		{plain, "[::1]:7946", "an address of another kind"},
+	}
+	for _, c := range cases {
+		for range 2 {
+			start := time.Now()
+			n, err := c.joiner.Join([]string{c.addr}, false)
+			if n > 0 || err == nil || time.Since(start) > 2*time.Second || !strings.HasPrefix(err.Error(), c.addr+": ") || !strings.Contains(err.Error(), c.remedy) {
+				t.Errorf("join %s, want %q, after %v: %v", c.addr, c.remedy, time.Since(start), err)
+			}
+			if err != nil {
+				said[strings.ReplaceAll(err.Error(), c.addr, "")] = true
+			}
+		}
+	}
+	if len(said) != len(cases) {
+		t.Errorf("%d reasons, but %d different errors: %q", len(cases), len(said), slices.Sorted(maps.Keys(said)))
+	}
+	for _, l := range []*logged{plainLog, keyedLog} {
+		if n := strings.Count(l.String(), "[WARN]") - strings.Count(l.String(), "it came to the RPC, and looks for the other port"); n != 1 {
+			t.Errorf("one peer that came often is %d lines:\n%s", n, l)
+		}
+	}
+}
+
+// fakeServer answers everybody who connects with the same bytes, and hangs up.
+func fakeServer(t *testing.T, says string) (addr string) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			c.Read(make([]byte, 1<<10))
+			io.WriteString(c, says)
+			c.Close()
+		}
+	}()
+	return ln.Addr().String()
+}
+
+// lookAt has g look at whoever is at addr, and returns what it saw.
+func lookAt(t *testing.T, g *Gossip, name string, addr netip.AddrPort, born uint64) (saw []verdict) {
+	t.Helper()
+	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: StatusAlive}
+	g.do(func(n *node) error {
+		p := n.detector.begin(n, m, &entry{claim: &claim{Member: m}})
+		p.stage, p.looks, p.seq, p.start = judging, 1, 7, n.now+time.Hour
+		return nil
+	})
+	done := make(chan struct{})
+	go func() { g.look(look{7, m}); close(done) }()
+	for over := false; !over; {
+		select {
+		case <-done:
+			over = true
+		case <-time.After(ms):
+		}
+		g.do(func(n *node) error {
+			if len(n.detector.probes) > 0 {
+				if v := n.detector.probes[0].mine; len(saw) == 0 && v > 0 || len(saw) > 0 && saw[len(saw)-1] != v {
+					saw = append(saw, v)
+				}
+			}
+			return nil
+		})
+	}
+	g.do(func(n *node) error { n.detector.probes = nil; return nil })
+	return saw
+}
+
+func TestALookTellsWhoIsThere(t *testing.T) {
+	g, _ := startTestGossip(t, "red", GossipConfig{})
+	other, _ := startTestGossip(t, "blue", GossipConfig{})
+	self, _ := other.Self()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	at := func(ln net.Listener) netip.AddrPort { return netip.MustParseAddrPort(ln.Addr().String()) }
+	for _, tt := range []struct {
+		fact string
+		name string
+		addr netip.AddrPort
+		born uint64
+		last verdict
+	}{
+		{"the member itself", "blue", self.Addr, self.Born, vAlive},
+		{"another run of it", "blue", self.Addr, self.Born - 1, vRefused},
+		{"another member", "green", self.Addr, self.Born, vRefused},
+		{"nobody", "green", netip.MustParseAddrPort("127.0.0.1:1"), 5, vRefused},
+		{"a kernel whose process is silent", "green", at(silent), 5, vSilent},
+		{"one who accepts and hangs up", "green", netip.MustParseAddrPort(fakeServer(t, "")), 5, vNone},
+	} {
+		saw := lookAt(t, g, tt.name, tt.addr, tt.born)
+		if last := append([]verdict{vNone}, saw...)[len(saw)]; last != tt.last {
+			t.Errorf("%s: it saw %v, want %v at the end", tt.fact, saw, tt.last)
+		}
+	}
+}
+
+// relay stands between two agents and can be told what to do to the bytes.
+func relay(t *testing.T, to string, through func(dst, src net.Conn, dialled bool)) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			s, err := net.Dial("tcp", to)
+			if err != nil {
+				c.Close()
+				continue
+			}
+			go through(s, c, true)
+			go through(c, s, false)
+		}
+	}()
+	return ln.Addr().String()
+}
+
+// full makes g know of count more members who have left: a table of many frames.
+func full(g *Gossip, prefix string, count int) {
+	g.do(func(n *node) error {
+		for i := range count {
+			m := Member{Name: fmt.Sprintf("%s%05d", prefix, i), Addr: netip.MustParseAddrPort("127.0.0.1:9"), Incarnation: 5, Born: 5, Status: StatusLeft, Tags: Tags("k=" + strings.Repeat("v", 300))}
+			n.t.apply(n.now, m, 0)
+		}
+		return nil
+	})
+}
+
+func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
+	red, _ := startTestGossip(t, "red", GossipConfig{})
+	full(red, "r", 300)
+	for _, cut := range []int{0, 10, helloSize, helloSize + 3, 200, 5000, 40_000, 90_000} {
+		for _, way := range []bool{true, false} {
+			blue, _ := startTestGossip(t, "blue", GossipConfig{})
+			full(blue, "b", 300)
+			addr := relay(t, address(red).String(), func(dst, src net.Conn, dialled bool) {
+				if dialled == way {
+					io.CopyN(dst, src, int64(cut))
+				} else {
+					io.Copy(dst, src)
+				}
+				dst.Close()
+				src.Close()
+			})
+			start := time.Now()
+			if n, err := blue.Join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor {
+				t.Errorf("cut after %d bytes: %d, %v after %v", cut, n, err, time.Since(start))
+			}
+			if n, err := blue.Join([]string{address(red).String()}, false); n != 1 {
+				t.Errorf("after a cut at %d: %v", cut, err)
+			}
+			if n := len(seen(blue)); n != 602 {
+				t.Errorf("after a cut at %d: %d members", cut, n)
+			}
+			blue.Leave()
+			eventually(t, "blue has left", func() bool { return seen(red)["blue"] != StatusAlive })
+		}
+	}
+}
+
+func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
+	t.Parallel()
+	red, _ := startTestGossip(t, "red", GossipConfig{})
+	full(red, "r", 600)
+	blue, _ := startTestGossip(t, "blue", GossipConfig{})
+	addr := relay(t, address(red).String(), func(dst, src net.Conn, dialled bool) {
+		io.CopyN(dst, src, 20_000) // then half-open: nothing comes, and nobody is told
+	})
+	start := time.Now()
+	if n, err := blue.Join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor+time.Second {
+		t.Errorf("%d, %v after %v", n, err, time.Since(start))
+	}
+	eventually(t, "the place for an exchange is free again", func() bool { return len(red.tables) == 0 })
+}
+
+func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
+	t.Parallel()
+	red, _ := startTestGossip(t, "red", GossipConfig{})
+	full(red, "r", 100)
+	blue, _ := startTestGossip(t, "blue", GossipConfig{})
+	addr := relay(t, address(red).String(), func(dst, src net.Conn, dialled bool) {
+		for {
+			if _, err := io.CopyN(dst, src, 4<<10); err != nil {
+				dst.Close()
+				return
+			}
+			time.Sleep(50 * ms)
+		}
+	})
+	if n, err := blue.Join([]string{addr}, false); n != 1 {
+		t.Error(err)
+	}
+}
+
+func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
+	red, _ := startTestGossip(t, "red", GossipConfig{})
+	for range maxTables {
+		_, s := greeting(t, red)
+		s.write(&head{Kind: kExchange, From: "x", Digest: 1})
+		if s.read(&head{}); s.err != nil {
+			t.Fatal(s.err)
+		}
+	}
+	blue, _ := startTestGossip(t, "blue", GossipConfig{})
+	if n, err := blue.Join([]string{address(red).String()}, false); n > 0 || err == nil {
+		t.Error("an exchange more than there are places")
+	}
+	look := lookAt(t, blue, "red", address(red), func() uint64 { m, _ := red.Self(); return m.Born }())
+	if len(look) == 0 || look[len(look)-1] != vAlive {
+		t.Errorf("full of exchanges it is seen as %v", look)
+	}
+	eventually(t, "places become free, and it can join", func() bool {
+		n, _ := blue.Join([]string{address(red).String()}, false)
+		return n == 1
+	})
+}
+
+func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
+	red, _ := startTestGossip(t, "red", GossipConfig{})
+	blue, _ := startTestGossip(t, "blue", GossipConfig{})
+	if n, err := blue.Join([]string{address(red).String()}, false); n != 1 {
+		t.Fatal(err)
+	}
+	eventually(t, "links stand", func() bool {
+		n := 0
+		red.do(func(*node) error { n = len(red.links); return nil })
+		return n == 1
+	})
+	time.Sleep(50 * ms)
+	probes := func() (n int) { red.do(func(m *node) error { n = len(m.detector.probes); return nil }); return n }
+	blue.do(func(n *node) error { blue.relink(n.self.Member, nil); return nil })
+	time.Sleep(20 * ms)
+	if probes() > 0 {
+		t.Error("a bye starts a probe")
+	}
+	start := time.Now()
+	blue.Close()
+	eventually(t, "blue has failed", func() bool { return seen(red)["blue"] == StatusFailed })
+	t.Logf("failed %v after the end", time.Since(start).Round(ms))
+}
+
+func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
+	red, _ := startTestGossip(t, "red", GossipConfig{})
+	limit := red.guests.limit
+	var held []net.Conn
+	for range limit + 50 {
+		c, err := net.Dial("tcp", address(red).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, c)
+	}
+	defer func() {
+		for _, c := range held {
+			c.Close()
+		}
+	}()
+	blue, _ := startTestGossip(t, "blue", GossipConfig{})
+	if n, err := blue.Join([]string{address(red).String()}, false); n != 1 {
+		t.Error(err)
+	}
+	red.guests.mu.Lock()
+	here := len(red.guests.here)
+	red.guests.mu.Unlock()
+	if here > limit {
+		t.Errorf("%d connections are held, the limit is %d", here, limit)
+	}
+	held[0].SetReadDeadline(time.Now().Add(4 * time.Second))
+	if _, err := held[0].Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the oldest connection is still open: %v", err)
+	}
+}
+
+// ---- commands ----
+
+func startTestRPC(t testing.TB, g *Gossip, token string) (addr string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	logged = &processOutput{}
-	s = serveRPC(ln, c, token, log.New(logged, "", 0))
-	t.Cleanup(s.Close)
-	return s, ln.Addr().String(), logged
-}
-
-// rpcBytes is a request as it travels.
-func rpcBytes(token string, value []byte) []byte {
-	sum := sha256.Sum256([]byte(token))
-	b := append([]byte(rpcMagic), sum[:]...)
-	return append(binary.BigEndian.AppendUint32(b, uint32(len(value))), value...)
-}
-
-func TestRequestsReachTheClusterAndAnswersComeBack(t *testing.T) {
-	f := &fakeCluster{}
-	_, addr, _ := startRPC(t, f, "")
-	call := func(r request) (answer, error) { return callRPC(addr, "", r, rpcTimeout) }
-
-	ans, err := call(request{Op: "members"})
-	if diff := cmp.Diff(f.Members(), ans.Members, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); err != nil || diff != "" {
-		t.Errorf("%v %s", err, diff)
-	}
-	if ans, err := call(request{Op: "join", Addrs: "x y z:1"}); err != nil || ans.Joined != 2 {
-		t.Errorf("a join that one of three missed: %+v, %v", ans, err)
-	}
-	if _, err := call(request{Op: "join", Addrs: "x"}); err == nil || err.Error() != "x: nobody there" {
-		t.Errorf("a join that nobody answered: %v", err)
-	}
-	if _, err := call(request{Op: "force-leave", Name: "web", Prune: true}); err == nil || err.Error() != "web is alive" {
-		t.Errorf("force-leave: %v", err)
-	}
-	if _, err := call(request{Op: "event", Name: "e", Payload: []byte("\x00\xff"), Coalesce: true}); err != nil {
-		t.Errorf("event: %v", err)
-	}
-	if _, err := call(request{Op: "dance"}); err == nil || !strings.Contains(err.Error(), `"dance"`) {
-		t.Errorf("unknown request: %v", err)
-	}
-	if _, err := call(request{}); err == nil {
-		t.Error("an empty request was answered")
-	}
-	if _, err := call(request{Op: "leave"}); err != nil {
-		t.Errorf("leave: %v", err)
-	}
-	if _, err := call(request{Op: "members"}); err == nil {
-		t.Error("after a leave the port still answers")
-	}
-	want := `members; members; join ["x" "y" "z:1"]; join ["x"]; force-leave web true; event e "\x00\xff" true; leave`
-	if got := f.calls(); got != want {
-		t.Errorf("calls:\n%s\nwant:\n%s", got, want)
-	}
-}
-
-func TestTheTokenIsAskedFor(t *testing.T) {
-	f := &fakeCluster{}
-	_, addr, logged := startRPC(t, f, "sesame")
-	for _, token := range []string{"", "sesam", "sesame2", "SESAME"} {
-		_, err := callRPC(addr, token, request{Op: "leave"}, rpcTimeout)
-		f := &failure{}
-		if !errors.As(err, &f) || f.again || f.code != 1 || !strings.Contains(f.msg, "token") || !strings.Contains(f.hint, "SERF_RPC_AUTH") || strings.Contains(f.msg+f.hint, "sesam") {
-			t.Errorf("token %q: %+v", token, err)
-		}
-	}
-	if f.calls() != "" {
-		t.Errorf("done without the token: %s", f.calls())
-	}
-	if _, err := callRPC(addr, "sesame", request{Op: "members"}, rpcTimeout); err != nil {
-		t.Errorf("with the token: %v", err)
-	}
-	if s := logged.String(); strings.Count(s, "\n") != 1 || !strings.Contains(s, "token") || strings.Contains(s, "sesam") {
-		t.Errorf("four refusals in one minute are one line, without the token: %q", s)
-	}
-}
-
-func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
-	f := &fakeCluster{}
-	_, addr, logged := startRPC(t, f, "")
-	leave := packRequest(request{Op: "leave"})
-	var stream bytes.Buffer
-	gob.NewEncoder(&stream).Encode(request{Op: "leave"})
-	bigger := rpcBytes("", leave)
-	binary.BigEndian.PutUint32(bigger[len(rpcMagic)+sha256.Size:], 1<<31)
-	for name, in := range map[string][]byte{
-		"nothing":            {},
-		"HTTP":               append([]byte("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n"), rpcBytes("", leave)...),
-		"TLS":                {0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3, 0, 0, 0, 0, 0},
-		"gossip":             []byte(preamble),
-		"a gob stream":       rpcBytes("", stream.Bytes()),
-		"magic only":         []byte(rpcMagic),
-		"cut short":          rpcBytes("", leave)[:len(rpcBytes("", leave))-1],
-		"a huge length":      bigger,
-		"a million elements": rpcBytes("", []byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}),
-		"random":             bytes.Repeat([]byte{0x9c, 0x01, 0xff}, 3000),
-	} {
-		conn, err := net.Dial("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn.Write(in)
-		conn.(*net.TCPConn).CloseWrite()
-		conn.SetDeadline(time.Now().Add(4 * time.Second))
-		got, err := io.ReadAll(conn)
-		if ne := net.Error(nil); errors.As(err, &ne) && ne.Timeout() {
-			t.Errorf("%s: the connection stays open", name)
-		}
-		if len(got) > 0 {
-			t.Errorf("%s: answered %q", name, got)
-		}
-		conn.Close()
-	}
-	if f.calls() != "" {
-		t.Errorf("strangers made the agent do: %s", f.calls())
-	}
-	if n := strings.Count(logged.String(), "\n"); n != 1 {
-		t.Errorf("%d log lines, want one a minute:\n%s", n, logged)
-	}
-	if _, err := callRPC(addr, "", request{Op: "members"}, rpcTimeout); err != nil {
-		t.Errorf("afterwards: %v", err)
-	}
-}
-
-func TestAnotherVersionIsToldFromNoHamletAtAll(t *testing.T) {
-	serve := func(answer string) string {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { ln.Close() })
-		go func() {
-			for {
-				conn, err := ln.Accept()
-				if err != nil {
-					return
-				}
-				conn.Read(make([]byte, 1000))
-				io.WriteString(conn, answer)
-				conn.Close()
-			}
-		}()
-		return ln.Addr().String()
-	}
-	for answer, want := range map[string]string{
-		"hamlet-rpc/2\n":                   "another version",
-		"HTTP/1.1 400 Bad Request\r\n\r\n": "is not the RPC of a hamlet agent",
-		"hi":                               "is not the RPC of a hamlet agent",
-		"":                                 "is not the RPC of a hamlet agent",
-		rpcMagic:                           "no agent answers",
-		rpcMagic + "\x05abcdefg":           "no agent answers",
-	} {
-		addr := serve(answer)
-		_, err := callRPC(addr, "", request{Op: "members"}, rpcTimeout)
-		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), addr) {
-			t.Errorf("answer %q: %v; want %q", answer, err, want)
-		}
-	}
-	_, addr, _ := startRPC(t, &fakeCluster{}, "")
-	conn, err := net.Dial("tcp", addr)
+	r, err := serveRPC(ln, g, token, func() []string { return []string{"agent", "name", "x"} })
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
-	io.WriteString(conn, "hamlet-rpc/9\nwhatever a later version may send")
-	conn.SetDeadline(time.Now().Add(4 * time.Second))
-	if got := make([]byte, len(rpcMagic)); true {
-		if _, err := io.ReadFull(conn, got); err != nil || string(got) != rpcMagic {
-			t.Errorf("a client of another version is told %q, %v", got, err)
+	t.Cleanup(r.Close)
+	return ln.Addr().String()
+}
+
+func call(addr, token string, req request) (last answer, us []update, err error) {
+	err = callRPC(addr, token, req, rpcTimeout, func(a answer, more []update) error {
+		last, us = a, append(us, more...)
+		return nil
+	})
+	return last, us, err
+}
+
+func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
+	var mu sync.Mutex
+	var events []string
+	g, _ := startTestGossip(t, "red", GossipConfig{nodeConfig: nodeConfig{Answers: []string{"load"}}, Events: func(ev Event, answer func(reply, []byte)) {
+		mu.Lock()
+		defer mu.Unlock()
+		if ev.Kind >= EventUser {
+			events = append(events, fmt.Sprintf("%v %s %q %v", ev.Kind, ev.Name, ev.Payload, ev.Coalesce))
 		}
+		if ev.Kind == EventQuery {
+			go answer(replyDone, []byte("0.5"))
+		}
+	}})
+	addr := startTestRPC(t, g, "")
+	full(g, "m", 3*pageSize)
+	if _, us, err := call(addr, "", request{Op: "members"}); err != nil || len(us) != 3*pageSize+1 || us[0].Member.Status != StatusLeft {
+		t.Errorf("members: %d, %v", len(us), err)
+	}
+	other, _ := startTestGossip(t, "blue", GossipConfig{})
+	if a, _, err := call(addr, "", request{Op: "join", Args: address(other).String() + "\x00127.0.0.1:1"}); err != nil || a.Count != 1 {
+		t.Errorf("a join that one of two missed: %+v, %v", a, err)
+	}
+	if _, _, err := call(addr, "", request{Op: "join", Args: "127.0.0.1:1"}); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1: connection refused") {
+		t.Errorf("a join that nobody answered: %v", err)
+	}
+	if _, _, err := call(addr, "", request{Op: "force-leave", Name: "blue"}); err == nil || !strings.Contains(err.Error(), "is alive") {
+		t.Errorf("force-leave: %v", err)
+	}
+	if _, _, err := call(addr, "", request{Op: "event", Name: "e", Payload: []byte("\x00\xff"), Merge: true}); err != nil {
+		t.Errorf("event: %v", err)
+	}
+	if _, _, err := call(addr, "", request{Op: "tags", Args: "k=v"}); err != nil {
+		t.Errorf("tags: %v", err)
+	}
+	eventually(t, "the tags are everywhere", func() (ok bool) {
+		other.do(func(n *node) error { e := n.t.get("red"); ok = e != nil && e.Tags == "k=v"; return nil })
+		return ok
+	})
+	if _, us, err := call(addr, "", request{Op: "query", Name: "load", Within: 5 * time.Second}); err != nil || !slices.ContainsFunc(us, func(u update) bool { return u.Member.Name == "red" && string(u.Payload) == "0.5" }) {
+		t.Errorf("query: %+v, %v", us, err)
+	}
+	if a, _, err := call(addr, "", request{Op: "info"}); err != nil || a.Text != "agent\x00name\x00x" {
+		t.Errorf("info: %q, %v", a.Text, err)
+	}
+	if _, _, err := call(addr, "", request{Op: "dance"}); err == nil || !strings.Contains(err.Error(), `"dance"`) {
+		t.Errorf("unknown request: %v", err)
+	}
+	if _, _, err := call(addr, "", request{Op: "leave"}); err != nil {
+		t.Errorf("leave: %v", err)
+	}
+	if _, _, err := call(addr, "", request{Op: "members"}); err == nil {
+		t.Error("after a leave the port still answers")
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if want := []string{`user e "\x00\xff" true`, `query load "" false`}; !slices.Equal(events, want) {
+		t.Errorf("events %q", events)
+	}
+}
+
+func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
+	g, l := startTestGossip(t, "red", GossipConfig{})
+	var mu sync.Mutex
+	var wire bytes.Buffer
+	addr := relay(t, startTestRPC(t, g, "sesame"), func(dst, src net.Conn, _ bool) {
+		buf := make([]byte, 1<<10)
+		for {
+			n, err := src.Read(buf)
+			mu.Lock()
+			wire.Write(buf[:n])
+			mu.Unlock()
+			dst.Write(buf[:n])
+			if err != nil {
+				dst.Close()
+				return
+			}
+		}
+	})
+	for _, token := range []string{"", "sesam", "sesame2", "SESAME"} {
+		_, _, err := call(addr, token, request{Op: "leave"})
+		f, ok := errors.AsType[*failure](err)
+		if !ok || f.again || f.code != 1 || !strings.Contains(f.msg, "token") || !strings.Contains(f.hint, "SERF_RPC_AUTH") || strings.Contains(f.msg+f.hint, "sesam") {
+			t.Errorf("token %q: %+v", token, err)
+		}
+	}
+	if seen(g)["red"] != StatusAlive {
+		t.Error("done without the token")
+	}
+	if _, _, err := call(addr, "sesame", request{Op: "members"}); err != nil {
+		t.Errorf("with the token: %v", err)
+	}
+	if _, _, err := call(startTestRPC(t, g, ""), "sesame", request{Op: "members"}); err == nil || !strings.Contains(err.Error(), "has no token") {
+		t.Errorf("a token for an agent without: %v", err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if strings.Contains(wire.String(), "sesame") {
+		t.Error("the token is on the wire")
+	}
+	if s := l.String(); strings.Count(s, "[WARN]") > 2 || strings.Contains(s, "sesam") {
+		t.Errorf("refusals: %q", s)
+	}
+}
+
+// A recorded leave made the agent leave once more.
+func TestARecordedRequestIsNotAnswered(t *testing.T) {
+	g, _ := startTestGossip(t, "red", GossipConfig{})
+	addr := startTestRPC(t, g, "sesame")
+	var mu sync.Mutex
+	var said bytes.Buffer
+	through := relay(t, addr, func(dst, src net.Conn, dialled bool) {
+		if dialled {
+			src = &tapped{Conn: src, mu: &mu, to: &said}
+		}
+		io.Copy(dst, src)
+		dst.Close()
+	})
+	if _, _, err := call(through, "sesame", request{Op: "event", Name: "reboot"}); err != nil {
+		t.Fatal(err)
+	}
+	lamport := func() (l uint64) {
+		g.do(func(n *node) error { l = n.spread.events.lamport; return nil })
+		return l
+	}
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	mu.Lock()
+	c.Write(said.Bytes())
+	mu.Unlock()
+	c.SetDeadline(time.Now().Add(4 * time.Second))
+	got, _ := io.ReadAll(c)
+	if len(got) > helloSize+4 || lamport() != 1 {
+		t.Errorf("answered with %d bytes, %d events", len(got), lamport())
+	}
+}
+
+type tapped struct {
+	net.Conn
+	mu *sync.Mutex
+	to io.Writer
+}
+
+func (c *tapped) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.to.Write(b[:n])
+	return n, err
+}
+
+func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
+	g, l := startTestGossip(t, "red", GossipConfig{})
+	addr := startTestRPC(t, g, "")
+	for name, in := range map[string]string{
+		"nothing": "", "HTTP": "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", "TLS": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+		"hello only": helloLine, "random": strings.Repeat("\x9c\x01\xff", 3000), "a huge frame": string((&door{g.door.seal, rpcPort, 0}).hello()) + "\x7f\xff\xff\xff",
+	} {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(c, in)
+		c.(*net.TCPConn).CloseWrite()
+		c.SetDeadline(time.Now().Add(6 * time.Second))
+		got, err := io.ReadAll(c)
+		if timedOut(err) {
+			t.Errorf("%s: the connection stays open", name)
+		}
+		if len(got) > helloSize {
+			t.Errorf("%s: answered %q", name, got)
+		}
+		c.Close()
+	}
+	if n := strings.Count(l.String(), "[WARN]"); n != 1 {
+		t.Errorf("%d log lines, want one a minute:\n%s", n, l)
+	}
+	for answer, want := range map[string]string{
+		"HAMLET/9\r\n\r\n" + strings.Repeat("x", helloSize):          "another version",
+		"HTTP/1.1 400 Bad Request\r\n\r\n" + strings.Repeat("x", 50): "is not the RPC of a hamlet agent",
+		"hi": "is not the RPC of a hamlet agent",
+		"":   "is not the RPC of a hamlet agent",
+	} {
+		at := fakeServer(t, answer)
+		if _, _, err := call(at, "", request{Op: "members"}); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), at) {
+			t.Errorf("answer %q: %v; want %q", answer, err, want)
+		}
+	}
+	if _, _, err := call(address(g).String(), "", request{Op: "members"}); err == nil || !strings.Contains(err.Error(), "is the gossip port of a hamlet agent") {
+		t.Errorf("the gossip port: %v", err)
 	}
 }
 
 func TestAStuckClientDelaysNobody(t *testing.T) {
-	f := &fakeCluster{block: make(chan struct{})}
-	defer close(f.block)
-	_, addr, _ := startRPC(t, f, "")
-	go callRPC(addr, "", request{Op: "join", Addrs: "x"}, time.Minute)
-	eventually(t, "a join that hangs", func() bool { return f.calls() != "" })
-	idle, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer idle.Close()
+	g, _ := startTestGossip(t, "red", GossipConfig{})
+	addr := startTestRPC(t, g, "")
+	silent := fakeSilence(t)
+	go call(addr, "", request{Op: "join", Args: silent})
 	start := time.Now()
-	if _, err := callRPC(addr, "", request{Op: "members"}, rpcTimeout); err != nil || time.Since(start) > time.Second {
+	for range 2 * maxRPCConns {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	if _, _, err := call(addr, "", request{Op: "members"}); err != nil || time.Since(start) > 5*time.Second {
 		t.Errorf("members took %v: %v", time.Since(start), err)
 	}
 }
 
-func TestIdleConnectionsAreBounded(t *testing.T) {
-	s, addr, _ := startRPC(t, &fakeCluster{}, "")
-	var idle []net.Conn
-	for range 3 * maxRPCConns {
-		conn, err := net.Dial("tcp", addr)
+// fakeSilence accepts and says nothing.
+func fakeSilence(t *testing.T) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	return ln.Addr().String()
+}
+
+// Clients that never read made an agent with 16,000 members take 1.4 GB.
+func TestClientsThatNeverReadCostLittle(t *testing.T) {
+	g, _ := startTestGossip(t, "red", GossipConfig{})
+	addr := startTestRPC(t, g, "")
+	full(g, "m", maxMembers-10)
+	before := heapInUse()
+	d, err := rpcDoor("", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clients := maxRPCConns - 10
+	if underRace() {
+		clients = 20 // each has the agent make up a megabyte or more
+	}
+	for range clients {
+		c, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close()
-		idle = append(idle, conn)
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(8 * time.Second))
+		d.meet(c, true).write(&request{Op: "members"})
 	}
-	start := time.Now()
-	if _, err := callRPC(addr, "", request{Op: "members"}, rpcTimeout); err != nil || time.Since(start) > time.Second {
-		t.Errorf("members among %d idle connections took %v: %v", len(idle), time.Since(start), err)
+	time.Sleep(500 * ms)
+	if grown := heapInUse() - before; grown > 64<<20 {
+		t.Errorf("%d MB", grown>>20)
+	} else {
+		t.Logf("%d clients that do not read cost %d MB", clients, grown>>20)
 	}
-	s.guests.mu.Lock()
-	n := len(s.guests.here)
-	s.guests.mu.Unlock()
-	if n > maxRPCConns {
-		t.Errorf("%d connections are held", n)
-	}
-	idle[0].SetReadDeadline(time.Now().Add(4 * time.Second))
-	if _, err := idle[0].Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
-		t.Errorf("the oldest connection is still open: %v", err)
-	}
+	eventually(t, "another one gets its answer", func() bool {
+		_, us, _ := call(addr, "", request{Op: "members"})
+		return len(us) == maxMembers-9
+	})
 }
 
 func TestTooLargeARequestIsNotSent(t *testing.T) {
-	_, addr, _ := startRPC(t, &fakeCluster{}, "")
-	_, err := callRPC(addr, "", request{Op: "join", Addrs: strings.Repeat("x", maxRequest)}, rpcTimeout)
-	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxRequest)) {
+	g, _ := startTestGossip(t, "red", GossipConfig{})
+	_, _, err := call(startTestRPC(t, g, ""), "", request{Op: "join", Args: strings.Repeat("x", maxFrame)})
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxFrame)) {
 		t.Errorf("%v", err)
 	}
 }
 
-func TestHostileRequestsAllocateLittle(t *testing.T) {
+func TestHostileMessagesAllocateLittle(t *testing.T) {
 	inputs := [][]byte{
 		{4, 0xfd, 0x0f, 0x42, 0x40, 'x'},
 		{1, 0xf8, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
 		bytes.Repeat([]byte{1, 0xfc, 0x3f, 0xff, 0xff, 0xff}, 1000),
-		bytes.Repeat([]byte{0xff}, maxRequest),
+		bytes.Repeat([]byte{0xff}, maxFrame),
 		{200, 1, 2, 3},
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for _, in := range inputs {
-		if _, err := unpackRequest(in); err == nil {
-			t.Errorf("% x is a request", in[:4])
+		for _, m := range []any{&head{}, &update{}, &request{}, &answer{}} {
+			if _, err := wire.decode(in, m); err == nil {
+				t.Errorf("% x is a %T", in[:4], m)
+			}
 		}
 	}
 	runtime.ReadMemStats(&after)
@@ -317,26 +955,86 @@ func TestHostileRequestsAllocateLittle(t *testing.T) {
 }
 
 func FuzzRPCRequest(f *testing.F) {
-	f.Add(rpcBytes("t", packRequest(request{Op: "join", Addrs: "a b"})))
-	f.Add(rpcBytes("", packRequest(request{Op: "event", Name: "n", Payload: []byte("p"), Prune: true, Coalesce: true})))
-	f.Add(rpcBytes("", nil))
-	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
-	f.Add([]byte("hamlet-rpc/2\n"))
-	f.Add(rpcBytes("", []byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}))
+	f.Add(wire.encode(nil, &request{Op: "join", Args: "a\x00b", Within: time.Second}))
+	f.Add(wire.encode(nil, &request{Op: "event", Name: "n", Payload: []byte("p"), Prune: true, Merge: true}))
+	f.Add([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'})
 	f.Fuzz(func(t *testing.T, in []byte) {
-		req, token, err := readRequest(bytes.NewReader(in))
+		var req, again request
+		rest, err := wire.decode(in, &req)
 		if err != nil {
 			return
 		}
-		if len(token) != sha256.Size || !bytes.HasPrefix(in, []byte(rpcMagic)) {
-			t.Fatalf("accepted without a head: %q", in)
-		}
-		if n := len(req.Op) + len(req.Addrs) + len(req.Name) + len(req.Payload); n > len(in) {
+		if n := len(req.Op) + len(req.Args) + len(req.Drop) + len(req.Name) + len(req.Payload) + len(rest); n > len(in) {
 			t.Fatalf("%d bytes out of %d", n, len(in))
 		}
-		again, err := unpackRequest(packRequest(req))
-		if err != nil || cmp.Diff(req, again) != "" {
+		if _, err := wire.decode(wire.encode(nil, &req), &again); err != nil || !reflect.DeepEqual(req, again) && len(req.Payload) > 0 {
 			t.Fatalf("%+v becomes %+v, %v", req, again, err)
 		}
 	})
+}
+
+// ---- streams ----
+
+func TestAFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
+	f := newFeed(10)
+	for i := range 25 {
+		f.put(Event{Kind: EventUser, LTime: uint64(i)})
+	}
+	f.put(Event{Kind: EventAnswer, ID: 3}) // is for another one
+	if len(f.queue) != 10 || f.lost != 15 || f.queue[9].LTime != 9 {
+		t.Errorf("%d wait, %d are lost", len(f.queue), f.lost)
+	}
+	q := newFeed(10)
+	q.query = 3
+	q.put(Event{Kind: EventUser})
+	q.put(Event{Kind: EventAnswer, ID: 4})
+	q.put(Event{Kind: EventAnswer, ID: 3})
+	if len(q.queue) != 1 {
+		t.Errorf("%d answers", len(q.queue))
+	}
+}
+
+func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
+	g, _ := startTestGossip(t, "red", GossipConfig{})
+	addr := startTestRPC(t, g, "")
+	feeds := func() (n int) { g.do(func(*node) error { n = len(g.feeds); return nil }); return n }
+	const watchers, events = 20, 100
+	var all sync.WaitGroup
+	for range watchers {
+		all.Go(func() {
+			got, there := 0, 0
+			err := callRPC(addr, "", request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
+				for _, u := range us {
+					if a.Kind == 0 && u.Member.Name == "red" {
+						there++
+					}
+					if a.Kind == EventUser && u.Event == fmt.Sprint("e", got) {
+						got++
+					}
+				}
+				if got == events {
+					return io.EOF
+				}
+				return nil
+			})
+			if err != nil || there != 1 || got != events {
+				t.Errorf("%d events, %d times red, %v", got, there, err)
+			}
+		})
+	}
+	d, _ := rpcDoor("", 0)
+	for range 5 { // these never read, and vanish
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.meet(c, true).write(&request{Op: "watch"})
+		defer c.Close()
+	}
+	eventually(t, "all watch", func() bool { return feeds() == watchers+5 })
+	for i := range events {
+		g.do(func(n *node) error { return n.userEvent(fmt.Sprint("e", i), []byte("x"), false) })
+	}
+	all.Wait()
+	eventually(t, "those that have gone are forgotten", func() bool { return feeds() == 5 })
 }

@@ -1,9 +1,11 @@
-// sim_test.go: a whole cluster in virtual time.
+// sim_test.go: a whole cluster in virtual time, and the stories that are played
+// on it.
 //
 // Every node is the real core; what it puts out goes over a simulated wire as
 // encoded bytes. There is one heap of (time, sequence) and one seeded random
-// source, so that a seed gives the same run every time. scenario_test.go holds
-// the stories that are played on it.
+// source, so that a seed gives the same run every time. Of TCP there is what a
+// session of rpc.go makes of it: SYNs that get lost, refusals, accepts by a kernel
+// whose process is stopped, frames that come late, ends that are told or not.
 
 package main
 
@@ -12,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"io"
 	"math"
 	"math/rand/v2"
 	"net/netip"
@@ -21,22 +22,25 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
+
+// sealSize is what version, tag, nonce and seal add to a datagram.
+const sealSize = 1 + 4 + xaesNonce + 16
 
 // sim is the world: the clock, the network, the hosts.
 type sim struct {
 	tb      testing.TB
 	seed    uint64
 	rng     *rand.Rand
-	codec   *codec
 	now     time.Duration
 	seq     uint64
 	queue   []simItem
 	hosts   []*simHost
 	procs   []*proc
-	byBirth map[birth]*proc
+	byBirth map[lifetime]*proc
 	numbers map[string]int // of the names, in order of appearance
 
 	loss      float64 // of each datagram and each SYN
@@ -51,6 +55,7 @@ type sim struct {
 	packetTrace bool
 	quiet       bool // do not keep observations
 
+	reply     func(p *proc, ev Event) // what handlers make of a query
 	seen      []observation
 	excuse    func(observer, target *proc) bool // failed events that are not false
 	falseFail int
@@ -59,10 +64,12 @@ type sim struct {
 
 	packets, bytes int // sent by UDP
 	frames         int
+
+	busy time.Duration // how long a process may have to wait for its processor
 }
 
-// birth identifies one run of an agent.
-type birth struct {
+// lifetime identifies one run of an agent.
+type lifetime struct {
 	name string
 	born uint64
 }
@@ -105,57 +112,31 @@ type proc struct {
 	seeds     []netip.AddrPort
 	n         *node
 	state     procState
-	inbox     []simArrival
+	inbox     []arrival
 	datagrams int  // of those in the inbox
 	scheduled bool // a run event is in the heap
 	timer     time.Duration
 	gen       uint64
-	conns     []*simConn
-	accepted  connID
+	sessions  []*simSession
+	links     map[run]*simLink
 
-	known  []known // by the number of the name
-	user   map[string]int
-	userAt map[string]time.Duration
-	joins  []joined
-	logs   []string
-	left   bool
-	fatal  error
+	known   []known // by the number of the name
+	user    map[string]int
+	userAt  map[string]time.Duration
+	joins   []error // the ends of join commands, by address; nil: it answered
+	answers []Event
+	asked   int // queries that reached it
+	logs    []string
+	left    bool
+	fatal   error
 }
 
-type arrivalKind uint8
-
-const (
-	gotDatagram arrivalKind = iota
-	gotFrame
-	gotDialed
-	gotClosed
-	gotResolved
-)
-
-// simArrival is one thing that waits for a node's loop.
-type simArrival struct {
-	kind arrivalKind
-	from netip.AddrPort
+// arrival is one thing that waits for a node's loop.
+type arrival struct {
+	from netip.AddrPort // of a datagram
 	data []byte
-	id   connID
-	err  error
-}
-
-// simConn is one TCP connection; end 0 dialled, end 1 accepted.
-type simConn struct {
-	to    *simHost
-	end   [2]*proc
-	id    [2]connID
-	open  [2]bool
-	q     [2][]segment // on the way to that end
-	busy  [2]bool      // a delivery is in the heap
-	tries [2]int
-}
-
-type segment struct {
-	data []byte
-	fin  bool
-	at   time.Duration
+	any  bool
+	fn   func(n *node) // or what a session tells
 }
 
 type itemKind uint8
@@ -164,8 +145,6 @@ const (
 	itemRun itemKind = iota
 	itemWake
 	itemPacket
-	itemSyn
-	itemSegment
 	itemFunc
 )
 
@@ -181,10 +160,8 @@ type work struct {
 	p    *proc
 	gen  uint64
 	from *simHost
-	to   netip.AddrPort
+	to   Member
 	data []byte
-	c    *simConn
-	end  int
 	fn   func()
 }
 
@@ -194,10 +171,9 @@ var (
 )
 
 const (
-	simWall     = 1_700_000_000_000 // Unix ms at virtual time 0
-	simStart    = time.Hour         // no clock starts at 0
-	simBacklog  = 256               // datagrams that wait in a socket
-	simTCPGives = 15                // retransmissions
+	simWall    = 1_700_000_000_000 // Unix ms at virtual time 0
+	simStart   = time.Hour         // no clock starts at 0
+	simBacklog = 256               // datagrams that wait in a socket
 )
 
 func newSim(tb testing.TB, seed uint64) *sim {
@@ -205,9 +181,8 @@ func newSim(tb testing.TB, seed uint64) *sim {
 		tb:        tb,
 		seed:      seed,
 		rng:       rand.New(rand.NewPCG(seed, 0x68616d6c6574)),
-		codec:     newCodec(),
 		now:       simStart,
-		byBirth:   make(map[birth]*proc),
+		byBirth:   make(map[lifetime]*proc),
 		numbers:   make(map[string]int),
 		lat:       [2]time.Duration{ms / 10, ms / 2},
 		oneWay:    make(map[[2]int]bool),
@@ -323,10 +298,6 @@ func (s *sim) step(w *work) {
 		w.p.woken(w.gen)
 	case itemPacket:
 		s.arrive(w.from, w.to, w.data)
-	case itemSyn:
-		s.syn(w.c)
-	case itemSegment:
-		s.segment(w.c, w.end)
 	case itemFunc:
 		w.fn()
 	}
@@ -381,10 +352,10 @@ func (s *sim) reach(a, b *simHost) bool {
 
 // start runs an agent on h; it joins through seeds.
 func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
-	born := uint64(simWall + (s.now+s.wallShift)/ms)
+	born := birth(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
 	self := Member{Name: name, Addr: h.addr, Incarnation: born, Born: born, Status: StatusAlive}
-	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration)}
-	cfg := nodeConfig{Self: self, ReapAfter: s.reapAfter, Codec: s.codec}
+	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[run]*simLink)}
+	cfg := nodeConfig{Self: self, ReapAfter: s.reapAfter, Answers: []string{"load"}}
 	for _, seed := range seeds {
 		cfg.Seeds = append(cfg.Seeds, seed.addr.String())
 		p.seeds = append(p.seeds, seed.addr)
@@ -398,7 +369,7 @@ func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
 	}
 	h.p = p
 	s.procs = append(s.procs, p)
-	s.byBirth[birth{name, born}] = p
+	s.byBirth[lifetime{name, born}] = p
 	p.schedule(0)
 	return p
 }
@@ -410,7 +381,7 @@ func (s *sim) cluster(n int) []*proc {
 		s.start(s.host(), fmt.Sprintf("n%05d", len(s.hosts)-1))
 	}
 	ps := s.procs[first:]
-	model := newTable()
+	model := &table{}
 	var all []known
 	for _, p := range ps {
 		model.apply(time.Second, p.n.self.Member, 0)
@@ -420,7 +391,7 @@ func (s *sim) cluster(n int) []*proc {
 	for _, p := range ps {
 		p.n.t = cloneTable(model)
 		p.n.self = p.n.t.get(p.name)
-		p.n.everJoined = true
+		p.n.joining.since = s.now
 		p.known = slices.Clone(all)
 	}
 	s.run(4 * time.Second)
@@ -430,21 +401,20 @@ func (s *sim) cluster(n int) []*proc {
 
 // cloneTable copies a table of living members, without its pending events.
 func cloneTable(t *table) *table {
-	c := &table{byName: make(map[string]*entry, len(t.ordered)), digest: t.digest, version: t.version}
-	slab := make([]entry, len(t.ordered))
-	c.ordered = make([]*entry, 0, len(t.ordered))
+	c := *t
+	slab := make([]entry, len(t.ordered)) // one object: the garbage collector has less to look at
+	c.ordered, c.events = make([]*entry, 0, len(t.ordered)), nil
 	for i, e := range t.ordered {
 		slab[i] = *e
-		c.byName[e.Name] = &slab[i]
 		c.ordered = append(c.ordered, &slab[i])
 	}
 	for i := range t.ring {
 		c.ring[i] = make([]*entry, 0, len(t.ring[i]))
 		for _, e := range t.ring[i] {
-			c.ring[i] = append(c.ring[i], c.byName[e.Name])
+			c.ring[i] = append(c.ring[i], c.get(e.Name))
 		}
 	}
-	return c
+	return &c
 }
 
 func (p *proc) schedule(d time.Duration) {
@@ -456,11 +426,11 @@ func (p *proc) schedule(d time.Duration) {
 
 // put queues an arrival; a running loop takes it, and whatever else has come by
 // then, a few microseconds later.
-func (p *proc) put(in simArrival) {
+func (p *proc) put(in arrival) {
 	if p.state == procDead {
 		return
 	}
-	if in.kind == gotDatagram {
+	if in.fn == nil {
 		if p.datagrams >= simBacklog {
 			return
 		}
@@ -468,9 +438,20 @@ func (p *proc) put(in simArrival) {
 	}
 	p.inbox = append(p.inbox, in)
 	if p.state == procRunning {
-		p.schedule(20 * time.Microsecond)
+		p.schedule(20*time.Microsecond + p.s.slow())
 	}
 }
+
+// slow is how long a busy machine keeps a process waiting.
+func (s *sim) slow() time.Duration {
+	if s.busy == 0 {
+		return 0
+	}
+	return time.Duration(s.rng.Int64N(int64(s.busy)))
+}
+
+// tell has the node's loop run fn.
+func (p *proc) tell(fn func(n *node)) { p.put(arrival{fn: fn}) }
 
 // run is one turn of the loop: all that arrived, a tick, then the outputs.
 func (p *proc) run() {
@@ -481,48 +462,33 @@ func (p *proc) run() {
 	inbox := p.inbox
 	p.inbox, p.datagrams = nil, 0
 	for _, in := range inbox {
-		s.note(byte(in.kind), p, in.data)
+		s.note('i', p, in.data)
 		s.show(p, in)
-		switch in.kind {
-		case gotDatagram:
-			if err := n.datagram(s.now, in.from, in.data); err != nil {
-				s.problem("%s: datagram of %s: %v", p.name, in.from, err)
-			}
-		case gotFrame:
-			if err := n.frame(s.now, in.id, in.data); err != nil {
-				if s.verbose {
-					s.logf("%s: frame on %d: %v", p.name, in.id, err)
+		if in.fn == nil {
+			in.fn = func(n *node) {
+				if err := n.datagram(in.from, in.data, in.any); err != nil {
+					s.problem("%s: datagram of %s: %v", p.name, in.from, err)
 				}
-				n.closed(s.now, in.id, err)
 			}
-		case gotDialed:
-			n.dialed(s.now, in.id, in.err)
-		case gotClosed:
-			n.closed(s.now, in.id, in.err)
-		case gotResolved:
-			n.seedsResolved(s.now, p.seeds, nil)
 		}
+		n.enter(s.now, in.fn)
 	}
-	n.tick(s.now)
-	p.carryOut(n.take())
+	p.carryOut(n.tick(s.now))
 }
 
 // show prints what arrives, with SIM_TRACE=2.
-func (s *sim) show(p *proc, in simArrival) {
-	if !s.packetTrace {
+func (s *sim) show(p *proc, in arrival) {
+	if !s.packetTrace || in.data == nil {
 		return
 	}
-	text := ""
-	if in.data != nil {
-		h, rest, _ := s.codec.readHead(in.data)
-		text = fmt.Sprintf("%+v", h)
-		for len(rest) > 0 {
-			var u update
-			u, rest, _ = s.codec.readUpdate(rest)
-			text += fmt.Sprintf(" | %s %v inc %d+%d by %s %s", u.Name, u.Status, u.Incarnation-u.Raised, u.Raised, u.By, u.Event)
-		}
+	var h head
+	rest, _ := wire.decode(in.data, &h)
+	text := fmt.Sprintf("%+v", h)
+	us, _ := wire.decodeAll(rest)
+	for _, u := range us {
+		text += fmt.Sprintf(" | %s %v inc %d+%d by %s %s", u.Member.Name, u.Member.Status, u.Member.Born, u.Member.Incarnation-u.Member.Born, u.By, u.Event)
 	}
-	s.logf("%s <- kind %d stream %d %s %v %s", p.name, in.kind, in.id, in.from, in.err, text)
+	s.logf("%s <- %s %s", p.name, in.from, text)
 }
 
 // do calls the node as an RPC would.
@@ -530,7 +496,7 @@ func (p *proc) do(fn func(n *node)) {
 	if p.state != procRunning {
 		panic("call to an agent that does not run")
 	}
-	fn(p.n)
+	p.n.enter(p.s.now, fn)
 	p.run()
 }
 
@@ -539,13 +505,19 @@ func (p *proc) carryOut(o outputs) {
 	for _, pk := range o.packets {
 		s.packets++
 		s.bytes += len(pk.data)
-		if len(pk.data) > maxDatagram {
+		if len(pk.data) > maxDatagram-sealSize {
 			s.problem("%s sends a datagram of %d bytes", p.name, len(pk.data))
 		}
 		s.push(s.now+s.latency(), &work{kind: itemPacket, from: p.host, to: pk.to, data: pk.data})
 	}
-	for _, op := range o.streams {
-		p.stream(op)
+	for _, l := range o.looks {
+		s.look(p, l, 4, s.now+probeFor)
+	}
+	for _, m := range o.exchanges {
+		s.compare(p, m.Addr, &exchange{}, func(error) {})
+	}
+	if o.relink {
+		p.relink(o.links)
 	}
 	for _, l := range o.logs {
 		p.logs = append(p.logs, l)
@@ -556,9 +528,8 @@ func (p *proc) carryOut(o outputs) {
 	for _, ev := range o.events {
 		p.event(ev)
 	}
-	p.joins = append(p.joins, o.joins...)
 	if o.resolve {
-		s.after(ms/5, func() { p.put(simArrival{kind: gotResolved}) })
+		s.after(ms/5, p.joinSeeds)
 	}
 	p.left, p.fatal = o.left, o.fatal
 	p.checkSelf()
@@ -593,12 +564,8 @@ func (p *proc) woken(gen uint64) {
 // die ends the process: its kernel closes what it had open.
 func (p *proc) die() {
 	p.state = procDead
-	for _, c := range slices.Clone(p.conns) {
-		for end := range c.end {
-			if c.end[end] == p {
-				c.closeEnd(end)
-			}
-		}
+	for _, c := range slices.Clone(p.sessions) {
+		c.died(p)
 	}
 	p.inbox = nil
 }
@@ -644,161 +611,333 @@ func (s *sim) heal() {
 
 // ---- the network ----
 
-func (s *sim) arrive(from *simHost, to netip.AddrPort, data []byte) {
-	h := s.hostAt(to)
+func (s *sim) arrive(from *simHost, to Member, data []byte) {
+	h := s.hostAt(to.Addr)
 	if h == nil || !s.reach(from, h) || from != h && s.lost() || h.p == nil {
 		return
 	}
-	h.p.put(simArrival{kind: gotDatagram, from: from.addr, data: data})
+	if self := h.p.n.self; to.Name == self.Name && (to.Born == 0 || to.Born == self.Born) { // else the seal does not open it
+		h.p.put(arrival{from: from.addr, data: data, any: to.Born == 0})
+	}
 }
 
-func (p *proc) stream(op streamOp) {
-	s := p.s
-	if s.packetTrace {
-		s.logf("%s: stream %d, operation %d %s", p.name, op.id, op.op, op.to)
+// simSession is one TCP connection between a dialler and an acceptor.
+type simSession struct {
+	s        *sim
+	end      [2]*proc
+	deadline time.Duration // 0: an idle link has none
+	failed   func(end int, err error)
+	over     bool
+}
+
+// dial plays a connect of p with the redials of a session, each with the kernel's
+// own after 1 s. done gets a session, or errTimedOut or ECONNREFUSED.
+func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func(*simSession, error), redial ...time.Duration) {
+	h, over := s.hostAt(to), false
+	finish := func(c *simSession, err error) {
+		if !over && p.state != procDead {
+			over = true
+			done(c, err)
+		}
 	}
-	if op.op == opDial {
-		c := &simConn{to: s.hostAt(op.to), id: [2]connID{op.id}}
-		c.end[0], c.open[0] = p, true
-		p.conns = append(p.conns, c)
-		s.push(s.now+s.latency(), &work{kind: itemSyn, c: c})
-		return
-	}
-	for _, c := range p.conns {
-		if end := endOf(op.id); c.id[end] == op.id && c.end[end] == p {
-			if op.op == opClose {
-				c.closeEnd(end)
-			} else {
-				s.frames++
-				if len(op.data) > maxFrame {
-					s.problem("%s sends a frame of %d bytes", p.name, len(op.data))
-				}
-				c.send(1-end, segment{data: op.data})
-			}
+	attempt := func() {
+		if over || p.state == procDead || h == nil || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
 			return
 		}
+		s.after(s.latency(), func() {
+			q := h.p
+			if q == nil || q.state == procDead || h.noTCP {
+				finish(nil, syscall.ECONNREFUSED)
+				return
+			}
+			if !over {
+				c := &simSession{s: s, end: [2]*proc{p, q}, deadline: deadline, failed: func(int, error) {}}
+				p.sessions, q.sessions = append(p.sessions, c), append(q.sessions, c)
+				finish(c, nil)
+			}
+		})
 	}
-}
-
-func endOf(id connID) int {
-	if id > 0 {
-		return 0
-	}
-	return 1
-}
-
-// syn is a SYN's arrival. Lost, the kernel sends it anew after 1, 2, 4 s.
-func (s *sim) syn(c *simConn) {
-	p := c.end[0]
-	if !c.open[0] || p.state == procDead {
-		return
-	}
-	h := c.to
-	if h == nil || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
-		if c.tries[0]++; c.tries[0] <= 5 {
-			s.push(s.now+time.Second<<(c.tries[0]-1), &work{kind: itemSyn, c: c})
+	for _, after := range append(redial, 0) {
+		for _, kernel := range []time.Duration{0, time.Second} {
+			if at := after + kernel; s.now+at < deadline {
+				s.after(at+s.latency(), attempt)
+			}
 		}
-		return
 	}
-	c.tries[0] = 0
-	back := s.latency()
-	if h.p == nil || h.p.state == procDead || h.noTCP {
-		c.forget(0)
-		s.after(back, func() { p.put(simArrival{kind: gotDialed, id: c.id[0], err: fmt.Errorf("dial: %w", errRefused)}) })
-		return
+	s.after(deadline-s.now, func() { finish(nil, errTimedOut) })
+}
+
+// close forgets a session without a word.
+func (c *simSession) close() {
+	c.over = true
+	for _, p := range c.end {
+		p.sessions = slices.DeleteFunc(p.sessions, func(o *simSession) bool { return o == c })
 	}
-	q := h.p
-	q.accepted--
-	c.end[1], c.id[1], c.open[1] = q, q.accepted, true
-	q.conns = append(q.conns, c)
-	s.after(back, func() {
-		if c.open[0] {
-			p.put(simArrival{kind: gotDialed, id: c.id[0]})
+}
+
+// died: the kernel of p, whose process has ended, tells the other end.
+func (c *simSession) died(p *proc) {
+	end := 1
+	if c.end[0] != p {
+		end = 0
+	}
+	failed := c.failed
+	c.close()
+	c.deliver(end, 0, func() { failed(end, errReset) })
+}
+
+// send has fn called at an end when a frame gets there: its process must run. On
+// a connection nothing gets lost, but a loss costs a retransmission.
+func (c *simSession) send(end int, fn func(n *node)) {
+	c.s.frames++
+	failed := c.failed
+	c.deliver(end, 0, func() {
+		switch p := c.end[end]; {
+		case c.over:
+		case p.state == procDead:
+			c.close()
+			c.deliver(1-end, 0, func() { failed(1-end, errReset) })
+		default:
+			p.tell(func(n *node) {
+				if !c.over {
+					fn(n)
+				}
+			})
 		}
 	})
 }
 
-// send puts a segment on its way to an end, behind those before it. On an
-// established stream nothing gets lost, but a loss costs a retransmission.
-func (c *simConn) send(end int, g segment) {
-	s := c.end[1-end].s
-	g.at = s.now + s.latency()
+func (c *simSession) deliver(end, tries int, fn func()) {
+	s, from, to := c.s, c.end[1-end].host, c.end[end].host
+	d := s.latency()
 	if s.lost() {
-		g.at += 200 * ms
+		d += 200 * ms
 	}
-	if q := c.q[end]; len(q) > 0 {
-		g.at = max(g.at, q[len(q)-1].at)
+	s.after(d, func() {
+		if s.reach(from, to) && s.reach(to, from) {
+			fn()
+		} else if tries < 10 {
+			s.after(min(200*ms<<tries, 2*time.Minute), func() { c.deliver(end, tries+1, fn) })
+		}
+	})
+}
+
+// meet plays the hellos and the first frame: at the dialler then gets who is there.
+func (c *simSession) meet(k kind, then func(n *node, w head, about []update)) {
+	c.send(1, func(*node) { // a hello
+		c.send(0, func(n *node) { // and one back
+			h := n.head(k)
+			c.send(1, func(n *node) {
+				w, about := n.welcome(h)
+				c.send(0, func(n *node) { then(n, w, about) })
+			})
+		})
+	})
+}
+
+func (s *sim) look(p *proc, l look, tries int, deadline time.Duration) {
+	s.dial(p, l.m.Addr, deadline, func(c *simSession, err error) {
+		if err == nil {
+			p.tell(func(n *node) { n.saw(sight{l, vSilent, "", 0}) })
+			c.failed = func(end int, err error) {
+				if end == 0 && s.now < deadline {
+					p.tell(func(n *node) { n.saw(sight{l, vNone, "", 0}) })
+					if tries > 1 {
+						s.look(p, l, tries-1, deadline)
+					}
+				}
+			}
+			s.after(deadline-s.now, c.close)
+			c.meet(kLook, func(n *node, w head, _ []update) {
+				c.close()
+				n.saw(sight{l, vAlive, w.From, w.born()})
+			})
+		} else if err == syscall.ECONNREFUSED {
+			p.tell(func(n *node) { n.saw(sight{l, vRefused, "", 0}) })
+		}
+	}, 150*ms, 300*ms)
+}
+
+// simLink is a watch link that shall stand.
+type simLink struct {
+	m     Member
+	c     *simSession
+	tries int
+	over  bool
+}
+
+func (p *proc) relink(links []Member) {
+	wanted := make(map[run]bool)
+	for _, m := range links {
+		k := run{p.n.t.get(m.Name), m.Born}
+		if wanted[k] = true; p.links[k] == nil {
+			p.links[k] = &simLink{m: m}
+			p.keepLink(p.links[k])
+		}
 	}
-	c.q[end] = append(c.q[end], g)
-	if !c.busy[end] {
-		c.busy[end] = true
-		s.push(g.at, &work{kind: itemSegment, c: c, end: end})
+	for k, l := range p.links {
+		if wanted[k] {
+			continue
+		}
+		if l.over = true; l.c != nil { // a bye
+			l.c.close()
+		}
+		delete(p.links, k)
 	}
 }
 
-func (s *sim) segment(c *simConn, end int) {
-	c.busy[end] = false
-	if len(c.q[end]) == 0 {
+func (p *proc) keepLink(l *simLink) {
+	s := p.s
+	if l.over || p.state == procDead {
 		return
 	}
-	from, to := c.end[1-end], c.end[end]
-	if to == nil { // dialled, never answered
-		c.q[end] = nil
-		return
-	}
-	again := func(at time.Duration) {
-		c.busy[end] = true
-		s.push(at, &work{kind: itemSegment, c: c, end: end})
-	}
-	if !s.reach(from.host, to.host) || !s.reach(to.host, from.host) {
-		if c.tries[end]++; c.tries[end] <= simTCPGives {
-			again(s.now + min(200*ms<<(c.tries[end]-1), 2*time.Minute))
-		} else {
-			c.reset(1-end, errTimedOut)
+	ended := func(up bool, err error) {
+		if l.over {
+			return
 		}
-		return
+		if l.tries++; up {
+			l.tries = 0
+		}
+		tries := l.tries
+		p.tell(func(n *node) { n.linkEnded(l.m, tries, err == syscall.ECONNREFUSED) })
+		s.after(min(time.Second<<min(max(tries-1, 0), 10), linkMax), func() { p.keepLink(l) })
 	}
-	c.tries[end] = 0
-	g := c.q[end][0]
-	c.q[end] = c.q[end][1:]
-	switch {
-	case to.state == procDead && !g.fin:
-		c.reset(1-end, errReset)
-	case !c.open[end]:
-	case g.fin:
-		c.reset(end, io.EOF)
+	s.dial(p, l.m.Addr, s.now+sessionFor, func(c *simSession, err error) {
+		if err != nil {
+			ended(false, err)
+			return
+		}
+		l.c = c
+		up := false
+		c.failed = func(end int, err error) {
+			if end == 0 {
+				ended(up, err)
+			} else if dialler := p.n.self.Member; up {
+				c.end[1].tell(func(n *node) { n.linkEnded(dialler, 0, false) })
+			}
+		}
+		s.after(sessionFor, func() {
+			if !up && !c.over {
+				c.close()
+				ended(false, errTimedOut)
+			}
+		})
+		c.meet(kLink, func(n *node, w head, _ []update) {
+			if up = true; w.From != l.m.Name || w.born() != l.m.Born {
+				c.close()
+				ended(true, nil)
+			}
+		})
+	}, 300*ms, 700*ms)
+}
+
+// compare plays an exchange of tables.
+func (s *sim) compare(p *proc, to netip.AddrPort, x *exchange, done func(error)) {
+	s.dial(p, to, s.now+sessionFor, func(c *simSession, err error) {
+		if err != nil {
+			done(err)
+			return
+		}
+		finish := func(err error) {
+			if !c.over {
+				c.close()
+				done(err)
+			}
+		}
+		c.failed = func(end int, err error) {
+			if end == 0 {
+				done(err)
+			}
+		}
+		s.after(sessionFor+frameFor, func() { finish(errTimedOut) })
+		x.dialled, x.with.Addr = true, to
+		c.meet(kExchange, func(n *node, w head, about []update) {
+			y := &exchange{with: Member{Name: n.self.Name, Born: n.self.Born}}
+			s.welcomed(c, n, w, about, x, y, finish)
+		})
+	}, 300*ms, 700*ms)
+}
+
+func (s *sim) welcomed(c *simSession, n *node, w head, about []update, x, y *exchange, finish func(error)) {
+	same := w.Digest == n.digest()
+	switch err := n.welcomed(x, w, about); {
+	case errors.Is(err, errWait):
+		s.after(20*ms, func() { c.end[0].tell(func(n *node) { s.welcomed(c, n, w, about, x, y, finish) }) })
+	case err != nil:
+		finish(err)
+	case same:
+		n.exchanged(x)
+		finish(nil)
 	default:
-		to.put(simArrival{kind: gotFrame, id: c.id[end], data: g.data})
-	}
-	if len(c.q[end]) > 0 {
-		again(c.q[end][0].at)
+		s.pieces(c, n, x, y, finish)
 	}
 }
 
-// reset tells an end that its stream is over.
-func (c *simConn) reset(end int, err error) {
-	if c.open[end] {
-		c.forget(end)
-		c.end[end].put(simArrival{kind: gotClosed, id: c.id[end], err: err})
-	}
-}
-
-// closeEnd closes a stream from one end; the other end hears of it behind what
-// was sent before.
-func (c *simConn) closeEnd(end int) {
-	if c.open[end] {
-		c.forget(end)
-		if c.end[1-end] != nil {
-			c.send(1-end, segment{fin: true})
+// pieces sends a piece of the dialler's table, and takes the answer.
+func (s *sim) pieces(c *simSession, n *node, x, y *exchange, finish func(error)) {
+	frame, more := n.piece(x)
+	c.send(1, func(n *node) {
+		h, us := s.frame(frame)
+		if _, bad, err := n.merge(y, h, us); err != nil || bad > 0 {
+			finish(fmt.Errorf("%d bad records: %v", bad, err))
+			return
 		}
+		for rest := true; rest; {
+			var answer []byte
+			answer, rest = n.piece(y)
+			c.send(0, func(n *node) {
+				h, us := s.frame(answer)
+				again, bad, err := n.merge(x, h, us)
+				switch {
+				case err != nil || bad > 0:
+					finish(fmt.Errorf("%d bad records: %w", bad, err))
+				case again:
+				case more:
+					s.pieces(c, n, x, y, finish)
+				default:
+					n.exchanged(x)
+					finish(nil)
+				}
+			})
+		}
+	})
+}
+
+// frame decodes a piece of a table.
+func (s *sim) frame(b []byte) (h head, us []update) {
+	rest, err := wire.decode(b, &h)
+	if err == nil {
+		us, err = wire.decodeAll(rest)
+	}
+	if err != nil || len(b) > maxFrame {
+		s.problem("a frame of %d bytes: %v", len(b), err)
+	}
+	return h, us
+}
+
+// join is a join command; its ends come to p.joins.
+func (p *proc) join(to ...netip.AddrPort) {
+	for _, a := range to {
+		p.s.compare(p, a, &exchange{command: true}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
-func (c *simConn) forget(end int) {
-	c.open[end] = false
-	p := c.end[end]
-	if c.end[0] != c.end[1] || !c.open[1-end] { // an agent may dial itself
-		p.conns = slices.DeleteFunc(p.conns, func(o *simConn) bool { return o == c })
+// joinSeeds is a round of joining the seeds, as rpc.go makes it.
+func (p *proc) joinSeeds() {
+	left, answered, errs, why := len(p.seeds), 0, []string(nil), error(nil)
+	for _, a := range p.seeds {
+		x := &exchange{}
+		p.s.compare(p, a, x, func(err error) {
+			if err == nil {
+				answered++
+				p.tell(func(n *node) { n.seedAnswered(x.with.Name) })
+			} else if errs = append(errs, fmt.Sprintf("%s: %v", a, err)); errors.Is(err, errTaken) {
+				why = err
+			}
+			if left--; left == 0 {
+				p.tell(func(n *node) { n.seedsTried(answered, errs, why) })
+			}
+		})
 	}
 }
 
@@ -822,6 +961,17 @@ func (p *proc) event(ev Event) {
 		p.user[ev.Name]++
 		p.userAt[ev.Name] = s.now
 		s.note('u', p, []byte(ev.Name))
+		return
+	}
+	if ev.Kind == EventQuery {
+		p.asked++
+		if p.s.reply != nil {
+			p.s.reply(p, ev)
+		}
+		return
+	}
+	if ev.Kind == EventAnswer {
+		p.answers = append(p.answers, ev)
 		return
 	}
 	s.note('e', p, []byte(ev.Member.Name+ev.Kind.String()))
@@ -849,7 +999,7 @@ func (p *proc) event(ev Event) {
 	if !s.quiet {
 		s.seen = append(s.seen, observation{s.now, p, ev})
 	}
-	if q := s.byBirth[birth{ev.Member.Name, ev.Member.Born}]; ev.Kind == EventFailed && q != nil && q.state != procDead {
+	if q := s.byBirth[lifetime{ev.Member.Name, ev.Member.Born}]; ev.Kind == EventFailed && q != nil && q.state != procDead {
 		if s.excuse == nil || !s.excuse(p, q) {
 			s.falseFail++
 			s.problem("false failure: %s says that %s has failed", p.name, q.name)
@@ -971,7 +1121,7 @@ func (s *sim) agree() bool {
 		alive := 0
 		for _, e := range p.n.t.ordered {
 			if e.visible() == StatusAlive && !e.reaped {
-				if q := s.byBirth[birth{e.Name, e.Born}]; q == nil || q.state == procDead || q.n.self.Incarnation != e.Incarnation {
+				if q := s.byBirth[lifetime{e.Name, e.Born}]; q == nil || q.state == procDead || q.n.self.Incarnation != e.Incarnation {
 					return false
 				}
 				alive++
@@ -1045,7 +1195,7 @@ func (r *report) userEvents(count int) {
 	for i := range count {
 		ps := s.running()
 		name, from := fmt.Sprint("event", i), s.now
-		ps[s.rng.IntN(len(ps))].do(func(n *node) { n.userEvent(s.now, name, []byte("payload"), false) })
+		ps[s.rng.IntN(len(ps))].do(func(n *node) { n.userEvent(name, []byte("payload"), false) })
 		s.run(3 * time.Second)
 		for _, p := range ps {
 			if p.user[name] != 1 {
@@ -1188,7 +1338,7 @@ func TestSameSeedGivesTheSameRun(t *testing.T) {
 		s.crash(ps[1], ps[2])
 		ps[5].stop()
 		s.after(3*time.Second, ps[5].cont)
-		ps[7].do(func(n *node) { n.userEvent(s.now, "deploy", []byte("x"), false) })
+		ps[7].do(func(n *node) { n.userEvent("deploy", []byte("x"), false) })
 		s.split(ps[:10], ps[10:])
 		s.run(8 * time.Second)
 		s.heal()
@@ -1203,4 +1353,952 @@ func TestSameSeedGivesTheSameRun(t *testing.T) {
 		t.Error("another seed gives the same run")
 	}
 	t.Logf("hash %x, %d events", a, events)
+}
+
+// ---- stories ----
+
+// The decisions of the protocol, and the story that goes wrong without each:
+//
+//	small clusters watch each other .......... TestInASmallClusterEverybodyWatchesEverybody
+//	rings heal at once, suspects are skipped . TestTheRestNoticesThatMostHostsAreLost
+//	predecessors come from the table ......... TestTheRestNoticesThatMostHostsAreLost
+//	the hello carries the incarnation ........ TestARestartedAgentThatJoinsNobodyHasFailed
+//	dial again at 150 and 300 ms ............. TestAStalledMemberIsNotCalledDead (20 % loss)
+//	late votes count ......................... TestASlowNetworkIsNotADeadOne
+//	the end of a link is only evidence ....... TestAnIdleClusterStaysQuiet, and most others
+//	two observers ............................ TestALonelyNodeBlamesOnlyItself
+//	time to contradict ....................... TestAShortBlackoutFailsNobody
+//	accepted but silent is not dead .......... TestAStalledMemberIsNotCalledDead
+//	deadlines run on awake time .............. TestMembersThatSleepTogetherFailNobody
+//	queues are drained before judging ........ TestAnAccuserThatIsStoppedAgainAndAgainAccusesNobody
+//	marks of a lonely node stay with it ...... TestALonelyNodeBlamesOnlyItself
+//	failed in a table is only doubted ........ TestASplitHeals
+//	the dead are told, and retried ........... TestASplitHeals
+//	digests start a repair ................... TestUserEventsArriveOnceDespiteLoss
+
+// cases plays a story at every size and loss.
+func cases(t *testing.T, sizes []int, losses []float64, play func(t *testing.T, s *sim, ps []*proc)) {
+	for _, n := range sizes {
+		if n > 10 && underRace() {
+			continue // one goroutine, so nothing for the race detector to find
+		}
+		for _, loss := range losses {
+			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				s.loss = loss
+				play(t, s, s.cluster(n))
+				s.check()
+			})
+		}
+	}
+}
+
+// within waits until cond holds and fails the test if that takes too long.
+func (s *sim) within(limit time.Duration, what string, cond func() bool) time.Duration {
+	s.tb.Helper()
+	step := ms
+	if len(s.procs) > 200 {
+		step = 10 * ms
+	}
+	d, ok := s.until(limit, step, cond)
+	if ok {
+		s.tb.Logf("%s: after %v", what, d)
+	} else {
+		s.tb.Errorf("%s: not within %v", what, limit)
+	}
+	return d
+}
+
+// atMost fails the test when d is above limit.
+func atMost(t *testing.T, what string, d, limit time.Duration) {
+	t.Helper()
+	if d > limit || d < 0 {
+		t.Errorf("%s took %v, at most %v is wanted", what, d.Round(ms/10), limit)
+	}
+}
+
+func apart(o, q *proc) bool { return o.host.group != q.host.group || o.host.up != q.host.up }
+
+func others(ps []*proc, but ...*proc) []*proc {
+	var os []*proc
+next:
+	for _, p := range ps {
+		for _, b := range but {
+			if p == b {
+				continue next
+			}
+		}
+		os = append(os, p)
+	}
+	return os
+}
+
+// everybody says that the victims are failed.
+func (s *sim) allFailed(victims []*proc) func() bool {
+	return func() bool {
+		for _, v := range victims {
+			if !all(s.procs, v.name, StatusFailed) {
+				return false
+			}
+		}
+		return true
+	}
+}
+
+func TestAKilledMemberIsNoticedByAll(t *testing.T) {
+	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		kills := min(len(ps)-1, 8)
+		var first, every []time.Duration
+		for i := range kills {
+			v := ps[(i*37+len(ps)/2)%len(ps)]
+			for v.state == procDead {
+				v = ps[s.rng.IntN(len(ps))]
+			}
+			from := s.now
+			s.crash(v)
+			s.until(20*time.Second, 20*ms, s.allFailed([]*proc{v}))
+			ts := s.times(EventFailed, v.name, from)
+			if len(ts) != len(s.running()) {
+				t.Fatalf("%d of %d noticed", len(ts), len(s.running()))
+			}
+			first, every = append(first, percentile(ts, 0)), append(every, ts...)
+			s.run(3 * time.Second)
+		}
+		t.Logf("first p50 %v, all p50 %v p99 %v max %v", percentile(first, .5), percentile(every, .5), percentile(every, .99), percentile(every, 1))
+		switch {
+		case len(ps) <= 5: // the last of them has nobody to ask
+			atMost(t, "noticing", percentile(every, 1), 3*time.Second)
+		case s.loss == 0:
+			atMost(t, "noticing first", percentile(first, .5), 50*ms)
+			atMost(t, "noticing by all", percentile(every, .99), 500*ms)
+		default:
+			atMost(t, "noticing first", percentile(first, .5), 250*ms)
+			atMost(t, "noticing by all", percentile(every, .99), 3*time.Second)
+		}
+	})
+}
+
+func TestALostHostIsNoticedByAll(t *testing.T) {
+	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[len(ps)/2]
+		from := s.now
+		s.loseHost(v)
+		s.until(20*time.Second, 10*ms, s.allFailed([]*proc{v}))
+		ts := s.times(EventFailed, v.name, from)
+		t.Logf("first %v, all %v", percentile(ts, 0), percentile(ts, 1))
+		if len(ts) != len(ps)-1 {
+			t.Fatalf("%d of %d noticed", len(ts), len(ps)-1)
+		}
+		atMost(t, "noticing", percentile(ts, 1), 3*time.Second+time.Duration(s.loss*float64(25*time.Second)))
+	})
+}
+
+func TestALonelyNodeBlamesOnlyItself(t *testing.T) {
+	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[len(ps)/2]
+		s.excuse = func(o, q *proc) bool { return o == v || q == v }
+		v.host.up = false
+		s.within(5*time.Second, "it says so of all others", func() bool {
+			for _, p := range others(ps, v) {
+				if v.shows(p.name) != StatusFailed {
+					return false
+				}
+			}
+			return true
+		})
+		s.within(4*time.Second, "all say so of it", s.allFailed([]*proc{v}))
+		s.run(20 * time.Second)
+		s.excuse = nil
+		v.host.up = true
+		s.within(s.healing(), "all alive again", s.agree)
+		s.run(20 * time.Second)
+		for _, p := range others(ps, v) {
+			if s.loss == 0 && len(ps) > 2 && p.n.self.Incarnation != p.n.self.Born {
+				t.Errorf("%s had to refute what the lonely one believed", p.name)
+			}
+		}
+	})
+}
+
+// healing is how long the way back may take.
+func (s *sim) healing() time.Duration {
+	if s.loss > .1 {
+		return 4 * time.Second
+	}
+	return 2 * time.Second
+}
+
+func TestAStalledMemberIsNotCalledDead(t *testing.T) {
+	t.Parallel()
+	for _, stall := range []int{2, 5, 8} {
+		t.Run(fmt.Sprintf("%ds", stall), func(t *testing.T) {
+			cases(t, []int{2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				ps[1].stop()
+				s.run(time.Duration(stall) * time.Second)
+				ps[1].cont()
+				s.run(20 * time.Second)
+				if len(s.seen) > len(ps) {
+					t.Errorf("%d events", len(s.seen))
+				}
+			})
+		})
+	}
+}
+
+// A machine that is suspended gets nothing while it sleeps and finds minutes gone.
+func TestASuspendedMachineBlamesNobody(t *testing.T) {
+	for _, nap := range []time.Duration{2 * time.Second, 30 * time.Second, 5 * time.Minute} {
+		t.Run(nap.String(), func(t *testing.T) {
+			cases(t, []int{3, 10, 30}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[1]
+				s.excuse = func(o, q *proc) bool { return q == v }
+				s.run(time.Duration(s.rng.Int64N(int64(time.Second))))
+				v.host.up = false
+				v.stop()
+				s.run(nap)
+				v.host.up = true
+				v.cont()
+				s.within(s.healing(), "all alive", s.agree)
+				s.run(20 * time.Second)
+			})
+		})
+	}
+}
+
+// A laptop is closed with a whole cluster on it, or half of one; its agents go
+// on one after the other.
+func TestMembersThatSleepTogetherFailNobody(t *testing.T) {
+	for _, nap := range []time.Duration{4 * time.Second, 15 * time.Second, time.Hour} {
+		t.Run(nap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 10, 50}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				for range 5 {
+					for _, p := range ps {
+						s.after(time.Duration(s.rng.Int64N(int64(time.Second))), p.stop)
+						s.after(nap+time.Duration(s.rng.Int64N(int64(3*time.Second))), p.cont)
+					}
+					s.run(nap + 8*time.Second)
+				}
+				if !s.agree() {
+					t.Error("not all alive")
+				}
+			})
+		})
+	}
+}
+
+func TestAShortBlackoutFailsNobody(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{2, 3, 10, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		for range 20 {
+			h := ps[s.rng.IntN(len(ps))].host
+			h.up = false
+			s.run(1800 * ms)
+			h.up = true
+			s.run(2*time.Second + time.Duration(s.rng.Int64N(int64(time.Second))))
+		}
+	})
+}
+
+func TestAMemberThatStallsForLongFailsAndComesBack(t *testing.T) {
+	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = func(o, q *proc) bool { return q == ps[1] }
+		ps[1].stop()
+		s.run(12 * time.Second)
+		if s.loss > .1 {
+			s.run(12 * time.Second) // who misses the flood waits for its own ten seconds
+		}
+		if !all(others(ps, ps[1]), ps[1].name, StatusFailed) {
+			t.Error("not everybody has it as failed")
+		}
+		s.excuse = nil
+		ps[1].cont()
+		s.within(s.healing(), "all alive again", s.agree)
+		s.run(20 * time.Second)
+	})
+}
+
+func TestAnIdleClusterStaysQuiet(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		minutes := 10
+		if s.loss != .05 && len(ps) == 100 {
+			minutes = 3
+		}
+		s.run(time.Duration(minutes) * time.Minute)
+		per := float64(len(ps)) * float64(minutes) * 60
+		t.Logf("%d false failures; %.2f packets, %.0f bytes, %.3f frames a member and second", s.falseFail,
+			float64(s.packets)/per, float64(s.bytes)/per, float64(s.frames)/per)
+		if s.loss == 0 && s.bytes > int(180*per) {
+			t.Error("an idle member sends more than 180 bytes a second")
+		}
+	})
+}
+
+// Where so many die, most of the dead have lost all their watchers.
+func TestTheRestNoticesThatMostHostsAreLost(t *testing.T) {
+	cases(t, []int{20, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		var dead []*proc
+		for _, i := range s.rng.Perm(len(ps))[:len(ps)*4/5] {
+			dead = append(dead, ps[i])
+		}
+		s.loseHost(dead...)
+		s.within(12*time.Second+time.Duration(s.loss*float64(100*time.Second)), "all show all dead as failed", s.allFailed(dead))
+		s.run(10 * time.Second)
+	})
+}
+
+func TestMassFailureIsNoticedByAll(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"killed", "hosts lost"} {
+		t.Run(what, func(t *testing.T) {
+			cases(t, []int{10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				var dead []*proc
+				for _, i := range s.rng.Perm(len(ps))[:len(ps)*3/10] {
+					dead = append(dead, ps[i])
+				}
+				limit := time.Second
+				if what == "killed" {
+					s.crash(dead...)
+				} else {
+					s.loseHost(dead...)
+					limit = 4 * time.Second
+				}
+				s.within(limit+time.Duration(s.loss*float64(50*time.Second)), "all show all dead as failed", s.allFailed(dead))
+				s.run(10 * time.Second)
+			})
+		})
+	}
+}
+
+func TestInASmallClusterEverybodyWatchesEverybody(t *testing.T) {
+	for n := 2; n <= rings+1; n++ {
+		for i := range 20 {
+			s := newSim(t, seedFor(fmt.Sprint(t.Name(), n, i)))
+			for range 100 * i { // other names, other places on the rings
+				s.host()
+			}
+			for _, p := range s.cluster(n) {
+				if len(p.n.ring.watchers) != n-1 || len(p.n.ring.watched) != n-1 {
+					t.Errorf("of %d, %s has %d watchers and watches %d", n, p.name, len(p.n.ring.watchers), len(p.n.ring.watched))
+				}
+			}
+			s.check()
+		}
+	}
+}
+
+// Helpers answer after the prober has concluded; their votes must still count.
+func TestASlowNetworkIsNotADeadOne(t *testing.T) {
+	cases(t, []int{2, 3, 10, 50}, []float64{0, .02}, func(t *testing.T, s *sim, ps []*proc) {
+		s.lat = [2]time.Duration{90 * ms, 140 * ms}
+		s.run(2 * time.Minute)
+		v := ps[0]
+		s.crash(v)
+		s.within(4*time.Second, "a kill is noticed", s.allFailed([]*proc{v}))
+		v = ps[len(ps)-1]
+		s.loseHost(v)
+		s.within(6*time.Second, "a lost host is noticed", s.allFailed([]*proc{v}))
+		s.run(10 * time.Second)
+	})
+}
+
+// A thousand live through all of it in one run, since starting them is dear.
+func TestAThousandMembers(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{1000}, []float64{.05}, func(t *testing.T, s *sim, ps []*proc) {
+		r := &report{s: s}
+		r.idle(5 * time.Second)
+		r.userEvents(3)
+		r.deaths("kill -9", 3, s.crash)
+		r.deaths("host lost", 1, s.loseHost)
+		r.mass("30 % killed", .3, s.crash)
+		t.Log("\n" + r.String())
+		atMost(t, "a user event", r.spread, 20*ms)
+		atMost(t, "noticing first", r.first, 50*ms)
+		atMost(t, "noticing by all", r.all, 500*ms)
+		if n := r.missed; n > 0 {
+			t.Errorf("%d times somebody did not get to know something", n)
+		}
+	})
+}
+
+func TestASplitHeals(t *testing.T) {
+	t.Parallel()
+	both := []string{"halves", "one and the rest"}
+	heals := func(length time.Duration, hows []string, sizes []int, losses []float64) {
+		for _, how := range hows {
+			t.Run(fmt.Sprint(length, " ", how), func(t *testing.T) {
+				cases(t, sizes, losses, func(t *testing.T, s *sim, ps []*proc) {
+					cut := len(ps) / 2
+					if how != "halves" {
+						cut = 1
+					}
+					s.excuse = apart
+					s.split(ps[:cut], ps[cut:])
+					s.run(length)
+					for _, p := range ps {
+						for _, q := range ps {
+							if apart(p, q) && p.shows(q.name) != StatusFailed {
+								t.Fatalf("%s does not show %s as failed", p.name, q.name)
+							}
+						}
+					}
+					s.heal()
+					s.within(s.healing(), "all alive again", s.agree)
+					s.run(30 * time.Second)
+				})
+			})
+		}
+	}
+	heals(40*time.Second, both, []int{2, 3, 10, 100}, []float64{0, .05, .2})
+	heals(10*time.Minute, both, []int{2, 10}, []float64{0})
+	heals(10*time.Minute, both[:1], []int{50}, []float64{0})
+}
+
+func TestOneWayLossBetweenAPairFailsNobody(t *testing.T) {
+	cases(t, []int{3, 5, 10, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		a := ps[0]
+		b := s.byBirth[lifetime{a.n.ring.watchers[0].e.Name, a.n.ring.watchers[0].e.Born}]
+		s.oneWay[[2]int{a.host.i, b.host.i}] = true
+		s.run(40 * time.Second)
+		delete(s.oneWay, [2]int{a.host.i, b.host.i})
+		s.oneWay[[2]int{b.host.i, a.host.i}] = true
+		s.run(40 * time.Second)
+	})
+}
+
+func TestAnAccuserThatIsStoppedAgainAndAgainAccusesNobody(t *testing.T) {
+	t.Parallel()
+	for _, cycle := range [][2]time.Duration{{8 * time.Second, 50 * ms}, {500 * ms, 5 * ms}} {
+		t.Run(fmt.Sprint(cycle[0], "/", cycle[1]), func(t *testing.T) {
+			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				s.excuse = func(o, q *proc) bool { return q == ps[0] }
+				for s.now < simStart+time.Minute {
+					ps[0].stop()
+					s.run(cycle[0])
+					ps[0].cont()
+					s.run(cycle[1])
+				}
+				s.within(s.healing(), "all alive", s.agree)
+			})
+		})
+	}
+}
+
+func TestAHundredJoinersConvergeAtOnce(t *testing.T) {
+	t.Parallel()
+	for _, loss := range []float64{0, .05, .2} {
+		t.Run(fmt.Sprintf("loss=%v%%", loss*100), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			s.loss = loss
+			seed := s.start(s.host(), "seed")
+			for i := range 100 {
+				h := s.host()
+				s.after(time.Duration(s.rng.Int64N(int64(time.Second))), func() { s.start(h, fmt.Sprintf("n%05d", i), seed.host) })
+			}
+			s.run(time.Second)
+			limit := 300 * ms
+			if loss > 0 {
+				limit = 5 * time.Second // a lost SYN costs the first a second
+			}
+			s.within(limit, "converged", s.agree)
+			s.run(10 * time.Second)
+			for _, p := range s.procs {
+				if p.fatal != nil || p.n.t.alive() != 101 {
+					t.Errorf("%s: %v, %d members", p.name, p.fatal, p.n.t.alive())
+				}
+			}
+			s.check()
+		})
+	}
+}
+
+func TestStartOrderDoesNotMatter(t *testing.T) {
+	for _, loss := range []float64{0, .2} {
+		t.Run(fmt.Sprintf("loss=%v%%", loss*100), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			s.loss = loss
+			seeds := []*simHost{s.host(), s.host()}
+			for i := range 8 {
+				s.start(s.host(), fmt.Sprint("w", i), seeds...)
+			}
+			s.run(10 * time.Second)
+			s.start(seeds[0], "seed0", seeds...)
+			s.start(seeds[1], "seed1", seeds...)
+			s.within(35*time.Second, "converged", s.agree) // they had backed off
+			s.run(time.Minute)
+			s.check()
+		})
+	}
+}
+
+func TestASeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	h := s.host()
+	p := s.start(h, "seed0", h)
+	s.run(time.Hour)
+	if len(p.logs) != 1 || !strings.Contains(p.logs[0], "[INFO] no seed answers but this node itself") {
+		t.Errorf("it logs %q", p.logs)
+	}
+}
+
+func TestRetryMaxEndsOnlyWhoHasNeverJoined(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	seed := s.start(s.host(), "seed")
+	nowhere := s.host()
+	lonely := s.start(s.host(), "lonely", nowhere)
+	lonely.n.RetryMax = 5
+	var ps []*proc
+	for i := range 5 {
+		ps = append(ps, s.start(s.host(), fmt.Sprint("m", i), seed.host))
+		ps[i].n.RetryMax = 5
+	}
+	s.run(20 * time.Second)
+	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
+		t.Errorf("who has joined nobody in 5 rounds ends with %v", lonely.fatal)
+	}
+	s.crash(seed)
+	s.run(5 * time.Minute)
+	for _, p := range ps {
+		if p.fatal != nil {
+			t.Errorf("%s ends since its seed has died: %v", p.name, p.fatal)
+		}
+	}
+}
+
+func TestAMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
+	cases(t, []int{3, 5, 20}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
+		s.run(time.Minute)
+		idle := s.packets
+		odd := s.start(s.host(), "odd", ps[0].host)
+		odd.host.noTCP = true
+		ps = append(ps, odd)
+		s.run(time.Minute)
+		s.packets = 0
+		s.run(time.Minute)
+		if s.packets > 2*idle {
+			t.Errorf("%d packets a minute, %d before", s.packets, idle)
+		}
+		warned := 0
+		for _, p := range ps {
+			for _, l := range p.logs {
+				if strings.Contains(l, "no TCP connection to "+odd.name+" at "+odd.host.addr.String()+" lasts") {
+					warned++
+				}
+			}
+		}
+		if warned == 0 || warned > len(ps) {
+			t.Errorf("%d warnings", warned)
+		}
+		if !s.agree() {
+			t.Error("it is not alive for all")
+		}
+	})
+}
+
+func TestUserEventsArriveOnceDespiteLoss(t *testing.T) {
+	cases(t, []int{2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		var spread []time.Duration
+		const events = 20
+		for i := range events {
+			from := s.now
+			name := fmt.Sprint("deploy", i)
+			ps[i*7%len(ps)].do(func(n *node) {
+				if err := n.userEvent(name, []byte("payload"), false); err != nil {
+					t.Fatal(err)
+				}
+			})
+			s.after(500*ms, func() {
+				for _, p := range ps {
+					if p.user[name] > 0 {
+						spread = append(spread, p.userAt[name]-from)
+					}
+				}
+			})
+			s.run(time.Second)
+		}
+		s.run(5 * time.Second)
+		for _, p := range ps {
+			for i := range events {
+				if c := p.user[fmt.Sprint("deploy", i)]; c != 1 {
+					t.Errorf("%s has event %d %d times", p.name, i, c)
+				}
+			}
+		}
+		t.Logf("spread p50 %v p99 %v max %v; late %d", percentile(spread, .5), percentile(spread, .99), percentile(spread, 1), events*len(ps)-len(spread))
+		if s.loss == 0 {
+			atMost(t, "the spread", percentile(spread, .99), 20*ms)
+		}
+	})
+}
+
+func TestAStormOfUserEventsArrivesWhole(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{10, 50}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		for i := range 100 {
+			ps[i%len(ps)].do(func(n *node) { n.userEvent(fmt.Sprint("e", i), make([]byte, 900), false) })
+		}
+		s.within(15*time.Second, "all have all", func() bool {
+			for _, p := range ps {
+				if len(p.user) != 100 {
+					return false
+				}
+			}
+			return true
+		})
+		for _, p := range ps {
+			for name, c := range p.user {
+				if c != 1 {
+					t.Errorf("%s has %s %d times", p.name, name, c)
+				}
+			}
+		}
+	})
+}
+
+func TestALeaverHasLeftAndNotFailed(t *testing.T) {
+	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[len(ps)-1]
+		from := s.now
+		v.do(func(n *node) { n.startLeave() })
+		s.within(1200*ms, "the leaver is done", func() bool { return v.left })
+		s.within(5*time.Second, "all show it as left", func() bool { return all(ps, v.name, StatusLeft) })
+		s.run(20 * time.Second)
+		if failed := s.times(EventFailed, v.name, from); len(failed) > 0 {
+			t.Errorf("%d member-failed", len(failed))
+		}
+		if left := s.times(EventLeave, v.name, from); len(left) != len(ps)-1 {
+			t.Errorf("%d member-leave", len(left))
+		}
+		w := s.start(v.host, v.name, ps[0].host)
+		s.within(5*time.Second, "back again", s.agree)
+		_ = w
+	})
+}
+
+// story checks that all of ps saw just these events about name since from.
+func (s *sim) story(ps []*proc, name string, from time.Duration, want ...EventKind) {
+	s.tb.Helper()
+	got := make(map[*proc][]EventKind)
+	for _, o := range s.seen {
+		if o.Member.Name == name && o.at >= from {
+			got[o.by] = append(got[o.by], o.Kind)
+		}
+	}
+	wrong := 0
+	for _, p := range ps {
+		if fmt.Sprint(got[p]) != fmt.Sprint(want) {
+			if wrong++; wrong <= 3 {
+				s.tb.Errorf("%s saw of %s: %v, wanted %v", p.name, name, got[p], want)
+			}
+		}
+	}
+	if wrong > 3 {
+		s.tb.Errorf("and %d others", wrong-3)
+	}
+}
+
+func TestARestartIsFailedThenJoin(t *testing.T) {
+	t.Parallel()
+	for _, gap := range []time.Duration{ms, 10 * ms, 50 * ms, time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				from := s.now
+				s.crash(v)
+				s.run(gap)
+				w := s.start(v.host, v.name, ps[0].host, ps[len(ps)-1].host)
+				s.within(5*time.Second, "all alive", s.agree)
+				s.run(20 * time.Second)
+				s.story(others(ps, v), v.name, from, EventFailed, EventJoin)
+				if w.fatal != nil {
+					t.Error(w.fatal)
+				}
+			})
+		})
+	}
+}
+
+// It knows nobody, but those who knew it go on asking for it.
+func TestARestartedAgentThatJoinsNobodyIsTakenBack(t *testing.T) {
+	for _, down := range []time.Duration{100 * ms, 10 * time.Second, 10 * time.Minute} {
+		cases(t, []int{2, 6, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+			v := ps[len(ps)/2]
+			s.crash(v)
+			s.run(down)
+			s.start(v.host, v.name)
+			s.within(2*time.Minute, "taken back", s.agree)
+		})
+	}
+}
+
+// Its port answers and its name is right, but it is not the member that died.
+func TestARestartedAgentThatJoinsNobodyHasFailed(t *testing.T) {
+	cases(t, []int{2, 3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[len(ps)/2]
+		from := s.now
+		s.crash(v)
+		s.run(ms)
+		s.start(v.host, v.name)
+		s.within(5*time.Second, "all say that it has failed", func() bool {
+			return len(s.times(EventFailed, v.name, from)) >= len(ps)-1
+		})
+	})
+}
+
+func TestANameMovesToANewAddressWhenTheOldHostIsGone(t *testing.T) {
+	for _, gap := range []time.Duration{0, time.Second, 10 * time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				from := s.now
+				s.loseHost(v)
+				s.run(gap)
+				w := s.start(s.host(), v.name, ps[0].host)
+				limit := 3 * time.Second
+				if s.loss > 0 {
+					limit = 12 * time.Second
+				}
+				s.within(limit, "all show the new one", s.agree)
+				s.run(20 * time.Second)
+				s.story(others(ps, v), v.name, from, EventFailed, EventJoin)
+				if w.fatal != nil {
+					t.Error(w.fatal)
+				}
+				// the old host comes back to life: its instance is gone, nothing flips
+			})
+		})
+	}
+}
+
+func TestANewcomerWhoseNameIsTakenGivesUp(t *testing.T) {
+	cases(t, []int{1, 2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		holder := ps[len(ps)/2]
+		for _, seed := range []*proc{ps[0], holder} {
+			from := s.now
+			w := s.start(s.host(), holder.name, seed.host)
+			s.within(6*time.Second, "the newcomer gives up", func() bool { return w.fatal != nil })
+			if w.fatal != nil && !strings.Contains(w.fatal.Error(), holder.host.addr.String()) {
+				t.Errorf("the error does not name the holder: %v", w.fatal)
+			}
+			s.run(10 * time.Second)
+			s.story(ps, holder.name, from)
+			if !s.agree() {
+				t.Error("the holder was disturbed")
+			}
+		}
+	})
+}
+
+func TestOfTwinsBornInOneMillisecondOneGivesWay(t *testing.T) {
+	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = func(o, q *proc) bool { return q.name == "twin" }
+		a := s.start(s.host(), "twin", ps[0].host)
+		b := s.start(s.host(), "twin", ps[len(ps)-1].host)
+		s.within(4*time.Second, "one gives up", func() bool { return (a.fatal == nil) != (b.fatal == nil) })
+		s.run(20 * time.Second)
+		if a.fatal != nil && b.fatal != nil || !all(ps, "twin", StatusAlive) {
+			t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
+		}
+	})
+}
+
+func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
+	for _, how := range []string{"through another", "itself", "failed", "left"} {
+		t.Run(how, func(t *testing.T) {
+			cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				holder := ps[1]
+				s.excuse = func(o, q *proc) bool {
+					return o.name == holder.name || q.name == holder.name && !slices.Contains(ps, o)
+				}
+				young := s.start(s.host(), holder.name)
+				other := s.start(s.host(), "other", young.host)
+				s.run(5 * time.Second)
+				to := other
+				switch how {
+				case "itself":
+					to = young
+				case "failed":
+					s.crash(young)
+				case "left":
+					young.do(func(n *node) { n.startLeave() })
+				}
+				s.run(5 * time.Second)
+				from := s.now
+				ps[0].join(to.host.addr)
+				switch how {
+				case "through another":
+					s.within(5*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
+					fallthrough
+				case "failed", "left":
+					s.within(10*time.Second, "one cluster", s.agree)
+				case "itself":
+					s.within(5*time.Second, "the join ends", func() bool { return len(ps[0].joins) > 0 })
+					if err := ps[0].joins[0]; err == nil || !strings.Contains(err.Error(), "is taken: the member at "+holder.host.addr.String()) {
+						t.Errorf("the join ended with %v", err)
+					}
+				}
+				s.run(20 * time.Second)
+				s.story(ps, holder.name, from)
+				if holder.fatal != nil {
+					t.Error(holder.fatal)
+				}
+			})
+		})
+	}
+}
+
+func TestOfANameOnBothSidesOfASplitTheYoungerGivesWay(t *testing.T) {
+	cases(t, []int{4, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		older := ps[0]
+		s.excuse = func(o, q *proc) bool { return apart(o, q) || q.name == older.name }
+		a, b := ps[:len(ps)/2], ps[len(ps)/2:]
+		s.split(a, b)
+		s.run(10 * time.Second)
+		h := s.host()
+		h.group = 2
+		younger := s.start(h, older.name, b[0].host)
+		s.run(10 * time.Second)
+		if younger.fatal != nil {
+			t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
+		}
+		if !all(b, older.name, StatusAlive) {
+			t.Fatal("the younger has not joined its side")
+		}
+		s.heal()
+		s.within(4*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
+		if younger.fatal != nil && !strings.Contains(younger.fatal.Error(), older.host.addr.String()) {
+			t.Errorf("the error does not name the holder: %v", younger.fatal)
+		}
+		s.within(4*time.Second, "all alive again", s.agree)
+		s.run(20 * time.Second)
+		if older.fatal != nil || !s.agree() {
+			t.Errorf("the older was disturbed: %v", older.fatal)
+		}
+	})
+}
+
+func TestADeadMembersAddressGoesToANewName(t *testing.T) {
+	for _, gap := range []time.Duration{ms, 50 * ms, 5 * time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				from := s.now
+				s.crash(v)
+				s.run(gap)
+				s.start(v.host, "newname", ps[0].host)
+				s.within(5*time.Second, "the old one failed", s.allFailed([]*proc{v}))
+				s.run(30 * time.Second)
+				s.story(others(ps, v), v.name, from, EventFailed)
+				s.story(others(ps, v), "newname", from, EventJoin)
+			})
+		})
+	}
+}
+
+func TestAClockSetBackDoesNotKeepAMemberOut(t *testing.T) {
+	for _, gap := range []time.Duration{ms, 5 * time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				from := s.now
+				s.crash(v)
+				s.run(gap)
+				s.wallShift = -24 * time.Hour
+				s.start(v.host, v.name, ps[0].host)
+				s.within(5*time.Second, "all alive", s.agree)
+				s.run(20 * time.Second)
+				s.story(others(ps, v), v.name, from, EventFailed, EventJoin)
+			})
+		})
+	}
+}
+
+func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
+	t.Parallel()
+	for _, prune := range []bool{false, true} {
+		t.Run(fmt.Sprint("prune=", prune), func(t *testing.T) {
+			cases(t, []int{3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				s.loseHost(v)
+				s.within(10*time.Second, "failed", s.allFailed([]*proc{v}))
+				s.run(time.Second)
+				from := s.now
+				ps[0].do(func(n *node) {
+					if err := n.forceLeave(ps[len(ps)-1].name, prune); err == nil {
+						t.Error("a member that is alive was made to leave")
+					}
+					if err := n.forceLeave(v.name, prune); err != nil {
+						t.Error(err)
+					}
+				})
+				want := StatusLeft
+				if prune {
+					want = 0
+				}
+				s.within(5*time.Second, "everywhere", func() bool { return all(ps, v.name, want) })
+				s.run(time.Minute)
+				if !all(ps, v.name, want) {
+					t.Error("it came back")
+				}
+				if prune {
+					s.story(others(ps, v), v.name, from, EventLeave, EventReap)
+				} else {
+					s.story(others(ps, v), v.name, from, EventLeave)
+				}
+			})
+		})
+	}
+}
+
+// Until all have forgotten a member their digests differ, and every heartbeat
+// would ask for an exchange of tables that can change nothing.
+func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
+	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
+		for _, p := range ps {
+			p.n.ReapAfter = 10 * time.Minute
+			p.n.repair.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
+		}
+		s.crash(ps[len(ps)/2])
+		s.run(9 * time.Minute)
+		s.frames = 0
+		s.run(2 * time.Minute)
+		t.Logf("%d frames", s.frames)
+		if s.frames > 4*len(ps) {
+			t.Errorf("%d frames", s.frames)
+		}
+		for _, p := range s.running() {
+			if len(p.n.members("", maxMembers)) != len(ps)-1 {
+				t.Errorf("%s shows %d members", p.name, len(p.n.members("", maxMembers)))
+			}
+		}
+	})
+}
+
+func TestAFailedMemberIsForgottenOnce(t *testing.T) {
+	for _, loss := range []float64{0, .2} {
+		for _, n := range []int{3, 10, 50} {
+			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				s.loss, s.reapAfter = loss, 20*time.Second
+				ps := s.cluster(n)
+				v := ps[n/2]
+				from := s.now
+				s.loseHost(v)
+				s.run(15 * time.Second)
+				late := s.start(s.host(), "late", ps[0].host)
+				s.run(15 * time.Second)
+				if !all(s.procs, v.name, 0) {
+					t.Error("after 30 s not forgotten")
+				}
+				s.run(2 * time.Minute)
+				s.story(others(ps, v), v.name, from, EventFailed, EventReap)
+				s.story([]*proc{late}, v.name, from, EventReap)
+				if late.shows(v.name) != 0 || late.n.t.get(v.name) != nil {
+					t.Error("the late one still has it")
+				}
+				s.check()
+			})
+		}
+	}
 }

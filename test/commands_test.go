@@ -112,7 +112,6 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		code int
 		want []string // in stderr
 	}{
-		{nil, 2, []string{`no command given`, "hint: 'hamlet help'"}},
 		{[]string{"dance"}, 2, []string{`no command "dance"`, "hint: 'hamlet help'"}},
 		{[]string{"help", "dance"}, 2, []string{`no command "dance"`}},
 		{[]string{"members", "-colour"}, 2, []string{"not defined: -colour", "hint: 'hamlet help members'"}},
@@ -163,7 +162,9 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{[]string{"force-leave"}, 2, []string{"NAME"}},
 		{[]string{"force-leave", "a", "-prune"}, 2, []string{`"-prune"`}},
 		{[]string{"event"}, 2, []string{"NAME"}},
-		{[]string{"event", "e", strings.Repeat("p", 1024)}, 1, []string{"1 and 1024", "at most 1024"}},
+		{[]string{"query", "q", strings.Repeat("p", 1024)}, 1, []string{"1025 bytes", "the limit is 1024"}},
+		{[]string{"event", "deploy", "-coalesce=false"}, 2, []string{"-coalesce=false", "options come before the name"}},
+		{[]string{"event", "e", strings.Repeat("p", 1024)}, 1, []string{"1025 bytes", "the limit is 1024"}},
 		{[]string{"keygen", "now"}, 2, []string{`"now"`}},
 	}
 	for _, tt := range tests {

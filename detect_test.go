@@ -1,0 +1,221 @@
+// detect_test.go: the failure detector of one node, as transcripts, and the
+// stories of whole clusters about death, silence and isolation.
+
+package main
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
+	l := newLab(t, 3)
+	l.breaks(1)
+	l.sees(1, vRefused)
+	l.udp(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vRefused})
+	l.want(`
+		link to b breaks
+		  to b: ping b
+		  looks at b
+		look at b: refused
+		  to b: ping b
+		  to c: check b
+		c says vote b refused
+		  to c: flood [b failed 10]
+		  event member-failed b
+	`)
+}
+
+func TestARefusedDialIsNoVerdictWhenSomebodyReachesIt(t *testing.T) {
+	l := newLab(t, 3)
+	l.breaks(1)
+	l.sees(1, vRefused)
+	l.udp(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vAlive})
+	l.text.Reset()
+	l.after(700 * ms)
+	if e := l.n.t.get("b"); e.Status != StatusAlive {
+		t.Errorf("b is %v\n%s", e.Status, l.text.String())
+	}
+}
+
+func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
+	l := newLab(t, 4)
+	l.udp(1, head{Kind: kHeartbeat, Promise: 500})
+	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
+	l.udp(3, head{Kind: kHeartbeat, Promise: 9000})
+	l.after(650 * ms)
+	l.udp(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vUnreachable})
+	l.text.Reset()
+	l.after(600 * ms)
+	l.want(`
+		600ms pass
+		  to b: ping b
+		  to d: check b
+		  to d: check b
+		  to b: flood [b suspect 10]
+		  to d: flood [b suspect 10]
+		  to c: flood [b suspect 10]
+		  log [DEBUG] b at 10.0.0.2:7946 is suspect: nothing at all comes back
+	`)
+	l.after(time.Second)
+	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
+	l.text.Reset()
+	l.after(550 * ms)
+	if e := l.n.t.get("b"); e.Status != StatusFailed {
+		t.Errorf("b is %v\n%s", e.Status, l.text.String())
+	}
+}
+
+func TestASuspectThatRefutesIsNotFailed(t *testing.T) {
+	l := newLab(t, 2)
+	l.after(newGrace + probeFor + 10*ms)
+	if l.n.t.get("b").Status != StatusSuspect {
+		t.Fatalf("b is not suspect:\n%s", l.text.String())
+	}
+	again := labMember(1)
+	again.Incarnation = 11
+	l.udp(1, head{Kind: kFlood, From: "b", Incarnation: 11, Raised: 1}, claimed(again, StatusAlive))
+	l.text.Reset()
+	l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: 11, Raised: 1, Promise: 9000})
+	l.after(2 * time.Second)
+	if l.n.t.get("b").Status != StatusAlive || len(l.n.detector.probes) > 0 {
+		t.Errorf("b is %v:\n%s", l.n.t.get("b").Status, l.text.String())
+	}
+}
+
+func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
+	l := newLab(t, 2)
+	died := time.Duration(0)
+	for l.now < 20*time.Second && died == 0 {
+		l.after(50 * ms)
+		if k, ok := l.looks["b"]; ok {
+			delete(l.looks, "b")
+			l.tell("", func(n *node) { n.saw(sight{look: k, v: vSilent}) })
+		}
+		if l.n.t.get("b").Status == StatusFailed {
+			died = l.now
+		}
+	}
+	if died < stallFor || died > stallFor+3*time.Second || strings.Count(l.text.String(), "is stalled") != 1 || strings.Contains(l.text.String(), "flood") && died == 0 {
+		t.Errorf("called failed after %v:\n%s", died, l.text.String())
+	}
+}
+
+func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
+	l := newLab(t, 3)
+	l.udp(1, head{Kind: kCheck, Seq: 1, Target: "stranger"})
+	l.udp(1, head{Kind: kCheck, Seq: 2, Target: "c"})
+	l.want(`
+		b says check stranger
+		b says check c
+		  to c: ping c
+		  looks at c
+	`)
+	l.sees(2, vAlive)
+	l.want(`
+		look at c: alive
+		  to b: vote c alive
+	`)
+}
+
+func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
+	l := newLab(t, 2)
+	l.udp(1, head{Kind: kHeartbeat, Promise: 500})
+	l.text.Reset()
+	l.now += 8 * time.Second
+	beat := l.head(1, head{Kind: kHeartbeat, Promise: 500})
+	l.n.enter(l.now, func(n *node) { n.datagram(labMember(1).Addr, wire.encode(nil, &beat), false) })
+	l.after(400 * ms)
+	if strings.Contains(l.text.String(), "ping") {
+		t.Errorf("it doubts b:\n%s", l.text.String())
+	}
+}
+
+// A claim about the same run, here its new tags, once wiped what was known of any
+// member that had never sent a heartbeat here, and stretched its deadline.
+func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
+	l := newLab(t, 3)
+	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
+	e := l.n.t.get("b")
+	e.deal().stalled, e.deal().tcpOnly = time.Second, 1
+	l.n.ring.expect(e, l.n.now+100*ms)
+	again := labMember(1)
+	again.Incarnation, again.Tags = 11, "k=v"
+	l.udp(2, head{Kind: kFlood}, claimed(again, StatusAlive))
+	if d := e.deal(); d.stalled == 0 || d.tcpOnly == 0 || !d.met {
+		t.Errorf("what was known of this run is gone: %+v", d)
+	}
+	l.text.Reset()
+	l.after(110 * ms)
+	if !strings.Contains(l.text.String(), "ping b") {
+		t.Errorf("b is overdue and not probed:\n%s", l.text.String())
+	}
+	again.Born, again.Incarnation = 20, 20
+	l.udp(2, head{Kind: kFlood}, claimed(again, StatusAlive))
+	if d := e.deal(); d.stalled != 0 || d.met {
+		t.Errorf("what was seen of a former run is held against this one: %+v", d)
+	}
+}
+
+// Whoever reads what the table counts must not hide it from the next reader.
+func TestTheRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
+	l := newLab(t, 3)
+	l.n.enter(l.now, func(n *node) {
+		n.t.apply(n.now, labMember(3), 0)
+		n.ring.refresh(n) // as a leave does
+		dead := labMember(1)
+		dead.Status = StatusFailed
+		n.t.apply(n.now, dead, 0)
+	})
+	l.n.tick(l.now)
+	if l.n.t.failed != 1 || l.n.ring.seen != l.n.t.version || len(l.n.ring.watchers) != 2 {
+		t.Errorf("%d failed, version %d of %d, %d watchers", l.n.t.failed, l.n.ring.seen, l.n.t.version, len(l.n.ring.watchers))
+	}
+}
+
+func TestFirstPromisesAreSpreadOverTheCycle(t *testing.T) {
+	l := newLab(t, 5)
+	promises := make(map[time.Duration]bool)
+	for _, w := range l.n.ring.watchers {
+		promises[(w.by-l.n.now)/beatEvery] = true
+	}
+	if len(promises) != 4 {
+		t.Errorf("four watchers are promised %v", promises)
+	}
+}
+
+// Three datagrams that named fifty members at a bystander's address made five
+// agents send it ten thousand datagrams.
+func TestAForgedCrowdAtABystandersAddressCostsHimLittle(t *testing.T) {
+	l := newLab(t, 3)
+	sent, dialled := 0, 0
+	for i := range 50 {
+		m := labMember(9)
+		m.Name = "m" + string(rune('A'+i))
+		l.n.enter(l.now, func(n *node) { n.adopt(&update{Member: m}) })
+	}
+	for end := l.now + 25*time.Second; l.now < end; {
+		o := l.n.tick(l.now)
+		for _, p := range o.packets {
+			if p.to.Addr == labMember(9).Addr {
+				sent++
+			}
+		}
+		dialled += len(o.looks) + len(o.exchanges)
+		for _, m := range o.links {
+			if m.Addr == labMember(9).Addr {
+				t.Fatal("a link to one who has never answered")
+			}
+		}
+		l.now = max(o.wake, l.now+ms)
+		for i := 1; i < 3; i++ {
+			beat := l.head(i, head{Kind: kHeartbeat, Promise: 5000})
+			l.n.enter(l.now, func(n *node) { n.datagram(labMember(i).Addr, wire.encode(nil, &beat), false) })
+		}
+	}
+	if limit := strangerBurst + 25*strangerRate; sent+dialled > limit {
+		t.Errorf("%d datagrams and %d dials", sent, dialled)
+	}
+	t.Logf("%d datagrams and %d dials in 25 s", sent, dialled)
+}
