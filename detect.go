@@ -39,8 +39,7 @@ const (
 	maxAskers   = 64
 )
 
-// verdict is what one observer saw of a target, in rising weight as evidence
-// that somebody is there.
+// verdict is what one observer saw of a target, in rising weight as evidence that somebody is there.
 type verdict uint8
 
 const (
@@ -84,8 +83,8 @@ func (r *ring) refresh(n *node) {
 	if r.seen == n.t.version {
 		return
 	}
-	// After a mass failure the rings must heal at once, so whom I newly watch is
-	// due soon. After a join nothing is broken, and everybody is busy.
+	// After a mass failure the rings must heal at once, so whom I newly watch is due soon. After a join
+	// nothing is broken, and everybody is busy.
 	grace := newGrace
 	if n.t.shrunk > r.seen {
 		grace = overdueAfter
@@ -107,9 +106,8 @@ func (r *ring) refresh(n *node) {
 	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 }
 
-// greet sends new watchers their first heartbeat. What it promises is spread
-// over the cycle: were all told to wait for a whole one, nobody would notice
-// before its end that a host vanished right after it had joined.
+// greet sends new watchers their first heartbeat. What it promises is spread over the cycle: were all told to
+// wait for a whole one, nobody would notice before its end that a host vanished right after it had joined.
 func (r *ring) greet(n *node) {
 	slot := max(r.nextBeat, n.now)
 	for _, w := range r.watchers {
@@ -126,9 +124,8 @@ func (r *ring) greet(n *node) {
 	}
 }
 
-// beat sends w a heartbeat that promises the next one. From whoever has not
-// answered yet it wants an answer: before that it gets no floods, which it would
-// not take, if it has not heard of this node.
+// beat sends w a heartbeat that promises the next one. From whoever has not answered yet it wants an answer:
+// before that it gets no floods, which it would not take, if it has not heard of this node.
 func (r *ring) beat(n *node, w *bond) {
 	h := n.head(kHeartbeat)
 	h.Promise = uint32((w.by - n.now) / ms)
@@ -139,8 +136,8 @@ func (r *ring) beat(n *node, w *bond) {
 	}
 }
 
-// step sends the next heartbeat, to the watcher whose promise ends first, and
-// starts a probe of everybody who is overdue.
+// step sends the next heartbeat, to the watcher whose promise ends first, and starts a probe of everybody who
+// is overdue.
 func (r *ring) step(n *node) {
 	if len(r.watchers) > 0 {
 		if n.now >= r.nextBeat {
@@ -151,11 +148,6 @@ func (r *ring) step(n *node) {
 		}
 		n.wakeAt(r.nextBeat)
 	}
-	if r.linkAt != 0 && n.now >= r.linkAt {
-		r.link(n)
-	} else if r.linkAt != 0 {
-		n.wakeAt(r.linkAt)
-	}
 	for _, w := range r.watched {
 		if p := n.detector.probeOf(w.e); p != nil && p.stage != helping {
 			continue
@@ -165,6 +157,11 @@ func (r *ring) step(n *node) {
 		} else {
 			n.wakeAt(w.by)
 		}
+	}
+	if r.linkAt != 0 && n.now >= r.linkAt {
+		r.link(n)
+	} else if r.linkAt != 0 {
+		n.wakeAt(r.linkAt)
 	}
 }
 
@@ -177,18 +174,16 @@ func (r *ring) expect(e *entry, by time.Duration) {
 	}
 }
 
-// reached notes a sign of life of e that promises nothing. What it promised
-// before still holds; else a whole cycle may pass.
+// reached notes a sign of life of e that promises nothing. What it promised before still holds; else a whole
+// cycle may pass.
 func (r *ring) reached(n *node, e *entry) {
-	i := slices.IndexFunc(r.watched, func(w *bond) bool { return w.e == e })
-	if i >= 0 && r.watched[i].by <= n.now {
+	if i := slices.IndexFunc(r.watched, func(w *bond) bool { return w.e == e }); i >= 0 && r.watched[i].by <= n.now {
 		r.watched[i].by = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
 	}
 }
 
-// met is told that e has answered for the first time. As a watcher it gets what
-// was flooded just before: whoever has just joined may have missed it, since
-// those who knew it then did not know of each other.
+// met is told that e has answered for the first time. As a watcher it gets what was flooded just before:
+// whoever has just joined may have missed it, since those who knew it then did not know of each other.
 func (r *ring) met(n *node, e *entry) {
 	if slices.ContainsFunc(r.watchers, func(w *bond) bool { return w.e == e }) {
 		n.spread.catchUp(n, e)
@@ -229,8 +224,8 @@ const (
 	last                  // the last round of a suspicion
 )
 
-// probe is one look at a member: for a verdict of mine, for others who asked, or
-// both. There is one at a time per target.
+// probe is one look at a member: for a verdict of mine, for others who asked, or both. There is one at a time
+// per target.
 type probe struct {
 	m       Member // whom, as it was believed
 	e       *entry // nil: a namesake of mine, whom no entry describes
@@ -238,8 +233,7 @@ type probe struct {
 	start   time.Duration // of the round
 	accused time.Duration // when
 	seq     uint32        // of the look and the checks of this probe
-	pings   int           // of this round
-	looks   int
+	pings   int           // of this round, as are the checks
 	checks  int
 	mine    verdict
 	udp     bool // it answered by UDP
@@ -264,14 +258,15 @@ type asker struct {
 	sent verdict
 }
 
-func (d *detector) probeOf(e *entry) *probe {
-	for _, p := range d.probes {
-		if p.e == e {
-			return p
-		}
+// find returns the probe for which is holds, or nil.
+func (d *detector) find(is func(*probe) bool) *probe {
+	if i := slices.IndexFunc(d.probes, is); i >= 0 {
+		return d.probes[i]
 	}
 	return nil
 }
+
+func (d *detector) probeOf(e *entry) *probe { return d.find(func(p *probe) bool { return p.e == e }) }
 
 // namesake is the probe of a namesake, if one is under way.
 func (d *detector) namesake() *probe { return d.probeOf(nil) }
@@ -288,8 +283,7 @@ func (d *detector) begin(n *node, m Member, e *entry) *probe {
 	return p
 }
 
-// judge probes e for a verdict of mine. Where there are too many probes it has
-// to wait: nil.
+// judge probes e for a verdict of mine. Where there are too many probes it has to wait: nil.
 func (d *detector) judge(n *node, e *entry) *probe {
 	if e == n.self || e.Status.dead() || len(d.probes) >= maxProbes && d.probeOf(e) == nil {
 		n.wakeAt(n.now + askAfter)
@@ -309,16 +303,8 @@ func (d *detector) meet(n *node, m Member) *probe {
 	return p
 }
 
-// doubt probes e, which by has as failed.
-func (d *detector) doubt(n *node, e *entry, by string) {
-	if p := d.judge(n, e); p != nil {
-		d.count(n, p, by, vUnreachable)
-	}
-}
-
-// linkEnded is told that a watch link with a run of m has ended (tries 0), or for
-// the how manieth time in a row that none could be had. It is evidence that starts
-// a probe, never a verdict.
+// linkEnded is told that a watch link with a run of m has ended (tries 0), or for the how manieth time in a
+// row that none could be had. It is evidence that starts a probe, never a verdict.
 func (n *node) linkEnded(m Member, tries int, refused bool) {
 	e := n.t.get(m.Name)
 	if e == nil || e.Born != m.Born || e.lost || n.own.leaving != 0 {
@@ -359,25 +345,23 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	case p.stage == accusing:
 		d.round(p, n.now, last)
 	}
-	age := n.now - p.start
+	age, end := n.now-p.start, probeFor
+	if p.e == nil {
+		end = namesakeFor
+	}
 	again := age >= askAfter || p.mine == vRefused
+	if p.pings == 0 && age >= 0 {
+		n.look(p.seq, p.m)
+	}
 	if p.pings == 0 && age >= 0 || p.pings == 1 && again {
 		p.pings++
 		n.ping(p.m)
-	}
-	if p.looks == 0 && age >= 0 {
-		p.looks++
-		n.look(p.seq, p.m)
 	}
 	if p.e != nil && p.stage != helping && (p.checks == 0 && again || p.checks == 1 && age >= askOnce) {
 		p.checks++
 		d.check(n, p)
 	}
 	d.vote(n, p)
-	end := probeFor
-	if p.e == nil {
-		end = namesakeFor
-	}
 	switch {
 	case p.stage != helping && age >= end:
 		d.conclude(n, p)
@@ -392,8 +376,7 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	}
 }
 
-// check asks the target's other watchers and one random member to look, and
-// again those that have not voted.
+// check asks the target's other watchers and one random member to look, and again those that have not voted.
 func (d *detector) check(n *node, p *probe) {
 	if p.checks == 1 {
 		p.asked = slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
@@ -424,8 +407,8 @@ func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
 	return nil
 }
 
-// asked answers the check of by, at once where the answer is known and within
-// helpFor else. Only members are looked at, at the address that I know.
+// asked answers the check of by, at once where the answer is known and within helpFor else. Only members are
+// looked at, at the address that I know.
 func (d *detector) asked(n *node, by *entry, h head) {
 	e := n.t.get(h.Target)
 	if e == nil || e == n.self || by.Status.dead() {
@@ -474,26 +457,22 @@ func (d *detector) sendVote(n *node, a *asker, target string, v verdict) {
 
 // voted takes a helper's answer, if it is one to a probe that still runs.
 func (d *detector) voted(n *node, by *entry, h head) {
-	for _, p := range d.probes {
-		if p.seq == h.Seq && p.m.Name == h.Target && by.Name != h.Target && !by.Status.dead() {
-			d.count(n, p, by.Name, min(h.Verdict, vAlive))
-			return
-		}
+	if p := d.find(func(p *probe) bool { return p.seq == h.Seq && p.m.Name == h.Target }); p != nil && by != p.e && !by.Status.dead() {
+		d.count(n, p, by.Name, min(h.Verdict, vAlive))
 	}
 }
 
+// count counts v, by whom; nothing if there is no probe.
 func (d *detector) count(n *node, p *probe, by string, v verdict) {
-	p.votes = slices.DeleteFunc(p.votes, func(o vote) bool { return o.by == by })
-	p.votes = append(p.votes, vote{by, v, n.now})
-	d.refused(n, p)
+	if p != nil {
+		p.votes = append(slices.DeleteFunc(p.votes, func(o vote) bool { return o.by == by }), vote{by, v, n.now})
+		d.refused(n, p)
+	}
 }
 
 // seen counts the observers whose verdict lies between lo and hi, me included.
 func (p *probe) seen(lo, hi verdict) (c int) {
-	if p.mine >= lo && p.mine <= hi {
-		c++
-	}
-	for _, v := range p.votes {
+	for _, v := range append(slices.Clip(p.votes), vote{v: p.mine}) {
 		if v.v >= lo && v.v <= hi {
 			c++
 		}
@@ -503,8 +482,8 @@ func (p *probe) seen(lo, hi verdict) (c int) {
 
 // ---- what is seen, and verdicts ----
 
-// sight is what a look by TCP has seen: first perhaps that the kernel accepts
-// (vSilent), then vRefused, vAlive, or that it hung up (vNone).
+// sight is what a look by TCP has seen: first perhaps that the kernel accepts (vSilent), then vRefused,
+// vAlive, or that it hung up (vNone).
 type sight struct {
 	look
 	v    verdict
@@ -522,32 +501,24 @@ func (n *node) saw(s sight) {
 	if e := n.t.get(s.m.Name); right && e != nil && e != n.self && e.Born == s.born {
 		n.met(e)
 	}
-	i := slices.IndexFunc(d.probes, func(p *probe) bool { return p.seq == s.seq })
-	if i < 0 {
+	p := d.find(func(p *probe) bool { return p.seq == s.seq })
+	if p == nil {
 		return
 	}
-	p := d.probes[i]
-	switch {
-	case right:
-		d.observed(n, p, vAlive)
-	case s.v == vAlive, s.v == vNone:
-		if p.mine == vSilent {
-			p.mine = vNone // another process lives at its address, or it hung up: it did not stall
-		}
-		if s.v == vAlive {
-			d.observed(n, p, vRefused)
-		}
-	default:
-		d.observed(n, p, s.v)
+	if !right && (s.v == vAlive || s.v == vNone) && p.mine == vSilent {
+		p.mine = vNone // another process lives at its address, or it hung up: it did not stall
 	}
+	if !right && s.v == vAlive {
+		s.v = vRefused
+	}
+	d.observed(n, p, s.v)
 }
 
 // answered is told that m was heard of by UDP just now: the run born.
 func (d *detector) answered(n *node, m Member, born uint64) {
-	i := slices.IndexFunc(d.probes, func(p *probe) bool { return p.m.Name == m.Name && p.m.Born == m.Born })
-	if i >= 0 && born == m.Born {
-		d.probes[i].udp = true
-		d.observed(n, d.probes[i], vAlive)
+	if p := d.find(func(p *probe) bool { return p.m.Name == m.Name && p.m.Born == m.Born }); p != nil && born == m.Born {
+		p.udp = true
+		d.observed(n, p, vAlive)
 	}
 }
 
@@ -568,8 +539,8 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 	}
 }
 
-// refused fails a target that two observers were refused by, nobody
-// contradicting, at once: a watch link had shown that TCP works.
+// refused fails a target that two observers were refused by, nobody contradicting, at once: a watch link had
+// shown that TCP works.
 func (d *detector) refused(n *node, p *probe) {
 	if p.mine <= vRefused && p.stage != helping && p.ended && p.seen(vRefused, vRefused) >= 2 && p.seen(vAlive, vAlive) == 0 {
 		d.fail(n, p)
@@ -610,11 +581,10 @@ func (d *detector) conclude(n *node, p *probe) {
 	}
 }
 
-// round looks anew. Votes survive: helpers that answer late would otherwise stay
-// late, round after round.
+// round looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
 func (d *detector) round(p *probe, start time.Duration, s stage) {
 	p.stage, p.start = s, start
-	p.pings, p.looks, p.checks, p.mine, p.udp, p.ended = 0, 0, 0, vNone, false, false
+	p.pings, p.checks, p.mine, p.udp, p.ended = 0, 0, vNone, false, false
 }
 
 // acquit ends a probe of a member that somebody reached.
@@ -627,8 +597,8 @@ func (d *detector) acquit(n *node, p *probe) {
 	}
 }
 
-// stalled handles a member whose kernel accepts while the process is silent.
-// Every busy machine stalls for seconds; only ten count as death.
+// stalled handles a member whose kernel accepts while the process is silent. Every busy machine stalls for
+// seconds; only ten count as death.
 func (d *detector) stalled(n *node, p *probe) {
 	deal := p.e.deal()
 	if deal.stalled == 0 {
@@ -639,8 +609,7 @@ func (d *detector) stalled(n *node, p *probe) {
 		d.fail(n, p)
 		return
 	}
-	// Each round dials anew: a host that vanishes right after it accepted would
-	// else count as stalled.
+	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
 	p.votes = nil
 	d.round(p, max(n.now, min(n.now+stallRound-probeFor, deal.stalled+stallFor-probeFor)), judging)
 	n.wakeAt(p.start)
@@ -655,10 +624,8 @@ func (d *detector) suspect(n *node, p *probe) {
 	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
 	p.stage, p.accused = accusing, n.now
 	p.m = p.e.Member
-	m := p.m
-	m.Status = StatusSuspect
-	n.declare(m, n.self.Name)
-	n.inform(m, n.claim(p.e, n.self.Name))
+	n.declare(p.m.with(StatusSuspect), n.self.Name)
+	n.inform(p.m, n.claim(p.e, n.self.Name))
 	n.wakeAt(n.now)
 }
 
@@ -666,21 +633,18 @@ func (d *detector) suspect(n *node, p *probe) {
 func (d *detector) fail(n *node, p *probe) {
 	d.end(p)
 	if p.e.Born == p.m.Born { // else it has restarted, and only the former one is gone
-		m := p.e.Member
-		m.Status = StatusFailed
-		n.declare(m, "")
+		n.declare(p.e.with(StatusFailed), "")
 	}
 }
 
 // ---- isolation and retry ----
 
-// stepAlone decides whether I am the one who is cut off. What is then believed
-// of the others stays with me.
+// stepAlone decides whether I am the one who is cut off. What is then believed of the others stays with me.
 func (d *detector) stepAlone(n *node) {
-	someone := func(e *entry) bool { return !e.Status.dead() && !e.lost }
+	there := func(e *entry) bool { return !e.lost }
 	e := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() })
 	if e == nil { // only suspects are left to call
-		e = n.anyOther(n.t.ring[0], someone)
+		e = n.anyOther(n.t.ring[0], there)
 	}
 	switch {
 	case e == nil:
@@ -700,9 +664,7 @@ func (d *detector) stepAlone(n *node) {
 		d.calls, d.alone = 0, true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.t.ordered {
-			if e != n.self && someone(e) {
-				n.t.setLost(e, true)
-			}
+			n.t.setLost(e, e.lost || e != n.self && !e.Status.dead())
 		}
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -35,8 +36,8 @@ import (
 
 const ms = time.Millisecond
 
-// The protocol's times and bounds; the detector's are in detect.go. They were
-// settled in simulation: the scenarios in sim_test.go are the measurements.
+// The protocol's times and bounds; the detector's are in detect.go. They were settled in simulation: the
+// scenarios in sim_test.go are the measurements.
 const (
 	floodBatch, floodRate = 2 * ms, 200 // packets a second
 	newsFor               = time.Second // whoever becomes a watcher gets the news of so long
@@ -54,10 +55,24 @@ const (
 	maxQuestions          = 4096
 	maxQueries, maxDuties = 64, 1024 // of one's own at a time, and those of others
 	maxPosts              = 64       // letters sent in one go: a thousand at once would be lost
+	maxInputs             = 1024     // that wait for the loop; more datagrams are lost
+	drainFor              = 20 * ms  // inputs may keep the loop from its tick
+	writeFor              = ms       // what does not fit into the socket's buffer by then is lost, as UDP may
 
-	// Whoever has never answered may be a bystander whose address somebody forged
-	// into the table: all of them together get so many packets and dials a second.
+	linesRate, linesBurst = 50, 2000 // log lines about members: a second, and at once
+
+	// Whoever has never answered may be a bystander whose address somebody forged into the table: all of them
+	// together get so many packets and dials a second.
 	strangerRate, strangerBurst = 20, 60
+)
+
+var (
+	errMalformed = errors.New("sent a malformed message")
+	errMyself    = errors.New("that is this node itself")
+	errWait      = errors.New("whether the name is taken is being found out")
+	errTaken     = errors.New("is taken")
+	errNobody    = errors.New("nobody is asked: no living member is as the query wants it")
+	errStopped   = errors.New("the agent is stopping")
 )
 
 // ---- messages and their codec ----
@@ -93,8 +108,8 @@ const (
 	replyFailed               // the same, and it failed: the first line says how
 )
 
-// head opens every datagram and every frame between agents. gob leaves zero
-// fields out, so one flat struct serves all kinds.
+// head opens every datagram and every frame between agents. gob leaves zero fields out, so one flat struct
+// serves all kinds.
 type head struct {
 	Kind        kind
 	From        string
@@ -113,8 +128,7 @@ type head struct {
 
 func (h *head) born() uint64 { return h.Incarnation - h.Raised }
 
-// update is one claim about a member, or (Event set) a user event or query of
-// Member.Name.
+// update is one claim about a member, or (Event set) a user event or query of Member.Name.
 type update struct {
 	Member   Member
 	Age      uint64 // milliseconds since the member died, or the event was sent
@@ -126,8 +140,8 @@ type update struct {
 	Within   uint32 // of a query: milliseconds in which it wants answers
 }
 
-// key tells updates apart, and orders them: members by name, then user events by
-// their Lamport time. No name begins like the latter.
+// key tells updates apart, and orders them: members by name, then user events by their Lamport time. No name
+// begins like the latter.
 func (u *update) key() string {
 	if u.Event == "" {
 		return u.Member.Name
@@ -135,9 +149,8 @@ func (u *update) key() string {
 	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Event+"\x00"+string(u.Payload)))
 }
 
-// codec encodes and decodes messages with one gob encoder and one decoder that
-// have seen the type definitions, so that what travels is bare values in any
-// order and with any loss. Safe for concurrent use.
+// codec encodes and decodes messages with one gob encoder and one decoder that have seen the type
+// definitions, so that what travels is bare values in any order and with any loss. Safe for concurrent use.
 type codec struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -147,8 +160,8 @@ type codec struct {
 	ids map[reflect.Type][]byte // the type ids as they stand in a message
 }
 
-// wire is the process's codec. gob's type ids depend on the order in which the
-// process touches types, so it is made before anything else can use gob.
+// wire is the process's codec. gob's type ids depend on the order in which the process touches types, so it
+// is made before anything else can use gob.
 var wire = newCodec(&head{}, &update{}, &request{}, &answer{})
 
 func newCodec(messages ...any) *codec {
@@ -187,12 +200,9 @@ func (c *codec) encodeAll(m any, us []update) []byte {
 	return b
 }
 
-var errMalformed = errors.New("sent a malformed message")
-
-// decode decodes the message that opens b into m, which must be fresh, and
-// returns what follows it. It hands gob only what it can do no harm with: a
-// message of the wanted type, of a length that is there. New definitions, which
-// could grow the decoder without bound, do not get in.
+// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
+// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
+// definitions, which could grow the decoder without bound, do not get in.
 func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -223,8 +233,8 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 	return us, err
 }
 
-// gobUint reads gob's unsigned integer: a byte below 128, or the negated count
-// of the big-endian bytes that follow.
+// gobUint reads gob's unsigned integer: a byte below 128, or the negated count of the big-endian bytes that
+// follow.
 func gobUint(b []byte) (v uint64, n int, err error) {
 	if len(b) > 0 && b[0] < 128 {
 		return uint64(b[0]), 1, nil
@@ -310,16 +320,14 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	return n
 }
 
-// enter is the one way in: it runs the clock to now, then input, which may call
-// whatever is told to a node.
+// enter is the one way in: it runs the clock to now, then input, which may call whatever is told to a node.
 func (n *node) enter(now time.Duration, input func(*node)) {
 	n.clock.advance(now)
 	input(n)
 }
 
-// tick does all that has fallen due and returns what the node wants done. The
-// caller must have handed in all that had arrived before (a queued heartbeat
-// acquits its sender).
+// tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
+// that had arrived before (a queued heartbeat acquits its sender).
 func (n *node) tick(now time.Duration) outputs {
 	n.clock.advance(now)
 	n.clock.planned = time.Minute
@@ -359,9 +367,8 @@ type clock struct {
 	planned time.Duration // for how long nothing falls due
 }
 
-// advance runs the awake clock. A process that was stopped would blame
-// everybody else for its own silence, so a gap counts for no more than the
-// planned wait and a little.
+// advance runs the awake clock. A process that was stopped would blame everybody else for its own silence, so
+// a gap counts for no more than the planned wait and a little.
 func (c *clock) advance(now time.Duration) {
 	c.now += max(min(now-c.real, c.planned+lateBy), 0)
 	c.real = now
@@ -394,11 +401,10 @@ func (b *bucket) take() bool {
 	return true
 }
 
-// plausible is the one rule about numbers from outside: no incarnation and no
-// Lamport time is far above all that is known, or one forged datagram with the
-// highest number of all would end joins, or events, for good. What is known at
-// the start may be of 1970, for want of a clock; and the limit grows with time,
-// so that a number at the very limit can soon be exceeded.
+// plausible is the one rule about numbers from outside: no incarnation and no Lamport time is far above all
+// that is known, or one forged datagram with the highest number of all would end joins, or events, for good.
+// What is known at the start may be of 1970, for want of a clock; and the limit grows with time, so that a
+// number at the very limit can soon be exceeded.
 func (n *node) plausible(number, known uint64) bool {
 	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
 	return number <= max(known, floor)+room+uint64(n.now/ms)<<birthBits
@@ -406,8 +412,8 @@ func (n *node) plausible(number, known uint64) bool {
 
 // ---- the verbs ----
 
-// question is one ping, or anything else that wants an acknowledgement by one
-// run of a member. It counts for one answer: a recorded one proves nothing.
+// question is one ping, or anything else that wants an acknowledgement by one run of a member. It counts for
+// one answer: a recorded one proves nothing.
 type question struct {
 	seq   uint32
 	m     Member
@@ -449,8 +455,7 @@ func (n *node) send(to Member, h head, body ...[]byte) {
 	}
 }
 
-// ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to
-// find who has restarted.
+// ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
 func (n *node) ping(m Member) {
 	h := n.head(kPing)
 	h.Target, h.Seq = m.Name, n.ask(m, answerFor)
@@ -500,8 +505,8 @@ func (n *node) claim(e *entry, by string) update {
 	return u
 }
 
-// letter is a datagram that is sent again, less and less often, until it is
-// acknowledged, its time is over, or the run that it is for is gone.
+// letter is a datagram that is sent again, less and less often, until it is acknowledged, its time is over,
+// or the run that it is for is gone.
 type letter struct {
 	run
 	h        head
@@ -518,21 +523,17 @@ func (n *node) post(e *entry, h head, body []byte, within time.Duration) {
 }
 
 func (n *node) stepLetters() {
-	sent := 0
+	room := maxPosts
 	n.letters = slices.DeleteFunc(n.letters, func(l *letter) bool {
-		switch {
-		case n.now >= l.until || l.over():
+		if n.now >= l.until || l.over() {
 			return true
-		case n.now >= l.at && sent == maxPosts:
-			n.wakeAt(n.now + ms)
-			return false
-		case n.now >= l.at:
+		}
+		if n.now >= l.at && room > 0 {
 			l.wait = min(max(2*l.wait, resendAfter), time.Second)
-			l.at = n.now + l.wait
-			sent++
+			l.at, room = n.now+l.wait, room-1
 			n.send(l.e.Member, l.h, l.body)
 		}
-		n.wakeAt(l.at)
+		n.wakeAt(max(l.at, n.now+ms))
 		return false
 	})
 }
@@ -556,8 +557,8 @@ func (e *entry) deal() *dealings {
 	return e.dealings
 }
 
-// window tells which of the datagrams that a run has numbered have counted: none
-// counts twice (RFC 4303, section 3.4.3). What is 64 behind counts for nothing.
+// window tells which of the datagrams that a run has numbered have counted: none counts twice (RFC 4303,
+// section 3.4.3). What is 64 behind counts for nothing.
 type window struct{ top, seen uint64 }
 
 func (w *window) take(number uint64) bool {
@@ -572,8 +573,8 @@ func (w *window) take(number uint64) bool {
 	return true
 }
 
-// datagram takes one datagram, already opened; anyRun: it was not for this run
-// alone. An error is for the caller to count.
+// datagram takes one datagram, already opened; anyRun: it was not for this run alone. An error is for the
+// caller to count.
 func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 	var h head
 	body, err := wire.decode(b, &h)
@@ -636,8 +637,8 @@ func (n *node) message(e *entry, from netip.AddrPort, h head, size int, body []b
 	return nil
 }
 
-// answer acknowledges a datagram of size bytes. Its source may be forged, so
-// that an answer is never larger: nobody can aim a member at somebody else.
+// answer acknowledges a datagram of size bytes. Its source may be forged, so that an answer is never larger:
+// nobody can aim a member at somebody else.
 func (n *node) answer(to netip.AddrPort, h head, size int) {
 	a := n.head(kAck)
 	a.Seq, a.Number = h.Seq, n.number+1
@@ -692,8 +693,8 @@ func (n *node) delivered(seq uint32) {
 	}
 }
 
-// met notes that e answered something that I sent it just now: neither of us is
-// cut off from the other, whatever was believed.
+// met notes that e answered something that I sent it just now: neither of us is cut off from the other,
+// whatever was believed.
 func (n *node) met(e *entry) {
 	if d := e.deal(); !d.met {
 		d.met = true
@@ -709,8 +710,8 @@ func (n *node) met(e *entry) {
 	}
 }
 
-// contact looks at who has said something and whether it needs to be told
-// something: that it is thought dead, or that our tables differ.
+// contact looks at who has said something and whether it needs to be told something: that it is thought dead,
+// or that our tables differ.
 func (n *node) contact(e *entry, h head) {
 	if e.Status != StatusAlive || h.Incarnation != e.Incarnation {
 		n.remind(e) // it refutes, or tells the news of itself that I have missed
@@ -761,23 +762,22 @@ func (s *spread) add(n *node, u *update) {
 	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], o) // what overflows is left to repair
 }
 
-// flush sends the queue to all watchers: at once when the line was idle, else
-// in batches, and never more than floodRate packets a second.
+// flush sends the queue to all watchers: at once when the line was idle, else in batches, and never more than
+// floodRate packets a second.
 func (s *spread) flush(n *node) {
 	if len(s.queue) == 0 {
 		return
 	}
 	s.rate.fill(n.now, floodRate, floodRate/5)
 	for len(s.queue) > 0 && n.now >= s.flushAt && s.rate.tokens >= 0 {
-		batch := batch(s.queue)
+		one, rest := batch(s.queue)
 		for _, w := range n.ring.watchers {
 			if w.e.deal().met {
-				n.send(w.e.Member, n.head(kFlood), batch...)
+				n.send(w.e.Member, n.head(kFlood), one...)
 				s.rate.tokens--
 			}
 		}
-		s.sent = append(s.sent, s.queue[:len(batch)]...)
-		s.queue = slices.Delete(s.queue, 0, len(batch))
+		s.sent, s.queue = append(s.sent, s.queue[:len(one)]...), rest
 	}
 	s.sent = slices.DeleteFunc(s.sent[max(0, len(s.sent)-maxQueue):], func(o news) bool { return n.now-o.at > newsFor })
 	if s.flushAt <= n.now {
@@ -788,45 +788,32 @@ func (s *spread) flush(n *node) {
 	}
 }
 
-// batch is as much of the queue as one datagram takes.
-func batch(queue []news) (batch [][]byte) {
-	size := 0
-	for _, o := range queue {
-		if size += len(o.data); size > maxDatagram-256 && len(batch) > 0 {
+// batch takes as much of the queue as fits into one datagram.
+func batch(queue []news) (one [][]byte, rest []news) {
+	for size := 0; len(one) < len(queue); one = append(one, queue[len(one)].data) {
+		if size += len(queue[len(one)].data); size > maxDatagram-256 && len(one) > 0 {
 			break
 		}
-		batch = append(batch, o.data)
 	}
-	return batch
+	return one, queue[len(one):]
 }
 
 // catchUp tells e what was flooded during the last second.
 func (s *spread) catchUp(n *node, e *entry) {
-	for sent := s.sent; len(sent) > 0; {
-		batch := batch(sent)
-		sent = sent[len(batch):]
-		n.send(e.Member, n.head(kFlood), batch...)
+	for one, rest := batch(s.sent); len(one) > 0; one, rest = batch(rest) {
+		n.send(e.Member, n.head(kFlood), one...)
 		s.rate.tokens--
 	}
 }
 
 // check says what is wrong with a claim from outside.
 func (n *node) check(u *update) error {
-	m := &u.Member
-	if err := validName(m.Name); err != nil {
-		return err
-	}
-	ip := m.Addr.Addr().Unmap()
-	if !m.Addr.IsValid() || m.Addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || validName("%"+ip.Zone()) != nil {
-		return fmt.Errorf("made a claim about %s with a bad address", m.Name)
-	}
+	m, ip := &u.Member, u.Member.Addr.Addr().Unmap()
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
-	if !m.Tags.valid() {
-		return fmt.Errorf("made a claim about %s with bad tags", m.Name)
-	}
-	if m.Status == 0 || m.Status == StatusLeaving || m.Status > StatusPruned || m.Born > m.Incarnation ||
-		!n.plausible(m.Incarnation, n.t.highest) || len(u.By) > maxName {
-		return fmt.Errorf("made a bad claim about %s", m.Name)
+	if validName(m.Name) != nil || !m.Tags.valid() || len(u.By) > maxName ||
+		!ip.IsValid() || m.Addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || validName("%"+ip.Zone()) != nil ||
+		m.Status == 0 || m.Status == StatusLeaving || m.Status > StatusPruned || m.Born > m.Incarnation || !n.plausible(m.Incarnation, n.t.highest) {
+		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
 	return nil
 }
@@ -871,8 +858,8 @@ func (n *node) adopt(u *update) {
 	}
 }
 
-// learnEvent takes a user event from outside, or one's own; replay: also one
-// that is older than this agent's time.
+// learnEvent takes a user event from outside, or one's own; replay: also one that is older than this agent's
+// time.
 func (n *node) learnEvent(u *update, replay bool) error {
 	s, name := &n.spread, u.Member.Name
 	if validName(name) != nil || checkPayload("event", u.Event, u.Payload) != nil || u.LTime == 0 || !n.plausible(u.LTime, s.events.lamport) {
@@ -894,9 +881,8 @@ func updateOf(ev Event) update {
 	return update{Member: Member{Name: ev.Member.Name}, Event: ev.Name, Payload: ev.Payload, LTime: ev.LTime, Coalesce: ev.Coalesce}
 }
 
-// before reports whether what name sent then was sent before my time: before I
-// knew the sender, who was in another cluster, or I was not there yet. A
-// restarted agent would else run the handler of "reboot" again.
+// before reports whether what name sent then was sent before my time: before I knew the sender, who was in
+// another cluster, or I was not there yet. A restarted agent would else run the handler of "reboot" again.
 func (n *node) before(name string, sent time.Duration) bool {
 	if e := n.t.get(name); e != nil {
 		return sent < e.known
@@ -931,9 +917,9 @@ type repair struct {
 	reapAt time.Duration
 }
 
-// want plans an exchange. The random wait lets a flood that is under way arrive
-// first. What the last comparison left different stays so: two who forget the
-// dead after different times would else compare tables for ever.
+// want plans an exchange. The random wait lets a flood that is under way arrive first. What the last
+// comparison left different stays so: two who forget the dead after different times would else compare tables
+// for ever.
 func (r *repair) want(n *node, e *entry, digest uint64) {
 	if r.with == "" && e.deal().compared != digest^n.digest() {
 		r.with, r.digest = e.Name, digest
@@ -959,10 +945,9 @@ func (r *repair) step(n *node) {
 	}
 }
 
-// exchange is one comparison of tables, as the node sees it. The dialler sends
-// its table in pieces, in the order of keys; to each the acceptor answers with
-// what the dialler lacks in that stretch. So nobody has to remember more than a
-// piece, and no piece stalls the loop.
+// exchange is one comparison of tables, as the node sees it. The dialler sends its table in pieces, in the
+// order of keys; to each the acceptor answers with what the dialler lacks in that stretch. So nobody has to
+// remember more than a piece, and no piece stalls the loop.
 type exchange struct {
 	with    Member // who answered or dialled, once known; its Addr is where I dialled
 	dialled bool   // by me
@@ -974,8 +959,8 @@ type exchange struct {
 	digest  uint64             // the other side's
 }
 
-// welcome answers a first frame: with my digest, and with the claim about the
-// other's name. A newcomer whose name is taken must learn it before it says more.
+// welcome answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
+// name is taken must learn it before it says more.
 func (n *node) welcome(h head) (w head, about []update) {
 	if e := n.t.get(h.From); e != nil && !e.reaped {
 		about = append(about, n.claim(e, ""))
@@ -983,13 +968,8 @@ func (n *node) welcome(h head) (w head, about []update) {
 	return n.head(kWelcome), about
 }
 
-var (
-	errMyself = errors.New("that is this node itself")
-	errWait   = errors.New("whether the name is taken is being found out")
-)
-
-// welcomed takes the welcome of whom I dialled, and what it says of me, if it
-// says anything. errWait: ask again in a moment.
+// welcomed takes the welcome of whom I dialled, and what it says of me, if it says anything. errWait: ask
+// again in a moment.
 func (n *node) welcomed(x *exchange, h head, about []update) error {
 	if h.From == n.self.Name && h.born() == n.self.Born {
 		return errMyself
@@ -1015,8 +995,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	return nil
 }
 
-// records yields all updates of the table, then those of the remembered events,
-// whose keys follow after.
+// records yields all updates of the table, then those of the remembered events, whose keys follow after.
 func (n *node) records(after string) func(yield func(*update) bool) {
 	return func(yield func(*update) bool) {
 		at, found := n.t.find(after)
@@ -1039,8 +1018,8 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 	}
 }
 
-// piece is the next frame of an exchange: of the dialler's table, or of what the
-// dialler lacks in the stretch that it sent.
+// piece is the next frame of an exchange: of the dialler's table, or of what the dialler lacks in the stretch
+// that it sent.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
 	var body []byte
@@ -1064,8 +1043,8 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	return append(wire.encode(nil, &h), body...), h.More
 }
 
-// merge takes a piece of the other side's table; more says that others follow.
-// One bad record costs that record; bad is how many there were.
+// merge takes a piece of the other side's table; more says that others follow. One bad record costs that
+// record; bad is how many there were.
 func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err error) {
 	if h.Kind != kTable || h.More && h.Target <= x.after && !x.dialled {
 		return false, 0, errMalformed
@@ -1106,9 +1085,9 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		n.own.claimed(n, m, "", x.with.Name)
 		return nil
 	case e != nil && e.visible() == StatusAlive && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) && (x.dialled || !first):
-		// Two clusters meet, and a name lives in both: nobody shall be called failed
-		// for it. The holder is told, which settles it, and looked at; once it is
-		// dead the claim may come again. (Who dials me has met the holder itself.)
+		// Two clusters meet, and a name lives in both: nobody shall be called failed for it. The holder is
+		// told, which settles it, and looked at; once it is dead the claim may come again. (Who dials me has
+		// met the holder itself.)
 		n.inform(e.Member, u)
 		n.detector.judge(n, e)
 		if first {
@@ -1118,14 +1097,13 @@ func (n *node) mergeOne(x *exchange, u update) error {
 	case e != nil && !m.Status.dead() && m.Incarnation >= e.Incarnation:
 		n.t.setLost(e, false) // vouched for by somebody I am connected to
 	case e != nil && m.Status == StatusFailed && !e.Status.dead() && !e.lost && m.Born == e.Born && m.Incarnation >= e.Incarnation:
-		// Another table has it as failed. Adopting that undid heals: each side of a
-		// split would kill the other anew with its old verdicts. It is told what is
-		// said, so that it can refute at once, and looked at.
+		// Another table has it as failed. Adopting that undid heals: each side of a split would kill the
+		// other anew with its old verdicts. It is told what is said, so that it can refute at once, and
+		// looked at.
 		u.By = x.with.Name
 		n.inform(e.Member, u)
-		m.Status = StatusAlive
-		n.t.apply(n.now, m, 0)
-		n.detector.doubt(n, e, x.with.Name)
+		n.t.apply(n.now, m.with(StatusAlive), 0)
+		n.detector.count(n, n.detector.judge(n, e), x.with.Name, vUnreachable)
 		return nil
 	}
 	n.adopt(&u)
@@ -1148,8 +1126,8 @@ func (n *node) exchanged(x *exchange) {
 
 // ---- joining ----
 
-// joining is when to try the seeds. To try is to compare tables with all their
-// addresses at once, which rpc.go does.
+// joining is when to try the seeds. To try is to compare tables with all their addresses at once, which
+// rpc.go does.
 type joining struct {
 	since   time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	running bool
@@ -1169,8 +1147,7 @@ func (j *joining) begin(n *node) {
 	}
 }
 
-// step tries as long as no seed is an alive member: two halves of a cluster
-// would else stay apart for ever.
+// step tries as long as no seed is an alive member: two halves of a cluster would else stay apart for ever.
 func (j *joining) step(n *node) {
 	if len(n.Seeds) == 0 || j.running || slices.ContainsFunc(j.names, func(name string) bool {
 		e := n.t.get(name)
@@ -1194,8 +1171,8 @@ func (n *node) seedAnswered(name string) {
 	j.names, j.rounds = append(j.names[max(0, len(j.names)-64):], name), 0
 }
 
-// seedsTried ends a round: how many answered, and what went wrong ("ADDR:
-// reason"), why among it if the own name is taken.
+// seedsTried ends a round: how many answered, and what went wrong ("ADDR: reason"), why among it if the own
+// name is taken.
 func (n *node) seedsTried(answered int, errs []string, why error) {
 	j := &n.joining
 	j.running, j.errs = false, errs
@@ -1238,15 +1215,12 @@ type ownName struct {
 	leaving time.Duration // until when the leave may take; 0: it does not leave
 }
 
-var errTaken = errors.New("is taken")
-
 func taken(by Member) error {
 	return fmt.Errorf("the name %q %w: the member at %s has it", by.Name, errTaken, by.Addr)
 }
 
-// claimed handles a claim about this node. A false one is refuted with a higher
-// incarnation: to everybody, and to whoever said so, since a flood stays on its
-// own side of a split.
+// claimed handles a claim about this node. A false one is refuted with a higher incarnation: to everybody,
+// and to whoever said so, since a flood stays on its own side of a split.
 func (o *ownName) claimed(n *node, m Member, by, via string) {
 	old := m.Incarnation < n.self.Incarnation // who says so has missed my refutation
 	switch {
@@ -1266,9 +1240,8 @@ func (o *ownName) claimed(n *node, m Member, by, via string) {
 	}
 }
 
-// rivals reports whether m may be another living agent of this name. One that
-// was found gone and has raised its incarnation since then was only stopped or
-// cut off: two would claim the name for ever.
+// rivals reports whether m may be another living agent of this name. One that was found gone and has raised
+// its incarnation since then was only stopped or cut off: two would claim the name for ever.
 func (o *ownName) rivals(n *node, m Member) bool {
 	return m.Born != n.self.Born && !m.Status.dead() && m.Addr != n.self.Addr && (m.Born != o.gone.Born || m.Incarnation > o.gone.Incarnation)
 }
@@ -1299,8 +1272,8 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 	}
 }
 
-// found settles what becomes of the name once the probe of namesake m is over. A
-// newcomer never disturbs the holder, and after a split the younger gives way.
+// found settles what becomes of the name once the probe of namesake m is over. A newcomer never disturbs the
+// holder, and after a split the younger gives way.
 func (o *ownName) found(n *node, m Member, alive, spare bool) {
 	switch {
 	case !alive:
@@ -1317,9 +1290,9 @@ func (o *ownName) found(n *node, m Member, alive, spare bool) {
 	}
 }
 
-// moved is told from which address this node has dialled: what it advertises is
-// no longer (gone) an address of this machine, or was not the way to the first
-// seed that answers. To the others it is a restart, to my handlers nothing.
+// moved is told from which address this node has dialled: what it advertises is no longer (gone) an address
+// of this machine, or was not the way to the first seed that answers. To the others it is a restart, to my
+// handlers nothing.
 func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m := n.self.Member
 	first := joins && !n.own.placed && n.joining.since == 0
@@ -1338,12 +1311,8 @@ func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
 // setTags sets the tags in set, then drops those that drop names.
 func (n *node) setTags(set map[string]string, drop []string) error {
 	kv := n.self.Tags.Map()
-	for k, v := range set {
-		kv[k] = v
-	}
-	for _, k := range drop {
-		delete(kv, k)
-	}
+	maps.Copy(kv, set)
+	maps.DeleteFunc(kv, func(k, _ string) bool { return slices.Contains(drop, k) })
 	tags, err := MakeTags(kv)
 	if err != nil || tags == n.self.Tags {
 		return err
@@ -1355,18 +1324,15 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 	return nil
 }
 
-// startLeave tells the watchers that this node leaves. outputs.left follows when
-// all of them know, or after leaveFor.
+// startLeave tells the watchers that this node leaves. outputs.left follows when all of them know, or after
+// leaveFor.
 func (n *node) startLeave() {
 	if n.own.leaving != 0 {
 		return
 	}
-	n.own.leaving = n.now + leaveFor
-	u := n.claim(n.self, "")
-	u.Member.Status = StatusLeft
-	n.letters = nil
+	n.own.leaving, n.letters = n.now+leaveFor, nil
 	for _, w := range n.ring.watchers {
-		n.post(w.e, n.head(kFlood), wire.encode(nil, &u), leaveFor)
+		n.post(w.e, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(StatusLeft)}), leaveFor)
 	}
 }
 
@@ -1377,8 +1343,7 @@ func (o *ownName) stepLeave(n *node) {
 	}
 }
 
-// forceLeave makes everybody believe that a failed member has left; with prune
-// it also vanishes.
+// forceLeave makes everybody believe that a failed member has left; with prune it also vanishes.
 func (n *node) forceLeave(name string, prune bool) error {
 	e := n.t.get(name)
 	switch {
@@ -1389,12 +1354,11 @@ func (n *node) forceLeave(name string, prune bool) error {
 	case !e.Status.dead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
-	m := e.Member
-	m.Status = StatusLeft
 	if prune {
-		m.Status = StatusPruned
+		n.declare(e.with(StatusPruned), "")
+	} else {
+		n.declare(e.with(StatusLeft), "")
 	}
-	n.declare(m, "")
 	return nil
 }
 
@@ -1422,9 +1386,9 @@ func (n *node) info() []any {
 
 // ---- queries ----
 
-// queries are those of this node that wait for answers, and those of others
-// whose time is not over. A query is a letter to each member that is asked, and
-// so is each answer, to the asker alone: nobody hears a query twice or late.
+// queries are those of this node that wait for answers, and those of others whose time is not over. A query
+// is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
+// twice or late.
 type queries struct {
 	last   uint32
 	mine   []*query
@@ -1439,19 +1403,16 @@ type query struct {
 	heard   []run // who have the query
 }
 
-// duty is a query that this node was asked. It is remembered until its time is
-// over, so that it is heard once, however often it arrives.
+// duty is a query that this node was asked. It is remembered until its time is over, so that it is heard
+// once, however often it arrives.
 type duty struct {
 	run
 	id    uint32
 	until time.Duration
 }
 
-var errNobody = errors.New("nobody is asked: no living member is as the query wants it")
-
-// query asks the living members that nodes names; none: all of them. It returns
-// the query's number, which the EventAnswers will bear, and who was asked. The
-// last EventAnswer has replyNone.
+// query asks the living members that nodes names; none: all of them. It returns the query's number, which the
+// EventAnswers will bear, and who was asked. The last EventAnswer has replyNone.
 func (n *node) query(name string, payload []byte, nodes []string, within time.Duration) (id uint32, who []string, err error) {
 	qs := &n.queries
 	if err := checkPayload("query", name, payload); err != nil {
@@ -1560,16 +1521,8 @@ func (qs *queries) step(n *node) {
 // ---------------------------------------------------------------------------
 // The loop: one goroutine owns the node and never blocks. UDP is here, too.
 
-const (
-	inboxSize = 1024
-	drainFor  = 20 * ms
-	writeFor  = ms // what does not fit into the socket's buffer by then is lost, as UDP may
-	// Log lines about members: so many a second, and so many at once.
-	linesRate, linesBurst = 50, 2000
-)
-
-// GossipConfig is what StartGossip needs to know. Self's address is what others
-// are told: none means the bound one, its port 0 the bound port.
+// GossipConfig is what StartGossip needs to know. Self's address is what others are told: none means the
+// bound one, its port 0 the bound port.
 type GossipConfig struct {
 	nodeConfig
 	Bind    netip.AddrPort // UDP and TCP; port 0 takes a free one
@@ -1578,39 +1531,39 @@ type GossipConfig struct {
 	Keys    [][]byte       // of 32 bytes: the first seals, any opens
 	Cluster string
 	Log     *log.Logger
-	// Events is called from the loop with each event, and for an EventQuery with
-	// what takes the answer: it must not block.
+	// Events is called from the loop with each event, and for an EventQuery with what takes the answer: it
+	// must not block.
 	Events func(ev Event, answer func(r reply, text []byte))
 }
 
-// Gossip runs a node: it owns its sockets and the loop. Its methods are safe for
-// concurrent use.
+// Gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
 type Gossip struct {
 	cfg     GossipConfig
 	door    door // of TCP, with the seal of both
 	udp     *net.UDPConn
 	tcp     net.Listener
 	start   time.Time
-	born    atomic.Uint64    // of the node's run: it may change with its address
-	inbox   chan func(*node) // datagrams: too many are lost
-	calls   chan func(*node) // all else that the loop shall do; the callers wait
+	self    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
+	alone   atomic.Bool
+	inputs  chan func(*node) // what the loop shall do
+	ended   chan struct{}    // the loop; done: also all that it has started
 	ctx     context.Context
 	quit    context.CancelFunc
 	done    chan struct{}
-	err     error   // valid after done, like
-	last    []Event // what handlers shall still hear
 	strange strangers
 	sessions
 	owned
 }
 
-// owned is what the loop alone touches.
+// owned is what the loop alone touches until it has ended.
 type owned struct {
 	node     *node
 	links    map[string]context.CancelFunc
 	feeds    map[*feed]bool
-	lines    bucket // of the log about members
-	unlogged int    // lines that were left out
+	lines    bucket  // of the log about members
+	unlogged int     // lines that were left out
+	err      error   // why it ended; nil: it was told to
+	last     []Event // what handlers shall still hear then
 }
 
 // StartGossip binds the sockets, starts the loop, and begins to join the seeds.
@@ -1619,8 +1572,8 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &Gossip{cfg: cfg, door: door{s, gossipPort, cfg.RPCPort}, start: time.Now(), done: make(chan struct{}),
-		inbox: make(chan func(*node), inboxSize), calls: make(chan func(*node)), strange: strangers{log: cfg.Log},
+	g := &Gossip{cfg: cfg, door: door{s, gossipPort, cfg.RPCPort}, start: time.Now(), ended: make(chan struct{}), done: make(chan struct{}),
+		inputs: make(chan func(*node), maxInputs), strange: strangers{log: cfg.Log},
 		sessions: sessions{guests: guests{limit: guestLimit()}, tables: make(chan struct{}, maxTables)}}
 	if err := g.listen(); err != nil {
 		return nil, err
@@ -1635,7 +1588,7 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.Random[:]))
 	self.Incarnation = self.Born
 	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
-	g.born.Store(self.Born)
+	g.self.Store(g.node.self.claim)
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.guests.accept(g.tcp, &g.strange, g.serve) })
@@ -1643,8 +1596,8 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 	return g, nil
 }
 
-// listen binds UDP and TCP to one port. A free port may be taken by somebody
-// between the two, so port 0 is tried a few times.
+// listen binds UDP and TCP to one port. A free port may be taken by somebody between the two, so port 0 is
+// tried a few times.
 func (g *Gossip) listen() (err error) {
 	family := ""
 	if g.cfg.Bind.Addr().Is4() {
@@ -1671,23 +1624,26 @@ func (g *Gossip) now() time.Duration { return time.Since(g.start) }
 
 // run is the loop: the only goroutine that touches the node.
 func (g *Gossip) run() {
-	atOnce := make(chan time.Time)
-	close(atOnce)
 	for planned := time.Duration(0); g.ctx.Err() == nil; {
-		g.take(time.After(max(planned-g.now(), 0)))
-		// What has arrived meanwhile comes first. Whoever was stopped must hear it
-		// before it judges, so the readers get a moment then to hand it over. Peers
-		// that never stop sending must not keep the node from ticking.
-		grace := (<-chan time.Time)(atOnce)
-		if g.now()-planned > lateBy {
-			grace = time.After(2 * ms)
+		select {
+		case input := <-g.inputs:
+			g.node.enter(g.now(), input)
+		case <-time.After(max(planned-g.now(), 0)):
+		case <-g.ctx.Done():
 		}
-		for end := g.now() + drainFor; g.now() < end && g.take(grace); {
+		// What has arrived meanwhile comes first. Whoever was stopped must hear it before it judges, so the readers
+		// get a moment to hand it over. Peers that never stop sending must not keep the node from ticking.
+		if g.now()-planned > lateBy {
+			time.Sleep(2 * ms)
+		}
+		for end := g.now() + drainFor; g.now() < end && len(g.inputs) > 0; {
+			g.node.enter(g.now(), <-g.inputs)
 		}
 		out := g.node.tick(g.now())
 		g.carryOut(out)
 		planned = out.wake
 	}
+	close(g.ended)
 	g.udp.Close()
 	g.tcp.Close()
 	g.guests.remove(nil)
@@ -1695,29 +1651,10 @@ func (g *Gossip) run() {
 	close(g.done)
 }
 
-// take hands the node one input that is there, or comes before until; false: none.
-func (g *Gossip) take(until <-chan time.Time) bool {
-	var input func(*node)
-	select {
-	case input = <-g.inbox:
-	case input = <-g.calls:
-	default:
-		select {
-		case input = <-g.inbox:
-		case input = <-g.calls:
-		case <-until:
-		case <-g.ctx.Done():
-		}
-	}
-	if input != nil {
-		g.node.enter(g.now(), input)
-	}
-	return input != nil
-}
-
 // carryOut does what the node wants done.
 func (g *Gossip) carryOut(out outputs) {
-	g.born.Store(g.node.self.Born)
+	g.self.Store(g.node.self.claim)
+	g.alone.Store(g.node.detector.alone)
 	for _, l := range out.logs {
 		g.cfg.Log.Print(l)
 	}
@@ -1739,9 +1676,7 @@ func (g *Gossip) carryOut(out outputs) {
 	}
 	if out.fatal != nil || out.left {
 		if g.err = out.fatal; out.left {
-			m := g.node.self.Member
-			m.Status = StatusLeft
-			g.last = []Event{{Kind: EventLeave, Member: m}} // for those that deregister it
+			g.last = []Event{{Kind: EventLeave, Member: g.node.self.with(StatusLeft)}} // for those that deregister it
 		}
 		g.quit()
 	}
@@ -1781,7 +1716,8 @@ func (g *Gossip) readUDP() {
 			continue // an ICMP answer to something sent before
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		data, anyRun, err := g.door.openDatagram(buf[:size], g.cfg.Self.Name, g.born.Load())
+		self := g.self.Load()
+		data, anyRun, err := g.door.openDatagram(buf[:size], self.Name, self.Born)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
 				g.strange.seen(from.Addr(), err)
@@ -1790,7 +1726,7 @@ func (g *Gossip) readUDP() {
 		}
 		data = bytes.Clone(data)
 		select {
-		case g.inbox <- func(n *node) { g.strange.seen(from.Addr(), n.datagram(from, data, anyRun)) }:
+		case g.inputs <- func(n *node) { g.strange.seen(from.Addr(), n.datagram(from, data, anyRun)) }:
 		default:
 			g.strange.dropped.Add(1)
 		}
@@ -1808,41 +1744,34 @@ func (g *Gossip) writeUDP(ps []packet) {
 	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 }
 
-// call has the loop run f and waits until it has taken it; false once it has ended.
+// call has the loop run f; false once it has ended.
 func (g *Gossip) call(f func(*node)) bool {
 	select {
-	case g.calls <- f:
+	case g.inputs <- f:
 		return true
-	case <-g.ctx.Done():
+	case <-g.ended:
 		return false
 	}
 }
 
-var errStopped = errors.New("the agent is stopping")
-
 // do runs f in the loop and waits for it.
-func (g *Gossip) do(f func(*node) error) (err error) {
-	ran := make(chan struct{})
-	if !g.call(func(n *node) { err = f(n); close(ran) }) {
-		return errStopped
+func (g *Gossip) do(f func(*node) error) error {
+	ran := make(chan error, 1)
+	if g.call(func(n *node) { ran <- f(n) }) {
+		select {
+		case err := <-ran:
+			return err
+		case <-g.ended:
+		}
 	}
-	<-ran
-	return err
+	return errStopped
 }
 
-// Self returns this node's own record, whose Addr is the advertised one, and
-// whether it is cut off.
-func (g *Gossip) Self() (m Member, alone bool) {
-	self := func(n *node) error { m, alone = n.self.Member, n.detector.alone; return nil }
-	if errors.Is(g.do(self), errStopped) {
-		<-g.done
-		self(g.node) // what the loop has left
-	}
-	return m, alone
-}
+// Self returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
+func (g *Gossip) Self() (m Member, alone bool) { return g.self.Load().Member, g.alone.Load() }
 
-// Leave tells everybody that this node leaves, waits up to a second for the
-// watchers to know, and stops the loop.
+// Leave tells everybody that this node leaves, waits up to a second for the watchers to know, and stops the
+// loop.
 func (g *Gossip) Leave() error {
 	err := g.do(func(n *node) error { n.startLeave(); return nil })
 	<-g.done
@@ -1862,8 +1791,8 @@ func (g *Gossip) Last() []Event { return g.last }
 func (g *Gossip) Done() <-chan struct{} { return g.done }
 func (g *Gossip) Err() error            { return g.err }
 
-// strangers logs what unwelcome peers do: one line per peer a minute, at most
-// ten lines a minute in all, and counts the rest. Safe for concurrent use.
+// strangers logs what unwelcome peers do: one line per peer a minute, at most ten lines a minute in all, and
+// counts the rest. Safe for concurrent use.
 type strangers struct {
 	log     *log.Logger
 	dropped atomic.Int64 // packets lost to a full inbox

@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"fmt"
 	"hash/fnv"
+	"iter"
 	"maps"
 	"math/bits"
 	"net/netip"
@@ -27,8 +28,8 @@ const (
 	maxMembers = 1 << 14
 )
 
-// Status is what is believed about a member. The order is the order of
-// precedence among claims of one incarnation: the later one wins.
+// Status is what is believed about a member. The order is the order of precedence among claims of one
+// incarnation: the later one wins.
 type Status uint8
 
 const (
@@ -48,12 +49,20 @@ func (s Status) String() string { return statusNames[s] }
 // dead reports whether the member is believed to be gone.
 func (s Status) dead() bool { return s >= StatusFailed }
 
-// Tags are a member's key=value pairs, sorted by key and joined by NUL, so that
-// a Member stays comparable and goes flat on the wire.
+// settled takes a suspect as alive: suspicion is short, and settles itself.
+func (s Status) settled() Status {
+	if s == StatusSuspect {
+		return StatusAlive
+	}
+	return s
+}
+
+// Tags are a member's key=value pairs, sorted by key and joined by NUL, so that a Member stays comparable and
+// goes flat on the wire.
 type Tags string
 
-// MakeTags checks and packs tags. Keys must not be empty or hold '=' or NUL;
-// all of it together may take 512 bytes.
+// MakeTags checks and packs tags. Keys must not be empty or hold '=' or NUL; all of it together may take 512
+// bytes.
 func MakeTags(kv map[string]string) (Tags, error) {
 	var pairs []string
 	for _, k := range slices.Sorted(maps.Keys(kv)) {
@@ -71,23 +80,19 @@ func MakeTags(kv map[string]string) (Tags, error) {
 
 // valid reports whether MakeTags could have made t.
 func (t Tags) valid() bool {
-	last := ""
-	for pair := range strings.SplitSeq(string(t), "\x00") {
-		k, _, ok := strings.Cut(pair, "=")
-		if t != "" && (!ok || k <= last) {
-			return false
-		}
-		last = k
-	}
-	return len(t) <= maxTags
+	same, err := MakeTags(t.Map())
+	return err == nil && same == t
 }
 
 // Pairs returns the tags as "key=value", sorted by key.
-func (t Tags) Pairs() []string {
-	if t == "" {
+func (t Tags) Pairs() []string { return list(string(t)) }
+
+// list splits what NUL separates.
+func list(s string) []string {
+	if s == "" {
 		return nil
 	}
-	return strings.Split(string(t), "\x00")
+	return strings.Split(s, "\x00")
 }
 
 // Map returns the tags as a map; it is never nil.
@@ -104,8 +109,8 @@ func (t Tags) Map() map[string]string {
 type Member struct {
 	Name string
 	Addr netip.AddrPort
-	// Incarnation orders the claims about a name. It starts as Born, and only the
-	// member itself raises it: to refute a claim, or to change its tags.
+	// Incarnation orders the claims about a name. It starts as Born, and only the member itself raises it: to
+	// refute a claim, or to change its tags.
 	Incarnation uint64
 	// Born tells one run of an agent from all others; see birth.
 	Born   uint64
@@ -113,17 +118,22 @@ type Member struct {
 	Tags   Tags
 }
 
+// with is m with another status.
+func (m Member) with(s Status) Member {
+	m.Status = s
+	return m
+}
+
 // birthBits is how many random bits stand below the milliseconds of a birth.
 const birthBits = 14
 
-// birth makes the number of a run that starts at unixMs. Later starts are
-// higher, so that a restart supersedes its former self without any file; the
-// random bits tell apart two that start in one millisecond.
+// birth makes the number of a run that starts at unixMs. Later starts are higher, so that a restart
+// supersedes its former self without any file; the random bits tell apart two that start in one millisecond.
 func birth(unixMs, random uint64) uint64 { return unixMs<<birthBits | random>>(64-birthBits) }
 
-// supersedes is the one rule that decides which of two claims about a name
-// wins: the higher incarnation, then the worse status. The rest only makes the
-// order total, so that no two members can believe forged claims differently.
+// supersedes is the one rule that decides which of two claims about a name wins: the higher incarnation, then
+// the worse status. The rest only makes the order total, so that no two members can believe forged claims
+// differently.
 func (m Member) supersedes(old Member) bool {
 	return cmp.Or(
 		cmp.Compare(m.Incarnation, old.Incarnation),
@@ -163,15 +173,14 @@ const (
 	EventAnswer // to a query of this agent: for whoever asked, not for handlers
 )
 
-// eventNames are Serf's words for what handlers are told; the index is the
-// EventKind, where 0 is no event: that a member is there.
+// eventNames are Serf's words for what handlers are told; the index is the EventKind, where 0 is no event:
+// that a member is there.
 var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
 
 func (k EventKind) String() string { return eventNames[k] }
 
-// Event is one thing that handlers, the log and watchers are told: something
-// that happened to Member, or (EventUser, EventQuery) what a user sent, whose
-// sender is Member.
+// Event is one thing that handlers, the log and watchers are told: something that happened to Member, or
+// (EventUser, EventQuery) what a user sent, whose sender is Member.
 type Event struct {
 	Kind   EventKind
 	Member Member
@@ -186,17 +195,18 @@ type Event struct {
 	Reply  reply         // EventAnswer
 }
 
-// rings is how many orderings of the members there are. Each member has one
-// successor, its watcher, on each of them.
-const rings = 4
+const (
+	// rings is how many orderings of the members there are. Each member has one successor, its watcher, on each.
+	rings = 4
+	// maxWalk bounds how many members are walked over for one neighbour: forged suspects would else make every
+	// walk as long as the table. Of real suspects so many in a row are never seen.
+	maxWalk = 64
+	// maxEvents is how many user events are remembered.
+	maxEvents = 128
+)
 
-// maxWalk bounds how many members are walked over for one neighbour: forged
-// suspects would else make every walk as long as the table. Of real suspects so
-// many in a row are never seen.
-const maxWalk = 64
-
-// claim is what is believed about a name, with its places on the rings. It never
-// changes, so that the tables of a simulation can share it.
+// claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
+// of a simulation can share it.
 type claim struct {
 	Member
 	pos [rings]uint64
@@ -207,11 +217,11 @@ type entry struct {
 	*claim
 	told  *claim // what events last said; nil: nothing yet
 	shown Status // and as which status
-	// lost marks a member that failed for me because I was cut off. It stays
-	// local: exported, it would make everybody fail when a split heals.
+	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
+	// everybody fail when a split heals.
 	lost bool
-	// reaped entries are invisible and keep an old claim from coming back
-	// through a member that has not reaped yet.
+	// reaped entries are invisible and keep an old claim from coming back through a member that has not
+	// reaped yet.
 	reaped   bool
 	since    time.Duration // when it died, for reaping
 	known    time.Duration // when the name was first heard of, on the caller's clock
@@ -220,17 +230,13 @@ type entry struct {
 
 // visible is the status that users see.
 func (e *entry) visible() Status {
-	switch {
-	case e.Status.dead():
-		return e.Status
-	case e.lost:
+	if e.lost && !e.Status.dead() {
 		return StatusFailed
 	}
-	return StatusAlive
+	return e.Status.settled()
 }
 
-// skipped members are walked over on the rings: nobody there would pass on
-// what it is told.
+// skipped members are walked over on the rings: nobody there would pass on what it is told.
 func (e *entry) skipped() bool { return e.Status == StatusSuspect || e.lost }
 
 // table holds all that is believed. Not safe for concurrent use.
@@ -258,32 +264,24 @@ func (t *table) get(name string) *entry {
 	return nil
 }
 
-// apply takes claim m into the table when it wins over what is there, and
-// returns its entry then, else nil. age is how long a dead member has been dead.
+// apply takes claim m into the table when it wins over what is there, and returns its entry then, else nil.
+// age is how long a dead member has been dead.
 func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
-	at, found := t.find(m.Name)
-	var e *entry
-	if found {
-		e = t.ordered[at]
-		if !m.supersedes(e.Member) {
-			return nil
+	e := t.get(m.Name)
+	switch {
+	case e != nil && !m.supersedes(e.Member), e == nil && len(t.ordered) >= maxMembers && !t.makeRoom():
+		return nil
+	case e == nil:
+		e = &entry{claim: &claim{}}
+		for i := range e.pos {
+			e.pos[i] = ringHash(i, m.Name)
 		}
-	} else {
-		if len(t.ordered) >= maxMembers && !t.makeRoom() {
-			return nil
-		}
-		at, _ = t.find(m.Name)
-		e = &entry{claim: &claim{}, since: now}
+		at, _ := t.find(m.Name)
 		t.ordered = slices.Insert(t.ordered, at, e)
 	}
 	t.count(e, -1)
 	old := e.claim
-	e.claim = &claim{Member: m, pos: old.pos}
-	if !found {
-		for i := range e.pos {
-			e.pos[i] = ringHash(i, m.Name)
-		}
-	}
+	e.claim = &claim{m, old.pos}
 	if old.Born != m.Born {
 		e.lost, e.dealings = false, nil
 	}
@@ -293,7 +291,7 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	e.reaped = false
 	t.highest = max(t.highest, m.Incarnation)
 	t.count(e, +1)
-	if on, wasOn := !m.Status.dead(), found && !old.Status.dead(); on != wasOn {
+	if on, wasOn := !m.Status.dead(), old.Status != 0 && !old.Status.dead(); on != wasOn {
 		t.setOnRings(e, on)
 	}
 	if old.Status != m.Status || old.Born != m.Born {
@@ -317,21 +315,20 @@ func (t *table) count(e *entry, by int) {
 	}
 }
 
-// makeRoom forgets the member that has been dead for longest: names that nobody
-// needs must not keep newcomers out.
+// makeRoom forgets the member that has been dead for longest: names that nobody needs must not keep newcomers
+// out.
 func (t *table) makeRoom() bool {
-	oldest := -1
-	for i, e := range t.ordered {
-		if e.Status.dead() && (oldest < 0 || e.since < t.ordered[oldest].since) {
-			oldest = i
+	var oldest *entry
+	for _, e := range t.ordered {
+		if e.Status.dead() && (oldest == nil || e.since < oldest.since) {
+			oldest = e
 		}
 	}
-	if oldest < 0 {
-		return false
+	if oldest != nil {
+		t.hide(oldest)
+		t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool { return e == oldest })
 	}
-	t.hide(t.ordered[oldest])
-	t.ordered = slices.Delete(t.ordered, oldest, oldest+1)
-	return true
+	return oldest != nil
 }
 
 // setLost marks or clears "failed for me".
@@ -354,15 +351,13 @@ func (t *table) changed(shrunk bool) {
 	}
 }
 
-// announce tells the events that lead from what was told last to what is
-// visible now. Per member they alternate: nobody joins twice without an end.
+// announce tells the events that lead from what was told last to what is visible now. Per member they
+// alternate: nobody joins twice without an end.
 func (t *table) announce(e *entry) {
-	was, is := Member{}, e.Member
+	was, is := Member{}, e.with(e.visible())
 	if e.told != nil {
-		was = e.told.Member
-		was.Status = e.shown
+		was = e.told.with(e.shown)
 	}
-	is.Status = e.visible()
 	if was == is {
 		return
 	}
@@ -370,15 +365,14 @@ func (t *table) announce(e *entry) {
 	tell := func(k EventKind, m Member) { t.events = append(t.events, Event{Kind: k, Member: m}) }
 	alive := was.Status == StatusAlive
 	switch {
-	case is.Status == StatusAlive && alive && was.Born != is.Born:
-		was.Status = StatusFailed
-		tell(EventFailed, was)
-		tell(EventJoin, is)
-	case is.Status == StatusAlive && alive:
+	case is.Status == StatusAlive && alive && was.Born == is.Born:
 		if was.Addr != is.Addr || was.Tags != is.Tags {
 			tell(EventUpdate, is)
 		}
 	case is.Status == StatusAlive:
+		if alive {
+			tell(EventFailed, was.with(StatusFailed))
+		}
 		tell(EventJoin, is)
 	case is.Status == StatusFailed && alive:
 		tell(EventFailed, is)
@@ -392,8 +386,8 @@ func (t *table) announce(e *entry) {
 	}
 }
 
-// reap hides the members that have been dead for longer than after and drops
-// those that were hidden for as long again.
+// reap hides the members that have been dead for longer than after and drops those that were hidden for as
+// long again.
 func (t *table) reap(now, after time.Duration) {
 	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool {
 		if !e.Status.dead() || now-e.since < after {
@@ -412,15 +406,12 @@ func (t *table) hide(e *entry) {
 	t.count(e, -1)
 	e.reaped = true
 	if e.told != nil && e.shown != StatusPruned {
-		m := e.told.Member
-		m.Status = e.shown
-		t.events = append(t.events, Event{Kind: EventReap, Member: m})
+		t.events = append(t.events, Event{Kind: EventReap, Member: e.told.with(e.shown)})
 	}
 	e.told = nil
 }
 
-// list copies what a user may see of those whose names follow after, sorted by
-// name: limit of them at most.
+// list copies what a user may see of those whose names follow after, sorted by name: limit of them at most.
 func (t *table) list(after string, limit int) []Member {
 	at, found := t.find(after)
 	if found {
@@ -428,15 +419,9 @@ func (t *table) list(after string, limit int) []Member {
 	}
 	var ms []Member
 	for _, e := range t.ordered[at:] {
-		if e.reaped || e.Status == StatusPruned {
-			continue
+		if len(ms) < limit && !e.reaped && e.Status != StatusPruned {
+			ms = append(ms, e.with(e.visible()))
 		}
-		if len(ms) == limit {
-			break
-		}
-		m := e.Member
-		m.Status = e.visible()
-		ms = append(ms, m)
 	}
 	return ms
 }
@@ -463,68 +448,64 @@ func (t *table) place(i int, e *entry) int {
 	return at
 }
 
-// watchers returns the members that watch e: on each ring the next neighbour
-// that no earlier ring has given, since rings over few members coincide and
-// would leave somebody with one watcher. Everybody else, where there are few.
+// watchers returns the members that watch e: on each ring the next neighbour that no earlier ring has given,
+// since rings over few members coincide and would leave somebody with one watcher. Everybody else, where
+// there are few.
 func (t *table) watchers(e *entry) []*entry {
 	ws := make([]*entry, 0, rings)
 	for i := range t.ring {
-		t.walk(i, e, +1, func(w *entry) bool {
-			if w.skipped() || slices.Contains(ws, w) {
-				return true
+		for w := range t.neighbours(i, e, +1) {
+			if !w.skipped() && !slices.Contains(ws, w) {
+				ws = append(ws, w)
+				break
 			}
-			ws = append(ws, w)
-			return false
-		})
+		}
 	}
 	return ws
 }
 
-// watched returns the members whose watcher e is. Suspects are among them: who
-// accuses may die before the verdict. A watcher stands at most rings places
-// behind the one it watches, not counting those that are walked over.
+// watched returns the members whose watcher e is. Suspects are among them: who accuses may die before the
+// verdict. A watcher stands at most rings places behind the one it watches, not counting those that are
+// walked over.
 func (t *table) watched(e *entry) []*entry {
 	var ps []*entry
 	for i := range t.ring {
 		seen := 0
-		t.walk(i, e, -1, func(p *entry) bool {
+		for p := range t.neighbours(i, e, -1) {
 			if !p.lost && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
 				ps = append(ps, p)
 			}
 			if !p.skipped() {
 				seen++
 			}
-			return seen < rings
-		})
+			if seen == rings {
+				break
+			}
+		}
 	}
 	return ps
 }
 
-// walk visits ring i from e's neighbour on, in direction dir, until visit
-// returns false, all others were seen, or it has gone too far.
-func (t *table) walk(i int, e *entry, dir int, visit func(*entry) bool) {
-	ring := t.ring[i]
-	at := t.place(i, e)
-	for step := 1; step <= min(len(ring), maxWalk); step++ {
-		o := ring[((at+dir*step)%len(ring)+len(ring))%len(ring)]
-		if o != e && !visit(o) {
-			return
+// neighbours yields the others on ring i, from e on in direction dir, but not too many of them.
+func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
+	return func(yield func(*entry) bool) {
+		ring, at := t.ring[i], t.place(i, e)
+		for step := 1; step <= min(len(ring), maxWalk); step++ {
+			if o := ring[((at+dir*step)%len(ring)+len(ring))%len(ring)]; o != e && !yield(o) {
+				return
+			}
 		}
 	}
 }
 
-// digest is this entry's part of the table's digest. A suspect counts as
-// alive: suspicion is short and settles itself, it is not worth a repair.
+// digest is this entry's part of the table's digest. A suspect counts as alive: suspicion is short and
+// settles itself, it is not worth a repair.
 func (e *entry) digest() uint64 {
-	s := e.Status
-	if s == StatusSuspect {
-		s = StatusAlive
-	}
-	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(s)<<60))
+	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(e.Status.settled())<<60))
 }
 
-// ringHash places a name on a ring. FNV alone leaves similar names (web1, web2)
-// near each other on every ring, so its result is mixed.
+// ringHash places a name on a ring. FNV alone leaves similar names (web1, web2) near each other on every
+// ring, so its result is mixed.
 func ringHash(ring int, name string) uint64 {
 	h := fnv.New64a()
 	h.Write([]byte{byte(ring)})
@@ -532,8 +513,8 @@ func ringHash(ring int, name string) uint64 {
 	return mix(h.Sum64())
 }
 
-// mix is a 64-bit finalizer: multiply by an odd constant, fold the high half
-// of the 128-bit product into the low one.
+// mix is a 64-bit finalizer: multiply by an odd constant, fold the high half of the 128-bit product into the
+// low one.
 func mix(x uint64) uint64 {
 	hi, lo := bits.Mul64(x^0x9e3779b97f4a7c15, 0xd6e8feb86659fd93)
 	return hi ^ lo
@@ -546,19 +527,15 @@ type userEvent struct {
 	sent time.Duration // on the caller's clock, as far as is known
 }
 
-// maxEvents is how many user events are remembered.
-const maxEvents = 128
-
-// memory is the latest user events. Everybody who has heard the same ones
-// remembers the same ones, so they can be part of the digest.
+// memory is the latest user events. Everybody who has heard the same ones remembers the same ones, so they
+// can be part of the digest.
 type memory struct {
 	lamport uint64      // the highest time heard of
 	recent  []userEvent // in the order of their keys
 	digest  uint64
 }
 
-// add remembers ev; false: it was heard before, or is too old to be told from one
-// that was.
+// add remembers ev; false: it was heard before, or is too old to be told from one that was.
 func (m *memory) add(ev userEvent) bool {
 	m.lamport = max(m.lamport, ev.LTime)
 	at, heard := slices.BinarySearchFunc(m.recent, ev.key, func(o userEvent, key string) int { return strings.Compare(o.key, key) })

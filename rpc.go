@@ -50,9 +50,8 @@ const (
 
 // ---- the seal ----
 
-// xaes is AES-256-GCM with nonces of 192 bits: XAES-256-GCM of
-// c2sp.org/XAES-256-GCM. Random ones do not repeat, however many messages one key
-// sees (2^80 at a risk of 2^-32).
+// xaes is AES-256-GCM with nonces of 192 bits: XAES-256-GCM of c2sp.org/XAES-256-GCM. Random ones do not
+// repeat, however many messages one key sees (2^80 at a risk of 2^-32).
 type xaes struct {
 	block cipher.Block
 	k1    [aes.BlockSize]byte
@@ -73,8 +72,7 @@ func newXAES(key []byte) (x xaes, err error) {
 	return x, nil
 }
 
-// derived is AES-256-GCM under the key that belongs to a nonce, whose last twelve
-// bytes it takes.
+// derived is AES-256-GCM under the key that belongs to a nonce, whose last twelve bytes it takes.
 func (x xaes) derived(nonce []byte) cipher.AEAD {
 	var key []byte
 	for i := range byte(2) {
@@ -90,9 +88,9 @@ func (x xaes) derived(nonce []byte) cipher.AEAD {
 	return aead
 }
 
-// seal closes and opens what travels. With keys everything is authenticated
-// before anything is decoded, together with for whom it is, so that what was said
-// to one run of a member cannot be played to another. Safe for concurrent use.
+// seal closes and opens what travels. With keys everything is authenticated before anything is decoded,
+// together with for whom it is, so that what was said to one run of a member cannot be played to another.
+// Safe for concurrent use.
 type seal struct {
 	cluster string
 	keys    []xaes // the first one seals, any opens
@@ -159,8 +157,8 @@ func datagramFor(name string, born uint64) string {
 	return "datagram " + strconv.FormatUint(born, 36) + " " + name
 }
 
-// A datagram is a byte of version and flags, and what data becomes for the
-// receiver's run that was born then; 0: for any.
+// A datagram is a byte of version and flags, and what data becomes for the receiver's run that was born then;
+// 0: for any.
 func (s *seal) closeDatagram(data []byte, name string, born uint64) []byte {
 	flags := byte(protocolVersion)
 	if born == 0 {
@@ -172,8 +170,8 @@ func (s *seal) closeDatagram(data []byte, name string, born uint64) []byte {
 	return s.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
 }
 
-// openDatagram opens one; errNotForMe: it is for another cluster, a former owner
-// of the address, or a former run of name.
+// openDatagram opens one; errNotForMe: it is for another cluster, a former owner of the address, or a former
+// run of name.
 func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
 	if len(b) < 5 || b[0]&^(flagSealed|flagAnyRun) != protocolVersion {
 		return nil, false, errVersion
@@ -208,8 +206,8 @@ var (
 	errHungUp   = errors.New("closed the connection")
 )
 
-// wrongPort is the error of who comes to a port of the other kind; the number is
-// that of the agent's right one.
+// wrongPort is the error of who comes to a port of the other kind; the number is that of the agent's right
+// one.
 type wrongPort struct {
 	kind portKind
 	port uint16
@@ -237,9 +235,8 @@ const (
 	rpcPort    portKind = 'r'
 )
 
-// A hello is a line at which an HTTP server answers at once, the kind of the port
-// and the number of the agent's other one, whether there is a key, the cluster's
-// tag, and a challenge.
+// A hello is a line at which an HTTP server answers at once, the kind of the port and the number of the
+// agent's other one, whether there is a key, the cluster's tag, and a challenge.
 const (
 	helloLine = "HAMLET/2\r\n\r\n"
 	helloSize = len(helloLine) + 1 + 1 + 2 + 4 + 16
@@ -277,10 +274,9 @@ func (d *door) check(b []byte) error {
 	return nil
 }
 
-// session is a connection whose both sides have said hello. A frame is its
-// length and its sealed body. That it opens proves that the other side has the
-// key and answers this challenge, and that no frame is missing before it. After
-// the first error, err, nothing is sent or read any more.
+// session is a connection whose both sides have said hello. A frame is its length and its sealed body. That
+// it opens proves that the other side has the key and answers this challenge, and that no frame is missing
+// before it. After the first error, err, nothing is sent or read any more.
 type session struct {
 	net.Conn
 	seal      *seal
@@ -290,8 +286,7 @@ type session struct {
 	err       error
 }
 
-// meet exchanges hellos: the dialler's comes first. Whoever has not answered a
-// challenge gets nothing else.
+// meet exchanges hellos: the dialler's comes first. Whoever has not answered a challenge gets nothing else.
 func (d *door) meet(c net.Conn, dialled bool) *session {
 	mine, theirs := d.hello(), make([]byte, helloSize)
 	s := &session{Conn: c, seal: d.seal, dialled: dialled}
@@ -351,8 +346,8 @@ func (s *session) read(message any) (us []update) {
 	return us
 }
 
-// readBytes reads one frame until the deadline that is set. A length of 0 says
-// that the other side could not open the first one.
+// readBytes reads one frame until the deadline that is set. A length of 0 says that the other side could not
+// open the first one.
 func (s *session) readBytes() (data []byte) {
 	var size [4]byte
 	if s.err == nil {
@@ -399,9 +394,8 @@ func plain(err error) error {
 
 // ---- who may come in ----
 
-// guests bounds the accepted connections. When there are too many, the oldest
-// that has proven nothing goes, so that strangers who hold connections open keep
-// nobody out. Safe for concurrent use.
+// guests bounds the accepted connections. When there are too many, the oldest that has proven nothing goes,
+// so that strangers who hold connections open keep nobody out. Safe for concurrent use.
 type guests struct {
 	limit  int
 	served sync.WaitGroup
@@ -483,8 +477,8 @@ type sessions struct {
 	tables chan struct{} // a place for each exchange that others have dialled
 }
 
-// connect dials to. A lost SYN costs a second in the kernel, so it dials again
-// after each of redial, without giving up the first; joins: for a join.
+// connect dials to. A lost SYN costs a second in the kernel, so it dials again after each of redial, without
+// giving up the first; joins: for a join.
 func (g *Gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, redial ...time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -537,8 +531,7 @@ func (g *Gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, red
 	return nil, plain(err)
 }
 
-// dialledFrom tells the node from which address a dial went out, where it may take
-// another one.
+// dialledFrom tells the node from which address a dial went out, where it may take another one.
 func (g *Gossip) dialledFrom(c net.Conn, joins bool) error {
 	ip, now := c.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(), uint64(time.Now().UnixMilli())
 	if !g.cfg.Moves || !usable(ip, g.cfg.Bind.Addr()) {
@@ -551,8 +544,8 @@ func (g *Gossip) dialledFrom(c net.Conn, joins bool) error {
 	})
 }
 
-// begin opens a session with a first frame of kind k. It returns the welcome:
-// who is there, and what it says of this node.
+// begin opens a session with a first frame of kind k. It returns the welcome: who is there, and what it says
+// of this node.
 func (g *Gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
 	s = g.door.meet(c, true)
 	h := head{}
@@ -567,9 +560,9 @@ func (g *Gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) 
 	return s, w, about
 }
 
-// look looks at a member, and tells the node what it sees. A dying process's
-// listener accepts until the kernel has come to it: who dialled just before is
-// reset, and then it refuses. So whoever is cut off looks again.
+// look looks at a member, and tells the node what it sees. A dying process's listener accepts until the
+// kernel has come to it: who dialled just before is reset, and then it refuses. So whoever is cut off looks
+// again.
 func (g *Gossip) look(l look) {
 	ctx, cancel := context.WithTimeout(g.ctx, probeFor)
 	defer cancel()
@@ -616,9 +609,8 @@ func (g *Gossip) relink(self Member, links []Member) {
 	}
 }
 
-// keepLink holds a watch link to m until ctx is done. Its end is told at once;
-// where none can be had it is tried more and more rarely: each failure starts a
-// probe, and a firewall stays.
+// keepLink holds a watch link to m until ctx is done. Its end is told at once; where none can be had it is
+// tried more and more rarely: each failure starts a probe, and a firewall stays.
 func (g *Gossip) keepLink(ctx context.Context, m Member) {
 	for tries := 1; ; tries++ {
 		up, err := g.linkOnce(ctx, m)
@@ -659,8 +651,7 @@ func (g *Gossip) linkOnce(ctx context.Context, m Member) (up bool, err error) {
 	return true, s.err
 }
 
-// compare compares tables with whoever is at to, as x says; joins: in order to
-// join. It fills x.with.
+// compare compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
 func (g *Gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
 	ctx, cancel := context.WithTimeout(g.ctx, sessionFor)
 	defer cancel()
@@ -755,8 +746,8 @@ func (g *Gossip) serve(c *guest) error {
 	return s.err
 }
 
-// serveLink holds a link that m has dialled, as long as m is a member: that of
-// one whose host vanished would stay for ever.
+// serveLink holds a link that m has dialled, as long as m is a member: that of one whose host vanished would
+// stay for ever.
 func (g *Gossip) serveLink(s *session, m Member) error {
 	for wait := helloFor; ; wait = linkLook {
 		var h head
@@ -782,9 +773,8 @@ func (g *Gossip) serveLink(s *session, m Member) error {
 	}
 }
 
-// Join compares tables with every address of every name in addrs once, all at
-// the same time. It returns how many answered; the error tells of those that did
-// not, with the address and the reason.
+// Join compares tables with every address of every name in addrs once, all at the same time. It returns how
+// many answered; the error tells of those that did not, with the address and the reason.
 func (g *Gossip) Join(addrs []string, replay bool) (int, error) {
 	names, errs, _ := g.joinAll(addrs, exchange{command: true, replay: replay}, func(string) {})
 	if len(errs) > 0 {
@@ -829,8 +819,8 @@ func (g *Gossip) joinAll(addrs []string, how exchange, each func(string)) (names
 
 // ---- sessions of commands ----
 
-// request is what a command asks of its agent. Flat: a slice or a map could
-// claim more elements than it brings.
+// request is what a command asks of its agent. Flat: a slice or a map could claim more elements than it
+// brings.
 type request struct {
 	Op      string // members, join, leave, force-leave, event, tags, query, watch or info
 	Name    string
@@ -855,16 +845,9 @@ type answer struct {
 	Lost  int   // events that this reader was too slow for
 }
 
-func list(s string) []string {
-	if s == "" {
-		return nil
-	}
-	return strings.Split(s, "\x00")
-}
-
-// callRPC asks the agent at addr and calls each with each answer, until it returns
-// an error (io.EOF is none to the caller). It gives up when the first answer, or
-// all of them but those of a stream, take longer than timeout.
+// callRPC asks the agent at addr and calls each with each answer, until it returns an error (io.EOF is none
+// to the caller). It gives up when the first answer, or all of them but those of a stream, take longer than
+// timeout.
 func callRPC(addr, token string, req request, timeout time.Duration, each func(answer, []update) error) error {
 	deadline := time.Now().Add(timeout)
 	c, err := net.DialTimeout("tcp", addr, timeout)
@@ -1033,8 +1016,8 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	return a, err
 }
 
-// members sends all members, few at a time: a reader that does not read costs a
-// page, however many members there are.
+// members sends all members, few at a time: a reader that does not read costs a page, however many members
+// there are.
 func (r *rpcServer) members(s *session) {
 	for after, more := "", true; more && s.err == nil; {
 		var us []update
@@ -1050,8 +1033,7 @@ func (r *rpcServer) members(s *session) {
 	}
 }
 
-// feed holds the events for one reader, who may be slow: a query's answers, or
-// (query 0) all events.
+// feed holds the events for one reader, who may be slow: a query's answers, or (query 0) all events.
 type feed struct {
 	query uint32
 	limit int
@@ -1086,8 +1068,7 @@ func (f *feed) put(ev Event) {
 	}
 }
 
-// stream sends what f brings until the reader or the agent has gone, or the
-// query is over.
+// stream sends what f brings until the reader or the agent has gone, or the query is over.
 func (r *rpcServer) stream(s *session, f *feed, run bool) {
 	defer r.g.call(func(*node) { delete(r.g.feeds, f) })
 	gone := make(chan struct{})

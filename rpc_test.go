@@ -405,7 +405,7 @@ func lookAt(t *testing.T, g *Gossip, name string, addr netip.AddrPort, born uint
 	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: StatusAlive}
 	g.do(func(n *node) error {
 		p := n.detector.begin(n, m, &entry{claim: &claim{Member: m}})
-		p.stage, p.looks, p.seq, p.start = judging, 1, 7, n.now+time.Hour
+		p.stage, p.pings, p.seq, p.start = judging, 1, 7, n.now+time.Hour
 		return nil
 	})
 	done := make(chan struct{})
