@@ -18,7 +18,7 @@ import (
 const (
 	beatEvery    = 500 * ms // one heartbeat, to one watcher at a time
 	overdueAfter = 100 * ms // past its promise
-	newGrace     = time.Second
+	newGrace     = 500 * ms
 	linkCount    = 2        // watchers that hold a watch link
 	linkAfter    = 100 * ms // while many join, rings change all the time
 
@@ -49,6 +49,25 @@ const (
 	vSilent              // the kernel accepts, the process does not answer
 	vAlive
 )
+
+// ---- awake time ----
+
+// clock is awake time, which all deadlines run on, beside the caller's.
+type clock struct {
+	real    time.Duration // the caller's, at the last entry
+	now     time.Duration // awake
+	planned time.Duration // for how long nothing falls due
+}
+
+// advance runs the awake clock. A process that was stopped would blame everybody else for its own silence, so
+// a gap counts for no more than the planned wait and a little.
+func (c *clock) advance(now time.Duration) {
+	c.now += max(min(now-c.real, c.planned+lateBy), 0)
+	c.real = now
+}
+
+// wakeAt asks to be woken at awake time t.
+func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
 
 // ---- the ring ----
 
@@ -106,22 +125,32 @@ func (r *ring) refresh(n *node) {
 	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 }
 
-// greet sends new watchers their first heartbeat. What it promises is spread over the cycle: were all told to
-// wait for a whole one, nobody would notice before its end that a host vanished right after it had joined.
+// greet sends new watchers their first heartbeat. What it promises is spread over the cycle, each time the
+// first beat that nobody else has been promised: were all told to wait for a whole cycle, nobody would notice
+// before its end that a host vanished right after it had joined.
 func (r *ring) greet(n *node) {
-	slot := max(r.nextBeat, n.now)
+	next := max(r.nextBeat, n.now)
 	for _, w := range r.watchers {
 		if w.by != 0 {
-			slot += beatEvery
+			continue
 		}
+		slot := time.Duration(len(r.watchers))
+		for slot > 0 && r.promised(next+slot*beatEvery) < slot {
+			slot--
+		}
+		w.by = next + slot*beatEvery
+		r.beat(n, w)
 	}
+}
+
+// promised counts the watchers that expect a heartbeat before t.
+func (r *ring) promised(t time.Duration) (c time.Duration) {
 	for _, w := range r.watchers {
-		if w.by == 0 {
-			w.by = slot
-			slot += beatEvery
-			r.beat(n, w)
+		if w.by != 0 && w.by < t {
+			c++
 		}
 	}
+	return c
 }
 
 // beat sends w a heartbeat that promises the next one. From whoever has not answered yet it wants an answer:
@@ -276,7 +305,7 @@ func (d *detector) begin(n *node, m Member, e *entry) *probe {
 	p := d.probeOf(e)
 	if p == nil {
 		n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-		p = &probe{m: m, e: e, start: n.now, seq: n.rng.Uint32() | 1}
+		p = &probe{m: m, e: e, start: n.now, seq: n.nonce()}
 		d.probes = append(d.probes, p)
 		n.wakeAt(n.now)
 	}

@@ -18,7 +18,6 @@ import (
 	"context"
 	crand "crypto/rand"
 	"encoding/binary"
-	"encoding/gob"
 	"errors"
 	"fmt"
 	"log"
@@ -26,10 +25,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"reflect"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -53,17 +50,20 @@ const (
 	maxPayload            = 1024 // bytes of a user event or a query, with its name, and of an answer
 	maxQueue              = 4096 // claims and events that wait to be flooded
 	maxQuestions          = 4096
-	maxQueries, maxDuties = 64, 1024 // of one's own at a time, and those of others
-	maxPosts              = 64       // letters sent in one go: a thousand at once would be lost
-	maxInputs             = 1024     // that wait for the loop; more datagrams are lost
-	drainFor              = 20 * ms  // inputs may keep the loop from its tick
-	writeFor              = ms       // what does not fit into the socket's buffer by then is lost, as UDP may
+	maxQueries, maxDuties = 64, 1024  // of one's own at a time, and those of others
+	maxLetters            = 4096      // of queries: more are refused
+	postRate, postBurst   = 64000, 64 // letters a second, and in one go: a thousand at once would be lost
+	windowSize            = 512       // a multiple of 64
+	maxInputs             = 1024      // that wait for the loop; more datagrams are lost
+	drainFor              = 20 * ms   // inputs may keep the loop from its tick
+	writeFor              = ms        // what does not fit into the socket's buffer by then is lost, as UDP may
 
 	linesRate, linesBurst = 50, 2000 // log lines about members: a second, and at once
 
 	// Whoever has never answered may be a bystander whose address somebody forged into the table: all of them
-	// together get so many packets and dials a second.
+	// together get so many packets and dials a second, and so many of a user's queries.
 	strangerRate, strangerBurst = 20, 60
+	askRate, askBurst           = 2000, 1000
 )
 
 var (
@@ -75,7 +75,7 @@ var (
 	errStopped   = errors.New("the agent is stopping")
 )
 
-// ---- messages and their codec ----
+// ---- messages ----
 
 // kind says what a message is. The heartbeat is 0, which gob leaves out.
 type kind uint8
@@ -149,106 +149,6 @@ func (u *update) key() string {
 	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Event+"\x00"+string(u.Payload)))
 }
 
-// codec encodes and decodes messages with one gob encoder and one decoder that have seen the type
-// definitions, so that what travels is bare values in any order and with any loss. Safe for concurrent use.
-type codec struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-	enc *gob.Encoder
-	in  bytes.Reader
-	dec *gob.Decoder
-	ids map[reflect.Type][]byte // the type ids as they stand in a message
-}
-
-// wire is the process's codec. gob's type ids depend on the order in which the process touches types, so it
-// is made before anything else can use gob.
-var wire = newCodec(&head{}, &update{}, &request{}, &answer{})
-
-func newCodec(messages ...any) *codec {
-	c := &codec{ids: make(map[reflect.Type][]byte)}
-	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
-	for _, m := range messages {
-		c.buf.Reset()
-		c.enc.Encode(m) // the first time with the type's definition
-		c.in.Reset(c.buf.Bytes())
-		c.dec.Decode(m)
-		b := c.encode(nil, m)
-		_, n, _ := gobUint(b) // length, then id
-		_, k, _ := gobUint(b[n:])
-		c.ids[reflect.TypeOf(m)] = b[n : n+k]
-	}
-	return c
-}
-
-// encode appends the encoding of m, a pointer to a message, to dst.
-func (c *codec) encode(dst []byte, m any) []byte {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.buf.Reset()
-	if err := c.enc.Encode(m); err != nil {
-		panic(err) // flat structs always encode
-	}
-	return append(dst, c.buf.Bytes()...)
-}
-
-// encodeAll encodes a message and the updates that follow it.
-func (c *codec) encodeAll(m any, us []update) []byte {
-	b := c.encode(nil, m)
-	for i := range us {
-		b = c.encode(b, &us[i])
-	}
-	return b
-}
-
-// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
-// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
-// definitions, which could grow the decoder without bound, do not get in.
-func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: %v", errMalformed, r)
-		}
-	}()
-	size, n, err := gobUint(b)
-	if err != nil || size > uint64(len(b)-n) || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
-		return nil, errMalformed
-	}
-	end := n + int(size)
-	c.in.Reset(b[:end])
-	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
-		return nil, errMalformed
-	}
-	return b[end:], nil
-}
-
-// decodeAll decodes updates up to the end of b.
-func (c *codec) decodeAll(b []byte) (us []update, err error) {
-	for len(b) > 0 && err == nil {
-		var u update
-		b, err = c.decode(b, &u)
-		us = append(us, u)
-	}
-	return us, err
-}
-
-// gobUint reads gob's unsigned integer: a byte below 128, or the negated count of the big-endian bytes that
-// follow.
-func gobUint(b []byte) (v uint64, n int, err error) {
-	if len(b) > 0 && b[0] < 128 {
-		return uint64(b[0]), 1, nil
-	}
-	if len(b) == 0 || int8(b[0]) < -8 || len(b) < 1-int(int8(b[0])) {
-		return 0, 0, errMalformed
-	}
-	n = -int(int8(b[0]))
-	for _, x := range b[1 : 1+n] {
-		v = v<<8 | uint64(x)
-	}
-	return v, 1 + n, nil
-}
-
 // ---- the node: inputs and outputs ----
 
 type packet struct {
@@ -298,7 +198,7 @@ type node struct {
 	out       outputs
 	number    uint64 // of the last datagram
 	questions []question
-	letters   []*letter
+	letters   letters
 	ring      ring
 	detector  detector
 	spread    spread
@@ -331,7 +231,7 @@ func (n *node) enter(now time.Duration, input func(*node)) {
 func (n *node) tick(now time.Duration) outputs {
 	n.clock.advance(now)
 	n.clock.planned = time.Minute
-	n.stepLetters()
+	n.letters.step(n)
 	if n.own.leaving == 0 {
 		n.ring.refresh(n)
 		n.ring.step(n)
@@ -359,23 +259,6 @@ func (n *node) jitter(d time.Duration) time.Duration { return time.Duration(n.rn
 func (n *node) logf(format string, a ...any) {
 	n.out.logs = append(n.out.logs, fmt.Sprintf(format, a...))
 }
-
-// clock is awake time, which all deadlines run on, beside the caller's.
-type clock struct {
-	real    time.Duration // the caller's, at the last entry
-	now     time.Duration // awake
-	planned time.Duration // for how long nothing falls due
-}
-
-// advance runs the awake clock. A process that was stopped would blame everybody else for its own silence, so
-// a gap counts for no more than the planned wait and a little.
-func (c *clock) advance(now time.Duration) {
-	c.now += max(min(now-c.real, c.planned+lateBy), 0)
-	c.real = now
-}
-
-// wakeAt asks to be woken at awake time t.
-func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
 
 // bucket bounds a rate; its tokens may fall below 0, and then it is empty.
 type bucket struct {
@@ -412,20 +295,11 @@ func (n *node) plausible(number, known uint64) bool {
 
 // ---- the verbs ----
 
-// question is one ping, or anything else that wants an acknowledgement by one run of a member. It counts for
-// one answer: a recorded one proves nothing.
+// question is an open ping of one run of a member. It counts for one answer: a recorded one proves nothing.
 type question struct {
 	seq   uint32
 	m     Member
 	until time.Duration
-}
-
-// ask notes a question to m and returns its number, which nobody can guess.
-func (n *node) ask(m Member, within time.Duration) uint32 {
-	open := slices.DeleteFunc(n.questions, func(q question) bool { return q.until <= n.now })
-	q := question{n.rng.Uint32() | 1, m, n.now + within}
-	n.questions = append(open[max(0, len(open)-maxQuestions+1):], q)
-	return q.seq
 }
 
 func (n *node) head(k kind) head {
@@ -440,15 +314,20 @@ func (n *node) head(k kind) head {
 // digest covers the table and the remembered user events.
 func (n *node) digest() uint64 { return n.t.digest ^ n.spread.events.digest }
 
-// affords reports whether m may be sent something that it has not asked for.
-func (n *node) affords(m Member) bool {
-	e := n.t.get(m.Name)
-	return e != nil && e.Addr == m.Addr && e.deal().met || n.detector.strangers.fill(n.now, strangerRate, strangerBurst).take()
+// affords reports whether m may be sent something that it has not asked for, a message of kind k.
+func (n *node) affords(m Member, k kind) bool {
+	if e := n.t.get(m.Name); e != nil && e.Addr == m.Addr && e.deal().met {
+		return true
+	}
+	if k == kQuery {
+		return n.queries.strangers.fill(n.now, askRate, askBurst).take()
+	}
+	return n.detector.strangers.fill(n.now, strangerRate, strangerBurst).take()
 }
 
 // send sends h and a body of updates to one run of a member.
 func (n *node) send(to Member, h head, body ...[]byte) {
-	if h.Kind == kAck || n.affords(to) {
+	if h.Kind == kAck || n.affords(to, h.Kind) {
 		n.number++
 		h.Number = n.number
 		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &h), bytes.Join(body, nil)...)})
@@ -457,22 +336,28 @@ func (n *node) send(to Member, h head, body ...[]byte) {
 
 // ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
 func (n *node) ping(m Member) {
+	open := slices.DeleteFunc(n.questions, func(q question) bool { return q.until <= n.now })
+	q := question{n.nonce(), m, n.now + answerFor}
+	n.questions = append(open[max(0, len(open)-maxQuestions+1):], q)
 	h := n.head(kPing)
-	h.Target, h.Seq = m.Name, n.ask(m, answerFor)
+	h.Target, h.Seq = m.Name, q.seq
 	m.Born = 0
 	n.send(m, h)
 }
 
+// nonce is a number that nobody can guess.
+func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
+
 // look has TCP look at m.
 func (n *node) look(seq uint32, m Member) {
-	if n.affords(m) {
+	if n.affords(m, kLook) {
 		n.out.looks = append(n.out.looks, look{seq, m})
 	}
 }
 
 // exchange has TCP compare tables with m.
 func (n *node) exchange(m Member) {
-	if n.affords(m) {
+	if n.affords(m, kExchange) {
 		n.logf("[DEBUG] comparing tables with %s at %s", m.Name, m.Addr)
 		n.out.exchanges = append(n.out.exchanges, m)
 	}
@@ -517,20 +402,26 @@ type letter struct {
 
 // post sends a letter to e.
 func (n *node) post(e *entry, h head, body []byte, within time.Duration) {
-	h.Seq = n.ask(e.Member, within)
-	n.letters = append(n.letters, &letter{run: runOf(e), h: h, body: body, until: n.now + within, at: n.now})
+	h.Seq = n.nonce()
+	n.letters.open = append(n.letters.open, &letter{run: runOf(e), h: h, body: body, until: n.now + within, at: n.now})
 	n.wakeAt(n.now)
 }
 
-func (n *node) stepLetters() {
-	room := maxPosts
-	n.letters = slices.DeleteFunc(n.letters, func(l *letter) bool {
+// letters are all that are under way.
+type letters struct {
+	open []*letter
+	rate bucket
+}
+
+func (ls *letters) step(n *node) {
+	ls.rate.fill(n.now, postRate, postBurst)
+	ls.open = slices.DeleteFunc(ls.open, func(l *letter) bool {
 		if n.now >= l.until || l.over() {
 			return true
 		}
-		if n.now >= l.at && room > 0 {
+		if n.now >= l.at && ls.rate.take() {
 			l.wait = min(max(2*l.wait, resendAfter), time.Second)
-			l.at, room = n.now+l.wait, room-1
+			l.at = n.now + l.wait
 			n.send(l.e.Member, l.h, l.body)
 		}
 		n.wakeAt(max(l.at, n.now+ms))
@@ -542,12 +433,13 @@ func (n *node) stepLetters() {
 
 // dealings is what the protocol has had to do with one run of a member.
 type dealings struct {
-	window   window
-	met      bool          // it has answered: somebody lives at its address
-	reminded time.Duration // when it was last told what is believed of it
-	stalled  time.Duration // since when it accepts without answering; 0: it does not
-	tcpOnly  int           // probes in a row that only TCP answered
-	compared uint64        // both digests after the last comparison of tables
+	datagrams window
+	queries   window
+	met       bool          // it has answered: somebody lives at its address
+	reminded  time.Duration // when it was last told what is believed of it
+	stalled   time.Duration // since when it accepts without answering; 0: it does not
+	tcpOnly   int           // probes in a row that only TCP answered
+	compared  uint64        // both digests after the last comparison of tables
 }
 
 func (e *entry) deal() *dealings {
@@ -557,20 +449,38 @@ func (e *entry) deal() *dealings {
 	return e.dealings
 }
 
-// window tells which of the datagrams that a run has numbered have counted: none counts twice (RFC 4303,
-// section 3.4.3). What is 64 behind counts for nothing.
-type window struct{ top, seen uint64 }
+// window tells which of the numbers that a run gives its datagrams, or its queries, have counted: none counts
+// twice (RFC 4303, section 3.4.3). What is windowSize behind the highest counts for nothing.
+type window struct {
+	top  uint64
+	seen [windowSize / 64]uint64 // a bit for each number, in a circle (RFC 6479)
+}
 
 func (w *window) take(number uint64) bool {
-	switch {
-	case number > w.top:
-		w.seen, w.top = w.seen<<(number-w.top)|1, number
-	case number == 0 || w.top-number >= 64 || w.seen>>(w.top-number)&1 == 1:
+	if number == 0 || number < w.top && w.top-number >= windowSize {
 		return false
-	default:
-		w.seen |= 1 << (w.top - number)
 	}
-	return true
+	if number > w.top && number-w.top > windowSize {
+		*w = window{top: number - windowSize}
+	}
+	for w.top < number {
+		w.top++
+		w.seen[w.top/64%uint64(len(w.seen))] &^= 1 << (w.top % 64)
+	}
+	word, bit := &w.seen[number/64%uint64(len(w.seen))], uint64(1)<<(number%64)
+	fresh := *word&bit == 0
+	*word |= bit
+	return fresh
+}
+
+// lower makes number the highest that has counted.
+func (w *window) lower(number uint64) {
+	if number+windowSize < w.top {
+		w.top = number
+		for i := range w.seen {
+			w.seen[i] = ^uint64(0)
+		}
+	}
 }
 
 // datagram takes one datagram, already opened; anyRun: it was not for this run alone. An error is for the
@@ -602,7 +512,7 @@ func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 	case e.Born != h.born():
 		n.remind(e) // a former or a rival run, or one whose news I have missed
 		return nil
-	case !e.deal().window.take(h.Number):
+	case !e.deal().datagrams.take(h.Number):
 		return nil
 	}
 	n.detector.heard = n.now
@@ -650,14 +560,20 @@ func (n *node) answer(to netip.AddrPort, h head, size int) {
 	}
 }
 
-// acked takes the answer to a question of mine.
+// acked takes the answer to a ping or a letter of mine.
 func (n *node) acked(h head) {
-	i := slices.IndexFunc(n.questions, func(q question) bool { return q.seq == h.Seq && q.m.Name == h.From && n.now < q.until })
-	if i < 0 {
+	var m Member
+	q := slices.IndexFunc(n.questions, func(q question) bool { return q.seq == h.Seq && q.m.Name == h.From && n.now < q.until })
+	l := slices.IndexFunc(n.letters.open, func(l *letter) bool { return l.h.Seq == h.Seq && l.e.Name == h.From && l.born == l.e.Born })
+	switch {
+	case q >= 0:
+		m = n.questions[q].m
+		n.questions = slices.Delete(n.questions, q, q+1)
+	case l >= 0:
+		m = n.letters.open[l].e.Member
+	default:
 		return
 	}
-	m := n.questions[i].m
-	n.questions = slices.Delete(n.questions, i, i+1)
 	if m.Addr != n.self.Addr {
 		n.detector.heard = n.now
 	}
@@ -671,25 +587,24 @@ func (n *node) acked(h head) {
 			n.exchange(e.Member)
 		}
 	default:
-		if w := &e.deal().window; h.Number+64 < w.top {
-			*w = window{h.Number, ^uint64(0)} // only a forger's number is higher than what was sent just now
-		}
+		e.deal().datagrams.lower(h.Number) // only a forger's is far above what was sent just now
 		e.deal().tcpOnly = 0
-		n.delivered(h.Seq)
+		n.delivered(l)
 		n.met(e)
 		n.detector.answered(n, m, m.Born)
 		n.contact(e, h)
 	}
 }
 
-// delivered takes a letter off the list that has arrived.
-func (n *node) delivered(seq uint32) {
-	if i := slices.IndexFunc(n.letters, func(l *letter) bool { return l.h.Seq == seq }); i >= 0 {
-		l := n.letters[i]
-		n.letters = slices.Delete(n.letters, i, i+1)
-		if l.h.Kind == kQuery {
-			n.queries.answered(n, l.e, head{Query: l.h.Query, Reply: replyHeard}, nil)
-		}
+// delivered takes letter i, which has arrived, off the list.
+func (n *node) delivered(i int) {
+	if i < 0 {
+		return
+	}
+	l := n.letters.open[i]
+	n.letters.open = slices.Delete(n.letters.open, i, i+1)
+	if l.h.Kind == kQuery {
+		n.queries.answered(n, l.e, head{Query: l.h.Query, Reply: replyHeard}, nil)
 	}
 }
 
@@ -1330,7 +1245,7 @@ func (n *node) startLeave() {
 	if n.own.leaving != 0 {
 		return
 	}
-	n.own.leaving, n.letters = n.now+leaveFor, nil
+	n.own.leaving, n.letters.open = n.now+leaveFor, nil
 	for _, w := range n.ring.watchers {
 		n.post(w.e, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(StatusLeft)}), leaveFor)
 	}
@@ -1338,7 +1253,7 @@ func (n *node) startLeave() {
 
 func (o *ownName) stepLeave(n *node) {
 	n.wakeAt(o.leaving)
-	if len(n.letters) == 0 || n.now >= o.leaving {
+	if len(n.letters.open) == 0 || n.now >= o.leaving {
 		n.out.left = true
 	}
 }
@@ -1390,9 +1305,10 @@ func (n *node) info() []any {
 // is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
 // twice or late.
 type queries struct {
-	last   uint32
-	mine   []*query
-	duties []duty
+	last      uint32
+	mine      []*query
+	duties    []duty
+	strangers bucket // what those get who have never answered
 }
 
 // query is one that this node has asked.
@@ -1418,10 +1334,9 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if err := checkPayload("query", name, payload); err != nil {
 		return 0, nil, err
 	}
-	if len(qs.mine) >= maxQueries {
-		return 0, nil, fmt.Errorf("%d queries of this agent are under way, that is the limit", maxQueries)
+	if qs.last++; len(qs.mine) >= maxQueries || len(n.letters.open) >= maxLetters || len(qs.mine) > 0 && qs.last-qs.mine[0].id >= windowSize {
+		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d, the oldest since %d others", len(qs.mine), qs.last-qs.mine[0].id)
 	}
-	qs.last++
 	q := &query{id: qs.last, until: n.now + within}
 	u := update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Within: uint32(within / ms)}
 	h, body := n.head(kQuery), wire.encode(nil, &u)
@@ -1452,11 +1367,15 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 		return errors.New("sent a bad query")
 	}
 	u, within := us[0], time.Duration(us[0].Within)*ms
-	if len(qs.duties) >= maxDuties || slices.ContainsFunc(qs.duties, func(d duty) bool { return d.run == runOf(e) && d.id == h.Query }) {
+	if !e.deal().queries.take(uint64(h.Query)) { // sent again, since the acknowledgement was lost
 		return nil
 	}
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
 	qs.duties = append(qs.duties, duty{runOf(e), h.Query, n.now + within})
+	if len(qs.duties) > maxDuties {
+		n.replied(e.Member, h.Query, replyFailed, []byte("too many queries wait for an answer here"))
+		return nil
+	}
 	n.out.events = append(n.out.events, Event{Kind: EventQuery, Member: e.Member, Name: u.Event, Payload: u.Payload, LTime: u.LTime, ID: h.Query, Within: within})
 	if !slices.Contains(n.Answers, "") && !slices.Contains(n.Answers, u.Event) {
 		n.replied(e.Member, h.Query, replyNothing, nil)
@@ -1466,16 +1385,18 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 
 // replied is told what came of the EventQuery with this id of asker.
 func (n *node) replied(asker Member, id uint32, r reply, text []byte) {
-	h, us := n.head(kReply), []update{{Payload: text}}
+	qs, h, us := &n.queries, n.head(kReply), []update{{Payload: text}}
 	h.Query, h.Reply = id, r
-	for _, d := range n.queries.duties {
-		switch {
-		case d.e.Name != asker.Name || d.born != asker.Born || d.id != id:
-		case d.e == n.self:
-			n.queries.answered(n, n.self, h, us)
-		default:
-			n.post(d.e, h, wire.encode(nil, &us[0]), d.until-n.now)
-		}
+	i := slices.IndexFunc(qs.duties, func(d duty) bool { return d.e.Name == asker.Name && d.born == asker.Born && d.id == id })
+	if i < 0 {
+		return
+	}
+	d := qs.duties[i]
+	qs.duties = slices.Delete(qs.duties, i, i+1)
+	if d.e == n.self {
+		qs.answered(n, d.e, h, us)
+	} else {
+		n.post(d.e, h, wire.encode(nil, &us[0]), d.until-n.now)
 	}
 }
 
@@ -1568,13 +1489,9 @@ type owned struct {
 
 // StartGossip binds the sockets, starts the loop, and begins to join the seeds.
 func StartGossip(cfg GossipConfig) (*Gossip, error) {
-	s, err := newSeal(cfg.Cluster, cfg.Keys)
-	if err != nil {
-		return nil, err
-	}
-	g := &Gossip{cfg: cfg, door: door{s, gossipPort, cfg.RPCPort}, start: time.Now(), ended: make(chan struct{}), done: make(chan struct{}),
+	g := &Gossip{cfg: cfg, door: door{&seal{cfg.Cluster, cfg.Keys}, gossipPort, cfg.RPCPort}, start: time.Now(), ended: make(chan struct{}), done: make(chan struct{}),
 		inputs: make(chan func(*node), maxInputs), strange: strangers{log: cfg.Log},
-		sessions: sessions{guests: guests{limit: guestLimit()}, tables: make(chan struct{}, maxTables)}}
+		sessions: sessions{guests: newGuests(guestLimit()), tables: make(chan struct{}, maxTables)}}
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
@@ -1646,7 +1563,7 @@ func (g *Gossip) run() {
 	close(g.ended)
 	g.udp.Close()
 	g.tcp.Close()
-	g.guests.remove(nil)
+	g.guests.close()
 	waitAtMost(time.Second, func() { g.wg.Wait(); g.guests.served.Wait() }) // a peer may read too slowly for my last words
 	close(g.done)
 }
@@ -1790,37 +1707,3 @@ func (g *Gossip) Last() []Event { return g.last }
 // Done is closed when the loop has ended; then Err says why, nil if it was told to.
 func (g *Gossip) Done() <-chan struct{} { return g.done }
 func (g *Gossip) Err() error            { return g.err }
-
-// strangers logs what unwelcome peers do: one line per peer a minute, at most ten lines a minute in all, and
-// counts the rest. Safe for concurrent use.
-type strangers struct {
-	log     *log.Logger
-	dropped atomic.Int64 // packets lost to a full inbox
-	mu      sync.Mutex
-	minute  time.Time
-	peers   map[netip.Addr]bool
-	more    int
-}
-
-func (s *strangers) seen(who netip.Addr, err error) {
-	if err == nil {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if now := time.Now(); now.Sub(s.minute) >= time.Minute {
-		if drops := s.dropped.Swap(0); s.more > 0 || drops > 0 {
-			s.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", s.more, drops)
-		}
-		s.minute, s.peers, s.more = now, make(map[netip.Addr]bool), 0
-	}
-	if s.peers[who] || len(s.peers) >= 10 {
-		s.more++
-		return
-	}
-	s.peers[who] = true
-	if who.IsValid() {
-		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
-	}
-	s.log.Printf("[WARN] %v", err)
-}

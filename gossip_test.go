@@ -340,7 +340,9 @@ func TestADatagramCountsOnce(t *testing.T) {
 	for _, step := range []struct {
 		number uint64
 		counts bool
-	}{{0, false}, {3, true}, {3, false}, {1, true}, {1, false}, {2, true}, {100, true}, {36, false}, {37, true}, {37, false}, {99, true}, {1 << 40, true}, {100, false}, {1<<40 - 63, true}} {
+	}{{0, false}, {3, true}, {3, false}, {1, true}, {1, false}, {2, true}, {600, true}, {600 - windowSize, false}, {601 - windowSize, true},
+		{601 - windowSize, false}, {599, true}, {1 << 40, true}, {600, false}, {1<<40 - windowSize, false}, {1<<40 - windowSize + 1, true},
+		{1<<40 + windowSize, true}, {1<<40 + 1, true}, {1 << 40, false}, {1<<40 + 1, false}, {1<<64 - 1, true}, {1<<64 - 1, false}, {1<<64 - 2, true}} {
 		if w.take(step.number) != step.counts {
 			t.Errorf("datagram %d counts: %v", step.number, !step.counts)
 		}
@@ -702,7 +704,7 @@ func TestAHeartbeatHasTheseBytes(t *testing.T) {
 	if got != want {
 		t.Errorf("heartbeat\n%s\nwant\n%s", got, want)
 	}
-	if s, _ := newSeal("", nil); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
+	if s := (&seal{}); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
 		t.Errorf("a heartbeat of %d bytes", len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)))
 	}
 }
@@ -734,8 +736,8 @@ func TestMessagesComeBackInAnyOrder(t *testing.T) {
 }
 
 func FuzzDatagram(f *testing.F) {
-	s, _ := newSeal("c", nil)
-	k, _ := newSeal("c", [][]byte{bytes.Repeat([]byte{7}, keySize)})
+	s := &seal{cluster: "c"}
+	k := &seal{"c", [][]byte{bytes.Repeat([]byte{7}, keySize)}}
 	h := head{Kind: kFlood, From: "b", Incarnation: 10, Number: 1}
 	f.Add(s.closeDatagram(wire.encodeAll(&h, []update{{Member: labMember(1)}}), "a", 10), uint64(10))
 	f.Add(k.closeDatagram(wire.encodeAll(&h, nil), "a", 10), uint64(10))
@@ -788,8 +790,8 @@ func BenchmarkHeartbeat(b *testing.B) {
 	})
 	b.Run("handle", func(b *testing.B) {
 		for b.Loop() {
-			w.e.deal().window = window{}
-			if err := n.datagram(w.e.Addr, data, false); err != nil || w.e.deal().window.top != h.Number {
+			w.e.deal().datagrams = window{}
+			if err := n.datagram(w.e.Addr, data, false); err != nil || w.e.deal().datagrams.top != h.Number {
 				b.Fatal("the heartbeat was not taken", err)
 			}
 		}

@@ -1,12 +1,10 @@
-// rpc.go: all that is said over TCP, by agents among themselves and by commands
-// with their agent.
+// rpc.go: all that is said over TCP, by agents among themselves and by commands with their agent.
 //
-// Both speak one dialect: a hello each way with a challenge, then frames, each
-// sealed and bound to both challenges, its direction and its count. A session is
-// straight blocking code in a goroutine; what it learns it tells the loop, which
-// it asks for what it shall say. Here are the seal (of datagrams, too), the
-// handshake, the bound on who may come in, the sessions of agents (look, link,
-// exchange), and those of commands. What a claim means is not known here.
+// Both speak one dialect: a hello each way with a challenge, then frames, each sealed and bound to both
+// challenges, its direction and its count. A session is straight blocking code in a goroutine; what it learns
+// it tells the loop, which it asks for what it shall say. Here are the seal (of datagrams, too), the handshake,
+// the bound on who may come in, the sessions of agents (look, link, exchange), and those of commands. What a
+// claim means is not known here.
 
 package main
 
@@ -17,13 +15,17 @@ import (
 	"crypto/cipher"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/subtle"
 	"encoding/binary"
+	"encoding/gob"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
+	"log"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -46,67 +48,138 @@ const (
 	linkLook    = 30 * time.Second // between looks whether a link's member is still one
 	linkMax     = 30 * time.Second // between tries to have a link
 	busyFor     = time.Second      // until a place for an exchange must be free
+	xaesNonce   = 24
 )
+
+// ---- the codec ----
+
+// codec encodes and decodes messages with one gob encoder and one decoder that have seen the type
+// definitions, so that what travels is bare values in any order and with any loss. Safe for concurrent use.
+type codec struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+	enc *gob.Encoder
+	in  bytes.Reader
+	dec *gob.Decoder
+	ids map[reflect.Type][]byte // the type ids as they stand in a message
+}
+
+// wire is the process's codec. gob's type ids depend on the order in which the process touches types, so it
+// is made before anything else can use gob.
+var wire = newCodec(&head{}, &update{}, &request{}, &answer{})
+
+func newCodec(messages ...any) *codec {
+	c := &codec{ids: make(map[reflect.Type][]byte)}
+	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
+	for _, m := range messages {
+		c.buf.Reset()
+		c.enc.Encode(m) // the first time with the type's definition
+		c.in.Reset(c.buf.Bytes())
+		c.dec.Decode(m)
+		b := c.encode(nil, m)
+		_, n, _ := gobUint(b) // length, then id
+		_, k, _ := gobUint(b[n:])
+		c.ids[reflect.TypeOf(m)] = b[n : n+k]
+	}
+	return c
+}
+
+// encode appends the encoding of m, a pointer to a message, to dst.
+func (c *codec) encode(dst []byte, m any) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.buf.Reset()
+	if err := c.enc.Encode(m); err != nil {
+		panic(err) // flat structs always encode
+	}
+	return append(dst, c.buf.Bytes()...)
+}
+
+// encodeAll encodes a message and the updates that follow it.
+func (c *codec) encodeAll(m any, us []update) []byte {
+	b := c.encode(nil, m)
+	for i := range us {
+		b = c.encode(b, &us[i])
+	}
+	return b
+}
+
+// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
+// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
+// definitions, which could grow the decoder without bound, do not get in.
+func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", errMalformed, r)
+		}
+	}()
+	size, n, err := gobUint(b)
+	if err != nil || size > uint64(len(b)-n) || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
+		return nil, errMalformed
+	}
+	end := n + int(size)
+	c.in.Reset(b[:end])
+	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
+		return nil, errMalformed
+	}
+	return b[end:], nil
+}
+
+// decodeAll decodes updates up to the end of b.
+func (c *codec) decodeAll(b []byte) (us []update, err error) {
+	for len(b) > 0 && err == nil {
+		var u update
+		b, err = c.decode(b, &u)
+		us = append(us, u)
+	}
+	return us, err
+}
+
+// gobUint reads gob's unsigned integer: a byte below 128, or the negated count of the big-endian bytes that
+// follow.
+func gobUint(b []byte) (v uint64, n int, err error) {
+	if len(b) > 0 && b[0] < 128 {
+		return uint64(b[0]), 1, nil
+	}
+	if len(b) == 0 || int8(b[0]) < -8 || len(b) < 1-int(int8(b[0])) {
+		return 0, 0, errMalformed
+	}
+	n = -int(int8(b[0]))
+	for _, x := range b[1 : 1+n] {
+		v = v<<8 | uint64(x)
+	}
+	return v, 1 + n, nil
+}
 
 // ---- the seal ----
 
-// xaes is AES-256-GCM with nonces of 192 bits: XAES-256-GCM of c2sp.org/XAES-256-GCM. Random ones do not
-// repeat, however many messages one key sees (2^80 at a risk of 2^-32).
-type xaes struct {
-	block cipher.Block
-	k1    [aes.BlockSize]byte
-}
-
-const xaesNonce = 24
-
-func newXAES(key []byte) (x xaes, err error) {
-	if x.block, err = aes.NewCipher(key); err != nil {
-		return x, err
-	}
-	x.block.Encrypt(x.k1[:], x.k1[:])
-	carry := byte(0)
-	for i := len(x.k1) - 1; i >= 0; i-- {
-		carry, x.k1[i] = x.k1[i]>>7, x.k1[i]<<1|carry
-	}
-	x.k1[len(x.k1)-1] ^= carry * 0x87
-	return x, nil
-}
-
-// derived is AES-256-GCM under the key that belongs to a nonce, whose last twelve bytes it takes.
-func (x xaes) derived(nonce []byte) cipher.AEAD {
-	var key []byte
-	for i := range byte(2) {
-		m := append([]byte{0, i + 1, 'X', 0}, nonce[:12]...)
-		for j := range m {
-			m[j] ^= x.k1[j]
-		}
-		x.block.Encrypt(m, m)
-		key = append(key, m...)
-	}
+// xaes is XAES-256-GCM of c2sp.org/XAES-256-GCM, whose nonces of 192 bits may be random: they do not repeat,
+// however many messages one key sees (2^80 at a risk of 2^-32). It returns AES-256-GCM under the key that
+// belongs to key and the nonce's first half; the second half is the nonce there.
+func xaes(key, nonce []byte) cipher.AEAD {
 	block, _ := aes.NewCipher(key) // of 32 bytes: no error
+	k1 := make([]byte, aes.BlockSize)
+	block.Encrypt(k1, k1)
+	high, low := binary.BigEndian.Uint64(k1), binary.BigEndian.Uint64(k1[8:])
+	binary.BigEndian.PutUint64(k1, high<<1|low>>63)
+	binary.BigEndian.PutUint64(k1[8:], low<<1^high>>63*0x87)
+	derived := slices.Concat([]byte{0, 1, 'X', 0}, nonce[:xaesNonce/2], []byte{0, 2, 'X', 0}, nonce[:xaesNonce/2])
+	for half := range slices.Chunk(derived, aes.BlockSize) {
+		subtle.XORBytes(half, half, k1)
+		block.Encrypt(half, half)
+	}
+	block, _ = aes.NewCipher(derived)
 	aead, _ := cipher.NewGCM(block)
 	return aead
 }
 
-// seal closes and opens what travels. With keys everything is authenticated before anything is decoded,
-// together with for whom it is, so that what was said to one run of a member cannot be played to another.
-// Safe for concurrent use.
+// seal closes and opens what travels. With keys everything is authenticated before anything is decoded, together
+// with for whom it is, so that what was said to one run of a member cannot be played to another.
 type seal struct {
 	cluster string
-	keys    []xaes // the first one seals, any opens
-}
-
-// newSeal makes the seal of a cluster; keys have 32 bytes.
-func newSeal(cluster string, keys [][]byte) (*seal, error) {
-	s := &seal{cluster: cluster}
-	for _, k := range keys {
-		x, err := newXAES(k)
-		if err != nil {
-			return nil, err
-		}
-		s.keys = append(s.keys, x)
-	}
-	return s, nil
+	keys    [][]byte // of 32 bytes: the first one seals, any opens
 }
 
 func (s *seal) keyed() bool { return len(s.keys) > 0 }
@@ -118,17 +191,16 @@ func (s *seal) tag(whom string) []byte {
 	return h.Sum(nil)
 }
 
-// close appends to dst what data becomes for whom.
+// close appends to dst what data becomes for whom; open undoes that.
 func (s *seal) close(dst, data []byte, whom string) []byte {
 	if dst = append(dst, s.tag(whom)...); !s.keyed() {
 		return append(dst, data...)
 	}
 	var nonce [xaesNonce]byte
 	rand.Read(nonce[:]) // never fails
-	return s.keys[0].derived(nonce[:]).Seal(append(dst, nonce[:]...), nonce[12:], data, []byte(whom+"\x00"+s.cluster))
+	return xaes(s.keys[0], nonce[:]).Seal(append(dst, nonce[:]...), nonce[xaesNonce/2:], data, []byte(whom+"\x00"+s.cluster))
 }
 
-// open undoes that.
 func (s *seal) open(b []byte, whom string) ([]byte, error) {
 	if len(b) < 4 || !bytes.Equal(b[:4], s.tag(whom)) {
 		return nil, errNotForMe
@@ -136,11 +208,11 @@ func (s *seal) open(b []byte, whom string) ([]byte, error) {
 	if b = b[4:]; !s.keyed() {
 		return b, nil
 	}
+	if len(b) < xaesNonce {
+		return nil, errOtherKey
+	}
 	for _, k := range s.keys {
-		if len(b) < xaesNonce {
-			break
-		}
-		if out, err := k.derived(b).Open(nil, b[12:xaesNonce], b[xaesNonce:], []byte(whom+"\x00"+s.cluster)); err == nil {
+		if out, err := xaes(k, b).Open(nil, b[xaesNonce/2:xaesNonce], b[xaesNonce:], []byte(whom+"\x00"+s.cluster)); err == nil {
 			return out, nil
 		}
 	}
@@ -157,8 +229,7 @@ func datagramFor(name string, born uint64) string {
 	return "datagram " + strconv.FormatUint(born, 36) + " " + name
 }
 
-// A datagram is a byte of version and flags, and what data becomes for the receiver's run that was born then;
-// 0: for any.
+// closeDatagram makes a datagram of data for that run of name, or (born 0) any.
 func (s *seal) closeDatagram(data []byte, name string, born uint64) []byte {
 	flags := byte(protocolVersion)
 	if born == 0 {
@@ -170,8 +241,7 @@ func (s *seal) closeDatagram(data []byte, name string, born uint64) []byte {
 	return s.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
 }
 
-// openDatagram opens one; errNotForMe: it is for another cluster, a former owner of the address, or a former
-// run of name.
+// openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
 func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
 	if len(b) < 5 || b[0]&^(flagSealed|flagAnyRun) != protocolVersion {
 		return nil, false, errVersion
@@ -202,68 +272,44 @@ var (
 	errKeyed    = errors.New("has no key, and this agent has one: start that one with -encrypt too")
 	errOtherKey = errors.New("has another key: give both the same -encrypt")
 	errNotForMe = errors.New("sent what belongs elsewhere")
-	errSilent   = errors.New("hung up without a word: it is no hamlet agent (a Serf agent hangs up so)")
+	errForeign  = errors.New("is no hamlet agent")
+	errRPC      = errors.New("is the RPC port of a hamlet agent")
+	errGossip   = errors.New("is the gossip port of a hamlet agent")
+	errSilent   = fmt.Errorf("hung up without a word: it %w (a Serf agent hangs up so)", errForeign)
 	errHungUp   = errors.New("closed the connection")
-)
-
-// wrongPort is the error of who comes to a port of the other kind; the number is that of the agent's right
-// one.
-type wrongPort struct {
-	kind portKind
-	port uint16
-}
-
-func (w wrongPort) Error() string {
-	if w.kind == rpcPort {
-		return fmt.Sprintf("is the RPC port of a hamlet agent, which gossips on port %d: join that one", w.port)
-	}
-	return fmt.Sprintf("is the gossip port of a hamlet agent, whose RPC is on port %d", w.port)
-}
-
-// notHamlet is the error of a peer that begins like this.
-type notHamlet []byte
-
-func (b notHamlet) Error() string {
-	return fmt.Sprintf("is no hamlet agent (it says %.8q): is this the right port?", []byte(b))
-}
-
-// portKind is what a port is for.
-type portKind byte
-
-const (
-	gossipPort portKind = 'g'
-	rpcPort    portKind = 'r'
 )
 
 // A hello is a line at which an HTTP server answers at once, the kind of the port and the number of the
 // agent's other one, whether there is a key, the cluster's tag, and a challenge.
 const (
-	helloLine = "HAMLET/2\r\n\r\n"
-	helloSize = len(helloLine) + 1 + 1 + 2 + 4 + 16
+	helloLine                = "HAMLET/2\r\n\r\n"
+	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 16
+	gossipPort, rpcPort byte = 'g', 'r'
 )
 
 // door is how connections to ports of one kind begin.
 type door struct {
 	*seal
-	kind  portKind
+	kind  byte
 	other uint16 // the agent's port of the other kind
 }
 
 func (d *door) hello() []byte {
-	b := append([]byte(helloLine), byte(d.kind), 0, byte(d.other>>8), byte(d.other))
-	if d.keyed() {
-		b[len(helloLine)+1] = 1
-	}
+	b := append([]byte(helloLine), d.kind, byte(min(len(d.keys), 1)), byte(d.other>>8), byte(d.other))
 	return append(append(b, d.tag("")...), rand.Text()[:16]...) // 80 bits
 }
 
 // check says what is wrong with the hello of the other side.
-func (d *door) check(b []byte) error {
+func (d *door) check(b []byte, dialled bool) error {
 	switch is := b[len(helloLine):]; {
 	case string(b[:len(helloLine)]) != helloLine:
 		return errVersion
-	case portKind(is[0]) != d.kind:
-		return wrongPort{portKind(is[0]), binary.BigEndian.Uint16(is[2:])}
+	case is[0] != d.kind && !dialled:
+		return errors.New("looks for the other port of this agent")
+	case is[0] != d.kind && d.kind == gossipPort:
+		return fmt.Errorf("%w, which gossips on port %d: join that one", errRPC, binary.BigEndian.Uint16(is[2:]))
+	case is[0] != d.kind:
+		return fmt.Errorf("%w, whose RPC is on port %d", errGossip, binary.BigEndian.Uint16(is[2:]))
 	case !bytes.Equal(is[4:8], d.tag("")):
 		return errCluster
 	case is[1] != 0 && !d.keyed():
@@ -297,7 +343,7 @@ func (d *door) meet(c net.Conn, dialled bool) *session {
 	switch {
 	case s.err != nil:
 	case n > 0 && (n < 7 || string(theirs[:7]) != helloLine[:7]):
-		s.err = notHamlet(theirs[:n])
+		s.err = fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
 	case n == 0 && dialled && !timedOut(err):
 		s.err = errSilent
 	case err != nil:
@@ -306,19 +352,12 @@ func (d *door) meet(c net.Conn, dialled bool) *session {
 		_, s.err = c.Write(mine)
 	}
 	if s.err == nil {
-		s.err = d.check(theirs)
-	}
-	if _, wrong := errors.AsType[wrongPort](s.err); wrong && !dialled {
-		s.err = errors.New("looks for the other port of this agent")
+		s.err = d.check(theirs, dialled)
 	}
 	if s.context = string(mine) + string(theirs); !dialled {
 		s.context = string(theirs) + string(mine)
 	}
 	return s
-}
-
-func (s *session) frameContext(dialled bool, count uint64) string {
-	return fmt.Sprint("frame ", dialled, count, s.context)
 }
 
 // write sends one frame: a message, and what may follow it.
@@ -328,16 +367,38 @@ func (s *session) writeBytes(data []byte) {
 	if s.err != nil {
 		return
 	}
-	b := s.seal.close(make([]byte, 4, 64+len(data)), data, s.frameContext(s.dialled, s.sent))
+	b := s.seal.close(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.context))
 	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
 	s.sent++
 	s.SetWriteDeadline(time.Now().Add(frameFor))
 	_, s.err = s.Write(b)
 }
 
-// read reads one frame: message, and what may follow it.
+// read reads one frame until the deadline that is set: a message, and what may follow it. A length of 0 says
+// that the other side could not open the first one.
 func (s *session) read(message any) (us []update) {
-	b := s.readBytes()
+	var size [4]byte
+	if s.err == nil {
+		_, s.err = io.ReadFull(s, size[:])
+	}
+	var b []byte
+	switch n := binary.BigEndian.Uint32(size[:]); {
+	case s.err != nil:
+	case n == 0:
+		s.err = errOtherKey
+	case n > maxFrame+1024:
+		s.err = fmt.Errorf("sent a frame of %d bytes, the limit is %d", n, maxFrame)
+	default:
+		b = make([]byte, n)
+		_, s.err = io.ReadFull(s, b)
+	}
+	if s.err != nil {
+		return nil
+	}
+	b, s.err = s.seal.open(b, fmt.Sprint("frame ", !s.dialled, s.got, s.context))
+	if s.got++; s.err != nil && !s.dialled {
+		s.Write(make([]byte, 4))
+	}
 	if s.err == nil {
 		if b, s.err = wire.decode(b, message); s.err == nil {
 			us, s.err = wire.decodeAll(b)
@@ -345,36 +406,6 @@ func (s *session) read(message any) (us []update) {
 	}
 	return us
 }
-
-// readBytes reads one frame until the deadline that is set. A length of 0 says that the other side could not
-// open the first one.
-func (s *session) readBytes() (data []byte) {
-	var size [4]byte
-	if s.err == nil {
-		_, s.err = io.ReadFull(s, size[:])
-	}
-	n := binary.BigEndian.Uint32(size[:])
-	switch {
-	case s.err != nil:
-		return nil
-	case n == 0:
-		s.err = errOtherKey
-		return nil
-	case n > maxFrame+1024:
-		s.err = fmt.Errorf("sent a frame of %d bytes, the limit is %d", n, maxFrame)
-		return nil
-	}
-	b := make([]byte, n)
-	if _, s.err = io.ReadFull(s, b); s.err == nil {
-		data, s.err = s.seal.open(b, s.frameContext(!s.dialled, s.got))
-		if s.got++; s.err != nil && !s.dialled {
-			s.Write(make([]byte, 4))
-		}
-	}
-	return data
-}
-
-func (s *session) patience(d time.Duration) { s.SetReadDeadline(time.Now().Add(d)) }
 
 func timedOut(err error) bool {
 	ne, ok := errors.AsType[net.Error](err)
@@ -384,7 +415,8 @@ func timedOut(err error) bool {
 // plain says in plain words how a session has ended.
 func plain(err error) error {
 	switch {
-	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE):
+	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
+		errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed):
 		return errHungUp
 	case timedOut(err) || errors.Is(err, context.Canceled):
 		return fmt.Errorf("no answer within %v", sessionFor)
@@ -395,30 +427,34 @@ func plain(err error) error {
 // ---- who may come in ----
 
 // guests bounds the accepted connections. When there are too many, the oldest that has proven nothing goes,
-// so that strangers who hold connections open keep nobody out. Safe for concurrent use.
+// so that strangers who hold connections open keep nobody out.
 type guests struct {
 	limit  int
 	served sync.WaitGroup
-	mu     sync.Mutex
-	here   []*guest // oldest first
+	ctx    context.Context // of all connections
+	close  context.CancelFunc
 }
 
 type guest struct {
 	net.Conn
-	proven atomic.Bool // it has answered a challenge
+	proven, gone atomic.Bool // proven: it has answered a challenge
+}
+
+func newGuests(limit int) *guests {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &guests{limit: limit, ctx: ctx, close: cancel}
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
 func guestLimit() int {
-	var r syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
-		return maxInbound
-	}
-	return int(min(maxInbound, max(uint64(r.Cur)/2, 8)))
+	r := syscall.Rlimit{Cur: 2 * maxInbound} // if it cannot be found out
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r)
+	return int(min(maxInbound, max(r.Cur/2, 8)))
 }
 
 // accept serves what comes in at ln until it is closed.
 func (gs *guests) accept(ln net.Listener, strange *strangers, serve func(*guest) error) {
+	var here []*guest // oldest first
 	for {
 		c, err := ln.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -428,14 +464,23 @@ func (gs *guests) accept(ln net.Listener, strange *strangers, serve func(*guest)
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
+		here = slices.DeleteFunc(here, func(g *guest) bool { return g.gone.Load() })
+		if len(here) >= gs.limit {
+			i := max(0, slices.IndexFunc(here, func(g *guest) bool { return !g.proven.Load() }))
+			here[i].Close()
+			here = slices.Delete(here, i, i+1)
+		}
 		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
 		c.SetDeadline(time.Now().Add(helloFor))
-		g := gs.add(c)
+		g := &guest{Conn: c}
+		here = append(here, g)
 		gs.served.Go(func() {
-			defer gs.remove(g)
+			defer g.gone.Store(true)
+			defer c.Close()
+			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
 			// Who says nothing, or hangs up, looks whether the port is open.
-			if err := plain(serve(g)); err != nil && !errors.Is(err, errHungUp) && !errors.Is(err, net.ErrClosed) && !timedOut(err) {
-				strange.seen(remote(c), err)
+			if err := serve(g); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
+				strange.seen(remote(c), plain(err))
 			}
 		})
 	}
@@ -443,86 +488,87 @@ func (gs *guests) accept(ln net.Listener, strange *strangers, serve func(*guest)
 
 func remote(c net.Conn) netip.Addr { return c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
-func (gs *guests) add(c net.Conn) *guest {
-	gs.mu.Lock()
-	defer gs.mu.Unlock()
-	if len(gs.here) >= gs.limit {
-		i := max(0, slices.IndexFunc(gs.here, func(o *guest) bool { return !o.proven.Load() }))
-		gs.here[i].Close()
-		gs.here = slices.Delete(gs.here, i, i+1)
-	}
-	g := &guest{Conn: c}
-	gs.here = append(gs.here, g)
-	return g
+// strangers logs what unwelcome peers do: one line per peer a minute, at most ten lines a minute in all, and
+// counts the rest. Safe for concurrent use.
+type strangers struct {
+	log     *log.Logger
+	dropped atomic.Int64 // packets lost to a full inbox
+	mu      sync.Mutex
+	minute  time.Time
+	peers   map[netip.Addr]bool
+	more    int
 }
 
-// remove closes g and forgets it; nil: all.
-func (gs *guests) remove(g *guest) {
-	gs.mu.Lock()
-	defer gs.mu.Unlock()
-	gs.here = slices.DeleteFunc(gs.here, func(o *guest) bool {
-		if g == nil || o == g {
-			o.Close()
+func (s *strangers) seen(who netip.Addr, err error) {
+	if err == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now := time.Now(); now.Sub(s.minute) >= time.Minute {
+		if drops := s.dropped.Swap(0); s.more > 0 || drops > 0 {
+			s.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", s.more, drops)
 		}
-		return o == g
-	})
+		s.minute, s.peers, s.more = now, make(map[netip.Addr]bool), 0
+	}
+	if s.peers[who] || len(s.peers) >= 10 {
+		s.more++
+		return
+	}
+	s.peers[who] = true
+	if who.IsValid() {
+		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
+	}
+	s.log.Printf("[WARN] %v", err)
 }
 
 // ---- sessions of agents ----
 
-// sessions are those of this agent with others.
 type sessions struct {
 	wg     sync.WaitGroup
-	guests guests
+	guests *guests
 	tables chan struct{} // a place for each exchange that others have dialled
 }
 
-// connect dials to. A lost SYN costs a second in the kernel, so it dials again after each of redial, without
-// giving up the first; joins: for a join.
+// connect dials to, for sessionFor at most, and gives the session as long. A lost SYN costs a second in the
+// kernel, so it dials again after each of redial, without giving up the first; joins: for a join.
 func (g *Gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, redial ...time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithTimeout(ctx, sessionFor)
 	defer cancel()
 	dialer, ip := net.Dialer{KeepAlive: -1}, g.cfg.Bind.Addr()
 	if !ip.IsUnspecified() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0))
 	}
-	type result struct {
-		c   net.Conn
-		err error
-	}
-	results := make(chan result, 1+len(redial))
+	won, failed := make(chan net.Conn), make(chan error, 1+len(redial))
 	dial := func() {
 		c, err := dialer.DialContext(ctx, "tcp", to.String())
-		results <- result{c, err}
-	}
-	go dial()
-	var later []*time.Timer
-	for _, after := range redial {
-		later = append(later, time.AfterFunc(after, dial))
-	}
-	r, left := <-results, len(redial)
-	for ; r.err != nil && left > 0 && ctx.Err() == nil && !errors.Is(r.err, syscall.ECONNREFUSED); left-- {
-		r = <-results
-	}
-	for _, d := range later {
-		if d.Stop() {
-			left--
+		if err != nil {
+			failed <- err
+			return
+		}
+		select {
+		case won <- c:
+		case <-ctx.Done(): // another one was first, or it is too late
+			c.Close()
+			failed <- ctx.Err()
 		}
 	}
-	if left > 0 {
-		cancel()
-		go func() {
-			for range left {
-				if late := <-results; late.c != nil {
-					late.c.Close()
-				}
-			}
-		}()
+	go dial()
+	for _, after := range redial {
+		defer time.AfterFunc(after, dial).Stop()
 	}
-	c, err := r.c, r.err
+	var err error
+	for dials := 1 + len(redial); dials > 0 && !errors.Is(err, syscall.ECONNREFUSED); dials-- {
+		select {
+		case c := <-won:
+			c.SetDeadline(time.Now().Add(sessionFor))
+			return c, g.dialledFrom(c, joins)
+		case err = <-failed:
+		case <-ctx.Done():
+			return nil, plain(ctx.Err())
+		}
+	}
 	switch {
-	case err == nil:
-		return c, g.dialledFrom(c, joins)
 	case !ip.IsUnspecified() && ip.Is4() != to.Addr().Is4():
 		err = fmt.Errorf("this agent is bound to %s, an address of another kind", ip)
 	case ip.IsLoopback() && !to.Addr().IsLoopback():
@@ -544,14 +590,19 @@ func (g *Gossip) dialledFrom(c net.Conn, joins bool) error {
 	})
 }
 
-// begin opens a session with a first frame of kind k. It returns the welcome: who is there, and what it says
-// of this node.
+// doFor has the loop run f for a session, unless it has ended; an error of f ends it.
+func (g *Gossip) doFor(s *session, f func(*node) error) {
+	if s.err == nil {
+		s.err = g.do(f)
+	}
+}
+
+// begin opens a session with a first frame of kind k, and takes the welcome: who is there, and what it says of
+// this node.
 func (g *Gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
 	s = g.door.meet(c, true)
-	h := head{}
-	if err := g.do(func(n *node) error { h = n.head(k); return nil }); err != nil {
-		s.err = err
-	}
+	var h head
+	g.doFor(s, func(n *node) error { h = n.head(k); return nil })
 	s.write(&h)
 	about = s.read(&w)
 	if s.err == nil && (w.Kind != kWelcome || validName(w.From) != nil) {
@@ -560,9 +611,8 @@ func (g *Gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) 
 	return s, w, about
 }
 
-// look looks at a member, and tells the node what it sees. A dying process's listener accepts until the
-// kernel has come to it: who dialled just before is reset, and then it refuses. So whoever is cut off looks
-// again.
+// look looks at a member, and tells the node what it sees. Whoever is cut off looks again: a dying process's
+// listener accepts until the kernel has come to it, which resets who dialled just before, and then refuses.
 func (g *Gossip) look(l look) {
 	ctx, cancel := context.WithTimeout(g.ctx, probeFor)
 	defer cancel()
@@ -612,112 +662,99 @@ func (g *Gossip) relink(self Member, links []Member) {
 // keepLink holds a watch link to m until ctx is done. Its end is told at once; where none can be had it is
 // tried more and more rarely: each failure starts a probe, and a firewall stays.
 func (g *Gossip) keepLink(ctx context.Context, m Member) {
-	for tries := 1; ; tries++ {
-		up, err := g.linkOnce(ctx, m)
-		if up {
+	for tries := 1; ctx.Err() == nil; tries++ {
+		err := g.linkOnce(ctx, m)
+		if err == nil {
 			tries = 0
 		}
-		if ctx.Err() != nil || !g.call(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) }) {
-			return
+		if ctx.Err() == nil {
+			g.call(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
 		}
 		select {
 		case <-time.After(min(time.Second<<min(max(tries-1, 0), 10), linkMax)):
 		case <-ctx.Done():
-			return
 		}
 	}
 }
 
-// linkOnce returns when the link has ended, or could not be had (up false).
-func (g *Gossip) linkOnce(ctx context.Context, m Member) (up bool, err error) {
-	short, cancel := context.WithTimeout(ctx, sessionFor)
-	defer cancel()
-	c, err := g.connect(short, m.Addr, false, 300*ms, 700*ms)
-	if err != nil {
-		return false, err
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(sessionFor))
-	s, w, _ := g.begin(c, kLink)
-	if s.err != nil || w.From != m.Name || w.born() != m.Born { // another run answers there: this one has ended
-		return s.err == nil, s.err
-	}
-	defer context.AfterFunc(ctx, func() {
-		(&session{Conn: s.Conn, seal: s.seal, context: s.context, dialled: true, sent: s.sent}).write(&head{Kind: kBye}) // nobody has died
-		s.Close()
-	})()
-	c.SetDeadline(time.Time{})
-	s.read(&head{})
-	return true, s.err
-}
-
-// compare compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
-func (g *Gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
-	ctx, cancel := context.WithTimeout(g.ctx, sessionFor)
-	defer cancel()
-	c, err := g.connect(ctx, to, joins, 300*ms, 700*ms)
+// linkOnce returns nil when a link has ended, or why none could be had.
+func (g *Gossip) linkOnce(ctx context.Context, m Member) error {
+	c, err := g.connect(ctx, m.Addr, false, 300*ms, 700*ms)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(sessionFor))
+	s, w, _ := g.begin(c, kLink)
+	if s.err != nil || w.From != m.Name || w.born() != m.Born { // another run answers there: this one has ended
+		return s.err
+	}
+	c.SetDeadline(time.Time{})
+	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Now()) })()
+	if s.read(&head{}); ctx.Err() != nil && g.ctx.Err() == nil {
+		s.err = nil
+		s.write(&head{Kind: kBye}) // nobody has died
+	}
+	return nil
+}
+
+// compare compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
+func (g *Gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
+	c, err := g.connect(g.ctx, to, joins, 300*ms, 700*ms)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
 	s, w, about := g.begin(c, kExchange)
 	x.dialled, x.with.Addr = true, to
-	more := false
-	for wait := true; wait && s.err == nil; {
-		s.err = g.do(func(n *node) error { more = w.Digest != n.digest(); return n.welcomed(x, w, about) })
-		if wait = errors.Is(s.err, errWait); wait {
-			s.err = nil
-			time.Sleep(20 * ms)
-		}
+	differ := false
+	welcomed := func(n *node) error {
+		differ = w.Digest != n.digest()
+		return n.welcomed(x, w, about)
 	}
-	for more && s.err == nil {
+	for g.doFor(s, welcomed); errors.Is(s.err, errWait); g.doFor(s, welcomed) {
+		s.err = nil
+		time.Sleep(20 * ms)
+	}
+	for more := differ; more; { // a piece of mine is answered with as many as it takes
 		more = g.say(s, x)
-		for rest := true; rest && s.err == nil; {
-			rest = g.hear(s, x)
+		for g.hear(s, x) {
 		}
 	}
-	if s.err != nil {
-		return plain(s.err)
-	}
-	return g.do(func(n *node) error { n.exchanged(x); return nil })
+	g.doFor(s, func(n *node) error { n.exchanged(x); return nil })
+	return plain(s.err)
 }
 
 // say sends the next piece of the table, hear takes one; more: it is not the last.
 func (g *Gossip) say(s *session, x *exchange) (more bool) {
 	var frame []byte
-	if err := g.do(func(n *node) error { frame, more = n.piece(x); return nil }); err != nil {
-		s.err = err
-	}
+	g.doFor(s, func(n *node) error { frame, more = n.piece(x); return nil })
 	s.writeBytes(frame)
-	return more
+	return more && s.err == nil
 }
 
 func (g *Gossip) hear(s *session, x *exchange) (more bool) {
-	s.patience(frameFor)
 	var h head
-	if us := s.read(&h); s.err == nil {
-		s.err = g.do(func(n *node) (err error) {
-			bad := 0
-			if more, bad, err = n.merge(x, h, us); bad > 0 {
-				g.strange.seen(remote(s), fmt.Errorf("sent %d bad records in a table", bad))
-			}
-			return err
-		})
-	}
-	return more
+	s.SetReadDeadline(time.Now().Add(frameFor))
+	us := s.read(&h)
+	g.doFor(s, func(n *node) (err error) {
+		bad := 0
+		if more, bad, err = n.merge(x, h, us); bad > 0 {
+			g.strange.seen(remote(s), fmt.Errorf("sent %d bad records in a table", bad))
+		}
+		return err
+	})
+	return more && s.err == nil
 }
 
 // serve answers one agent that has dialled.
 func (g *Gossip) serve(c *guest) error {
-	var h head
+	var h, w head
+	var about []update
 	s := g.door.meet(c, false)
-	s.read(&h)
-	if s.err == nil && (validName(h.From) != nil || h.Kind < kLook || h.Kind > kExchange) {
-		s.err = errMalformed
-	}
-	if s.err != nil {
+	if s.read(&h); s.err != nil {
 		return s.err
+	} else if validName(h.From) != nil || h.Kind < kLook || h.Kind > kExchange {
+		return errMalformed
 	}
 	c.proven.Store(true)
 	if h.Kind == kExchange {
@@ -728,30 +765,26 @@ func (g *Gossip) serve(c *guest) error {
 			return errors.New("wants to compare tables while too many others do")
 		}
 	}
-	var w head
-	var about []update
-	s.err = g.do(func(n *node) error { w, about = n.welcome(h); return nil })
+	g.doFor(s, func(n *node) error { w, about = n.welcome(h); return nil })
 	s.write(&w, about...)
 	from := Member{Name: h.From, Born: h.born()}
 	if h.Kind == kLink {
 		return g.serveLink(s, from)
 	}
 	x := &exchange{with: from}
-	for more := h.Kind == kExchange; more && s.err == nil; { // EOF: the tables are the same
+	for more := h.Kind == kExchange; more; { // who hangs up now has the same table
 		more = g.hear(s, x)
-		for rest := true; rest && s.err == nil; {
-			rest = g.say(s, x)
+		for g.say(s, x) {
 		}
 	}
 	return s.err
 }
 
-// serveLink holds a link that m has dialled, as long as m is a member: that of one whose host vanished would
-// stay for ever.
+// serveLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
 func (g *Gossip) serveLink(s *session, m Member) error {
-	for wait := helloFor; ; wait = linkLook {
+	for wait := helloFor; s.err == nil; wait = linkLook {
 		var h head
-		s.patience(wait)
+		s.SetReadDeadline(time.Now().Add(wait))
 		switch s.read(&h); {
 		case s.err == nil && h.Kind == kBye:
 			return nil
@@ -761,36 +794,35 @@ func (g *Gossip) serveLink(s *session, m Member) error {
 			g.call(func(n *node) { n.linkEnded(m, 0, false) })
 			return nil
 		}
-		s.err = nil
-		if g.do(func(n *node) error {
+		s.err = g.do(func(n *node) error {
 			if e := n.t.get(m.Name); e == nil || (run{e, m.Born}).over() {
 				return errHungUp
 			}
 			return nil
-		}) != nil {
-			return nil
-		}
+		})
 	}
+	return s.err
 }
 
 // Join compares tables with every address of every name in addrs once, all at the same time. It returns how
 // many answered; the error tells of those that did not, with the address and the reason.
-func (g *Gossip) Join(addrs []string, replay bool) (int, error) {
-	names, errs, _ := g.joinAll(addrs, exchange{command: true, replay: replay}, func(string) {})
+func (g *Gossip) Join(addrs []string, replay bool) (answered int, err error) {
+	answered, errs, _ := g.joinAll(addrs, exchange{command: true, replay: replay}, func(string) {})
 	if len(errs) > 0 {
-		return len(names), errors.New(strings.Join(errs, "; "))
+		err = errors.New(strings.Join(errs, "; "))
 	}
-	return len(names), nil
+	return answered, err
 }
 
 // joinSeeds is one round of joining the seeds.
 func (g *Gossip) joinSeeds() {
-	names, errs, why := g.joinAll(g.cfg.Seeds, exchange{}, func(name string) { g.call(func(n *node) { n.seedAnswered(name) }) })
-	g.call(func(n *node) { n.seedsTried(len(names), errs, why) })
+	tell := func(name string) { g.call(func(n *node) { n.seedAnswered(name) }) }
+	answered, errs, why := g.joinAll(g.cfg.Seeds, exchange{}, tell)
+	g.call(func(n *node) { n.seedsTried(answered, errs, why) })
 }
 
 // joinAll calls each for each name that answers, at once; why: the name is taken.
-func (g *Gossip) joinAll(addrs []string, how exchange, each func(string)) (names, errs []string, why error) {
+func (g *Gossip) joinAll(addrs []string, how exchange, each func(string)) (answered int, errs []string, why error) {
 	ips, errs := resolve(g.ctx, addrs)
 	var mu sync.Mutex
 	var all sync.WaitGroup
@@ -798,39 +830,33 @@ func (g *Gossip) joinAll(addrs []string, how exchange, each func(string)) (names
 		all.Go(func() {
 			x := how
 			err := g.compare(ip, &x, true)
-			if err == nil {
-				each(x.with.Name)
-			}
 			mu.Lock()
 			defer mu.Unlock()
+			if err == nil {
+				answered++
+				each(x.with.Name)
+				return
+			}
+			errs = append(errs, fmt.Sprintf("%s: %v", ip, err))
 			if errors.Is(err, errTaken) {
 				why = err
-			}
-			if err == nil {
-				names = append(names, x.with.Name)
-			} else {
-				errs = append(errs, fmt.Sprintf("%s: %v", ip, err))
 			}
 		})
 	}
 	all.Wait()
-	return names, errs, why
+	return answered, errs, why
 }
 
 // ---- sessions of commands ----
 
-// request is what a command asks of its agent. Flat: a slice or a map could claim more elements than it
-// brings.
+// request is what a command asks of its agent. Flat: a slice or a map could claim more than it brings.
 type request struct {
-	Op      string // members, join, leave, force-leave, event, tags, query, watch or info
-	Name    string
-	Payload []byte
-	Args    string // separated by NUL
-	Drop    string // of tags: those to delete, separated by NUL
-	Prune   bool
-	Replay  bool
-	Merge   bool // of an event: coalesce
-	Within  time.Duration
+	Op                   string // members, join, leave, force-leave, event, tags, query, watch or info
+	Name                 string
+	Payload              []byte
+	Args, Drop           string // both separated by NUL; Drop are the tags to delete
+	Prune, Replay, Merge bool   // Merge: coalesce the event
+	Within               time.Duration
 }
 
 // answer is one frame of what an agent says to a command; updates may follow.
@@ -845,9 +871,8 @@ type answer struct {
 	Lost  int   // events that this reader was too slow for
 }
 
-// callRPC asks the agent at addr and calls each with each answer, until it returns an error (io.EOF is none
-// to the caller). It gives up when the first answer, or all of them but those of a stream, take longer than
-// timeout.
+// callRPC asks the agent at addr and calls each with each answer, until it returns an error (io.EOF: it has
+// enough). The first answer, and but for a stream all of them, must come within timeout.
 func callRPC(addr, token string, req request, timeout time.Duration, each func(answer, []update) error) error {
 	deadline := time.Now().Add(timeout)
 	c, err := net.DialTimeout("tcp", addr, timeout)
@@ -856,109 +881,95 @@ func callRPC(addr, token string, req request, timeout time.Duration, each func(a
 	}
 	defer c.Close()
 	c.SetDeadline(deadline)
-	d, err := rpcDoor(token, 0)
-	if err != nil {
-		return err
-	}
 	b := wire.encodeAll(&req, nil)
 	if len(b) > maxFrame {
 		return trouble("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
 	}
-	s := d.meet(c, true)
+	s := rpcDoor(token, 0).meet(c, true)
 	s.writeBytes(b)
-	for s.err == nil {
+	for {
 		var a answer
 		us := s.read(&a)
-		switch {
-		case s.err != nil:
-		case a.Error != "":
+		if s.err != nil {
+			return unreachable(addr, timeout, s.err)
+		}
+		if a.Error != "" {
 			return trouble("", "%s", a.Error)
-		default:
-			if err := each(a, us); err == io.EOF || !a.More {
-				return nil
-			} else if err != nil {
-				return err
-			}
-			if req.Op == "watch" || req.Op == "query" {
-				c.SetReadDeadline(time.Time{})
-			}
+		}
+		if err := each(a, us); err == io.EOF {
+			return nil
+		} else if err != nil || !a.More {
+			return err
+		}
+		if req.Op == "watch" || req.Op == "query" {
+			c.SetReadDeadline(time.Time{})
 		}
 	}
-	return unreachable(addr, timeout, s.err)
 }
 
 // unreachable says why there was no answer.
 func unreachable(addr string, timeout time.Duration, err error) error {
-	hint := "-rpc-addr is the agent's RPC address (default " + defaultRPC + ")"
-	what, again := "", false
-	_, no := errors.AsType[notHamlet](err)
-	port, wrong := errors.AsType[wrongPort](err)
+	where := "-rpc-addr is the agent's RPC address (default " + defaultRPC + ")"
 	switch {
-	case no || errors.Is(err, errSilent):
-		what = "what listens at %s is not the RPC of a hamlet agent"
-	case wrong:
-		what = "%s " + port.Error()
+	case errors.Is(err, errGossip):
+		return trouble(where, "%s %v", addr, err)
+	case errors.Is(err, errForeign):
+		return trouble(where, "what listens at %s is not the RPC of a hamlet agent", addr)
 	case errors.Is(err, errVersion):
-		what, hint = "the agent at %s speaks another version of the RPC", "use one version for both; this is "+version
+		return trouble("use one version for both; this is "+version, "the agent at %s speaks another version of the RPC", addr)
 	case errors.Is(err, errKeyless):
-		what, hint = "the agent at %s wants a token", "give it with -rpc-auth or SERF_RPC_AUTH"
+		return trouble("give it with -rpc-auth or SERF_RPC_AUTH", "the agent at %s wants a token", addr)
 	case errors.Is(err, errKeyed):
-		what, hint = "the agent at %s has no token", "leave out -rpc-auth and SERF_RPC_AUTH"
+		return trouble("leave out -rpc-auth and SERF_RPC_AUTH", "the agent at %s has no token", addr)
 	case errors.Is(err, errOtherKey):
-		what, hint = "the agent at %s wants another token", "-rpc-auth or SERF_RPC_AUTH must be what the agent was started with"
+		return trouble("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with", "the agent at %s wants another token", addr)
 	case timedOut(err):
-		what, hint = fmt.Sprintf("the agent at %%s did not answer within %v", timeout.Round(ms)), "it may be stopped or overloaded: look at its process and its log"
-		again = true
-	default:
-		what = fmt.Sprintf("no agent answers at %%s: %v", plain(err))
-		hint = fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or SERF_RPC_ADDR", prog)
-		again = true
+		return &failure{code: 1, again: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
+			hint: "it may be stopped or overloaded: look at its process and its log"}
 	}
-	return &failure{msg: fmt.Sprintf(what, addr), hint: hint, code: 1, again: again}
+	return &failure{code: 1, again: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plain(err)),
+		hint: fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or SERF_RPC_ADDR", prog)}
 }
 
 // rpcDoor is that of a token, which is a key: it never travels.
-func rpcDoor(token string, gossip uint16) (door, error) {
-	var keys [][]byte
+func rpcDoor(token string, gossip uint16) *door {
+	s := &seal{cluster: "RPC"}
 	if token != "" {
 		key := sha256.Sum256([]byte(token))
-		keys = [][]byte{key[:]}
+		s.keys = [][]byte{key[:]}
 	}
-	s, err := newSeal("RPC", keys)
-	return door{s, rpcPort, gossip}, err
+	return &door{s, rpcPort, gossip}
 }
 
 // rpcServer answers commands about an agent.
 type rpcServer struct {
-	door
+	*door
 	ln      net.Listener
 	g       *Gossip
 	info    func() []string // group, key, value; and so on
 	strange strangers
-	guests  guests
+	guests  *guests
 }
 
-// serveRPC answers what comes in at ln.
 func serveRPC(ln net.Listener, g *Gossip, token string, info func() []string) (*rpcServer, error) {
 	self, _ := g.Self()
-	d, err := rpcDoor(token, self.Addr.Port())
-	r := &rpcServer{door: d, ln: ln, g: g, info: info, strange: strangers{log: g.cfg.Log}, guests: guests{limit: maxRPCConns}}
+	r := &rpcServer{door: rpcDoor(token, self.Addr.Port()), ln: ln, g: g, info: info, strange: strangers{log: g.cfg.Log},
+		guests: newGuests(maxRPCConns)}
 	r.guests.served.Go(func() { r.guests.accept(ln, &r.strange, r.serve) })
-	return r, err
+	return r, nil
 }
 
 // Close takes no more requests and waits a second at most for the answers under way.
 func (r *rpcServer) Close() {
 	r.ln.Close()
 	waitAtMost(time.Second, r.guests.served.Wait)
-	r.guests.remove(nil)
+	r.guests.close()
 }
 
 func (r *rpcServer) serve(c *guest) error {
 	var req request
 	s := r.door.meet(c, false)
-	s.read(&req)
-	if s.err != nil {
+	if s.read(&req); s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
 	c.proven.Store(true)
@@ -994,53 +1005,50 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "info":
 		a.Text = strings.Join(r.info(), "\x00")
 	case "query":
-		f := newFeed(2 * maxMembers)
-		if err = g.do(func(n *node) (err error) {
-			var who []string
-			f.query, who, err = n.query(req.Name, req.Payload, list(req.Args), req.Within)
-			a.Text, g.feeds[f] = strings.Join(who, "\x00"), true
+		var who []string
+		f := &feed{}
+		err = g.do(func(n *node) (err error) {
+			if f.query, who, err = n.query(req.Name, req.Payload, list(req.Args), req.Within); err == nil {
+				f.events = make(chan *queued, 2*len(who)+1) // each has the query, and answers it; then it is over
+				g.feeds[f] = true
+			}
 			return err
-		}); err == nil {
-			s.write(&answer{More: true, Text: a.Text})
-			a.Text = ""
+		})
+		if err == nil {
+			s.write(&answer{More: true, Text: strings.Join(who, "\x00")})
+			r.stream(s, f)
 		}
-		r.stream(s, f, err == nil)
 	case "watch":
-		f := newFeed(maxWatch)
-		err = g.do(func(n *node) error { g.feeds[f] = true; return nil })
+		f := &feed{events: make(chan *queued, maxWatch)}
+		err = g.do(func(*node) error { g.feeds[f] = true; return nil })
 		r.members(s)
-		r.stream(s, f, true)
+		r.stream(s, f)
 	default:
 		err = fmt.Errorf("this agent knows no request %q", req.Op)
 	}
 	return a, err
 }
 
-// members sends all members, few at a time: a reader that does not read costs a page, however many members
-// there are.
+// members sends all members, few at a time: a reader that does not read costs a page, however many they are.
 func (r *rpcServer) members(s *session) {
 	for after, more := "", true; more && s.err == nil; {
 		var us []update
-		if s.err = r.g.do(func(n *node) error {
+		r.g.doFor(s, func(n *node) error {
 			for _, m := range n.members(after, pageSize) {
 				us, after = append(us, update{Member: m}), m.Name
 			}
 			return nil
-		}); s.err == nil {
-			s.write(&answer{More: true, At: time.Now().UnixNano()}, us...)
-		}
+		})
+		s.write(&answer{More: true, At: time.Now().UnixNano()}, us...)
 		more = len(us) == pageSize
 	}
 }
 
-// feed holds the events for one reader, who may be slow: a query's answers, or (query 0) all events.
+// feed holds the events for one reader, who may be slow: a query's answers, or (query 0) all else.
 type feed struct {
-	query uint32
-	limit int
-	mu    sync.Mutex
-	queue []queued
-	lost  int
-	ready chan struct{}
+	query  uint32
+	events chan *queued
+	lost   atomic.Int64 // events that did not fit, since the last one was sent
 }
 
 type queued struct {
@@ -1048,50 +1056,36 @@ type queued struct {
 	at time.Time
 }
 
-func newFeed(limit int) *feed { return &feed{limit: limit, ready: make(chan struct{}, 1)} }
-
 // put never blocks; what a reader is too slow for is counted.
 func (f *feed) put(ev Event) {
 	if ev.Kind == EventAnswer && ev.ID != f.query || ev.Kind != EventAnswer && f.query != 0 {
 		return
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if len(f.queue) >= f.limit {
-		f.lost++
-		return
-	}
-	f.queue = append(f.queue, queued{ev, time.Now()})
 	select {
-	case f.ready <- struct{}{}:
+	case f.events <- &queued{ev, time.Now()}:
 	default:
+		f.lost.Add(1)
 	}
 }
 
 // stream sends what f brings until the reader or the agent has gone, or the query is over.
-func (r *rpcServer) stream(s *session, f *feed, run bool) {
+func (r *rpcServer) stream(s *session, f *feed) {
 	defer r.g.call(func(*node) { delete(r.g.feeds, f) })
 	gone := make(chan struct{})
 	go func() { io.Copy(io.Discard, s.Conn); close(gone) }()
-	for run && s.err == nil {
+	for s.err == nil {
 		select {
-		case <-f.ready:
+		case ev := <-f.events:
+			if ev.Kind == EventAnswer && ev.Reply == replyNone {
+				return
+			}
+			u := updateOf(ev.Event)
+			u.Member = ev.Member
+			s.write(&answer{More: true, Kind: ev.Kind, Reply: ev.Reply, At: ev.at.UnixNano(), Lost: int(f.lost.Swap(0))}, u)
 		case <-gone:
 			return
 		case <-r.g.done:
 			return
-		}
-		f.mu.Lock()
-		queue, lost := f.queue, f.lost
-		f.queue, f.lost = nil, 0
-		f.mu.Unlock()
-		for _, ev := range queue {
-			u := updateOf(ev.Event)
-			u.Member = ev.Member
-			if run = ev.Kind != EventAnswer || ev.Reply != replyNone; run {
-				s.write(&answer{More: true, Kind: ev.Kind, Reply: ev.Reply, At: ev.at.UnixNano(), Lost: lost}, u)
-			}
-			lost = 0
 		}
 	}
 }

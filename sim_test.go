@@ -388,8 +388,9 @@ func (s *sim) cluster(n int) []*proc {
 		s.number(p.name)
 		all = append(all, known{EventJoin, p.n.self.Incarnation})
 	}
+	clone := cloner(model)
 	for _, p := range ps {
-		p.n.t = cloneTable(model)
+		p.n.t = clone()
 		p.n.self = p.n.t.get(p.name)
 		p.n.joining.since = s.now
 		p.known = slices.Clone(all)
@@ -399,22 +400,31 @@ func (s *sim) cluster(n int) []*proc {
 	return ps
 }
 
-// cloneTable copies a table of living members, without its pending events.
-func cloneTable(t *table) *table {
-	c := *t
-	slab := make([]entry, len(t.ordered)) // one object: the garbage collector has less to look at
-	c.ordered, c.events = make([]*entry, 0, len(t.ordered)), nil
-	for i, e := range t.ordered {
-		slab[i] = *e
-		c.ordered = append(c.ordered, &slab[i])
-	}
-	for i := range t.ring {
-		c.ring[i] = make([]*entry, 0, len(t.ring[i]))
-		for _, e := range t.ring[i] {
-			c.ring[i] = append(c.ring[i], c.get(e.Name))
+// cloner makes copies of a table of living members, without its pending events.
+func cloner(t *table) func() *table {
+	var at [rings][]int // where who stands on a ring stands in ordered
+	for i, ring := range t.ring {
+		for _, e := range ring {
+			where, _ := t.find(e.Name)
+			at[i] = append(at[i], where)
 		}
 	}
-	return &c
+	return func() *table {
+		c := *t
+		slab := make([]entry, len(t.ordered)) // one object: the garbage collector has less to look at
+		c.ordered, c.events = make([]*entry, len(t.ordered)), nil
+		for i, e := range t.ordered {
+			slab[i] = *e
+			c.ordered[i] = &slab[i]
+		}
+		for i := range c.ring {
+			c.ring[i] = make([]*entry, len(at[i]))
+			for j, where := range at[i] {
+				c.ring[i][j] = &slab[where]
+			}
+		}
+		return &c
+	}
 }
 
 func (p *proc) schedule(d time.Duration) {
@@ -1250,7 +1260,7 @@ func (r *report) mass(how string, share float64, kill func(...*proc)) {
 
 // simEntry is what an entry of a member in the table of another takes, with
 // the garbage collector's share.
-const simEntry = 420
+const simEntry = 190
 
 // freeMemory asks the kernel; where it does not tell, there is enough.
 func freeMemory() uint64 {
@@ -2301,4 +2311,352 @@ func TestAFailedMemberIsForgottenOnce(t *testing.T) {
 			})
 		}
 	}
+}
+
+// joined starts n agents that all join the first, and waits until they agree.
+func (s *sim) joined(n int) []*proc {
+	for range n {
+		s.start(s.host(), fmt.Sprintf("n%05d", len(s.hosts)-1), s.hosts[0])
+	}
+	if _, ok := s.until(3*time.Second, ms, s.agree); !ok {
+		s.tb.Error("they have not joined within 3 s")
+	}
+	return s.procs[len(s.procs)-n:]
+}
+
+// Who joins is greeted by all its new watchers at once; were it to promise a whole
+// cycle to all of them, its death would go unnoticed for as long.
+func TestAHostThatVanishesRightAfterAJoinIsNoticedInTime(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{2, 3, 5, 8, 30, 100} {
+		for _, loss := range []float64{0, .05} {
+			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
+				lose := func(s *sim, dead []*proc) time.Duration {
+					from := s.now
+					s.loseHost(dead...)
+					s.until(20*time.Second, 10*ms, s.allFailed(dead))
+					return s.now - from
+				}
+				var one, tenth []time.Duration
+				for i := range min(20, max(3, 100/n)) {
+					s := newSim(t, seedFor(fmt.Sprint(t.Name(), i)))
+					s.loss = loss
+					ps := s.joined(n)
+					one = append(one, lose(s, ps[n-1:]))
+					if n >= 10 {
+						tenth = append(tenth, lose(s, s.joined(n/10)))
+					}
+					s.check()
+				}
+				t.Logf("one: p50 %v max %v; a tenth at once: p50 %v max %v", percentile(one, .5), percentile(one, 1), percentile(tenth, .5), percentile(tenth, 1))
+				slack := time.Duration(loss * float64(20*time.Second))
+				atMost(t, "noticing one", percentile(one, 1), 2800*ms+slack)
+				switch n {
+				case 30:
+					atMost(t, "noticing a tenth", percentile(tenth, 1), 2900*ms+slack)
+				case 100: // some of them watched one another
+					atMost(t, "noticing a tenth", percentile(tenth, 1), 3500*ms+slack)
+				}
+			})
+		}
+	}
+}
+
+// answering has every agent answer queries with its name.
+func (s *sim) answering() {
+	s.reply = func(p *proc, ev Event) {
+		p.tell(func(n *node) { n.replied(ev.Member, ev.ID, replyDone, []byte(p.name)) })
+	}
+}
+
+// simQuery is a query that p has asked.
+type simQuery struct {
+	p  *proc
+	id uint32
+}
+
+// ask has p ask everybody name.
+func (p *proc) ask(name string, within time.Duration) (q simQuery) {
+	p.do(func(n *node) {
+		id, _, err := n.query(name, []byte("payload"), nil, within)
+		if q = (simQuery{p, id}); err != nil {
+			p.s.tb.Error(err)
+		}
+	})
+	return q
+}
+
+func (q simQuery) over() bool {
+	return slices.ContainsFunc(q.p.answers, func(ev Event) bool { return ev.ID == q.id && ev.Reply == replyNone })
+}
+
+// came is how many have the query, and who has answered how, how often.
+func (q simQuery) came() (heard int, replies map[string][]reply) {
+	replies = make(map[string][]reply)
+	for _, ev := range q.p.answers {
+		switch {
+		case ev.ID != q.id || ev.Reply == replyNone:
+		case ev.Reply == replyHeard:
+			heard++
+		default:
+			if replies[ev.Member.Name] = append(replies[ev.Member.Name], ev.Reply); ev.Reply == replyDone && string(ev.Payload) != ev.Member.Name {
+				q.p.s.problem("%s answers %q", ev.Member.Name, ev.Payload)
+			}
+		}
+	}
+	return heard, replies
+}
+
+func TestAQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
+	t.Parallel()
+	play := func(name string, want reply) func(t *testing.T, s *sim, ps []*proc) {
+		return func(t *testing.T, s *sim, ps []*proc) {
+			if want == replyDone {
+				s.answering()
+			}
+			q := ps[0].ask(name, 15*time.Second)
+			limit := 150 * ms
+			if s.loss > 0 {
+				limit = 8 * time.Second
+			}
+			s.within(limit, "over", q.over)
+			heard, replies := q.came()
+			if heard != len(ps) || len(replies) != len(ps) {
+				t.Errorf("%d have it, %d answered", heard, len(replies))
+			}
+			for who, rs := range replies {
+				if len(rs) != 1 || rs[0] != want {
+					t.Errorf("%s: %v", who, rs)
+				}
+			}
+			s.run(8 * time.Second)
+			for _, p := range ps {
+				if p.asked != 1 {
+					t.Errorf("%s was asked %d times", p.name, p.asked)
+				}
+				if len(p.n.letters.open)+len(p.n.queries.mine) > 0 {
+					t.Errorf("%s still has letters", p.name)
+				}
+			}
+		}
+	}
+	t.Run("load", func(t *testing.T) { cases(t, []int{1, 2, 10, 100}, []float64{0, .2}, play("load", replyDone)) })
+	t.Run("unknown", func(t *testing.T) { cases(t, []int{1, 2, 10, 100}, []float64{0, .2}, play("unknown", replyNothing)) })
+	t.Run("load", func(t *testing.T) { cases(t, []int{1000}, []float64{.05}, play("load", replyDone)) })
+}
+
+// Who dies is not waited for once that is known; who has restarted has not been
+// asked; who stalls answers late.
+func TestAQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		killed, lost, stalled, restarted := ps[1], ps[2], ps[3], ps[4]
+		s.excuse = func(o, q *proc) bool { return q.name == restarted.name }
+		s.answering()
+		stalled.stop()
+		s.crash(killed, restarted)
+		s.loseHost(lost)
+		q := ps[0].ask("load", 15*time.Second)
+		again := s.start(restarted.host, restarted.name, ps[0].host)
+		s.after(3*time.Second, stalled.cont)
+		d := s.within(12*time.Second, "over", q.over)
+		if d < 3*time.Second {
+			t.Errorf("over after %v, while somebody stalls who will answer", d)
+		}
+		heard, replies := q.came()
+		if want := len(ps) - 3; heard != want || len(replies) != want || len(replies[stalled.name]) != 1 {
+			t.Errorf("%d have it, %d answered, of those who live and were asked there are %d; who stalled: %v", heard, len(replies), want, replies[stalled.name])
+		}
+		s.run(20 * time.Second)
+		if again.asked != 0 {
+			t.Error("a query was heard by a run that was not asked")
+		}
+	})
+}
+
+// Who is out of reach does not keep a query open for longer than its time, and
+// hears nothing of it later.
+func TestAQueryIsNeverHeardLate(t *testing.T) {
+	cases(t, []int{2, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.answering()
+		s.excuse = apart
+		s.split(ps[:1], ps[1:])
+		q := ps[0].ask("load", time.Second)
+		s.within(1100*ms, "over", q.over)
+		s.heal()
+		s.run(20 * time.Second)
+		if _, replies := q.came(); len(replies) != 1 {
+			t.Errorf("%v answered", replies)
+		}
+		for _, p := range ps[1:] {
+			if p.asked != 0 {
+				t.Errorf("%s heard it", p.name)
+			}
+		}
+	})
+}
+
+func TestAFloodOfQueriesStarvesNoHeartbeat(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{10, 50}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.answering()
+		var open []simQuery
+		for range 40 {
+			for range min(20, maxQueries-len(ps[0].n.queries.mine)) {
+				open = append(open, ps[0].ask("load", 15*time.Second))
+			}
+			s.run(50 * ms)
+		}
+		v := ps[len(ps)/2]
+		s.crash(v)
+		s.within(3*time.Second, "a kill is noticed", s.allFailed([]*proc{v}))
+		s.run(5 * time.Second)
+		t.Logf("%d queries", len(open))
+		for i, q := range open {
+			if _, replies := q.came(); !q.over() || len(replies) < len(ps)-1 {
+				t.Fatalf("query %d: over %v, %d answers", i, q.over(), len(replies))
+			}
+		}
+	})
+}
+
+func TestTagsReachEverybodyAsOneUpdate(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{2, 3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		var took []time.Duration
+		for i := range 5 {
+			v, from := ps[(i*41)%len(ps)], s.now
+			v.do(func(n *node) {
+				if err := n.setTags(map[string]string{"state": fmt.Sprint("drain", i)}, nil); err != nil {
+					t.Error(err)
+				}
+			})
+			s.run(5 * time.Second)
+			for _, p := range ps {
+				if got := p.n.t.get(v.name).Tags; got != Tags(fmt.Sprint("state=drain", i)) {
+					t.Errorf("%s has %q of %s", p.name, got, v.name)
+				}
+			}
+			s.story(ps, v.name, from, EventUpdate)
+			took = append(took, s.times(EventUpdate, v.name, from)...)
+			if len(ps) <= 5 {
+				break
+			}
+		}
+		t.Logf("everybody knows: p50 %v p99 %v", percentile(took, .5), percentile(took, .99))
+		if s.loss == 0 {
+			atMost(t, "knowing", percentile(took, .99), 20*ms)
+		}
+	})
+}
+
+// Who forgets the dead sooner than the others do not let it be told of them again
+// and again.
+func TestMembersThatForgetAtDifferentTimesForgetOnce(t *testing.T) {
+	for _, loss := range []float64{0, .2} {
+		for _, n := range []int{3, 10, 50} {
+			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				s.loss = loss
+				ps := s.cluster(n)
+				v := ps[n/2]
+				s.loseHost(v)
+				s.run(time.Minute)
+				s.reapAfter = 2 * time.Second
+				soon := s.start(s.host(), "soon", ps[0].host)
+				s.within(8*time.Second, "it has joined", s.agree)
+				s.run(10 * time.Second)
+				w := others(ps, v, ps[0])[0]
+				from := s.now
+				s.crash(w)
+				s.run(10 * time.Second)
+				s.frames = 0
+				s.run(2 * time.Minute)
+				s.story([]*proc{soon}, v.name, 0)
+				s.story([]*proc{soon}, w.name, from, EventFailed, EventReap)
+				s.story(others(ps, v, w), w.name, from, EventFailed)
+				if per := float64(s.frames) / float64(len(ps)) / 120; loss == 0 && per > .1 {
+					t.Errorf("%.2f frames a member and second", per)
+				}
+				s.check()
+			})
+		}
+	}
+}
+
+// "reboot" must not run again where it has just rebooted a machine, whichever way
+// its agent comes back.
+func TestAnOldEventIsNotHeardAgainAfterARestart(t *testing.T) {
+	t.Parallel()
+	ways := map[string]func(s *sim, v *proc, ps []*proc) *proc{
+		"without seeds":    func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, v.name) },
+		"through a seed":   func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, v.name, ps[0].host) },
+		"its seed is down": func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, v.name, s.host()) },
+		"by a command": func(s *sim, v *proc, ps []*proc) *proc {
+			w := s.start(v.host, v.name)
+			s.run(ms)
+			w.join(ps[0].host.addr)
+			return w
+		},
+		"joined by another": func(s *sim, v *proc, ps []*proc) *proc {
+			w := s.start(v.host, v.name)
+			s.run(ms)
+			ps[0].join(w.host.addr)
+			return w
+		},
+		"under another name": func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, "renamed", ps[0].host) },
+	}
+	for how, back := range ways {
+		for _, down := range []time.Duration{ms, time.Second, time.Minute} {
+			t.Run(fmt.Sprint(how, " ", down), func(t *testing.T) {
+				cases(t, []int{2, 3, 10, 40}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+					v := ps[len(ps)-1]
+					ps[len(ps)/2].do(func(n *node) { n.userEvent("reboot", nil, false) })
+					s.run(5 * time.Second)
+					s.crash(v)
+					s.run(down)
+					w := back(s, v, ps)
+					s.within(time.Minute, "it is back", s.agree)
+					ps[0].do(func(n *node) { n.userEvent("after", nil, false) })
+					s.run(10 * time.Second)
+					if w.user["reboot"] != 0 || w.user["after"] != 1 {
+						t.Errorf("the event of before is heard %d times, the later one %d", w.user["reboot"], w.user["after"])
+					}
+				})
+			})
+		}
+	}
+}
+
+// Two clusters that had nothing to do with each other become one: what was sent in
+// one of them is not the other's.
+func TestClustersThatMeetDoNotHearEachOthersPast(t *testing.T) {
+	cases(t, []int{2, 6, 20}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		var qs []*proc
+		for i := range len(ps) {
+			var seeds []*simHost
+			if i > 0 {
+				seeds = []*simHost{qs[0].host}
+			}
+			qs = append(qs, s.start(s.host(), fmt.Sprint("q", i), seeds...))
+			s.run(10 * ms)
+		}
+		s.run(10 * time.Second)
+		ps[1].do(func(n *node) { n.userEvent("of p", nil, false) })
+		qs[1].do(func(n *node) { n.userEvent("of q", nil, false) })
+		s.run(5 * time.Second)
+		ps[0].join(qs[0].host.addr)
+		s.within(10*time.Second, "one cluster", s.agree)
+		ps[1].do(func(n *node) { n.userEvent("of both", nil, false) })
+		s.run(20 * time.Second)
+		for _, p := range s.procs {
+			mine, other := "of p", "of q"
+			if slices.Contains(qs, p) {
+				mine, other = other, mine
+			}
+			if p.user[mine] != 1 || p.user[other] != 0 || p.user["of both"] != 1 {
+				t.Errorf("%s has heard %v", p.name, p.user)
+			}
+		}
+	})
 }
