@@ -1,9 +1,8 @@
 // detect.go: who has died, who only stalls, and whether it is me.
 //
-// The failure detector is a part of the node (gossip.go): the ring on which
-// heartbeats are promised and missed, probes and the votes of helpers, the
-// verdicts that follow, suspicion and its end, isolation, and retry. Evidence
-// starts a probe; only what probes see leads to a verdict. How anything travels
+// The failure detector is a part of the node (gossip.go): the awake clock, the ring on which heartbeats are
+// promised and missed, probes and the votes of helpers, the verdicts that follow, suspicion and its end,
+// isolation, and retry. Evidence starts a probe; only what probes see leads to a verdict. How anything travels
 // is not known here.
 
 package main
@@ -50,7 +49,7 @@ const (
 	vAlive
 )
 
-// ---- awake time ----
+// ---- awake time, and rates ----
 
 // clock is awake time, which all deadlines run on, beside the caller's.
 type clock struct {
@@ -68,6 +67,30 @@ func (c *clock) advance(now time.Duration) {
 
 // wakeAt asks to be woken at awake time t.
 func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
+
+// bucket bounds a rate; its tokens may fall below 0, and then it is empty.
+type bucket struct {
+	tokens float64
+	at     time.Duration
+}
+
+// fill lets rate tokens a second run in, and burst of them lie.
+func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
+	if b.at == 0 {
+		b.tokens = burst
+	}
+	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
+	return b
+}
+
+// take takes a token, if there is one.
+func (b *bucket) take() bool {
+	if b.tokens < 1 {
+		return false
+	}
+	b.tokens--
+	return true
+}
 
 // ---- the ring ----
 
@@ -267,7 +290,6 @@ type probe struct {
 	mine    verdict
 	udp     bool // it answered by UDP
 	ended   bool // a watch link ended: TCP did work, so a refusal means that nobody is there
-	spare   bool // a namesake that a join command has met
 	votes   []vote
 	asked   []*entry
 	askers  []asker
@@ -325,12 +347,8 @@ func (d *detector) judge(n *node, e *entry) *probe {
 	return p
 }
 
-// meet probes m, a namesake of this node, and returns the probe.
-func (d *detector) meet(n *node, m Member) *probe {
-	p := d.begin(n, m, nil)
-	p.stage = judging
-	return p
-}
+// meet probes m, a namesake of this node.
+func (d *detector) meet(n *node, m Member) { d.begin(n, m, nil).stage = judging }
 
 // linkEnded is told that a watch link with a run of m has ended (tries 0), or for the how manieth time in a
 // row that none could be had. It is evidence that starts a probe, never a verdict.
@@ -580,7 +598,7 @@ func (d *detector) refused(n *node, p *probe) {
 func (d *detector) conclude(n *node, p *probe) {
 	if p.e == nil {
 		d.end(p)
-		n.own.found(n, p.m, p.mine == vAlive, p.spare)
+		n.own.found(n, p.m, p.mine == vAlive)
 		return
 	}
 	p.mine = max(p.mine, vUnreachable)

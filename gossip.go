@@ -1,14 +1,11 @@
 // gossip.go: the protocol as a pure state machine, and the loop that owns it.
 //
-// A node takes the time and what arrived, and gives back outputs: packets, what
-// it wants done over TCP, events, log lines, and when it wants to be woken. It
-// reads no clock, socket or global random source, starts no goroutine and holds
-// no lock. It is made of parts: clock, spread, letters, repair, joining, the own
-// name, queries, and in detect.go the ring and the detector. Parts change the
-// table or ask the node for one of its verbs: ping, look, inform, post, declare,
-// exchange. Below the line is the loop, with UDP.
-//
-// Which claim wins is decided in members.go; how TCP works is rpc.go's affair.
+// A node takes the time and what arrived, and gives back outputs: packets, what it wants done over TCP, events,
+// log lines, and when it wants to be woken. It reads no clock, socket or global random source, starts no
+// goroutine and holds no lock. It is made of parts: letters, spread, repair, joining, the own name and queries
+// here, the clock, the ring and the detector in detect.go. Parts change the table or ask the node for one of its
+// verbs: ping, look, inform, post, declare, exchange. Below the line is the loop, with UDP. Which claim wins is
+// decided in members.go; how bytes are made, and how TCP works, is rpc.go's affair.
 
 package main
 
@@ -260,30 +257,6 @@ func (n *node) logf(format string, a ...any) {
 	n.out.logs = append(n.out.logs, fmt.Sprintf(format, a...))
 }
 
-// bucket bounds a rate; its tokens may fall below 0, and then it is empty.
-type bucket struct {
-	tokens float64
-	at     time.Duration
-}
-
-// fill lets rate tokens a second run in, and burst of them lie.
-func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
-	if b.at == 0 {
-		b.tokens = burst
-	}
-	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
-	return b
-}
-
-// take takes a token, if there is one.
-func (b *bucket) take() bool {
-	if b.tokens < 1 {
-		return false
-	}
-	b.tokens--
-	return true
-}
-
 // plausible is the one rule about numbers from outside: no incarnation and no Lamport time is far above all
 // that is known, or one forged datagram with the highest number of all would end joins, or events, for good.
 // What is known at the start may be of 1970, for want of a clock; and the limit grows with time, so that a
@@ -447,40 +420,6 @@ func (e *entry) deal() *dealings {
 		e.dealings = &dealings{}
 	}
 	return e.dealings
-}
-
-// window tells which of the numbers that a run gives its datagrams, or its queries, have counted: none counts
-// twice (RFC 4303, section 3.4.3). What is windowSize behind the highest counts for nothing.
-type window struct {
-	top  uint64
-	seen [windowSize / 64]uint64 // a bit for each number, in a circle (RFC 6479)
-}
-
-func (w *window) take(number uint64) bool {
-	if number == 0 || number < w.top && w.top-number >= windowSize {
-		return false
-	}
-	if number > w.top && number-w.top > windowSize {
-		*w = window{top: number - windowSize}
-	}
-	for w.top < number {
-		w.top++
-		w.seen[w.top/64%uint64(len(w.seen))] &^= 1 << (w.top % 64)
-	}
-	word, bit := &w.seen[number/64%uint64(len(w.seen))], uint64(1)<<(number%64)
-	fresh := *word&bit == 0
-	*word |= bit
-	return fresh
-}
-
-// lower makes number the highest that has counted.
-func (w *window) lower(number uint64) {
-	if number+windowSize < w.top {
-		w.top = number
-		for i := range w.seen {
-			w.seen[i] = ^uint64(0)
-		}
-	}
 }
 
 // datagram takes one datagram, already opened; anyRun: it was not for this run alone. An error is for the
@@ -866,7 +805,6 @@ func (r *repair) step(n *node) {
 type exchange struct {
 	with    Member // who answered or dialled, once known; its Addr is where I dialled
 	dialled bool   // by me
-	command bool   // a join command wants it
 	replay  bool
 	after   string             // what is compared next begins after this key
 	upto    string             // acceptor: and ends with this one; "": with the last of all
@@ -901,7 +839,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	}
 	for i := range about {
 		if n.check(&about[i]) == nil && about[i].Member.Name == n.self.Name {
-			if err := n.own.settle(n, about[i].Member, h.From, x.command); err != nil {
+			if err := n.own.settle(n, about[i].Member, h.From); err != nil {
 				return err
 			}
 		}
@@ -1162,13 +1100,13 @@ func (o *ownName) rivals(n *node, m Member) bool {
 }
 
 // settle is asked before this node says more to a cluster that claims m.
-func (o *ownName) settle(n *node, m Member, via string, command bool) error {
+func (o *ownName) settle(n *node, m Member, via string) error {
 	switch {
 	case o.holder.Born == m.Born && n.now-o.at < time.Second:
 		return taken(o.holder)
 	case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
 	case o.rivals(n, m):
-		n.detector.meet(n, m).spare = command // it was wrong then, not this agent
+		n.detector.meet(n, m)
 		return errWait
 	default: // perhaps a clock went back
 		o.claimed(n, m, "", via)
@@ -1189,14 +1127,14 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 
 // found settles what becomes of the name once the probe of namesake m is over. A newcomer never disturbs the
 // holder, and after a split the younger gives way.
-func (o *ownName) found(n *node, m Member, alive, spare bool) {
+func (o *ownName) found(n *node, m Member, alive bool) {
 	switch {
 	case !alive:
 		if o.gone = m; m.Incarnation >= n.self.Incarnation {
 			o.raise(n, m.Incarnation+1)
 		}
 	case n.joining.since == 0 || n.self.Born > m.Born:
-		if o.holder, o.at = m, n.now; !spare || n.joining.since != 0 {
+		if o.holder, o.at = m, n.now; n.joining.since != 0 { // else only the join that met it fails
 			n.out.fatal = taken(m)
 		}
 	default:

@@ -255,7 +255,7 @@ func (r *rig) step() {
 		}
 	case 3, 4, 5: // somebody compares tables with the node, or the other way round
 		if len(r.tables) < 16 {
-			r.tables = append(r.tables, &exchange{dialled: op == 3, command: r.byte()&1 > 0, with: Member{Name: r.name(), Born: 1000, Addr: rigAddr(1)}})
+			r.tables = append(r.tables, &exchange{dialled: op == 3, with: Member{Name: r.name(), Born: 1000, Addr: rigAddr(1)}})
 		}
 		x := r.tables[r.pick(len(r.tables))]
 		h := r.head()

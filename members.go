@@ -1,8 +1,7 @@
 // members.go: who is in the cluster and what is believed about each of them.
 //
-// Here live the member record, the one rule that decides between two claims,
-// the table with its digest and its rings, and the events that a change of
-// belief brings. It knows nothing of bytes on a wire, sockets or clocks.
+// Here live the member record, the one rule that decides between two claims, the table with its digest and its
+// rings, and the events that a change of belief brings. It knows nothing of bytes on a wire, sockets or clocks.
 
 package main
 

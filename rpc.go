@@ -1,10 +1,10 @@
-// rpc.go: all that is said over TCP, by agents among themselves and by commands with their agent.
+// rpc.go: how bytes are made of what is said, and all that is said over TCP.
 //
-// Both speak one dialect: a hello each way with a challenge, then frames, each sealed and bound to both
-// challenges, its direction and its count. A session is straight blocking code in a goroutine; what it learns
-// it tells the loop, which it asks for what it shall say. Here are the seal (of datagrams, too), the handshake,
-// the bound on who may come in, the sessions of agents (look, link, exchange), and those of commands. What a
-// claim means is not known here.
+// Here are the codec, the seal, and what makes a datagram count once; the handshake, and the bound on who may
+// come in; the sessions of agents (look, link, exchange), and those of commands. Both speak one dialect: a hello
+// each way with a challenge, then frames, each sealed and bound to both challenges, its direction and its count.
+// A session is straight blocking code in a goroutine; what it learns it tells the loop, which it asks for what it
+// shall say. What a claim means is not known here.
 
 package main
 
@@ -260,6 +260,40 @@ func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, an
 		err = errKeyed
 	}
 	return data, anyRun, err
+}
+
+// window tells which of the numbers that a run gives its datagrams, or its queries, have counted: none counts
+// twice (RFC 4303, section 3.4.3). What is windowSize behind the highest counts for nothing.
+type window struct {
+	top  uint64
+	seen [windowSize / 64]uint64 // a bit for each number, in a circle (RFC 6479)
+}
+
+func (w *window) take(number uint64) bool {
+	if number == 0 || number < w.top && w.top-number >= windowSize {
+		return false
+	}
+	if number > w.top && number-w.top > windowSize {
+		*w = window{top: number - windowSize}
+	}
+	for w.top < number {
+		w.top++
+		w.seen[w.top/64%uint64(len(w.seen))] &^= 1 << (w.top % 64)
+	}
+	word, bit := &w.seen[number/64%uint64(len(w.seen))], uint64(1)<<(number%64)
+	fresh := *word&bit == 0
+	*word |= bit
+	return fresh
+}
+
+// lower makes number the highest that has counted.
+func (w *window) lower(number uint64) {
+	if number+windowSize < w.top {
+		w.top = number
+		for i := range w.seen {
+			w.seen[i] = ^uint64(0)
+		}
+	}
 }
 
 // ---- the handshake, and frames ----
@@ -807,7 +841,7 @@ func (g *Gossip) serveLink(s *session, m Member) error {
 // Join compares tables with every address of every name in addrs once, all at the same time. It returns how
 // many answered; the error tells of those that did not, with the address and the reason.
 func (g *Gossip) Join(addrs []string, replay bool) (answered int, err error) {
-	answered, errs, _ := g.joinAll(addrs, exchange{command: true, replay: replay}, func(string) {})
+	answered, errs, _ := g.joinAll(addrs, exchange{replay: replay}, func(string) {})
 	if len(errs) > 0 {
 		err = errors.New(strings.Join(errs, "; "))
 	}

@@ -928,7 +928,7 @@ func (s *sim) frame(b []byte) (h head, us []update) {
 // join is a join command; its ends come to p.joins.
 func (p *proc) join(to ...netip.AddrPort) {
 	for _, a := range to {
-		p.s.compare(p, a, &exchange{command: true}, func(err error) { p.joins = append(p.joins, err) })
+		p.s.compare(p, a, &exchange{}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
