@@ -382,7 +382,7 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	case p.e != nil && (p.e.Born != p.m.Born || p.e.Status.dead()):
 		d.end(p)
 		return
-	case p.stage >= accusing && (p.e.Status != StatusSuspect || p.e.Incarnation != p.m.Incarnation):
+	case p.stage >= accusing && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation):
 		d.end(p) // it has refuted
 		return
 	case p.stage == accusing && n.now < p.accused+suspectFor-probeFor:
@@ -639,7 +639,7 @@ func (d *detector) acquit(n *node, p *probe) {
 	d.end(p)
 	n.ring.reached(n, p.e)
 	p.e.deal().stalled = 0
-	if p.e.Status == StatusSuspect {
+	if p.e.Status == statusSuspect {
 		n.remind(p.e)
 	}
 }
@@ -671,7 +671,7 @@ func (d *detector) suspect(n *node, p *probe) {
 	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
 	p.stage, p.accused = accusing, n.now
 	p.m = p.e.Member
-	n.declare(p.m.with(StatusSuspect), n.self.Name)
+	n.declare(p.m.with(statusSuspect), n.self.Name)
 	n.inform(p.m, n.claim(p.e, n.self.Name))
 	n.wakeAt(n.now)
 }
@@ -680,7 +680,7 @@ func (d *detector) suspect(n *node, p *probe) {
 func (d *detector) fail(n *node, p *probe) {
 	d.end(p)
 	if p.e.Born == p.m.Born { // else it has restarted, and only the former one is gone
-		n.declare(p.e.with(StatusFailed), "")
+		n.declare(p.e.with(statusFailed), "")
 	}
 }
 
@@ -735,7 +735,7 @@ func (d *detector) stepRetry(n *node) {
 		d.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	}
 	if d.retry.fill(n.now, rate, 2).take() {
-		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.Status == StatusFailed || e.lost }); e != nil {
+		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.Status == statusFailed || e.lost }); e != nil {
 			n.ping(e.Member)
 		}
 	}

@@ -34,7 +34,7 @@ func TestARefusedDialIsNoVerdictWhenSomebodyReachesIt(t *testing.T) {
 	l.udp(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vAlive})
 	l.text.Reset()
 	l.after(700 * ms)
-	if e := l.n.t.get("b"); e.Status != StatusAlive {
+	if e := l.n.t.get("b"); e.Status != statusAlive {
 		t.Errorf("b is %v\n%s", e.Status, l.text.String())
 	}
 }
@@ -62,7 +62,7 @@ func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
 	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
 	l.text.Reset()
 	l.after(550 * ms)
-	if e := l.n.t.get("b"); e.Status != StatusFailed {
+	if e := l.n.t.get("b"); e.Status != statusFailed {
 		t.Errorf("b is %v\n%s", e.Status, l.text.String())
 	}
 }
@@ -70,16 +70,16 @@ func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
 func TestASuspectThatRefutesIsNotFailed(t *testing.T) {
 	l := newLab(t, 2)
 	l.after(newGrace + probeFor + 10*ms)
-	if l.n.t.get("b").Status != StatusSuspect {
+	if l.n.t.get("b").Status != statusSuspect {
 		t.Fatalf("b is not suspect:\n%s", l.text.String())
 	}
 	again := labMember(1)
 	again.Incarnation = 11
-	l.udp(1, head{Kind: kFlood, From: "b", Incarnation: 11, Raised: 1}, claimed(again, StatusAlive))
+	l.udp(1, head{Kind: kFlood, From: "b", Incarnation: 11, Raised: 1}, claimed(again, statusAlive))
 	l.text.Reset()
 	l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: 11, Raised: 1, Promise: 9000})
 	l.after(2 * time.Second)
-	if l.n.t.get("b").Status != StatusAlive || len(l.n.detector.probes) > 0 {
+	if l.n.t.get("b").Status != statusAlive || len(l.n.detector.probes) > 0 {
 		t.Errorf("b is %v:\n%s", l.n.t.get("b").Status, l.text.String())
 	}
 }
@@ -93,7 +93,7 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 			delete(l.looks, "b")
 			l.tell("", func(n *node) { n.saw(sight{look: k, v: vSilent}) })
 		}
-		if l.n.t.get("b").Status == StatusFailed {
+		if l.n.t.get("b").Status == statusFailed {
 			died = l.now
 		}
 	}
@@ -142,7 +142,7 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 	l.n.ring.expect(e, l.n.now+100*ms)
 	again := labMember(1)
 	again.Incarnation, again.Tags = 11, "k=v"
-	l.udp(2, head{Kind: kFlood}, claimed(again, StatusAlive))
+	l.udp(2, head{Kind: kFlood}, claimed(again, statusAlive))
 	if d := e.deal(); d.stalled == 0 || d.tcpOnly == 0 || !d.met {
 		t.Errorf("what was known of this run is gone: %+v", d)
 	}
@@ -152,7 +152,7 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 		t.Errorf("b is overdue and not probed:\n%s", l.text.String())
 	}
 	again.Born, again.Incarnation = 20, 20
-	l.udp(2, head{Kind: kFlood}, claimed(again, StatusAlive))
+	l.udp(2, head{Kind: kFlood}, claimed(again, statusAlive))
 	if d := e.deal(); d.stalled != 0 || d.met {
 		t.Errorf("what was seen of a former run is held against this one: %+v", d)
 	}
@@ -165,7 +165,7 @@ func TestTheRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
 		n.t.apply(n.now, labMember(3), 0)
 		n.ring.refresh(n) // as a leave does
 		dead := labMember(1)
-		dead.Status = StatusFailed
+		dead.Status = statusFailed
 		n.t.apply(n.now, dead, 0)
 	})
 	l.n.tick(l.now)

@@ -176,13 +176,13 @@ type outputs struct {
 
 // nodeConfig is what a node is born with.
 type nodeConfig struct {
-	Self      Member // its Incarnation is its Born: see birth
-	Seeds     []string
-	RetryMax  int // failed rounds of joining the seeds; 0: for ever
-	ReapAfter time.Duration
-	Replay    bool     // deliver user events of before this agent's time
-	Answers   []string // names of the queries that somebody here answers; "": all
-	Random    [32]byte
+	member    Member // its Incarnation is its Born: see birth
+	seeds     []string
+	retryMax  int // failed rounds of joining the seeds; 0: for ever
+	reapAfter time.Duration
+	replay    bool     // deliver user events of before this agent's time
+	answers   []string // names of the queries that somebody here answers; "": all
+	random    [32]byte
 }
 
 // node is one member's view of the cluster and all its protocol state.
@@ -207,10 +207,10 @@ type node struct {
 
 // newNode makes a node of cfg; now is the caller's clock.
 func newNode(cfg nodeConfig, now time.Duration) *node {
-	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.Random)), t: &table{}}
+	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), t: &table{}}
 	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
-	cfg.Self.Status = StatusAlive
-	n.self = n.t.apply(n.now, cfg.Self, 0)
+	cfg.member.Status = statusAlive
+	n.self = n.t.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
 	n.ring.nextBeat = n.now + n.jitter(beatEvery)
 	n.detector.heard = n.now
@@ -522,7 +522,7 @@ func (n *node) acked(h head) {
 		n.detector.answered(n, m, h.born())
 	case e == nil || e.Born != m.Born:
 	case h.born() != m.Born:
-		if e.Status == StatusFailed { // it has restarted, and may know nobody to join
+		if e.Status == statusFailed { // it has restarted, and may know nobody to join
 			n.exchange(e.Member)
 		}
 	default:
@@ -557,7 +557,7 @@ func (n *node) met(e *entry) {
 	n.detector.notAlone(n, e)
 	was := e.lost
 	n.t.setLost(e, false)
-	if e.Status == StatusFailed || e.Status == StatusSuspect {
+	if e.Status == statusFailed || e.Status == statusSuspect {
 		n.remind(e)
 	} else if was {
 		n.exchange(e.Member)
@@ -567,7 +567,7 @@ func (n *node) met(e *entry) {
 // contact looks at who has said something and whether it needs to be told something: that it is thought dead,
 // or that our tables differ.
 func (n *node) contact(e *entry, h head) {
-	if e.Status != StatusAlive || h.Incarnation != e.Incarnation {
+	if e.Status != statusAlive || h.Incarnation != e.Incarnation {
 		n.remind(e) // it refutes, or tells the news of itself that I have missed
 		return
 	}
@@ -666,7 +666,7 @@ func (n *node) check(u *update) error {
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	if validName(m.Name) != nil || !m.Tags.valid() || len(u.By) > maxName ||
 		!ip.IsValid() || m.Addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || validName("%"+ip.Zone()) != nil ||
-		m.Status == 0 || m.Status == StatusLeaving || m.Status > StatusPruned || m.Born > m.Incarnation || !n.plausible(m.Incarnation, n.t.highest) {
+		m.Status == 0 || m.Status == statusLeaving || m.Status > statusPruned || m.Born > m.Incarnation || !n.plausible(m.Incarnation, n.t.highest) {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
 	return nil
@@ -686,9 +686,9 @@ func (n *node) learn(u *update, via string) error {
 		return nil
 	}
 	e := n.t.get(m.Name)
-	revived := e != nil && e.Status == StatusFailed && m.Status == StatusAlive && m.Name == via
+	revived := e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
 	n.adopt(u)
-	if revived && e.Status == StatusAlive && n.t.failed > 0 {
+	if revived && e.Status == statusAlive && n.t.failed > 0 {
 		n.exchange(e.Member) // a split has ended: it knows of many more
 	}
 	return nil
@@ -697,7 +697,7 @@ func (n *node) learn(u *update, via string) error {
 // adopt believes a claim, if it wins, and passes it on.
 func (n *node) adopt(u *update) {
 	e, age := n.t.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
-	if u.Member.Status.dead() && age >= n.ReapAfter && (e == nil || e.Status.dead()) {
+	if u.Member.Status.dead() && age >= n.reapAfter && (e == nil || e.Status.dead()) {
 		return // whoever forgets later than I do would bring it back again and again
 	}
 	fresh := e == nil
@@ -720,9 +720,9 @@ func (n *node) learnEvent(u *update, replay bool) error {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
 	// Only what belongs to an event goes on: the rest may be of any length.
-	ev := Event{Kind: EventUser, Member: Member{Name: name}, Name: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
+	ev := Event{kind: eventUser, Member: Member{Name: name}, name: u.Event, payload: u.Payload, lTime: u.LTime, coalesce: u.Coalesce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(userEvent{ev, u.key(), sent}) || n.before(name, sent) && !replay && !n.Replay {
+	if !s.events.add(userEvent{ev, u.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
 	n.out.events = append(n.out.events, ev)
@@ -732,7 +732,7 @@ func (n *node) learnEvent(u *update, replay bool) error {
 }
 
 func updateOf(ev Event) update {
-	return update{Member: Member{Name: ev.Member.Name}, Event: ev.Name, Payload: ev.Payload, LTime: ev.LTime, Coalesce: ev.Coalesce}
+	return update{Member: Member{Name: ev.Member.Name}, Event: ev.name, Payload: ev.payload, LTime: ev.lTime, Coalesce: ev.coalesce}
 }
 
 // before reports whether what name sent then was sent before my time: before I knew the sender, who was in
@@ -791,8 +791,8 @@ func (r *repair) step(n *node) {
 		n.wakeAt(r.at)
 	}
 	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
-		r.reapAt = n.now + min(max(n.ReapAfter/10, 100*ms), time.Second)
-		n.t.reap(n.now, n.ReapAfter)
+		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
+		n.t.reap(n.now, n.reapAfter)
 	}
 	if n.t.alive() == 1 && len(n.t.ordered) > 1 { // else heartbeats wake often enough
 		n.wakeAt(r.reapAt)
@@ -833,7 +833,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	case e == nil || e == n.self:
 	case e.Born == h.born():
 		n.met(e)
-	case e.visible() == StatusAlive && e.Addr != x.with.Addr:
+	case e.visible() == statusAlive && e.Addr != x.with.Addr:
 		n.detector.judge(n, e)
 		return taken(e.Member)
 	}
@@ -937,7 +937,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 	case m.Name == n.self.Name:
 		n.own.claimed(n, m, "", x.with.Name)
 		return nil
-	case e != nil && e.visible() == StatusAlive && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) && (x.dialled || !first):
+	case e != nil && e.visible() == statusAlive && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) && (x.dialled || !first):
 		// Two clusters meet, and a name lives in both: nobody shall be called failed for it. The holder is
 		// told, which settles it, and looked at; once it is dead the claim may come again. (Who dials me has
 		// met the holder itself.)
@@ -949,13 +949,13 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		return nil
 	case e != nil && !m.Status.dead() && m.Incarnation >= e.Incarnation:
 		n.t.setLost(e, false) // vouched for by somebody I am connected to
-	case e != nil && m.Status == StatusFailed && !e.Status.dead() && !e.lost && m.Born == e.Born && m.Incarnation >= e.Incarnation:
+	case e != nil && m.Status == statusFailed && !e.Status.dead() && !e.lost && m.Born == e.Born && m.Incarnation >= e.Incarnation:
 		// Another table has it as failed. Adopting that undid heals: each side of a split would kill the
 		// other anew with its old verdicts. It is told what is said, so that it can refute at once, and
 		// looked at.
 		u.By = x.with.Name
 		n.inform(e.Member, u)
-		n.t.apply(n.now, m.with(StatusAlive), 0)
+		n.t.apply(n.now, m.with(statusAlive), 0)
 		n.detector.count(n, n.detector.judge(n, e), x.with.Name, vUnreachable)
 		return nil
 	}
@@ -1002,9 +1002,9 @@ func (j *joining) begin(n *node) {
 
 // step tries as long as no seed is an alive member: two halves of a cluster would else stay apart for ever.
 func (j *joining) step(n *node) {
-	if len(n.Seeds) == 0 || j.running || slices.ContainsFunc(j.names, func(name string) bool {
+	if len(n.seeds) == 0 || j.running || slices.ContainsFunc(j.names, func(name string) bool {
 		e := n.t.get(name)
-		return e != nil && e != n.self && e.visible() == StatusAlive
+		return e != nil && e != n.self && e.visible() == statusAlive
 	}) {
 		return
 	}
@@ -1047,7 +1047,7 @@ func (n *node) seedsTried(answered int, errs []string, why error) {
 	switch {
 	case j.since == 0 && why != nil:
 		n.out.fatal = why
-	case j.since == 0 && n.RetryMax > 0 && j.rounds >= n.RetryMax:
+	case j.since == 0 && n.retryMax > 0 && j.rounds >= n.retryMax:
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", j.rounds, text)
 	case warn:
 		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", text, seedsMax)
@@ -1156,17 +1156,17 @@ func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Born = max(birth(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Born
-	n.self.told, n.self.shown = &claim{Member: m}, StatusAlive
+	n.self.told, n.self.shown = &claim{Member: m}, statusAlive
 	n.logf("[INFO] this node has the address %s now and advertises it", ip)
 	n.declare(m, "")
 }
 
 // setTags sets the tags in set, then drops those that drop names.
 func (n *node) setTags(set map[string]string, drop []string) error {
-	kv := n.self.Tags.Map()
+	kv := n.self.Tags.asMap()
 	maps.Copy(kv, set)
 	maps.DeleteFunc(kv, func(k, _ string) bool { return slices.Contains(drop, k) })
-	tags, err := MakeTags(kv)
+	tags, err := makeTags(kv)
 	if err != nil || tags == n.self.Tags {
 		return err
 	}
@@ -1185,7 +1185,7 @@ func (n *node) startLeave() {
 	}
 	n.own.leaving, n.letters.open = n.now+leaveFor, nil
 	for _, w := range n.ring.watchers {
-		n.post(w.e, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(StatusLeft)}), leaveFor)
+		n.post(w.e, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
 	}
 }
 
@@ -1200,17 +1200,17 @@ func (o *ownName) stepLeave(n *node) {
 func (n *node) forceLeave(name string, prune bool) error {
 	e := n.t.get(name)
 	switch {
-	case e == nil || e.reaped || e.Status == StatusPruned:
+	case e == nil || e.reaped || e.Status == statusPruned:
 		return fmt.Errorf("no member is called %q", name)
-	case e == n.self || e.visible() == StatusAlive:
+	case e == n.self || e.visible() == statusAlive:
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
 	case !e.Status.dead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
 	if prune {
-		n.declare(e.with(StatusPruned), "")
+		n.declare(e.with(statusPruned), "")
 	} else {
-		n.declare(e.with(StatusLeft), "")
+		n.declare(e.with(statusLeft), "")
 	}
 	return nil
 }
@@ -1220,7 +1220,7 @@ func (n *node) members(after string, limit int) []Member {
 	ms := n.t.list(after, limit)
 	for i := range ms {
 		if n.own.leaving != 0 && ms[i].Name == n.self.Name {
-			ms[i].Status = StatusLeaving
+			ms[i].Status = statusLeaving
 		}
 	}
 	return ms
@@ -1233,8 +1233,8 @@ func (n *node) info() []any {
 	for _, m := range ms {
 		count[m.Status]++
 	}
-	return []any{"cut_off", n.detector.alone, "event_time", n.spread.events.lamport, "failed", count[StatusFailed], "left", count[StatusLeft],
-		"members", len(ms), "seeds", strings.Join(n.Seeds, ","), "seeds_error", strings.Join(n.joining.errs, "; ")}
+	return []any{"cut_off", n.detector.alone, "event_time", n.spread.events.lamport, "failed", count[statusFailed], "left", count[statusLeft],
+		"members", len(ms), "seeds", strings.Join(n.seeds, ","), "seeds_error", strings.Join(n.joining.errs, "; ")}
 }
 
 // ---- queries ----
@@ -1266,7 +1266,7 @@ type duty struct {
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
-// EventAnswers will bear, and who was asked. The last EventAnswer has replyNone.
+// eventAnswers will bear, and who was asked. The last eventAnswer has replyNone.
 func (n *node) query(name string, payload []byte, nodes []string, within time.Duration) (id uint32, who []string, err error) {
 	qs := &n.queries
 	if err := checkPayload("query", name, payload); err != nil {
@@ -1280,7 +1280,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	h, body := n.head(kQuery), wire.encode(nil, &u)
 	h.Query = q.id
 	for _, e := range n.t.ordered {
-		if e.visible() != StatusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
+		if e.visible() != statusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
 			continue
 		}
 		q.waiting, who = append(q.waiting, runOf(e)), append(who, e.Name)
@@ -1314,14 +1314,14 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 		n.replied(e.Member, h.Query, replyFailed, []byte("too many queries wait for an answer here"))
 		return nil
 	}
-	n.out.events = append(n.out.events, Event{Kind: EventQuery, Member: e.Member, Name: u.Event, Payload: u.Payload, LTime: u.LTime, ID: h.Query, Within: within})
-	if !slices.Contains(n.Answers, "") && !slices.Contains(n.Answers, u.Event) {
+	n.out.events = append(n.out.events, Event{kind: eventQuery, Member: e.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, id: h.Query, within: within})
+	if !slices.Contains(n.answers, "") && !slices.Contains(n.answers, u.Event) {
 		n.replied(e.Member, h.Query, replyNothing, nil)
 	}
 	return nil
 }
 
-// replied is told what came of the EventQuery with this id of asker.
+// replied is told what came of the eventQuery with this id of asker.
 func (n *node) replied(asker Member, id uint32, r reply, text []byte) {
 	qs, h, us := &n.queries, n.head(kReply), []update{{Payload: text}}
 	h.Query, h.Reply = id, r
@@ -1346,7 +1346,7 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 	}
 	q := qs.mine[i]
 	tell := func(r reply, text []byte) {
-		n.out.events = append(n.out.events, Event{Kind: EventAnswer, ID: q.id, Member: e.Member, Reply: r, Payload: text})
+		n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id, Member: e.Member, reply: r, payload: text})
 	}
 	if !slices.Contains(q.heard, runOf(e)) {
 		q.heard = append(q.heard, runOf(e))
@@ -1368,7 +1368,7 @@ func (qs *queries) step(n *node) {
 	qs.mine = slices.DeleteFunc(qs.mine, func(q *query) bool {
 		q.waiting = slices.DeleteFunc(q.waiting, run.over)
 		if len(q.waiting) == 0 || n.now >= q.until {
-			n.out.events = append(n.out.events, Event{Kind: EventAnswer, ID: q.id})
+			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
 			return true
 		}
 		n.wakeAt(q.until)
@@ -1380,24 +1380,24 @@ func (qs *queries) step(n *node) {
 // ---------------------------------------------------------------------------
 // The loop: one goroutine owns the node and never blocks. UDP is here, too.
 
-// GossipConfig is what StartGossip needs to know. Self's address is what others are told: none means the
+// gossipConfig is what startGossip needs to know. The member's address is what others are told: none means the
 // bound one, its port 0 the bound port.
-type GossipConfig struct {
+type gossipConfig struct {
 	nodeConfig
-	Bind    netip.AddrPort // UDP and TCP; port 0 takes a free one
-	Moves   bool           // the address was not chosen by the user: it may change
-	RPCPort uint16         // for who comes to the wrong one
-	Keys    [][]byte       // of 32 bytes: the first seals, any opens
-	Cluster string
-	Log     *log.Logger
-	// Events is called from the loop with each event, and for an EventQuery with what takes the answer: it
+	bind    netip.AddrPort // UDP and TCP; port 0 takes a free one
+	moves   bool           // the address was not chosen by the user: it may change
+	rpcPort uint16         // for who comes to the wrong one
+	keys    [][]byte       // of 32 bytes: the first seals, any opens
+	cluster string
+	log     *log.Logger
+	// events is called from the loop with each event, and for an eventQuery with what takes the answer: it
 	// must not block.
-	Events func(ev Event, answer func(r reply, text []byte))
+	events func(ev Event, answer func(r reply, text []byte))
 }
 
-// Gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
-type Gossip struct {
-	cfg     GossipConfig
+// gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
+type gossip struct {
+	cfg     gossipConfig
 	door    door // of TCP, with the seal of both
 	udp     *net.UDPConn
 	tcp     net.Listener
@@ -1408,7 +1408,7 @@ type Gossip struct {
 	ended   chan struct{}    // the loop; done: also all that it has started
 	ctx     context.Context
 	quit    context.CancelFunc
-	done    chan struct{}
+	done    chan struct{} // all has ended: err and last may be read
 	strange strangers
 	sessions
 	owned
@@ -1425,22 +1425,22 @@ type owned struct {
 	last     []Event // what handlers shall still hear then
 }
 
-// StartGossip binds the sockets, starts the loop, and begins to join the seeds.
-func StartGossip(cfg GossipConfig) (*Gossip, error) {
-	g := &Gossip{cfg: cfg, door: door{&seal{cfg.Cluster, cfg.Keys}, gossipPort, cfg.RPCPort}, start: time.Now(), ended: make(chan struct{}), done: make(chan struct{}),
-		inputs: make(chan func(*node), maxInputs), strange: strangers{log: cfg.Log},
+// startGossip binds the sockets, starts the loop, and begins to join the seeds.
+func startGossip(cfg gossipConfig) (*gossip, error) {
+	g := &gossip{cfg: cfg, door: door{&seal{cfg.cluster, cfg.keys}, gossipPort, cfg.rpcPort}, start: time.Now(), ended: make(chan struct{}), done: make(chan struct{}),
+		inputs: make(chan func(*node), maxInputs), strange: strangers{log: cfg.log},
 		sessions: sessions{guests: newGuests(guestLimit()), tables: make(chan struct{}, maxTables)}}
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
-	self, bound := &cfg.Self, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
+	self, bound := &cfg.member, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
 	ip, port := self.Addr.Addr(), cmp.Or(self.Addr.Port(), bound.Port())
 	if !ip.IsValid() {
 		ip = bound.Addr().Unmap()
 	}
 	self.Addr = netip.AddrPortFrom(ip, port)
-	crand.Read(cfg.Random[:])
-	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.Random[:]))
+	crand.Read(cfg.random[:])
+	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.random[:]))
 	self.Incarnation = self.Born
 	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
 	g.self.Store(g.node.self.claim)
@@ -1453,32 +1453,32 @@ func StartGossip(cfg GossipConfig) (*Gossip, error) {
 
 // listen binds UDP and TCP to one port. A free port may be taken by somebody between the two, so port 0 is
 // tried a few times.
-func (g *Gossip) listen() (err error) {
+func (g *gossip) listen() (err error) {
 	family := ""
-	if g.cfg.Bind.Addr().Is4() {
+	if g.cfg.bind.Addr().Is4() {
 		family = "4"
 	}
 	for range 10 {
 		lc := net.ListenConfig{KeepAlive: -1}
-		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family, g.cfg.Bind.String()); err != nil {
+		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family, g.cfg.bind.String()); err != nil {
 			return err
 		}
-		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(g.cfg.Bind.Addr(), uint16(g.tcp.Addr().(*net.TCPAddr).Port)))
+		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(g.cfg.bind.Addr(), uint16(g.tcp.Addr().(*net.TCPAddr).Port)))
 		if g.udp, err = net.ListenUDP("udp"+family, at); err == nil {
 			return g.udp.SetReadBuffer(1 << 20)
 		}
 		g.tcp.Close()
-		if g.cfg.Bind.Port() != 0 {
+		if g.cfg.bind.Port() != 0 {
 			return err
 		}
 	}
 	return err
 }
 
-func (g *Gossip) now() time.Duration { return time.Since(g.start) }
+func (g *gossip) now() time.Duration { return time.Since(g.start) }
 
 // run is the loop: the only goroutine that touches the node.
-func (g *Gossip) run() {
+func (g *gossip) run() {
 	for planned := time.Duration(0); g.ctx.Err() == nil; {
 		select {
 		case input := <-g.inputs:
@@ -1507,11 +1507,11 @@ func (g *Gossip) run() {
 }
 
 // carryOut does what the node wants done.
-func (g *Gossip) carryOut(out outputs) {
+func (g *gossip) carryOut(out outputs) {
 	g.self.Store(g.node.self.claim)
 	g.alone.Store(g.node.detector.alone)
 	for _, l := range out.logs {
-		g.cfg.Log.Print(l)
+		g.cfg.log.Print(l)
 	}
 	for _, ev := range out.events {
 		g.publish(ev)
@@ -1531,38 +1531,38 @@ func (g *Gossip) carryOut(out outputs) {
 	}
 	if out.fatal != nil || out.left {
 		if g.err = out.fatal; out.left {
-			g.last = []Event{{Kind: EventLeave, Member: g.node.self.with(StatusLeft)}} // for those that deregister it
+			g.last = []Event{{kind: eventLeave, Member: g.node.self.with(statusLeft)}} // for those that deregister it
 		}
 		g.quit()
 	}
 }
 
 // publish hands an event to the log, to the handlers, and to those who watch.
-func (g *Gossip) publish(ev Event) {
+func (g *gossip) publish(ev Event) {
 	for f := range g.feeds {
 		f.put(ev)
 	}
-	m, what := ev.Member, fmt.Sprintf("%s (from %s, %d bytes)", oneLine(ev.Name), ev.Member.Name, len(ev.Payload))
+	m, what := ev.Member, fmt.Sprintf("%s (from %s, %d bytes)", oneLine(ev.name), ev.Member.Name, len(ev.payload))
 	switch {
-	case ev.Kind == EventAnswer:
+	case ev.kind == eventAnswer:
 		return
-	case ev.Kind == EventUser:
-		g.cfg.Log.Printf("[INFO] user-event: %s", what)
-	case ev.Kind == EventQuery:
-		g.cfg.Log.Printf("[DEBUG] query: %s", what)
+	case ev.kind == eventUser:
+		g.cfg.log.Printf("[INFO] user-event: %s", what)
+	case ev.kind == eventQuery:
+		g.cfg.log.Printf("[DEBUG] query: %s", what)
 	case !g.lines.fill(g.now(), linesRate, linesBurst).take():
 		g.unlogged++
 	default:
 		if g.unlogged > 0 {
-			g.cfg.Log.Printf("[WARN] %d lines about members were left out", g.unlogged)
+			g.cfg.log.Printf("[WARN] %d lines about members were left out", g.unlogged)
 		}
 		g.unlogged = 0
-		g.cfg.Log.Printf("[INFO] %s: %s %s", ev.Kind, m.Name, m.Addr)
+		g.cfg.log.Printf("[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
 	}
-	g.cfg.Events(ev, func(r reply, text []byte) { g.call(func(n *node) { n.replied(m, ev.ID, r, text) }) })
+	g.cfg.events(ev, func(r reply, text []byte) { g.call(func(n *node) { n.replied(m, ev.id, r, text) }) })
 }
 
-func (g *Gossip) readUDP() {
+func (g *gossip) readUDP() {
 	for buf := make([]byte, maxDatagram+1); ; {
 		size, from, err := g.udp.ReadFromUDPAddrPort(buf)
 		if errors.Is(err, net.ErrClosed) {
@@ -1588,7 +1588,7 @@ func (g *Gossip) readUDP() {
 	}
 }
 
-func (g *Gossip) writeUDP(ps []packet) {
+func (g *gossip) writeUDP(ps []packet) {
 	if len(ps) == 0 {
 		return
 	}
@@ -1600,7 +1600,7 @@ func (g *Gossip) writeUDP(ps []packet) {
 }
 
 // call has the loop run f; false once it has ended.
-func (g *Gossip) call(f func(*node)) bool {
+func (g *gossip) call(f func(*node)) bool {
 	select {
 	case g.inputs <- f:
 		return true
@@ -1610,7 +1610,7 @@ func (g *Gossip) call(f func(*node)) bool {
 }
 
 // do runs f in the loop and waits for it.
-func (g *Gossip) do(f func(*node) error) error {
+func (g *gossip) do(f func(*node) error) error {
 	ran := make(chan error, 1)
 	if g.call(func(n *node) { ran <- f(n) }) {
 		select {
@@ -1622,26 +1622,19 @@ func (g *Gossip) do(f func(*node) error) error {
 	return errStopped
 }
 
-// Self returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
-func (g *Gossip) Self() (m Member, alone bool) { return g.self.Load().Member, g.alone.Load() }
+// me returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
+func (g *gossip) me() (m Member, alone bool) { return g.self.Load().Member, g.alone.Load() }
 
 // Leave tells everybody that this node leaves, waits up to a second for the watchers to know, and stops the
 // loop.
-func (g *Gossip) Leave() error {
+func (g *gossip) leave() error {
 	err := g.do(func(n *node) error { n.startLeave(); return nil })
 	<-g.done
 	return err
 }
 
 // Close stops the loop at once, without leaving.
-func (g *Gossip) Close() {
+func (g *gossip) close() {
 	g.quit()
 	<-g.done
 }
-
-// Last is, after Done, the event that this node has left, if it has.
-func (g *Gossip) Last() []Event { return g.last }
-
-// Done is closed when the loop has ended; then Err says why, nil if it was told to.
-func (g *Gossip) Done() <-chan struct{} { return g.done }
-func (g *Gossip) Err() error            { return g.err }

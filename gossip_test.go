@@ -30,14 +30,14 @@ type lab struct {
 
 // labMember is member number i: a, b, c ..., all born at 10.
 func labMember(i int) Member {
-	m := testMember(string(rune('a'+i)), 10, StatusAlive)
+	m := testMember(string(rune('a'+i)), 10, statusAlive)
 	m.Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(1 + i)}), 7946)
 	return m
 }
 
 // newLab makes node a, which has known count-1 others for a while.
 func newLab(t *testing.T, count int) *lab {
-	l := &lab{t: t, n: newNode(nodeConfig{Self: labMember(0), ReapAfter: time.Hour, Answers: []string{"load"}}, 0),
+	l := &lab{t: t, n: newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour, answers: []string{"load"}}, 0),
 		numbers: make(map[string]uint64), seqs: make(map[string]uint32), looks: make(map[string]look)}
 	for i := 1; i < count; i++ {
 		l.n.t.apply(l.n.now, labMember(i), 0).deal().met = true
@@ -110,7 +110,7 @@ func (l *lab) breaks(with int) {
 
 var kindWords = map[kind]string{kHeartbeat: "heartbeat", kPing: "ping", kAck: "ack", kCheck: "check", kVote: "vote", kFlood: "flood", kQuery: "query", kReply: "reply"}
 var verdictWords = []string{"hung up", "unreachable", "refused", "accepted", "alive"}
-var statusWords = map[Status]string{StatusAlive: "alive", StatusSuspect: "suspect", StatusFailed: "failed", StatusLeft: "left"}
+var statusWords = map[Status]string{statusAlive: "alive", statusSuspect: "suspect", statusFailed: "failed", statusLeft: "left"}
 var replyWords = []string{"over", "heard", "nothing", "done", "failed"}
 
 // say renders a datagram.
@@ -168,11 +168,11 @@ func (l *lab) print(o outputs) {
 		fmt.Fprintf(&l.text, "  compares tables with %s\n", m.Name)
 	}
 	for _, ev := range o.events {
-		switch ev.Kind {
-		case EventAnswer:
-			fmt.Fprintf(&l.text, "  answer %s %s %q\n", ev.Member.Name, replyWords[ev.Reply], ev.Payload)
+		switch ev.kind {
+		case eventAnswer:
+			fmt.Fprintf(&l.text, "  answer %s %s %q\n", ev.Member.Name, replyWords[ev.reply], ev.payload)
 		default:
-			fmt.Fprintf(&l.text, "  event %v %s\n", ev.Kind, strings.TrimSpace(ev.Member.Name+" "+ev.Name))
+			fmt.Fprintf(&l.text, "  event %v %s\n", ev.kind, strings.TrimSpace(ev.Member.Name+" "+ev.name))
 		}
 	}
 	for _, s := range o.logs {
@@ -195,7 +195,7 @@ func claimed(m Member, s Status) update { m.Status = s; return update{Member: m}
 
 func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 	l := newLab(t, 3)
-	me := claimed(labMember(0), StatusSuspect)
+	me := claimed(labMember(0), statusSuspect)
 	me.By = "c"
 	l.udp(1, head{Kind: kFlood}, me)
 	l.want(`
@@ -217,11 +217,11 @@ func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 
 func TestWhoeverIsThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
 	l := newLab(t, 3)
-	l.udp(2, head{Kind: kFlood}, claimed(labMember(1), StatusFailed))
+	l.udp(2, head{Kind: kFlood}, claimed(labMember(1), statusFailed))
 	l.udp(1, head{Kind: kHeartbeat, Promise: 1000})
 	again := labMember(1)
 	again.Incarnation = 11
-	l.udp(1, head{Kind: kFlood}, claimed(again, StatusAlive))
+	l.udp(1, head{Kind: kFlood}, claimed(again, statusAlive))
 	l.want(`
 		c says flood [b failed 10]
 		  to c: flood [b failed 10]
@@ -239,7 +239,7 @@ func TestWhoeverHasAnUnknownIncarnationIsAskedForItsRecord(t *testing.T) {
 	l.udp(1, head{Kind: kHeartbeat, Incarnation: 12, Raised: 2, From: "b", Promise: 1000})
 	again := labMember(1)
 	again.Incarnation, again.Tags = 12, "k=v"
-	l.udp(1, head{Kind: kFlood, Incarnation: 12, Raised: 2, From: "b"}, claimed(again, StatusAlive))
+	l.udp(1, head{Kind: kFlood, Incarnation: 12, Raised: 2, From: "b"}, claimed(again, statusAlive))
 	l.want(`
 		b says heartbeat
 		  to b: flood [b alive 10]
@@ -355,11 +355,11 @@ func TestAForgedNumberDoesNotMuteAMember(t *testing.T) {
 	l := newLab(t, 3)
 	forged := head{Kind: kHeartbeat, From: "b", Incarnation: 10, Number: 1 << 60}
 	l.raw(1, wire.encode(nil, &forged))
-	l.udp(1, head{Kind: kFlood}, claimed(labMember(2), StatusFailed))
+	l.udp(1, head{Kind: kFlood}, claimed(labMember(2), statusFailed))
 	if !l.n.t.get("c").Status.dead() {
 		l.breaks(1)
 		l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
-		l.udp(1, head{Kind: kFlood}, claimed(labMember(2), StatusFailed))
+		l.udp(1, head{Kind: kFlood}, claimed(labMember(2), statusFailed))
 	}
 	if !l.n.t.get("c").Status.dead() {
 		t.Errorf("b is not heard any more:\n%s", l.text.String())
@@ -371,7 +371,7 @@ func TestWhoeverIsNotRememberedCountsForNothing(t *testing.T) {
 	l.after(2900 * ms) // nobody is heard of
 	l.text.Reset()
 	l.udp(2, head{Kind: kHeartbeat, Promise: 500, Seq: 3})
-	l.udp(2, head{Kind: kFlood}, claimed(labMember(3), StatusAlive))
+	l.udp(2, head{Kind: kFlood}, claimed(labMember(3), statusAlive))
 	l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: 9, Promise: 500}) // a former run
 	if l.n.t.get("d") != nil || l.n.t.get("c") != nil || l.n.now-l.n.detector.heard < 2*time.Second {
 		t.Errorf("strangers count:\n%s", l.text.String())
@@ -389,8 +389,8 @@ func TestNumbersFarAheadOfAllThatIsKnownAreRefused(t *testing.T) {
 		m := labMember(2)
 		m.Incarnation, m.Born = far, far
 		l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: far, Raised: far - 10})
-		l.udp(1, head{Kind: kFlood}, claimed(m, StatusFailed))
-		me := claimed(labMember(0), StatusFailed)
+		l.udp(1, head{Kind: kFlood}, claimed(m, statusFailed))
+		me := claimed(labMember(0), statusFailed)
 		me.Member.Incarnation = far
 		l.udp(1, head{Kind: kFlood}, me)
 		l.udp(1, head{Kind: kFlood}, update{Member: Member{Name: "b"}, Event: "e", LTime: far})
@@ -406,7 +406,7 @@ func TestNumbersFarAheadOfAllThatIsKnownAreRefused(t *testing.T) {
 			limit |= bit
 		}
 	}
-	me := claimed(labMember(0), StatusFailed)
+	me := claimed(labMember(0), statusFailed)
 	me.Member.Incarnation = limit
 	l.udp(1, head{Kind: kFlood}, me)
 	if l.n.self.Incarnation != limit+1 {
@@ -443,7 +443,7 @@ func TestOneBadRecordCostsThatRecord(t *testing.T) {
 
 func TestADeadClaimThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
 	l := newLab(t, 2)
-	old := claimed(labMember(2), StatusFailed)
+	old := claimed(labMember(2), statusFailed)
 	old.Age = uint64(time.Hour / ms)
 	l.udp(1, head{Kind: kFlood}, old)
 	if l.n.t.get("c") != nil {
@@ -451,7 +451,7 @@ func TestADeadClaimThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
 	}
 	l.n.t.apply(l.n.now, labMember(2), 0)
 	l.udp(1, head{Kind: kFlood}, old)
-	if l.n.t.get("c").Status != StatusFailed {
+	if l.n.t.get("c").Status != statusFailed {
 		t.Error("the death of one who is believed alive is not taken")
 	}
 }
@@ -488,10 +488,10 @@ func TestAComparisonThatCanChangeNothingIsNotRepeated(t *testing.T) {
 // the dialler lacks in that stretch.
 func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 	for _, sizes := range [][2]int{{0, 0}, {0, 900}, {900, 0}, {900, 900}, {3, 2000}} {
-		a, b := newNode(nodeConfig{Self: labMember(0), ReapAfter: time.Hour}, 0), newNode(nodeConfig{Self: labMember(1), ReapAfter: time.Hour}, 0)
+		a, b := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0), newNode(nodeConfig{member: labMember(1), reapAfter: time.Hour}, 0)
 		for k, n := range []*node{a, b} {
 			for i := range sizes[k] {
-				m := testMember(fmt.Sprintf("m%d-%04d", i%2*(1+k), i), uint64(10+i%3*k), StatusAlive)
+				m := testMember(fmt.Sprintf("m%d-%04d", i%2*(1+k), i), uint64(10+i%3*k), statusAlive)
 				m.Tags = Tags("k=" + strings.Repeat("v", i%200))
 				n.t.apply(n.now, m, 0)
 			}
@@ -532,7 +532,7 @@ func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 	l.udp(1, head{Kind: kReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
 	l.udp(2, head{Kind: kReply, Seq: 6, Query: id, Reply: replyNothing}, update{})
 	l.tell("handler", func(n *node) { n.replied(n.self.Member, id, replyDone, []byte("1")) })
-	l.udp(1, head{Kind: kFlood}, claimed(labMember(3), StatusFailed))
+	l.udp(1, head{Kind: kFlood}, claimed(labMember(3), statusFailed))
 	l.want(`
 		query
 		  to b: query load "?"
@@ -748,7 +748,7 @@ func FuzzDatagram(f *testing.F) {
 		if err != nil {
 			return
 		}
-		n := newNode(nodeConfig{Self: labMember(0), ReapAfter: time.Hour}, 0)
+		n := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0)
 		n.t.apply(n.now, labMember(1), 0)
 		n.enter(0, func(n *node) { n.datagram(labMember(1).Addr, data, anyRun) })
 		n.tick(0)
@@ -757,11 +757,11 @@ func FuzzDatagram(f *testing.F) {
 
 // Whatever is logged of a member can be found by a user's grep.
 func TestEventsAreLoggedWithAddressSenderAndSize(t *testing.T) {
-	g, logged := startTestGossip(t, "red", GossipConfig{})
+	g, logged := startTestGossip(t, "red", gossipConfig{})
 	if err := g.do(func(n *node) error { return n.userEvent("deploy\n2013/12/08", []byte("12345"), false) }); err != nil {
 		t.Fatal(err)
 	}
-	self, _ := g.Self()
+	self, _ := g.me()
 	for _, want := range []string{`\[INFO\] member-join: red ` + regexp.QuoteMeta(self.Addr.String()) + `\n`, `\[INFO\] user-event: deploy 2013/12/08 \(from red, 5 bytes\)\n`} {
 		eventually(t, want, func() bool { return regexp.MustCompile(want).MatchString(logged.String()) })
 	}
@@ -840,7 +840,7 @@ func BenchmarkRings(b *testing.B) {
 
 // benchNode returns a node that knows count members and has nothing left to do.
 func benchNode(count int) *node {
-	n := newNode(nodeConfig{Self: benchMember(0), ReapAfter: 24 * time.Hour}, 0)
+	n := newNode(nodeConfig{member: benchMember(0), reapAfter: 24 * time.Hour}, 0)
 	for i := 1; i < count; i++ {
 		n.t.apply(n.now, benchMember(i), 0).deal().met = true
 	}
@@ -853,7 +853,7 @@ func benchNode(count int) *node {
 
 func benchMember(i int) Member {
 	addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 7946)
-	return Member{Name: fmt.Sprintf("n%d", i), Addr: addr, Incarnation: birth(1386489408000, 0), Born: birth(1386489408000, 0), Status: StatusAlive}
+	return Member{Name: fmt.Sprintf("n%d", i), Addr: addr, Incarnation: birth(1386489408000, 0), Born: birth(1386489408000, 0), Status: statusAlive}
 }
 
 // benchTick ticks as if everybody had been heard of just now.

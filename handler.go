@@ -37,19 +37,19 @@ const (
 	pipesFor = 50 * time.Millisecond
 )
 
-// HandlerConfig says what runs when, and how.
-type HandlerConfig struct {
-	Specs   []string        // -event-handler values
-	Timeout time.Duration   // of one run; 0: none
-	Grace   time.Duration   // what Close leaves to running handlers
-	Env     func() []string // added to the agent's environment; asked at each run
-	Log     *log.Logger
+// handlerConfig says what runs when, and how.
+type handlerConfig struct {
+	specs   []string        // -event-handler values
+	timeout time.Duration   // of one run; 0: none
+	grace   time.Duration   // what Close leaves to running handlers
+	env     func() []string // added to the agent's environment; asked at each run
+	log     *log.Logger
 	shell   string // "": /bin/sh
 }
 
-// Handlers are all handlers of one agent.
-type Handlers struct {
-	cfg     HandlerConfig
+// handlers are all handlers of one agent.
+type handlers struct {
+	cfg     handlerConfig
 	all     []*handler
 	open    context.Context // done: nothing new is taken
 	stop    context.CancelFunc
@@ -81,21 +81,21 @@ type delivery struct {
 // eventFilter matches events; kind 0 is every kind, an empty name every user event
 // or query.
 type eventFilter struct {
-	kind EventKind
+	kind eventKind
 	name string
 }
 
-func wants(filters []eventFilter, kind EventKind, name string) bool {
+func wants(filters []eventFilter, kind eventKind, name string) bool {
 	return slices.ContainsFunc(filters, func(f eventFilter) bool {
 		return f.kind == 0 || f.kind == kind && (f.name == "" || f.name == name)
 	})
 }
 
-// NewHandlers parses the specs and starts a queue for each.
-func NewHandlers(cfg HandlerConfig) (*Handlers, error) {
+// newHandlers parses the specs and starts a queue for each.
+func newHandlers(cfg handlerConfig) (*handlers, error) {
 	cfg.shell = cmp.Or(cfg.shell, "/bin/sh")
-	hs := &Handlers{cfg: cfg, hurry: make(chan struct{})}
-	for _, spec := range cfg.Specs {
+	hs := &handlers{cfg: cfg, hurry: make(chan struct{})}
+	for _, spec := range cfg.specs {
 		h := &handler{wake: make(chan struct{}, 1)}
 		var err error
 		if h.events, h.script, err = parseSpec(spec); err == nil {
@@ -139,11 +139,11 @@ func parseFilters(events []string) (fs []eventFilter, err error) {
 		k := slices.Index(eventNames[1:], kind) + 1
 		switch {
 		case ev == "*": // every kind: 0
-		case k == 0 || named && (EventKind(k) < EventUser || name == ""):
+		case k == 0 || named && (eventKind(k) < eventUser || name == ""):
 			return nil, fmt.Errorf("unknown event %.60q; there are %s, user:NAME, query:NAME and * (a script that holds a '=' is written *=SCRIPT)",
 				ev, strings.Join(eventNames[1:], ", "))
 		}
-		fs = append(fs, eventFilter{EventKind(k), name})
+		fs = append(fs, eventFilter{eventKind(k), name})
 	}
 	return fs, nil
 }
@@ -165,10 +165,10 @@ func commandLine(shell, script string) ([]string, error) {
 }
 
 // Answers names the queries that some handler answers; "" is every query.
-func (hs *Handlers) Answers() (names []string) {
+func (hs *handlers) answers() (names []string) {
 	for _, h := range hs.all {
 		for _, f := range h.filters {
-			if f.kind == 0 || f.kind == EventQuery {
+			if f.kind == 0 || f.kind == eventQuery {
 				names = append(names, f.name)
 			}
 		}
@@ -178,16 +178,16 @@ func (hs *Handlers) Answers() (names []string) {
 
 // Deliver queues ev for every handler that wants it. It never blocks. The first
 // handler that a query finds is the one that answers it.
-func (hs *Handlers) Deliver(ev Event, answer func(reply, []byte)) {
-	d := delivery{Event: ev, until: time.Now().Add(ev.Within), answer: answer}
+func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
+	d := delivery{Event: ev, until: time.Now().Add(ev.within), answer: answer}
 	for _, h := range hs.all {
-		if !wants(h.filters, ev.Kind, ev.Name) || hs.open.Err() != nil {
+		if !wants(h.filters, ev.kind, ev.name) || hs.open.Err() != nil {
 			continue
 		}
 		if h.enqueue(d) {
-			hs.cfg.Log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h, queueLimit)
+			hs.cfg.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h, queueLimit)
 		}
-		if ev.Kind == EventQuery {
+		if ev.kind == eventQuery {
 			d.answer = nil
 		}
 		select {
@@ -215,9 +215,9 @@ func (h *handler) state() (waiting, lost int, last string) {
 func (h *handler) enqueue(d delivery) (overflow bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if d.Coalesce {
-		i := slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name })
-		if i >= 0 && h.queue[i].LTime > d.LTime {
+	if d.coalesce {
+		i := slices.IndexFunc(h.queue, func(q delivery) bool { return q.coalesce && q.name == d.name })
+		if i >= 0 && h.queue[i].lTime > d.lTime {
 			return false // floods overtake each other: the last is the last one sent
 		}
 		if i >= 0 {
@@ -246,7 +246,7 @@ func (h *handler) take() (batch []delivery, dropped int) {
 		return nil, 0
 	}
 	n := 1
-	for kind := h.queue[0].Kind; kind < EventUser && n < len(h.queue) && h.queue[n].Kind == kind; {
+	for kind := h.queue[0].kind; kind < eventUser && n < len(h.queue) && h.queue[n].kind == kind; {
 		n++
 	}
 	batch, h.queue = h.queue[:n:n], h.queue[n:]
@@ -256,7 +256,7 @@ func (h *handler) take() (batch []delivery, dropped int) {
 
 // late counts the queries at the front whose time is over.
 func (h *handler) late() int {
-	i := slices.IndexFunc(h.queue, func(d delivery) bool { return d.Kind != EventQuery || time.Now().Before(d.until) })
+	i := slices.IndexFunc(h.queue, func(d delivery) bool { return d.kind != eventQuery || time.Now().Before(d.until) })
 	if i < 0 {
 		return len(h.queue)
 	}
@@ -264,11 +264,11 @@ func (h *handler) late() int {
 }
 
 // work runs what comes, and at the end what is left: Close decides what that is.
-func (hs *Handlers) work(h *handler) {
+func (hs *handlers) work(h *handler) {
 	for {
 		batch, dropped := h.take()
 		if dropped > 0 {
-			hs.cfg.Log.Printf("[WARN] handler '%s' was behind: %d events dropped", h, dropped)
+			hs.cfg.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h, dropped)
 		}
 		switch {
 		case batch != nil:
@@ -285,7 +285,7 @@ func (hs *Handlers) work(h *handler) {
 }
 
 // run runs the handler's script once, to its end or its timeout.
-func (hs *Handlers) run(h *handler, batch []delivery) {
+func (hs *handlers) run(h *handler, batch []delivery) {
 	started, event := time.Now(), batch[0]
 	var status, output string // status: what was wrong with the end
 	r, err := startRun(h.argv, hs.environ(event.Event), stdinFor(batch), event.answer != nil)
@@ -294,7 +294,7 @@ func (hs *Handlers) run(h *handler, batch []delivery) {
 	} else {
 		status = hs.await(r)
 		output = string(r.answer) + string(r.output)
-		hs.cfg.Log.Printf("[DEBUG] Event '%s' script output: %s", event.Kind, output)
+		hs.cfg.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
 	}
 	h.mu.Lock()
 	h.last = fmt.Sprintf("%s after %v, %s", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond), started.Format(time.DateTime))
@@ -309,13 +309,13 @@ func (hs *Handlers) run(h *handler, batch []delivery) {
 	if status == "" {
 		return
 	}
-	what := event.Kind.String()
-	if event.Name != "" {
-		what += ":" + event.Name
+	what := event.kind.String()
+	if event.name != "" {
+		what += ":" + event.name
 	}
 	output = strings.TrimSpace(output)
 	last := cmp.Or(output[strings.LastIndexByte(output, '\n')+1:], "(no output)")
-	hs.cfg.Log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", h, oneLine(what), status,
+	hs.cfg.log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", h, oneLine(what), status,
 		time.Since(started).Round(time.Millisecond), oneLine(last))
 }
 
@@ -328,10 +328,10 @@ func cut(s string) []byte {
 }
 
 // await waits for the script and returns what was wrong with its end, if anything.
-func (hs *Handlers) await(r *scriptRun) (status string) {
+func (hs *handlers) await(r *scriptRun) (status string) {
 	var timeout <-chan time.Time
-	if hs.cfg.Timeout > 0 {
-		timeout = time.After(hs.cfg.Timeout)
+	if hs.cfg.timeout > 0 {
+		timeout = time.After(hs.cfg.timeout)
 	}
 	why := "timed out"
 	select {
@@ -387,20 +387,20 @@ func groupLives(pgid int) bool {
 
 // Close stops the handlers: what runs, and then the last events, have the grace
 // to end; then their groups are ended. Whatever else waits is dropped.
-func (hs *Handlers) Close(last ...Event) {
+func (hs *handlers) close(last ...Event) {
 	hs.closing.Do(func() {
 		for _, h := range hs.all {
 			h.mu.Lock()
 			h.queue = nil
 			for _, ev := range last {
-				if wants(h.filters, ev.Kind, ev.Name) {
+				if wants(h.filters, ev.kind, ev.name) {
 					h.queue = append(h.queue, delivery{Event: ev})
 				}
 			}
 			h.mu.Unlock()
 		}
 		hs.stop()
-		if !waitAtMost(hs.cfg.Grace, hs.workers.Wait) {
+		if !waitAtMost(hs.cfg.grace, hs.workers.Wait) {
 			close(hs.hurry)
 			waitAtMost(2*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 		}
@@ -459,8 +459,8 @@ func oneLine(s string) string {
 
 // stdinFor is what a script reads: Serf's line for each member, or the payload.
 func stdinFor(batch []delivery) []byte {
-	if batch[0].Kind >= EventUser {
-		p := slices.Clip(batch[0].Payload)
+	if batch[0].kind >= eventUser {
+		p := slices.Clip(batch[0].payload)
 		if len(p) > 0 && p[len(p)-1] != '\n' {
 			p = append(p, '\n')
 		}
@@ -471,20 +471,20 @@ func stdinFor(batch []delivery) []byte {
 	for _, ev := range batch {
 		m := ev.Member
 		b = fmt.Appendf(b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
-			escape(m.Tags.Map()["role"]), escape(strings.Join(m.Tags.Pairs(), ",")))
+			escape(m.Tags.asMap()["role"]), escape(strings.Join(m.Tags.pairs(), ",")))
 	}
 	return b
 }
 
 // environ is the environment of a run about ev; of doubles, the last counts.
-func (hs *Handlers) environ(ev Event) []string {
-	env := append(os.Environ(), hs.cfg.Env()...)
-	env = append(env, "SERF_EVENT="+ev.Kind.String())
-	name, ltime := strings.ReplaceAll(ev.Name, "\x00", ""), strconv.FormatUint(ev.LTime, 10) // a NUL would make every start fail
-	switch ev.Kind {
-	case EventUser:
+func (hs *handlers) environ(ev Event) []string {
+	env := append(os.Environ(), hs.cfg.env()...)
+	env = append(env, "SERF_EVENT="+ev.kind.String())
+	name, ltime := strings.ReplaceAll(ev.name, "\x00", ""), strconv.FormatUint(ev.lTime, 10) // a NUL would make every start fail
+	switch ev.kind {
+	case eventUser:
 		env = append(env, "SERF_USER_EVENT="+name, "SERF_USER_LTIME="+ltime)
-	case EventQuery:
+	case eventQuery:
 		env = append(env, "SERF_QUERY_NAME="+name, "SERF_QUERY_LTIME="+ltime)
 	}
 	return env
@@ -495,13 +495,13 @@ func (hs *Handlers) environ(ev Event) []string {
 func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	env := []string{
 		"SERF_SELF_NAME=" + self.Name,
-		"SERF_SELF_ROLE=" + self.Tags.Map()["role"],
+		"SERF_SELF_ROLE=" + self.Tags.asMap()["role"],
 		"SERF_SELF_ADDR=" + self.Addr.String(),
 		"SERF_RPC_ADDR=" + rpcAddr,
 		"SERF_RPC_AUTH=" + rpcAuth,
 		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
 	}
-	for _, pair := range self.Tags.Pairs() {
+	for _, pair := range self.Tags.pairs() {
 		k, v, _ := strings.Cut(pair, "=")
 		name := strings.Map(func(r rune) rune {
 			if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {

@@ -73,18 +73,18 @@ func (l *handlerLog) waitFor(t testing.TB, sub string, times int) {
 }
 
 // startHandlers starts handlers that end with the test, leaving nothing behind.
-func startHandlers(t testing.TB, cfg HandlerConfig, specs ...string) (*Handlers, *handlerLog) {
+func startHandlers(t testing.TB, cfg handlerConfig, specs ...string) (*handlers, *handlerLog) {
 	t.Helper()
 	logged := &handlerLog{}
-	cfg.Specs, cfg.Log = specs, log.New(logged, "", 0)
-	if cfg.Env == nil {
-		cfg.Env = extraEnv()
+	cfg.specs, cfg.log = specs, log.New(logged, "", 0)
+	if cfg.env == nil {
+		cfg.env = extraEnv()
 	}
-	hs, err := NewHandlers(cfg)
+	hs, err := newHandlers(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { hs.Close() })
+	t.Cleanup(func() { hs.close() })
 	return hs, logged
 }
 
@@ -97,13 +97,13 @@ func readFile(path string) string {
 }
 
 func handlerMember(name string, pairs ...string) Member {
-	return Member{Name: name, Addr: netip.MustParseAddrPort("172.17.0.20:7946"), Status: StatusAlive, Tags: Tags(strings.Join(pairs, "\x00"))}
+	return Member{Name: name, Addr: netip.MustParseAddrPort("172.17.0.20:7946"), Status: statusAlive, Tags: Tags(strings.Join(pairs, "\x00"))}
 }
 
-func joinOf(name string) Event { return Event{Kind: EventJoin, Member: handlerMember(name)} }
-func failOf(name string) Event { return Event{Kind: EventFailed, Member: handlerMember(name)} }
+func joinOf(name string) Event { return Event{kind: eventJoin, Member: handlerMember(name)} }
+func failOf(name string) Event { return Event{kind: eventFailed, Member: handlerMember(name)} }
 func userEventOf(name, payload string, ltime uint64, coalesce bool) Event {
-	return Event{Kind: EventUser, Name: name, Payload: []byte(payload), LTime: ltime, Coalesce: coalesce}
+	return Event{kind: eventUser, name: name, payload: []byte(payload), lTime: ltime, coalesce: coalesce}
 }
 
 // firstFields returns the first fields of stdin lines.
@@ -260,7 +260,7 @@ func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
 		var got []string
 		for _, name := range all {
 			kind, user, _ := strings.Cut(name, ":")
-			if wants(filters, EventKind(slices.Index(eventNames[:], kind)), user) {
+			if wants(filters, eventKind(slices.Index(eventNames[:], kind)), user) {
 				got = append(got, name)
 			}
 		}
@@ -294,7 +294,7 @@ func TestBadSpecIsStartUpErrorThatQuotesIt(t *testing.T) {
 		"*":                          "there is no script",
 		"member-join;member-left=./": "unknown event",
 	} {
-		_, err := NewHandlers(HandlerConfig{Specs: []string{"true", spec}})
+		_, err := newHandlers(handlerConfig{specs: []string{"true", spec}})
 		if err == nil || !strings.Contains(err.Error(), say) || !strings.Contains(err.Error(), strconv.Quote(spec)) {
 			t.Errorf("%q: error %v, want it quoted and %q", spec, err, say)
 		}
@@ -318,7 +318,7 @@ func FuzzHandlerSpec(f *testing.F) {
 			t.Fatalf("%q: %d filters, script %q", spec, len(filters), script)
 		}
 		for _, fl := range filters {
-			if fl.kind > EventQuery || fl.name != "" && fl.kind < EventUser {
+			if fl.kind > eventQuery || fl.name != "" && fl.kind < eventUser {
 				t.Fatalf("%q: filter %+v", spec, fl)
 			}
 		}
@@ -354,13 +354,13 @@ func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 	eachShell(t, func(t *testing.T, shell string) {
 		dir := t.TempDir()
 		self := handlerMember("self", "role=lb", "quo te=a 'b' \"c\" $HOME `x` \\ \té\nz")
-		cfg := HandlerConfig{shell: shell, Env: func() []string { return handlerEnv(self, false, "127.0.0.1:1", "") }}
+		cfg := handlerConfig{shell: shell, env: func() []string { return handlerEnv(self, false, "127.0.0.1:1", "") }}
 		hs, logged := startHandlers(t, cfg, `*=cd '`+dir+`'; cat >stdin; printf '%s|' "$FROM_THE_AGENT" "$SERF_EVENT" "$SERF_SELF_NAME" `+
 			`"$SERF_SELF_ROLE" "$SERF_TAG_ROLE" "$SERF_TAG_QUO_TE" "$SERF_RPC_ADDR" "$SERF_RPC_AUTH" "${SERF_USER_EVENT-unset}" "${SERF_USER_LTIME-unset}" >env; echo done`)
 
 		m := handlerMember("ünï", "aa=1,2", "role=w\teb", "text=it's \"a\"\n\té\\")
 		m.Addr = netip.MustParseAddrPort("[2001:db8::7]:7946")
-		hs.Deliver(Event{Kind: EventUpdate, Member: m}, nil)
+		hs.deliver(Event{kind: eventUpdate, Member: m}, nil)
 		logged.waitFor(t, "done", 1)
 		if got, want := readFile(dir+"/stdin"), "ünï\t2001:db8::7\tw\\teb\taa=1,2,role=w\\teb,text=it's \"a\"\\n\\té\\\n"; got != want {
 			t.Errorf("stdin %q\nwant  %q", got, want)
@@ -369,7 +369,7 @@ func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 			t.Errorf("env %q\nwant %q", got, want)
 		}
 
-		hs.Deliver(userEventOf("de ploy\x00'", "v1.2\n\té $x", 42, true), nil)
+		hs.deliver(userEventOf("de ploy\x00'", "v1.2\n\té $x", 42, true), nil)
 		logged.waitFor(t, "done", 2)
 		if got, want := readFile(dir+"/stdin"), "v1.2\n\té $x\n"; got != want {
 			t.Errorf("payload %q, want %q", got, want)
@@ -383,7 +383,7 @@ func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 func TestPayloadEndsInOneNewline(t *testing.T) {
 	for payload, want := range map[string]string{"": "", "a": "a\n", "a\n": "a\n", "a\nb": "a\nb\n", "a\n\n": "a\n\n"} {
 		shared := append(make([]byte, 0, 64), payload...)
-		ev := Event{Kind: EventUser, Payload: shared}
+		ev := Event{kind: eventUser, payload: shared}
 		if got := stdinFor([]delivery{{Event: ev}}); string(got) != want {
 			t.Errorf("%q: %q, want %q", payload, got, want)
 		}
@@ -426,8 +426,8 @@ while read line; do
 done
 echo reloaded
 `)
-	hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("SERF_SELF_ROLE=lb", "CFG="+cfgFile)}, intro, "member-join="+balancer)
-	hs.Deliver(Event{Kind: EventJoin, Member: handlerMember("c1fbbfe7c9ea", "role=web")}, nil)
+	hs, logged := startHandlers(t, handlerConfig{env: extraEnv("SERF_SELF_ROLE=lb", "CFG="+cfgFile)}, intro, "member-join="+balancer)
+	hs.deliver(Event{kind: eventJoin, Member: handlerMember("c1fbbfe7c9ea", "role=web")}, nil)
 	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: \nNew event: member-join. Data follows...\nc1fbbfe7c9ea\t172.17.0.20\tweb\trole=web\n", 1)
 	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: reloaded\n", 1)
 	if got := readFile(cfgFile); got != "    server c1fbbfe7c9ea 172.17.0.20 check\n" {
@@ -443,24 +443,24 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cfg := HandlerConfig{Env: extraEnv("DIR=" + dir)}
+	cfg := handlerConfig{env: extraEnv("DIR=" + dir)}
 	// The sleeper hangs in its first run until somebody writes to the fifo.
 	hs, _ := startHandlers(t, cfg,
 		`*=[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; { echo "run $SERF_EVENT"; cat; } >>"$DIR/sleeper"`,
 		`*=cat >>"$DIR/other"`)
-	hs.Deliver(userEventOf("first", "first", 1, false), nil)
+	hs.deliver(userEventOf("first", "first", 1, false), nil)
 	awaitCond(t, "the sleeper sleeps", func() bool { return readFile(dir+"/other") != "" })
 	began := time.Now()
 	for i := range 100 {
 		switch {
 		case i < 60:
-			hs.Deliver(userEventOf("u", "u"+strconv.Itoa(i), uint64(i), false), nil)
+			hs.deliver(userEventOf("u", "u"+strconv.Itoa(i), uint64(i), false), nil)
 		case i < 80:
-			hs.Deliver(joinOf("m"+strconv.Itoa(i)), nil)
+			hs.deliver(joinOf("m"+strconv.Itoa(i)), nil)
 		case i < 99:
-			hs.Deliver(failOf("m"+strconv.Itoa(i-20)), nil)
+			hs.deliver(failOf("m"+strconv.Itoa(i-20)), nil)
 		default:
-			hs.Deliver(joinOf("m60"), nil)
+			hs.deliver(joinOf("m60"), nil)
 		}
 	}
 	if d := time.Since(began); d > 100*time.Millisecond {
@@ -498,10 +498,10 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	hs, _ := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, `echo run >>"$DIR/runs"; sleep 0.1; cat >>"$DIR/got"`)
+	hs, _ := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, `echo run >>"$DIR/runs"; sleep 0.1; cat >>"$DIR/got"`)
 	before := runtime.NumGoroutine()
 	for i := range 1000 {
-		hs.Deliver(joinOf("n"+strconv.Itoa(i)), nil)
+		hs.deliver(joinOf("n"+strconv.Itoa(i)), nil)
 	}
 	if n := runtime.NumGoroutine() - before; n > 40 { // other tests run beside this one
 		t.Errorf("%d goroutines more for 1,000 events", n)
@@ -521,10 +521,10 @@ func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	script := `{ printf "$SERF_EVENT "; cat; } >>"$DIR/`
-	hs, _ := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, "*="+script+`a"`, "*="+script+`b"`, "member-failed,member-leave="+script+`c"`)
+	hs, _ := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, "*="+script+`a"`, "*="+script+`b"`, "member-failed,member-leave="+script+`c"`)
 	m := handlerMember("m")
-	for _, k := range []EventKind{EventJoin, EventFailed, EventJoin, EventUpdate, EventUpdate, EventLeave, EventReap} {
-		hs.Deliver(Event{Kind: k, Member: m}, nil)
+	for _, k := range []eventKind{eventJoin, eventFailed, eventJoin, eventUpdate, eventUpdate, eventLeave, eventReap} {
+		hs.deliver(Event{kind: k, Member: m}, nil)
 	}
 	words := func(file string) string {
 		return strings.Join(strings.Fields(strings.ReplaceAll(readFile(dir+"/"+file), "172.17.0.20", "")), " ")
@@ -555,9 +555,9 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	}
 	var got []string
 	for batch, _ := h.take(); batch != nil; batch, _ = h.take() {
-		s := batch[0].Kind.String()
+		s := batch[0].kind.String()
 		for _, ev := range batch {
-			s += " " + ev.Member.Name + string(ev.Payload)
+			s += " " + ev.Member.Name + string(ev.payload)
 		}
 		got = append(got, s)
 	}
@@ -574,12 +574,12 @@ func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)},
+	hs, logged := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)},
 		`[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; cat >>"$DIR/got"`)
-	hs.Deliver(failOf("first"), nil)
+	hs.deliver(failOf("first"), nil)
 	awaitCond(t, "the handler hangs", func() bool { _, err := os.Stat(dir + "/slept"); return err == nil })
 	for i := range queueLimit + 1000 {
-		hs.Deliver(joinOf("n"+strconv.Itoa(i)), nil)
+		hs.deliver(joinOf("n"+strconv.Itoa(i)), nil)
 	}
 	logged.waitFor(t, "is behind: 4096 events wait, dropping the oldest", 1)
 	os.WriteFile(fifo, []byte("wake\n"), 0)
@@ -615,9 +615,9 @@ func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 			{script: `echo $$ >"$DIR/pid"; (trap '' TERM; echo hello; while :; do sleep 1; done) & sleep 300`, status: "terminated", stubborn: true},
 		} {
 			c.dir = t.TempDir()
-			hs, logged := startHandlers(t, HandlerConfig{shell: shell, Timeout: 500 * time.Millisecond, Env: extraEnv("DIR=" + c.dir)}, "*="+c.script)
+			hs, logged := startHandlers(t, handlerConfig{shell: shell, timeout: 500 * time.Millisecond, env: extraEnv("DIR=" + c.dir)}, "*="+c.script)
 			c.logged, c.began = logged, time.Now()
-			hs.Deliver(joinOf("a"), nil)
+			hs.deliver(joinOf("a"), nil)
 			cases = append(cases, &c)
 		}
 	}
@@ -641,11 +641,11 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 		for name, child := range map[string]string{"silent": "sleep 300", "printing": "yes"} {
 			t.Run(name, func(t *testing.T) {
 				dir := t.TempDir()
-				hs, logged := startHandlers(t, HandlerConfig{shell: shell, Env: extraEnv("DIR=" + dir)},
+				hs, logged := startHandlers(t, handlerConfig{shell: shell, env: extraEnv("DIR=" + dir)},
 					"*="+child+` & echo $! >>"$DIR/pids"; echo started`)
 				began := time.Now()
 				for i := range 5 {
-					hs.Deliver(userEventOf("e", "", uint64(i), false), nil)
+					hs.deliver(userEventOf("e", "", uint64(i), false), nil)
 				}
 				logged.waitFor(t, "script output", 5)
 				if took := time.Since(began); took > 5*time.Second {
@@ -669,9 +669,9 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 }
 
 func TestOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
-	hs, logged := startHandlers(t, HandlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
+	hs, logged := startHandlers(t, handlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
 	for i := range 20 {
-		hs.Deliver(userEventOf("e", "", uint64(i), false), nil)
+		hs.deliver(userEventOf("e", "", uint64(i), false), nil)
 		logged.waitFor(t, fmt.Sprintf("line 299\nlast %d\n", i), 1)
 	}
 }
@@ -683,16 +683,16 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			before := runtime.NumGoroutine()
-			hs, logged := startHandlers(t, HandlerConfig{Env: extraEnv("DIR=" + dir)}, "*="+script)
+			hs, logged := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, "*="+script)
 			for i := range 3000 { // far more than a pipe takes
 				h := hs.all[0]
-				h.enqueue(delivery{Event: Event{Kind: EventJoin, Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}})
+				h.enqueue(delivery{Event: Event{kind: eventJoin, Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}})
 			}
-			hs.Deliver(joinOf("last"), nil)
+			hs.deliver(joinOf("last"), nil)
 			logged.waitFor(t, "script output", 1)
-			hs.Deliver(failOf("next"), nil)
+			hs.deliver(failOf("next"), nil)
 			logged.waitFor(t, "'member-failed' script output", 1)
-			hs.Close()
+			hs.close()
 			awaitCond(t, "the goroutines end", func() bool { return runtime.NumGoroutine() <= before+1 })
 			if strings.Contains(logged.String(), "[WARN]") {
 				t.Errorf("log: %s", logged)
@@ -709,14 +709,14 @@ func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 		return [2]int{len(fds), runtime.NumGoroutine()}
 	}
 	before := count()
-	hs, logged := startHandlers(t, HandlerConfig{shell: "/nowhere/sh"}, "/nowhere/missing", "sleep 0", "sh -c")
+	hs, logged := startHandlers(t, handlerConfig{shell: "/nowhere/sh"}, "/nowhere/missing", "sleep 0", "sh -c")
 	hs.all[2].argv = []string{"/bin/sh", "-c", "echo x; exec sleep 0.02 <&- & exit 1"}
 	for i := range 50 {
-		hs.Deliver(userEventOf("e", "payload", uint64(i), false), nil)
+		hs.deliver(userEventOf("e", "payload", uint64(i), false), nil)
 	}
 	logged.waitFor(t, "[WARN]", 100)
 	logged.waitFor(t, "[DEBUG]", 100)
-	hs.Close()
+	hs.close()
 	awaitCond(t, "no more descriptors and goroutines than before", func() bool {
 		now := count()
 		return now[0] <= before[0] && now[1] <= before[1]
@@ -725,8 +725,8 @@ func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 
 func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
 	t.Parallel()
-	hs, logged := startHandlers(t, HandlerConfig{}, `*=head -c 200000000 /dev/zero; echo the end; echo to stderr >&2`)
-	hs.Deliver(joinOf("a"), nil)
+	hs, logged := startHandlers(t, handlerConfig{}, `*=head -c 200000000 /dev/zero; echo the end; echo to stderr >&2`)
+	hs.deliver(joinOf("a"), nil)
 	logged.waitFor(t, "the end\nto stderr\n", 1)
 	if n := len(logged.String()); n > outputKept+100 {
 		t.Errorf("logged %d bytes", n)
@@ -749,10 +749,10 @@ func TestTailKeepsTheLastBytes(t *testing.T) {
 }
 
 func TestFailedRunIsOneWarnLine(t *testing.T) {
-	hs, logged := startHandlers(t, HandlerConfig{}, "member-join=echo first; echo 'it broke' >&2; echo; exit 3", "user:deploy=kill -9 $$")
-	hs.Deliver(joinOf("a"), nil)
+	hs, logged := startHandlers(t, handlerConfig{}, "member-join=echo first; echo 'it broke' >&2; echo; exit 3", "user:deploy=kill -9 $$")
+	hs.deliver(joinOf("a"), nil)
 	logged.waitFor(t, "[WARN]", 1)
-	hs.Deliver(userEventOf("deploy", "x", 1, false), nil)
+	hs.deliver(userEventOf("deploy", "x", 1, false), nil)
 	logged.waitFor(t, "[WARN]", 2)
 	for _, want := range []string{
 		`(?m)^\[WARN\] handler 'member-join=echo first; .* exit 3' failed on member-join: exit status 3 after \d+ms: it broke$`,
@@ -772,12 +772,12 @@ func TestScriptThatCannotRunIsOneWarningARun(t *testing.T) {
 	}
 	check := func(t *testing.T, shell string) {
 		for _, script := range []string{"/nowhere/missing.sh", plain} {
-			hs, logged := startHandlers(t, HandlerConfig{shell: shell}, script)
+			hs, logged := startHandlers(t, handlerConfig{shell: shell}, script)
 			for i := range 3 {
-				hs.Deliver(userEventOf("e", "", uint64(i), false), nil)
+				hs.deliver(userEventOf("e", "", uint64(i), false), nil)
 				logged.waitFor(t, "[WARN]", i+1)
 			}
-			hs.Close()
+			hs.close()
 			if n := strings.Count(logged.String(), "[WARN]"); n != 3 || strings.Count(logged.String(), "[WARN] handler '"+script+"' failed on user:e: ") != 3 {
 				t.Errorf("%d warnings: %s", n, logged)
 			}
@@ -794,12 +794,12 @@ func TestWithoutShellProgramsRunAndShellSyntaxIsAnError(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hs, logged := startHandlers(t, HandlerConfig{shell: "/nowhere/sh"}, self, "member-join="+self+"  -x  b=c ")
-	hs.Deliver(joinOf("a"), nil)
+	hs, logged := startHandlers(t, handlerConfig{shell: "/nowhere/sh"}, self, "member-join="+self+"  -x  b=c ")
+	hs.deliver(joinOf("a"), nil)
 	logged.waitFor(t, "script output: args [] event member-join\na\t172.17.0.20\t\t\n", 1)
 	logged.waitFor(t, `script output: args ["-x" "b=c"] event member-join`, 1)
 	for _, script := range []string{"a | b", "a && b", "a; b", "echo $X", "a > b", "a 'b c'", `a "b"`, "a *", "A=1 a", "a &", "a\nb", "a `b`", "(a)", `a\ b`} {
-		_, err := NewHandlers(HandlerConfig{Specs: []string{"*=" + script}, shell: "/nowhere/sh"})
+		_, err := newHandlers(handlerConfig{specs: []string{"*=" + script}, shell: "/nowhere/sh"})
 		if err == nil || !strings.Contains(err.Error(), strconv.Quote("*="+script)) || !strings.Contains(err.Error(), "no /nowhere/sh here") {
 			t.Errorf("%q: %v", script, err)
 		}
@@ -811,14 +811,14 @@ func TestWithoutShellProgramsRunAndShellSyntaxIsAnError(t *testing.T) {
 func TestCloseLetsRunningHandlersEnd(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	hs, logged := startHandlers(t, HandlerConfig{Grace: 20 * time.Second, Env: extraEnv("DIR=" + dir)},
+	hs, logged := startHandlers(t, handlerConfig{grace: 20 * time.Second, env: extraEnv("DIR=" + dir)},
 		`*=echo $SERF_EVENT >>"$DIR/began"; sleep 0.2; echo $SERF_EVENT >>"$DIR/ended"`)
-	hs.Deliver(joinOf("a"), nil)
-	hs.Deliver(failOf("a"), nil)
+	hs.deliver(joinOf("a"), nil)
+	hs.deliver(failOf("a"), nil)
 	awaitCond(t, "the first run began", func() bool { return readFile(dir+"/began") != "" })
 	began := time.Now()
-	hs.Close()
-	hs.Deliver(joinOf("late"), nil)
+	hs.close()
+	hs.deliver(joinOf("late"), nil)
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("Close took %v for 0.2 s of work", took)
 	}
@@ -834,13 +834,13 @@ func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	dir := t.TempDir()
-	hs, logged := startHandlers(t, HandlerConfig{Grace: 300 * time.Millisecond, Env: extraEnv("DIR=" + dir)},
+	hs, logged := startHandlers(t, handlerConfig{grace: 300 * time.Millisecond, env: extraEnv("DIR=" + dir)},
 		`*=echo $$ >"$DIR/meek"; sleep 300 & sleep 300`,
 		`*=trap "" TERM; echo $$ >"$DIR/stubborn"; while :; do sleep 1; done`)
-	hs.Deliver(joinOf("a"), nil)
+	hs.deliver(joinOf("a"), nil)
 	meek, stubborn := pidIn(t, dir+"/meek"), pidIn(t, dir+"/stubborn")
 	began := time.Now()
-	hs.Close()
+	hs.close()
 	if took, limit := time.Since(began), 300*time.Millisecond+closeKillAfter; took < limit || took > limit+time.Second {
 		t.Errorf("Close took %v", took)
 	}
@@ -854,12 +854,12 @@ func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
 func TestCloseShortensTheWaitOfATimeout(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	hs, _ := startHandlers(t, HandlerConfig{Timeout: 50 * time.Millisecond, Env: extraEnv("DIR=" + dir)},
+	hs, _ := startHandlers(t, handlerConfig{timeout: 50 * time.Millisecond, env: extraEnv("DIR=" + dir)},
 		`*=trap "echo >$DIR/termed" TERM; while :; do sleep 0.1; done`)
-	hs.Deliver(joinOf("a"), nil)
+	hs.deliver(joinOf("a"), nil)
 	awaitCond(t, "TERM arrived", func() bool { return readFile(dir+"/termed") != "" })
 	began := time.Now()
-	hs.Close()
+	hs.close()
 	if took := time.Since(began); took > closeKillAfter+time.Second {
 		t.Errorf("Close took %v", took)
 	}
@@ -881,12 +881,12 @@ func BenchmarkDeliverToFirstLine(b *testing.B) {
 				b.Fatal(err)
 			}
 			defer fifo.Close()
-			hs, logged := startHandlers(b, HandlerConfig{shell: shell, Env: extraEnv("FIFO=" + path)}, `*=echo x >"$FIFO"; cat >/dev/null`)
+			hs, logged := startHandlers(b, handlerConfig{shell: shell, env: extraEnv("FIFO=" + path)}, `*=echo x >"$FIFO"; cat >/dev/null`)
 			buf := make([]byte, 10)
 			var took []time.Duration
 			for i := 0; b.Loop(); i++ {
 				began := time.Now()
-				hs.Deliver(userEventOf("e", "payload", uint64(i), false), nil)
+				hs.deliver(userEventOf("e", "payload", uint64(i), false), nil)
 				fifo.Read(buf)
 				took = append(took, time.Since(began))
 				logged.waitFor(b, "script output", 1)

@@ -46,7 +46,7 @@ type rig struct {
 	may       map[netip.AddrPort]bool // members, seeds, addresses of joins and namesakes
 	got, sent map[netip.AddrPort]int  // bytes from and to all others
 	incs      map[*entry]uint64
-	told      map[string]EventKind
+	told      map[string]eventKind
 }
 
 // peerMode is how a peer answers of its own accord.
@@ -81,23 +81,23 @@ func rigPeer(a netip.AddrPort) int {
 // newRig makes a node with 0 to 7 peers out of the first bytes.
 func newRig(t *testing.T, in []byte) *rig {
 	r := &rig{t: t, in: in, numbers: make(map[string]uint64), may: make(map[netip.AddrPort]bool), incs: make(map[*entry]uint64),
-		got: make(map[netip.AddrPort]int), sent: make(map[netip.AddrPort]int), told: make(map[string]EventKind)}
+		got: make(map[netip.AddrPort]int), sent: make(map[netip.AddrPort]int), told: make(map[string]eventKind)}
 	self := Member{Name: "n", Addr: rigAddr(0), Incarnation: 1000, Born: 1000}
 	setup := r.byte()
 	if setup&1 > 0 {
 		self.Name, self.Tags = strings.Repeat("n", maxName), Tags("k="+strings.Repeat("v", maxTags-2))
 		self.Incarnation, self.Born = 1<<55+1<<20, 1<<55
 	}
-	cfg := nodeConfig{Self: self, ReapAfter: 20 * time.Second, Answers: []string{"load"}}
+	cfg := nodeConfig{member: self, reapAfter: 20 * time.Second, answers: []string{"load"}}
 	if setup&2 > 0 {
-		cfg.Seeds = []string{"seed"}
+		cfg.seeds = []string{"seed"}
 	}
-	cfg.Random[0] = setup
+	cfg.random[0] = setup
 	r.n = newNode(cfg, 0)
 	r.note()
 	for i := 1; i <= int(setup>>2%rigPeers); i++ {
 		r.mode[i] = peerAnswers
-		r.n.adopt(&update{Member: Member{Name: rigNames[i], Addr: rigAddr(i), Incarnation: 1005, Born: 1000, Status: StatusAlive}})
+		r.n.adopt(&update{Member: Member{Name: rigNames[i], Addr: rigAddr(i), Incarnation: 1005, Born: 1000, Status: statusAlive}})
 		r.n.joining.since = 1
 	}
 	r.settle()
@@ -324,7 +324,7 @@ func (r *rig) step() {
 		for i := range 40 {
 			m := fmt.Sprintf("m%03d", from+byte(i))
 			if much&1 == 0 {
-				r.flood(update{Member: Member{Name: m, Addr: rigAddr(300 + int(from) + i), Incarnation: 1000, Born: 1000, Status: StatusAlive}})
+				r.flood(update{Member: Member{Name: m, Addr: rigAddr(300 + int(from) + i), Incarnation: 1000, Born: 1000, Status: statusAlive}})
 				continue
 			}
 			h := head{Kind: kCheck, Target: m, Seq: uint32(i) + uint32(much)<<8}
@@ -512,8 +512,8 @@ func (r *rig) react(o outputs) {
 		r.todo = append(r.todo, func() { r.tell(func(n *node) { n.saw(s) }) })
 	}
 	for _, ev := range o.events {
-		if ev.Kind == EventQuery && r.byte()&1 > 0 {
-			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.replied(ev.Member, ev.ID, replyDone, make([]byte, maxPayload)) }) })
+		if ev.kind == eventQuery && r.byte()&1 > 0 {
+			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.replied(ev.Member, ev.id, replyDone, make([]byte, maxPayload)) }) })
 		}
 	}
 }
@@ -563,7 +563,7 @@ func (r *rig) check(o outputs) {
 
 func (r *rig) checkTable() {
 	n, tb := r.n, r.n.t
-	if n.self != tb.get(n.self.Name) || n.self.Status != StatusAlive || n.self.lost || n.self.reaped {
+	if n.self != tb.get(n.self.Name) || n.self.Status != statusAlive || n.self.lost || n.self.reaped {
 		r.t.Fatalf("it thinks of itself as %+v", n.self)
 	}
 	digest, alive, failed, total := uint64(0), 0, 0, 0
@@ -580,10 +580,10 @@ func (r *rig) checkTable() {
 		r.incs[e] = e.Incarnation
 		if !e.reaped {
 			digest ^= e.digest()
-			if e.Status < StatusLeft {
+			if e.Status < statusLeft {
 				total++
 			}
-			if e.visible() == StatusFailed {
+			if e.visible() == statusFailed {
 				failed++
 			}
 		}
@@ -619,7 +619,7 @@ func (r *rig) checkBounds() {
 	bound("duties", len(n.queries.duties), maxDuties)
 	bound("letters", len(n.letters.open), maxDuties+rings*4+maxQueries*members)
 	for _, ev := range n.spread.events.recent {
-		bound("bytes of an event", len(ev.Name)+len(ev.Payload), maxPayload)
+		bound("bytes of an event", len(ev.name)+len(ev.payload), maxPayload)
 	}
 	for _, f := range n.spread.queue {
 		bound("bytes of a flood", len(f.data), maxPayload+maxName+60)
@@ -633,35 +633,35 @@ func (r *rig) checkBounds() {
 // checkEvent: per member, events alternate.
 func (r *rig) checkEvent(ev Event) {
 	name, was := ev.Member.Name, r.told[ev.Member.Name]
-	alive := was == EventJoin
+	alive := was == eventJoin
 	ok := true
-	switch ev.Kind {
-	case EventUser, EventQuery:
-		if len(ev.Name)+len(ev.Payload) > maxPayload {
-			r.t.Fatalf("a %v of %d bytes", ev.Kind, len(ev.Name)+len(ev.Payload))
+	switch ev.kind {
+	case eventUser, eventQuery:
+		if len(ev.name)+len(ev.payload) > maxPayload {
+			r.t.Fatalf("a %v of %d bytes", ev.kind, len(ev.name)+len(ev.payload))
 		}
 		return
-	case EventAnswer:
+	case eventAnswer:
 		return
-	case EventJoin:
+	case eventJoin:
 		ok = !alive
-	case EventFailed:
+	case eventFailed:
 		ok = alive
-	case EventUpdate:
+	case eventUpdate:
 		ok = alive
-		ev.Kind = EventJoin
-	case EventLeave:
-		ok = was != EventLeave
-	case EventReap: // who was reaped may be heard of again as failed, without an event
+		ev.kind = eventJoin
+	case eventLeave:
+		ok = was != eventLeave
+	case eventReap: // who was reaped may be heard of again as failed, without an event
 		ok = !alive
 	}
 	if name == r.n.self.Name {
-		ok = ok && ev.Kind == EventJoin
+		ok = ok && ev.kind == eventJoin
 	}
 	if !ok {
-		r.t.Fatalf("%v of %s after %v", ev.Kind, name, was)
+		r.t.Fatalf("%v of %s after %v", ev.kind, name, was)
 	}
-	r.told[name] = ev.Kind
+	r.told[name] = ev.kind
 }
 
 // FuzzNode: whatever peers say, repeat, garble and fail to answer, the node
@@ -712,7 +712,7 @@ func (r *rig) aftermath() {
 // crowd tells the node of count more members, m000 and so on.
 func (r *rig) crowd(count int) {
 	for i := range count {
-		r.flood(update{Member: Member{Name: fmt.Sprintf("m%03d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Born: 1000, Status: StatusAlive}})
+		r.flood(update{Member: Member{Name: fmt.Sprintf("m%03d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Born: 1000, Status: statusAlive}})
 	}
 	r.settle()
 }
@@ -767,7 +767,7 @@ func TestATableThatGoesBackIsCutOff(t *testing.T) {
 func TestAStrangersTableThatTellsOfANamesakeMakesTheNodeJoinNobody(t *testing.T) {
 	r := newRig(t, nil)
 	x := &exchange{with: Member{Name: "a", Born: 1000}}
-	m := Member{Name: "n", Addr: rigAddr(2), Incarnation: 900, Born: 900, Status: StatusAlive}
+	m := Member{Name: "n", Addr: rigAddr(2), Incarnation: 900, Born: 900, Status: statusAlive}
 	r.tell(func(n *node) { n.merge(x, head{Kind: kTable}, []update{{Member: m}}) })
 	frame, _ := r.n.piece(x)
 	if _, us := (&sim{}).frame(frame); len(us) > 0 {
@@ -781,7 +781,7 @@ func TestAStrangersTableThatTellsOfANamesakeMakesTheNodeJoinNobody(t *testing.T)
 
 func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	r := newRig(t, []byte{2 << 2})
-	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Born: 9, Status: StatusAlive}
+	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Born: 9, Status: statusAlive}
 	r.flood(update{Member: m, By: strings.Repeat("y", 1200)})
 	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Event: "deploy", LTime: 1, By: strings.Repeat("y", 400)})
 	had := len(r.sealed)
@@ -799,13 +799,13 @@ func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 func TestTheSumsAreRightWhenAMemberComesBackThatWasForgotten(t *testing.T) {
 	r := newRig(t, []byte{1 << 2})
 	m := r.n.t.get("a").Member
-	m.Status = StatusFailed
+	m.Status = statusFailed
 	r.n.adopt(&update{Member: m})
-	r.pass(r.n.ReapAfter + 3*time.Second)
+	r.pass(r.n.reapAfter + 3*time.Second)
 	if !r.n.t.get("a").reaped {
 		t.Fatal("a is not forgotten yet")
 	}
-	m.Status, m.Incarnation = StatusAlive, m.Incarnation+1
+	m.Status, m.Incarnation = statusAlive, m.Incarnation+1
 	r.n.adopt(&update{Member: m})
 	r.settle() // compares
 }
@@ -820,13 +820,13 @@ func TestARecordedAnswerDoesNotReviveWhoeverFailedForMe(t *testing.T) {
 	recorded := slices.Clone(r.sealed)
 	r.mode = [rigPeers]peerMode{}
 	r.pass(8 * time.Second)
-	if a.visible() != StatusFailed || !a.lost {
+	if a.visible() != statusFailed || !a.lost {
 		t.Fatalf("a is %v", a.visible())
 	}
 	for _, b := range recorded {
 		r.datagram(a.Addr, b)
 		r.settle()
-		if a.visible() != StatusFailed {
+		if a.visible() != statusFailed {
 			t.Fatalf("revived by %s", (&lab{t: t}).say(b))
 		}
 	}
@@ -840,10 +840,10 @@ func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
 	r.pass(3 * time.Second)
 	recorded := slices.Clone(r.sealed)
 	dead := b
-	dead.Status = StatusFailed
+	dead.Status = statusFailed
 	r.flood(update{Member: dead})
 	r.mode[2] = peerAbsent
-	r.pass(2*r.n.ReapAfter + 3*time.Second)
+	r.pass(2*r.n.reapAfter + 3*time.Second)
 	if r.n.t.get("b") != nil {
 		t.Fatal("b is not forgotten")
 	}
@@ -878,9 +878,9 @@ func TestARecordingDoesNotHideThatTheNodeIsCutOff(t *testing.T) {
 func TestForgedSuspectsInAFullTableCostLittle(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range maxMembers - 10 {
-		m := Member{Name: fmt.Sprintf("m%05d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Born: 1000, Status: StatusAlive}
+		m := Member{Name: fmt.Sprintf("m%05d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Born: 1000, Status: statusAlive}
 		r.n.t.apply(r.n.now, m, 0)
-		if m.Status = StatusSuspect; i%3 == 0 {
+		if m.Status = statusSuspect; i%3 == 0 {
 			r.n.t.apply(r.n.now, m, 0)
 		}
 	}
@@ -890,7 +890,7 @@ func TestForgedSuspectsInAFullTableCostLittle(t *testing.T) {
 	for i := range 200 { // each datagram names twenty more
 		var us []update
 		for k := range 20 {
-			us = append(us, update{Member: Member{Name: fmt.Sprintf("m%05d", (i*20+k)*3+1), Addr: rigAddr(300 + (i*20+k)*3 + 1), Incarnation: 1000, Born: 1000, Status: StatusSuspect}})
+			us = append(us, update{Member: Member{Name: fmt.Sprintf("m%05d", (i*20+k)*3+1), Addr: rigAddr(300 + (i*20+k)*3 + 1), Incarnation: 1000, Born: 1000, Status: statusSuspect}})
 		}
 		b := r.from("a", head{Kind: kFlood}, us...)
 		r.n.enter(r.now, func(n *node) { n.datagram(rigAddr(1), b, false) })
@@ -915,7 +915,7 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	const esc = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r\x7f\xff"
 	logs := newLogWriter(1)
 	r := newRig(t, []byte{1 << 2})
-	m := Member{Name: "evil", Addr: rigAddr(3), Incarnation: 5, Born: 5, Status: StatusAlive, Tags: "k" + esc + "=v" + esc + "\x00role=" + esc}
+	m := Member{Name: "evil", Addr: rigAddr(3), Incarnation: 5, Born: 5, Status: statusAlive, Tags: "k" + esc + "=v" + esc + "\x00role=" + esc}
 	r.flood(update{Member: m})
 	bad := m
 	bad.Name += esc
@@ -935,9 +935,9 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 
 // greeting is the first thing that a stranger says who knows the protocol, and
 // has no key.
-func greeting(t testing.TB, g *Gossip) (net.Conn, *session) {
+func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	t.Helper()
-	self, _ := g.Self()
+	self, _ := g.me()
 	c, err := net.Dial("tcp", self.Addr.String())
 	if err != nil {
 		t.Fatal(err)
@@ -949,8 +949,8 @@ func greeting(t testing.TB, g *Gossip) (net.Conn, *session) {
 
 func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
 	t.Parallel()
-	g, l := startTestGossip(t, "red", GossipConfig{})
-	self, _ := g.Self()
+	g, l := startTestGossip(t, "red", gossipConfig{})
+	self, _ := g.me()
 	t.Cleanup(func() {
 		if strings.Contains(l.String(), "[WARN]") { // a look whether the port is open is no news
 			t.Errorf("logged:\n%s", l)
@@ -977,8 +977,8 @@ func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
 
 // A recorded first frame of 93 bytes was answered with the whole table.
 func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{Keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}})
-	self, _ := g.Self()
+	g, _ := startTestGossip(t, "red", gossipConfig{keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}})
+	self, _ := g.me()
 	recorded := &bytes.Buffer{} // what a member says
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -998,8 +998,8 @@ func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
 		io.Copy(io.MultiWriter(recorded, to), c)
 		to.Close()
 	}()
-	other, _ := startTestGossip(t, "green", GossipConfig{Keys: g.cfg.Keys})
-	if n, err := other.Join([]string{ln.Addr().String()}, false); n != 1 {
+	other, _ := startTestGossip(t, "green", gossipConfig{keys: g.cfg.keys})
+	if n, err := other.join([]string{ln.Addr().String()}, false); n != 1 {
 		t.Fatal(err)
 	}
 	eventually(t, "a recording", func() bool { return recorded.Len() > helloSize })
@@ -1020,7 +1020,7 @@ func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
 // Whoever has no key to get past says hello as a member does, and then sends
 // tables as fast as they are taken.
 func TestTablesThatPourInFillNoMemoryAndDelayNoAnswer(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
+	g, _ := startTestGossip(t, "red", gossipConfig{})
 	before := heapInUse()
 	var frames atomic.Int64
 	quit := make(chan struct{})
@@ -1034,7 +1034,7 @@ func TestTablesThatPourInFillNoMemoryAndDelayNoAnswer(t *testing.T) {
 	worst := time.Duration(0)
 	for frames.Load() < 1000 {
 		start := time.Now()
-		g.Self()
+		g.me()
 		worst = max(worst, time.Since(start))
 		time.Sleep(ms)
 	}
@@ -1055,8 +1055,8 @@ func heapInUse() int64 {
 }
 
 // pour sends pieces of a table until the agent has enough of it.
-func pour(g *Gossip, frames *atomic.Int64, quit chan struct{}) bool {
-	self, _ := g.Self()
+func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
+	self, _ := g.me()
 	c, err := net.DialTimeout("tcp", self.Addr.String(), time.Second)
 	if err != nil {
 		return false
@@ -1069,7 +1069,7 @@ func pour(g *Gossip, frames *atomic.Int64, quit chan struct{}) bool {
 	for i := 0; s.err == nil; i++ {
 		var us []update
 		for k := range 300 {
-			us = append(us, update{Member: Member{Name: fmt.Sprintf("y%d-%d", i, k), Addr: rigAddr(1), Incarnation: 9, Born: 9, Status: StatusLeft}})
+			us = append(us, update{Member: Member{Name: fmt.Sprintf("y%d-%d", i, k), Addr: rigAddr(1), Incarnation: 9, Born: 9, Status: statusLeft}})
 		}
 		s.write(&head{Kind: kTable, From: "x", More: true, Target: fmt.Sprintf("z%06d", i)}, us...)
 		for more := true; more && s.err == nil; {
@@ -1088,8 +1088,8 @@ func pour(g *Gossip, frames *atomic.Int64, quit chan struct{}) bool {
 }
 
 func TestConnectionsComeAndGoWithoutATrace(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
-	self, _ := g.Self()
+	g, _ := startTestGossip(t, "red", gossipConfig{})
+	self, _ := g.me()
 	before := runtime.NumGoroutine()
 	rng := rand.New(rand.NewPCG(1, 2))
 	for i := range 300 {

@@ -594,7 +594,7 @@ func parseTags(option string, list []string) (Tags, error) {
 		}
 		kv[k] = v
 	}
-	tags, err := MakeTags(kv)
+	tags, err := makeTags(kv)
 	if err != nil {
 		err = misuse("", "%s: %v", option, err)
 	}
@@ -626,7 +626,7 @@ func (s *selection) conditions() (conds []func(Member) bool, err error) {
 		if !ok {
 			return nil, misuse("for example: -tag role=web", "-tag takes KEY=RE, not %q", t)
 		}
-		add("-tag", re, func(m Member) (string, bool) { v, ok := m.Tags.Map()[key]; return v, ok })
+		add("-tag", re, func(m Member) (string, bool) { v, ok := m.Tags.asMap()[key]; return v, ok })
 	}
 	return conds, err
 }
@@ -640,7 +640,7 @@ func choose(ms []Member, conds []func(Member) bool) []Member {
 // living are the names of those that are alive.
 func living(ms []Member) (names []string) {
 	for _, m := range ms {
-		if m.Status == StatusAlive {
+		if m.Status == statusAlive {
 			names = append(names, m.Name)
 		}
 	}
@@ -662,7 +662,7 @@ func (l *listing) run(c *client) error {
 		return err
 	case l.timeout > 0 && l.wait == 0:
 		return misuse("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
-	case l.wait > 0 && !conds[0](Member{Status: StatusAlive}):
+	case l.wait > 0 && !conds[0](Member{Status: statusAlive}):
 		return misuse("", "-wait counts the living, and -status %q leaves them out", l.status)
 	}
 	const pause = 100 * ms
@@ -699,7 +699,7 @@ func membersText(ms []Member) string {
 	var rows [][4]string
 	width := [4]int{0, 0, len("failed"), 0}
 	for _, m := range ms {
-		row := [4]string{printable(m.Name, ""), m.Addr.String(), m.Status.String(), printable(strings.Join(m.Tags.Pairs(), ","), "")}
+		row := [4]string{printable(m.Name, ""), m.Addr.String(), m.Status.String(), printable(strings.Join(m.Tags.pairs(), ","), "")}
 		for i, cell := range row {
 			width[i] = max(width[i], utf8.RuneCountInString(cell))
 		}
@@ -722,7 +722,7 @@ func membersJSON(ms []Member) string {
 }
 
 func tagPairs(m Member) (kv pairs) {
-	for _, p := range m.Tags.Pairs() {
+	for _, p := range m.Tags.pairs() {
 		k, v, _ := strings.Cut(p, "=")
 		kv = append(kv, k, v)
 	}
@@ -803,7 +803,7 @@ func (w *watching) lost(n int) string {
 // line is one event.
 func (w *watching) line(a answer, u update) string {
 	at, m := time.Unix(0, a.At), u.Member
-	member := a.Kind < EventUser
+	member := a.Kind < eventUser
 	switch {
 	case w.format == "json" && member:
 		return toJSON(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String(), "name", m.Name, "addr", m.Addr.String(),
@@ -814,7 +814,7 @@ func (w *watching) line(a answer, u update) string {
 	}
 	what := fmt.Sprintf("%s %s", u.Event, u.Payload)
 	if member {
-		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(m.Tags.Pairs(), ","))
+		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(m.Tags.pairs(), ","))
 	}
 	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at.Format("2006/01/02 15:04:05"), a.Kind, printable(what, "")), " ") + "\n"
 }
@@ -916,8 +916,8 @@ func (q *asking) heard(r reply, from, text string) error {
 // agentOptions are the options of the agent; those that need checking as the
 // user wrote them.
 type agentOptions struct {
-	gossip                                                   GossipConfig
-	handlers                                                 HandlerConfig
+	gossip                                                   gossipConfig
+	handlers                                                 handlerConfig
 	bind, advertise, iface, rpcAddr, rpcAuth, role, logLevel string
 	tags, keys, seeds                                        []string
 	leaveOnTerminate                                         bool
@@ -925,8 +925,8 @@ type agentOptions struct {
 
 func agentCommand() *command {
 	a := &agentOptions{
-		gossip:   GossipConfig{nodeConfig: nodeConfig{ReapAfter: 24 * time.Hour}},
-		handlers: HandlerConfig{Timeout: 10 * time.Minute, Grace: handlerGrace},
+		gossip:   gossipConfig{nodeConfig: nodeConfig{reapAfter: 24 * time.Hour}},
+		handlers: handlerConfig{timeout: 10 * time.Minute, grace: handlerGrace},
 		bind:     "0.0.0.0:" + defaultPort, rpcAddr: defaultRPC, logLevel: "info",
 	}
 	c := &command{
@@ -948,7 +948,7 @@ SIGHUP does nothing.
 `,
 		options: []option{
 			{text: "The node"},
-			{"node", "NAME", "its name, unique in the cluster (default: the host name)", &a.gossip.Self.Name, nil},
+			{"node", "NAME", "its name, unique in the cluster (default: the host name)", &a.gossip.member.Name, nil},
 			{"role", "ROLE", "the same as -tag role=ROLE", &a.role, nil},
 			{"tag", "KEY=VALUE", "a tag that others see; repeatable", &a.tags, nil},
 			{text: "Addresses"},
@@ -961,15 +961,15 @@ SIGHUP does nothing.
 			{"join", "HOST[:PORT]", "a node to join, tried until it answers; repeatable,\nor separated by commas", &a.seeds, nil},
 			{"retry-join", "", "", &a.seeds, nil},
 			{"retry-interval", "", "", new(string), nil},
-			{"retry-max", "N", "give up after N rounds of trying: 10 take some two\nminutes, each further one 30 s (default: never)", &a.gossip.RetryMax, nil},
-			{"replay", "", "run handlers for the remembered events of before its\ntime, too", &a.gossip.Replay, nil},
-			{"cluster", "NAME", "nodes with another cluster name are not let in", &a.gossip.Cluster, nil},
+			{"retry-max", "N", "give up after N rounds of trying: 10 take some two\nminutes, each further one 30 s (default: never)", &a.gossip.retryMax, nil},
+			{"replay", "", "run handlers for the remembered events of before its\ntime, too", &a.gossip.replay, nil},
+			{"cluster", "NAME", "nodes with another cluster name are not let in", &a.gossip.cluster, nil},
 			{"encrypt", "KEY", "a key from '{} keygen': only nodes with the key can\nread or join. Repeatable: the first seals, all can open.\nOther users can see arguments: better set HAMLET_ENCRYPT", &a.keys, nil},
-			{"reap-after", "DURATION", "when failed and left members are forgotten\n(default: 24h)", &a.gossip.ReapAfter, nil},
+			{"reap-after", "DURATION", "when failed and left members are forgotten\n(default: 24h)", &a.gossip.reapAfter, nil},
 			{"leave-on-terminate", "", "leave gracefully at SIGTERM, too", &a.leaveOnTerminate, nil},
 			{text: "Handlers"},
-			{"event-handler", "SPEC", "a script to run on events; repeatable. SPEC is SCRIPT or\nEVENT[,EVENT...]=SCRIPT; an EVENT is member-join,\nmember-leave, member-failed, member-update, member-reap,\nuser, user:NAME, query, query:NAME or * (all of them)", &a.handlers.Specs, nil},
-			{"handler-timeout", "DURATION", "when a script is stopped (default: 10m)", &a.handlers.Timeout, nil},
+			{"event-handler", "SPEC", "a script to run on events; repeatable. SPEC is SCRIPT or\nEVENT[,EVENT...]=SCRIPT; an EVENT is member-join,\nmember-leave, member-failed, member-update, member-reap,\nuser, user:NAME, query, query:NAME or * (all of them)", &a.handlers.specs, nil},
+			{"handler-timeout", "DURATION", "when a script is stopped (default: 10m)", &a.handlers.timeout, nil},
 			{text: "Log"},
 			{"log-level", "LEVEL", "trace, debug, info, warn or err (default: info)", &a.logLevel, nil},
 		},
@@ -987,16 +987,16 @@ SIGHUP does nothing.
 // for the advertised address.
 func (a *agentOptions) check() (why string, err error) {
 	cfg := &a.gossip
-	if cfg.Self.Name == "" {
-		cfg.Self.Name, _ = os.Hostname()
+	if cfg.member.Name == "" {
+		cfg.member.Name, _ = os.Hostname()
 	}
-	if err := validName(cfg.Self.Name); err != nil {
+	if err := validName(cfg.member.Name); err != nil {
 		return "", misuse("choose a name with -node", "%v", err)
 	}
 	for _, s := range a.seeds {
-		cfg.Seeds = append(cfg.Seeds, strings.Split(s, ",")...)
+		cfg.seeds = append(cfg.seeds, strings.Split(s, ",")...)
 	}
-	if err := checkAddrs("-join", cfg.Seeds); err != nil {
+	if err := checkAddrs("-join", cfg.seeds); err != nil {
 		return "", err
 	}
 	tags, err := parseTags("-tag", a.tags)
@@ -1004,22 +1004,22 @@ func (a *agentOptions) check() (why string, err error) {
 		return "", err
 	}
 	if a.role != "" {
-		if old, ok := tags.Map()["role"]; ok && old != a.role {
+		if old, ok := tags.asMap()["role"]; ok && old != a.role {
 			return "", misuse("give one of them", "-role %q and -tag role=%q differ", a.role, old)
 		}
-		if tags, err = parseTags("-role", append(tags.Pairs(), "role="+a.role)); err != nil {
+		if tags, err = parseTags("-role", append(tags.pairs(), "role="+a.role)); err != nil {
 			return "", err
 		}
 	}
-	cfg.Self.Tags = tags
-	if cfg.Keys, err = parseKeys(a.keys); err != nil {
+	cfg.member.Tags = tags
+	if cfg.keys, err = parseKeys(a.keys); err != nil {
 		return "", misuse(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
-	if cfg.Bind, err = parseBind(a.bind); err != nil {
+	if cfg.bind, err = parseBind(a.bind); err != nil {
 		return "", misuse("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946", "-bind: %v", err)
 	}
-	cfg.Moves = cfg.Bind.Addr().IsUnspecified() && a.advertise == "" && a.iface == ""
-	cfg.Self.Addr, why, err = a.advertised()
+	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == "" && a.iface == ""
+	cfg.member.Addr, why, err = a.advertised()
 	return why, err
 }
 
@@ -1065,25 +1065,25 @@ func (a *agentOptions) run(known map[string]bool) error {
 		return err
 	}
 	defer ln.Close()
-	var g *Gossip
+	var g *gossip
 	started := make(chan struct{}) // g is there
-	a.handlers.Log = logger
-	a.handlers.Env = func() []string {
+	a.handlers.log = logger
+	a.handlers.env = func() []string {
 		<-started
-		self, alone := g.Self()
+		self, alone := g.me()
 		return handlerEnv(self, alone, loopbackFor(ln.Addr()), a.rpcAuth)
 	}
-	handlers, err := NewHandlers(a.handlers)
+	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
-	a.gossip.RPCPort = uint16(ln.Addr().(*net.TCPAddr).Port)
-	a.gossip.Answers, a.gossip.Log, a.gossip.Events = handlers.Answers(), logger, handlers.Deliver
-	if g, err = StartGossip(a.gossip); err != nil {
-		return startFailure("gossip", "-bind", a.gossip.Bind.String(), err)
+	a.gossip.rpcPort = uint16(ln.Addr().(*net.TCPAddr).Port)
+	a.gossip.answers, a.gossip.log, a.gossip.events = handlers.answers(), logger, handlers.deliver
+	if g, err = startGossip(a.gossip); err != nil {
+		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
 	close(started)
-	self, _ := g.Self()
+	self, _ := g.me()
 	a.banner(self, why, ln.Addr(), logger)
 	for _, kv := range os.Environ() {
 		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "HAMLET_") && !known[name] {
@@ -1116,7 +1116,7 @@ func listenRPC(addr string) (net.Listener, error) {
 
 // banner tells how the agent can be reached, and warns of what is hardly meant.
 func (a *agentOptions) banner(self Member, why string, rpc net.Addr, logger *log.Logger) {
-	bind, keyed := a.gossip.Bind, len(a.gossip.Keys) > 0
+	bind, keyed := a.gossip.bind, len(a.gossip.keys) > 0
 	if bind.Port() == 0 {
 		bind = netip.AddrPortFrom(bind.Addr(), self.Addr.Port())
 	}
@@ -1139,13 +1139,13 @@ func (a *agentOptions) banner(self Member, why string, rpc net.Addr, logger *log
 }
 
 // info is what the agent knows of itself: group, key, value; and so on.
-func (a *agentOptions) info(g *Gossip, handlers *Handlers) (facts []string) {
+func (a *agentOptions) info(g *gossip, handlers *handlers) (facts []string) {
 	add := func(group string, kv ...any) {
 		for i := 0; i < len(kv); i += 2 {
 			facts = append(facts, group, fmt.Sprint(kv[i]), fmt.Sprint(kv[i+1]))
 		}
 	}
-	self, _ := g.Self()
+	self, _ := g.me()
 	add("agent", "name", self.Name, "addr", self.Addr, "version", version, "uptime", time.Since(g.start).Round(time.Second))
 	add("event_handlers", "", "")
 	for _, h := range handlers.all {
@@ -1154,7 +1154,7 @@ func (a *agentOptions) info(g *Gossip, handlers *Handlers) (facts []string) {
 	}
 	add("runtime", "arch", runtime.GOARCH, "cpu_count", runtime.NumCPU(), "goroutines", runtime.NumGoroutine(),
 		"max_procs", runtime.GOMAXPROCS(0), "os", runtime.GOOS, "version", runtime.Version())
-	add("serf", "encrypted", len(a.gossip.Keys) > 0)
+	add("serf", "encrypted", len(a.gossip.keys) > 0)
 	g.do(func(n *node) error { add("serf", n.info()...); return nil })
 	add("tags", append([]any{"", ""}, tagPairs(self)...)...)
 	return facts
@@ -1162,18 +1162,18 @@ func (a *agentOptions) info(g *Gossip, handlers *Handlers) (facts []string) {
 
 // wait returns when the agent has ended: told by a signal, by the leave
 // command, or by itself.
-func (a *agentOptions) wait(g *Gossip, rpc *rpcServer, handlers *Handlers, signals <-chan os.Signal, logger *log.Logger) error {
+func (a *agentOptions) wait(g *gossip, rpc *rpcServer, handlers *handlers, signals <-chan os.Signal, logger *log.Logger) error {
 	ended := make(chan struct{})
-	go func() { <-g.Done(); rpc.Close(); handlers.Close(g.Last()...); close(ended) }()
+	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
 	var told time.Time // to stop
 	for {
 		var s os.Signal
 		select {
 		case <-ended:
-			if err := g.Err(); errors.Is(err, errTaken) {
+			if err := g.err; errors.Is(err, errTaken) {
 				return trouble("choose another name with -node", "%v", err)
 			}
-			return g.Err()
+			return g.err
 		case s = <-signals:
 		}
 		switch {
@@ -1186,14 +1186,14 @@ func (a *agentOptions) wait(g *Gossip, rpc *rpcServer, handlers *Handlers, signa
 			told = time.Now()
 			logger.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
 			go func() {
-				if err := g.Leave(); err != nil {
+				if err := g.leave(); err != nil {
 					logger.Printf("[WARN] leave: %v", err)
 				}
 			}()
 		default: // peers notice at once; handlers get their grace
 			told = time.Now()
 			logger.Printf("[INFO] %v: ending without leaving", s)
-			g.Close()
+			g.close()
 		}
 	}
 }
@@ -1257,7 +1257,7 @@ func loopbackFor(a net.Addr) string {
 
 // advertised returns the address that others are told, and the reason.
 func (a *agentOptions) advertised() (addr netip.AddrPort, why string, err error) {
-	bind := a.gossip.Bind
+	bind := a.gossip.bind
 	const hint = "-advertise takes HOST or HOST:PORT, -iface the name of an interface"
 	switch {
 	case a.advertise != "" && a.iface != "":
@@ -1282,7 +1282,7 @@ func (a *agentOptions) advertised() (addr netip.AddrPort, why string, err error)
 		}
 		return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
 	}
-	addr, why = chooseAdvertise(bind, a.gossip.Seeds)
+	addr, why = chooseAdvertise(bind, a.gossip.seeds)
 	return addr, why, nil
 }
 

@@ -110,7 +110,7 @@ func TestAdvertiseOptionDecides(t *testing.T) {
 		{"0.0.0.0:7000", "::", ""},
 		{"0.0.0.0:7000", "no.such.host.invalid", ""},
 	} {
-		a := agentOptions{advertise: tt.advertise, gossip: GossipConfig{Bind: netip.MustParseAddrPort(tt.bind)}}
+		a := agentOptions{advertise: tt.advertise, gossip: gossipConfig{bind: netip.MustParseAddrPort(tt.bind)}}
 		got, _, err := a.advertised()
 		if err == nil && got.String() != tt.want || err != nil && tt.want != "" {
 			t.Errorf("-bind %s -advertise %s: %s, %v; want %s", tt.bind, tt.advertise, got, err, tt.want)
@@ -121,8 +121,8 @@ func TestAdvertiseOptionDecides(t *testing.T) {
 // --- output
 
 var exampleMembers = []Member{
-	{Name: "c1fbbfe7c9ea", Addr: netip.MustParseAddrPort("172.17.0.20:7946"), Status: StatusAlive},
-	{Name: "precise64", Addr: netip.MustParseAddrPort("10.0.2.15:7946"), Status: StatusAlive, Tags: "role=lb"},
+	{Name: "c1fbbfe7c9ea", Addr: netip.MustParseAddrPort("172.17.0.20:7946"), Status: statusAlive},
+	{Name: "precise64", Addr: netip.MustParseAddrPort("10.0.2.15:7946"), Status: statusAlive, Tags: "role=lb"},
 }
 
 func TestMembersTextIsAligned(t *testing.T) {
@@ -131,7 +131,7 @@ func TestMembersTextIsAligned(t *testing.T) {
 	if got := membersText(exampleMembers); got != want {
 		t.Errorf("got:\n%swant:\n%s", got, want)
 	}
-	ms := append(slices.Clone(exampleMembers), Member{Name: "ノード", Addr: netip.MustParseAddrPort("[2001:db8::7]:7946"), Status: StatusLeaving, Tags: "a=1\x00b=x y"})
+	ms := append(slices.Clone(exampleMembers), Member{Name: "ノード", Addr: netip.MustParseAddrPort("[2001:db8::7]:7946"), Status: statusLeaving, Tags: "a=1\x00b=x y"})
 	want = "c1fbbfe7c9ea    172.17.0.20:7946      alive\n" +
 		"precise64       10.0.2.15:7946        alive      role=lb\n" +
 		"ノード             [2001:db8::7]:7946    leaving    a=1,b=x y\n"
@@ -172,7 +172,7 @@ func TestMembersJSONIsSerfs(t *testing.T) {
 
 func TestEscapeSequencesFromPeersDoNotReachTheTerminal(t *testing.T) {
 	nasty := "\x1b[2J\u009b31m\x7f\"\\\u202e\r\n\tü日\U0001f600\U000e0001"
-	ms := []Member{{Name: nasty, Addr: exampleMembers[0].Addr, Status: StatusAlive, Tags: Tags("k" + nasty + "=v" + nasty)}}
+	ms := []Member{{Name: nasty, Addr: exampleMembers[0].Addr, Status: statusAlive, Tags: Tags("k" + nasty + "=v" + nasty)}}
 	graphic := func(s string) bool {
 		return strings.IndexFunc(s, func(r rune) bool { return !unicode.IsGraphic(r) && r != '\n' }) < 0
 	}
@@ -244,18 +244,18 @@ func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
 }
 
 func TestLinesOfWatch(t *testing.T) {
-	m := Member{Name: "web1", Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Status: StatusFailed, Tags: "role=web"}
+	m := Member{Name: "web1", Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Status: statusFailed, Tags: "role=web"}
 	at := time.Date(2013, 12, 8, 7, 56, 48, 0, time.Local).UnixNano()
 	for _, tt := range []struct {
 		a          answer
 		u          update
 		text, json string
 	}{
-		{answer{Kind: EventFailed, At: at}, update{Member: m}, "2013/12/08 07:56:48 member-failed: web1 10.0.0.1:7946 failed role=web\n",
+		{answer{Kind: eventFailed, At: at}, update{Member: m}, "2013/12/08 07:56:48 member-failed: web1 10.0.0.1:7946 failed role=web\n",
 			`"event": "member-failed", "name": "web1", "addr": "10.0.0.1:7946", "tags": {"role": "web"}, "status": "failed"}`},
-		{answer{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: StatusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
+		{answer{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: statusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
 			`"event": "member", "name": "a", "addr": "10.0.0.1:7946", "tags": {}, "status": "alive"}`},
-		{answer{Kind: EventUser, At: at}, update{Member: m, Event: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
+		{answer{Kind: eventUser, At: at}, update{Member: m, Event: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
 		if got := (&watching{format: "text"}).line(tt.a, tt.u); got != tt.text {

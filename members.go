@@ -32,12 +32,12 @@ const (
 type Status uint8
 
 const (
-	StatusAlive   Status = iota + 1
-	StatusSuspect        // unreachable for two observers; still shown as alive
-	StatusLeaving        // only ever shown by a member about itself
-	StatusFailed
-	StatusLeft
-	StatusPruned // left and to be forgotten; shown to nobody
+	statusAlive   Status = iota + 1
+	statusSuspect        // unreachable for two observers; still shown as alive
+	statusLeaving        // only ever shown by a member about itself
+	statusFailed
+	statusLeft
+	statusPruned // left and to be forgotten; shown to nobody
 )
 
 // statusNames are the words that users see; the index is the Status.
@@ -46,12 +46,12 @@ var statusNames = [...]string{"unknown", "alive", "alive", "leaving", "failed", 
 func (s Status) String() string { return statusNames[s] }
 
 // dead reports whether the member is believed to be gone.
-func (s Status) dead() bool { return s >= StatusFailed }
+func (s Status) dead() bool { return s >= statusFailed }
 
 // settled takes a suspect as alive: suspicion is short, and settles itself.
 func (s Status) settled() Status {
-	if s == StatusSuspect {
-		return StatusAlive
+	if s == statusSuspect {
+		return statusAlive
 	}
 	return s
 }
@@ -60,9 +60,9 @@ func (s Status) settled() Status {
 // goes flat on the wire.
 type Tags string
 
-// MakeTags checks and packs tags. Keys must not be empty or hold '=' or NUL; all of it together may take 512
+// makeTags checks and packs tags. Keys must not be empty or hold '=' or NUL; all of it together may take 512
 // bytes.
-func MakeTags(kv map[string]string) (Tags, error) {
+func makeTags(kv map[string]string) (Tags, error) {
 	var pairs []string
 	for _, k := range slices.Sorted(maps.Keys(kv)) {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.ContainsRune(kv[k], 0) {
@@ -77,14 +77,14 @@ func MakeTags(kv map[string]string) (Tags, error) {
 	return t, nil
 }
 
-// valid reports whether MakeTags could have made t.
+// valid reports whether makeTags could have made t.
 func (t Tags) valid() bool {
-	same, err := MakeTags(t.Map())
+	same, err := makeTags(t.asMap())
 	return err == nil && same == t
 }
 
 // Pairs returns the tags as "key=value", sorted by key.
-func (t Tags) Pairs() []string { return list(string(t)) }
+func (t Tags) pairs() []string { return list(string(t)) }
 
 // list splits what NUL separates.
 func list(s string) []string {
@@ -95,9 +95,9 @@ func list(s string) []string {
 }
 
 // Map returns the tags as a map; it is never nil.
-func (t Tags) Map() map[string]string {
+func (t Tags) asMap() map[string]string {
 	kv := make(map[string]string)
-	for _, p := range t.Pairs() {
+	for _, p := range t.pairs() {
 		k, v, _ := strings.Cut(p, "=")
 		kv[k] = v
 	}
@@ -158,40 +158,40 @@ func validName(s string) error {
 	return nil
 }
 
-// EventKind is the kind of an event; its String is what handlers are told.
-type EventKind uint8
+// eventKind is the kind of an event; its String is what handlers are told.
+type eventKind uint8
 
 const (
-	EventJoin EventKind = iota + 1
-	EventLeave
-	EventFailed
-	EventUpdate
-	EventReap
-	EventUser
-	EventQuery
-	EventAnswer // to a query of this agent: for whoever asked, not for handlers
+	eventJoin eventKind = iota + 1
+	eventLeave
+	eventFailed
+	eventUpdate
+	eventReap
+	eventUser
+	eventQuery
+	eventAnswer // to a query of this agent: for whoever asked, not for handlers
 )
 
-// eventNames are Serf's words for what handlers are told; the index is the EventKind, where 0 is no event:
+// eventNames are Serf's words for what handlers are told; the index is the eventKind, where 0 is no event:
 // that a member is there.
 var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
 
-func (k EventKind) String() string { return eventNames[k] }
+func (k eventKind) String() string { return eventNames[k] }
 
 // Event is one thing that handlers, the log and watchers are told: something that happened to Member, or
-// (EventUser, EventQuery) what a user sent, whose sender is Member.
+// (eventUser, eventQuery) what a user sent, whose sender is Member.
 type Event struct {
-	Kind   EventKind
+	kind   eventKind
 	Member Member
 
-	Name     string // of the user event or query
-	Payload  []byte // what was sent, or (EventAnswer) what came back
-	LTime    uint64 // Lamport time at which it was sent
-	Coalesce bool   // of several that wait in a queue, the last will do
+	name     string // of the user event or query
+	payload  []byte // what was sent, or (eventAnswer) what came back
+	lTime    uint64 // Lamport time at which it was sent
+	coalesce bool   // of several that wait in a queue, the last will do
 
-	ID     uint32        // EventQuery: the asker's number of it; EventAnswer: of my query
-	Within time.Duration // EventQuery: what is left of its time
-	Reply  reply         // EventAnswer
+	id     uint32        // eventQuery: the asker's number of it; eventAnswer: of my query
+	within time.Duration // eventQuery: what is left of its time
+	reply  reply         // eventAnswer
 }
 
 const (
@@ -230,13 +230,13 @@ type entry struct {
 // visible is the status that users see.
 func (e *entry) visible() Status {
 	if e.lost && !e.Status.dead() {
-		return StatusFailed
+		return statusFailed
 	}
 	return e.Status.settled()
 }
 
 // skipped members are walked over on the rings: nobody there would pass on what it is told.
-func (e *entry) skipped() bool { return e.Status == StatusSuspect || e.lost }
+func (e *entry) skipped() bool { return e.Status == statusSuspect || e.lost }
 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
@@ -294,7 +294,7 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 		t.setOnRings(e, on)
 	}
 	if old.Status != m.Status || old.Born != m.Born {
-		t.changed(m.Status == StatusSuspect || m.Status.dead())
+		t.changed(m.Status == statusSuspect || m.Status.dead())
 	}
 	t.announce(e)
 	return e
@@ -306,10 +306,10 @@ func (t *table) count(e *entry, by int) {
 		return
 	}
 	t.digest ^= e.digest()
-	if e.Status < StatusLeft {
+	if e.Status < statusLeft {
 		t.total += by
 	}
-	if e.Status == StatusFailed || e.lost && !e.Status.dead() {
+	if e.Status == statusFailed || e.lost && !e.Status.dead() {
 		t.failed += by
 	}
 }
@@ -361,27 +361,27 @@ func (t *table) announce(e *entry) {
 		return
 	}
 	e.told, e.shown = e.claim, is.Status
-	tell := func(k EventKind, m Member) { t.events = append(t.events, Event{Kind: k, Member: m}) }
-	alive := was.Status == StatusAlive
+	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, Member: m}) }
+	alive := was.Status == statusAlive
 	switch {
-	case is.Status == StatusAlive && alive && was.Born == is.Born:
+	case is.Status == statusAlive && alive && was.Born == is.Born:
 		if was.Addr != is.Addr || was.Tags != is.Tags {
-			tell(EventUpdate, is)
+			tell(eventUpdate, is)
 		}
-	case is.Status == StatusAlive:
+	case is.Status == statusAlive:
 		if alive {
-			tell(EventFailed, was.with(StatusFailed))
+			tell(eventFailed, was.with(statusFailed))
 		}
-		tell(EventJoin, is)
-	case is.Status == StatusFailed && alive:
-		tell(EventFailed, is)
-	case is.Status == StatusLeft && (alive || was.Status == StatusFailed):
-		tell(EventLeave, is)
-	case is.Status == StatusPruned && was.Status != 0 && was.Status != StatusPruned:
-		if was.Status != StatusLeft {
-			tell(EventLeave, is)
+		tell(eventJoin, is)
+	case is.Status == statusFailed && alive:
+		tell(eventFailed, is)
+	case is.Status == statusLeft && (alive || was.Status == statusFailed):
+		tell(eventLeave, is)
+	case is.Status == statusPruned && was.Status != 0 && was.Status != statusPruned:
+		if was.Status != statusLeft {
+			tell(eventLeave, is)
 		}
-		tell(EventReap, is)
+		tell(eventReap, is)
 	}
 }
 
@@ -404,8 +404,8 @@ func (t *table) hide(e *entry) {
 	}
 	t.count(e, -1)
 	e.reaped = true
-	if e.told != nil && e.shown != StatusPruned {
-		t.events = append(t.events, Event{Kind: EventReap, Member: e.told.with(e.shown)})
+	if e.told != nil && e.shown != statusPruned {
+		t.events = append(t.events, Event{kind: eventReap, Member: e.told.with(e.shown)})
 	}
 	e.told = nil
 }
@@ -418,7 +418,7 @@ func (t *table) list(after string, limit int) []Member {
 	}
 	var ms []Member
 	for _, e := range t.ordered[at:] {
-		if len(ms) < limit && !e.reaped && e.Status != StatusPruned {
+		if len(ms) < limit && !e.reaped && e.Status != statusPruned {
 			ms = append(ms, e.with(e.visible()))
 		}
 	}
@@ -536,7 +536,7 @@ type memory struct {
 
 // add remembers ev; false: it was heard before, or is too old to be told from one that was.
 func (m *memory) add(ev userEvent) bool {
-	m.lamport = max(m.lamport, ev.LTime)
+	m.lamport = max(m.lamport, ev.lTime)
 	at, heard := slices.BinarySearchFunc(m.recent, ev.key, func(o userEvent, key string) int { return strings.Compare(o.key, key) })
 	if heard || at == 0 && len(m.recent) == maxEvents {
 		return false

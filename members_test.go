@@ -17,7 +17,7 @@ func testMember(name string, inc uint64, s Status) Member {
 }
 
 func TestWhichClaimWins(t *testing.T) {
-	base := testMember("a", 10, StatusAlive)
+	base := testMember("a", 10, statusAlive)
 	with := func(f func(*Member)) Member { m := base; f(&m); return m }
 	for _, c := range []struct {
 		fact string
@@ -26,11 +26,11 @@ func TestWhichClaimWins(t *testing.T) {
 	}{
 		{"the same claim is no news", base, false},
 		{"a higher incarnation wins", with(func(m *Member) { m.Incarnation = 11 }), true},
-		{"a lower incarnation loses, even if it is worse", with(func(m *Member) { m.Incarnation = 9; m.Status = StatusFailed }), false},
-		{"suspect beats alive", with(func(m *Member) { m.Status = StatusSuspect }), true},
-		{"failed beats alive", with(func(m *Member) { m.Status = StatusFailed }), true},
-		{"left beats alive", with(func(m *Member) { m.Status = StatusLeft }), true},
-		{"pruned beats alive", with(func(m *Member) { m.Status = StatusPruned }), true},
+		{"a lower incarnation loses, even if it is worse", with(func(m *Member) { m.Incarnation = 9; m.Status = statusFailed }), false},
+		{"suspect beats alive", with(func(m *Member) { m.Status = statusSuspect }), true},
+		{"failed beats alive", with(func(m *Member) { m.Status = statusFailed }), true},
+		{"left beats alive", with(func(m *Member) { m.Status = statusLeft }), true},
+		{"pruned beats alive", with(func(m *Member) { m.Status = statusPruned }), true},
 		{"of two births in one incarnation the later wins", with(func(m *Member) { m.Born = 11 }), true},
 		{"of two addresses in one incarnation, which only a forger makes, the higher wins", with(func(m *Member) { m.Addr = netip.MustParseAddrPort("10.0.0.2:7946") }), true},
 	} {
@@ -41,7 +41,7 @@ func TestWhichClaimWins(t *testing.T) {
 			t.Errorf("%s: both win", c.fact)
 		}
 	}
-	order := []Status{StatusAlive, StatusSuspect, StatusFailed, StatusLeft, StatusPruned}
+	order := []Status{statusAlive, statusSuspect, statusFailed, statusLeft, statusPruned}
 	for i, worse := range order {
 		for _, better := range order[:i] {
 			if !testMember("a", 1, worse).supersedes(testMember("a", 1, better)) {
@@ -52,8 +52,8 @@ func TestWhichClaimWins(t *testing.T) {
 }
 
 func TestEventsOfOneMemberAlternate(t *testing.T) {
-	restarted := testMember("a", 20, StatusAlive)
-	refuted := testMember("a", 11, StatusAlive)
+	restarted := testMember("a", 20, statusAlive)
+	refuted := testMember("a", 11, statusAlive)
 	refuted.Born = 10
 	moved := refuted
 	moved.Incarnation, moved.Addr = 12, netip.MustParseAddrPort("10.0.0.9:7946")
@@ -62,16 +62,16 @@ func TestEventsOfOneMemberAlternate(t *testing.T) {
 		claims []Member
 		want   string
 	}{
-		{"alive, suspect and refuted is one join", []Member{testMember("a", 10, StatusAlive), testMember("a", 10, StatusSuspect), refuted}, "join"},
-		{"failed then refuted joins again", []Member{testMember("a", 10, StatusAlive), testMember("a", 10, StatusFailed), refuted}, "join failed join"},
-		{"a restart nobody noticed is a failure and a join", []Member{testMember("a", 10, StatusAlive), restarted}, "join failed join"},
-		{"a restart that died again is one failure", []Member{testMember("a", 10, StatusAlive), testMember("a", 20, StatusFailed)}, "join failed"},
-		{"one instance at a new address is an update", []Member{testMember("a", 10, StatusAlive), moved}, "join update"},
-		{"failed, then made to leave", []Member{testMember("a", 10, StatusAlive), testMember("a", 10, StatusFailed), testMember("a", 10, StatusLeft)}, "join failed leave"},
-		{"failed, then pruned", []Member{testMember("a", 10, StatusAlive), testMember("a", 10, StatusFailed), testMember("a", 10, StatusPruned)}, "join failed leave reap"},
-		{"left, then pruned", []Member{testMember("a", 10, StatusAlive), testMember("a", 10, StatusLeft), testMember("a", 10, StatusPruned)}, "join leave reap"},
-		{"a stranger that had failed before is not news", []Member{testMember("a", 10, StatusFailed)}, ""},
-		{"left and back", []Member{testMember("a", 10, StatusAlive), testMember("a", 10, StatusLeft), restarted}, "join leave join"},
+		{"alive, suspect and refuted is one join", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusSuspect), refuted}, "join"},
+		{"failed then refuted joins again", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusFailed), refuted}, "join failed join"},
+		{"a restart nobody noticed is a failure and a join", []Member{testMember("a", 10, statusAlive), restarted}, "join failed join"},
+		{"a restart that died again is one failure", []Member{testMember("a", 10, statusAlive), testMember("a", 20, statusFailed)}, "join failed"},
+		{"one instance at a new address is an update", []Member{testMember("a", 10, statusAlive), moved}, "join update"},
+		{"failed, then made to leave", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusFailed), testMember("a", 10, statusLeft)}, "join failed leave"},
+		{"failed, then pruned", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusFailed), testMember("a", 10, statusPruned)}, "join failed leave reap"},
+		{"left, then pruned", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusLeft), testMember("a", 10, statusPruned)}, "join leave reap"},
+		{"a stranger that had failed before is not news", []Member{testMember("a", 10, statusFailed)}, ""},
+		{"left and back", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusLeft), restarted}, "join leave join"},
 	} {
 		tb := &table{}
 		for _, m := range c.claims {
@@ -86,21 +86,21 @@ func TestEventsOfOneMemberAlternate(t *testing.T) {
 func kinds(evs []Event) string {
 	var words []string
 	for _, ev := range evs {
-		words = append(words, strings.TrimPrefix(ev.Kind.String(), "member-"))
+		words = append(words, strings.TrimPrefix(ev.kind.String(), "member-"))
 	}
 	return strings.Join(words, " ")
 }
 
 func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
 	tb := &table{}
-	tb.apply(0, testMember("a", 1, StatusAlive), 0)
+	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	digest := tb.digest
 	tb.setLost(tb.get("a"), true)
 	tb.setLost(tb.get("a"), false)
 	if got := kinds(tb.events); got != "join failed join" {
 		t.Errorf("events %q", got)
 	}
-	if tb.digest != digest || tb.get("a").Status != StatusAlive {
+	if tb.digest != digest || tb.get("a").Status != statusAlive {
 		t.Errorf("the record changed: %+v", tb.get("a").Member)
 	}
 }
@@ -108,21 +108,21 @@ func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
 func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
 	a, b := &table{}, &table{}
 	for i := range 50 {
-		a.apply(0, testMember(fmt.Sprint("m", i), 1, StatusAlive), 0)
-		b.apply(0, testMember(fmt.Sprint("m", 49-i), 1, StatusAlive), 0)
+		a.apply(0, testMember(fmt.Sprint("m", i), 1, statusAlive), 0)
+		b.apply(0, testMember(fmt.Sprint("m", 49-i), 1, statusAlive), 0)
 	}
 	if a.digest != b.digest {
 		t.Error("the same members in another order have another digest")
 	}
-	b.apply(0, testMember("m7", 1, StatusSuspect), 0)
+	b.apply(0, testMember("m7", 1, statusSuspect), 0)
 	if a.digest != b.digest {
 		t.Error("a suspicion changes the digest")
 	}
-	b.apply(0, testMember("m7", 1, StatusFailed), 0)
+	b.apply(0, testMember("m7", 1, statusFailed), 0)
 	if a.digest == b.digest {
 		t.Error("a failure does not change the digest")
 	}
-	a.apply(0, testMember("m7", 1, StatusFailed), 0)
+	a.apply(0, testMember("m7", 1, statusFailed), 0)
 	if a.digest != b.digest {
 		t.Error("the same failure leaves different digests")
 	}
@@ -130,21 +130,21 @@ func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
 
 func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 	tb := &table{}
-	tb.apply(0, testMember("a", 1, StatusAlive), 0)
-	tb.apply(0, testMember("a", 1, StatusFailed), 0)
+	tb.apply(0, testMember("a", 1, statusAlive), 0)
+	tb.apply(0, testMember("a", 1, statusFailed), 0)
 	tb.reap(time.Hour, 2*time.Hour)
 	if len(tb.list("", 100)) != 1 {
 		t.Fatal("reaped too early")
 	}
 	tb.reap(2*time.Hour, 2*time.Hour)
 	tb.reap(3*time.Hour, 2*time.Hour)
-	if tb.apply(3*time.Hour, testMember("a", 1, StatusFailed), 0) != nil || len(tb.list("", 100)) != 0 || tb.digest != 0 {
+	if tb.apply(3*time.Hour, testMember("a", 1, statusFailed), 0) != nil || len(tb.list("", 100)) != 0 || tb.digest != 0 {
 		t.Errorf("came back: %v, digest %x", tb.list("", 100), tb.digest)
 	}
 	if got := kinds(tb.events); got != "join failed reap" {
 		t.Errorf("events %q", got)
 	}
-	if tb.apply(3*time.Hour, testMember("a", 2, StatusAlive), 0) == nil {
+	if tb.apply(3*time.Hour, testMember("a", 2, statusAlive), 0) == nil {
 		t.Error("a new life is refused")
 	}
 }
@@ -165,9 +165,9 @@ func TestBirthsFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
 func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
 	tb := &table{}
 	for i := range maxMembers {
-		m := testMember(fmt.Sprintf("m%05d", i), 1, StatusAlive)
+		m := testMember(fmt.Sprintf("m%05d", i), 1, statusAlive)
 		tb.apply(0, m, 0)
-		if m.Status = StatusFailed; i%2 == 0 {
+		if m.Status = statusFailed; i%2 == 0 {
 			tb.apply(time.Duration(i), m, 0)
 		}
 	}
@@ -180,7 +180,7 @@ func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
 		return d
 	}
 	for i := range 3 {
-		if tb.apply(0, testMember(fmt.Sprint("new", i), 1, StatusAlive), 0) == nil || tb.get(fmt.Sprintf("m%05d", 2*i)) != nil {
+		if tb.apply(0, testMember(fmt.Sprint("new", i), 1, statusAlive), 0) == nil || tb.get(fmt.Sprintf("m%05d", 2*i)) != nil {
 			t.Fatalf("newcomer %d has no place, or not that of the one who is dead for longest", i)
 		}
 	}
@@ -188,11 +188,11 @@ func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
 		t.Errorf("%d members, %d failed, digest %x", len(tb.ordered), tb.failed, tb.digest)
 	}
 	for _, e := range tb.ordered {
-		if e.Status == StatusFailed {
-			tb.apply(0, testMember(e.Name, 2, StatusAlive), 0)
+		if e.Status == statusFailed {
+			tb.apply(0, testMember(e.Name, 2, statusAlive), 0)
 		}
 	}
-	if tb.apply(0, testMember("late", 1, StatusAlive), 0) != nil {
+	if tb.apply(0, testMember("late", 1, statusAlive), 0) != nil {
 		t.Error("a living member gives way")
 	}
 }
@@ -201,9 +201,9 @@ func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
 func TestRowsOfSuspectsMakeNoWalkLonger(t *testing.T) {
 	tb := &table{}
 	for i := range 4000 {
-		tb.apply(0, testMember(fmt.Sprint("m", i), 1, StatusAlive), 0)
+		tb.apply(0, testMember(fmt.Sprint("m", i), 1, statusAlive), 0)
 		if i > 0 {
-			tb.apply(0, testMember(fmt.Sprint("m", i), 1, StatusSuspect), 0)
+			tb.apply(0, testMember(fmt.Sprint("m", i), 1, statusSuspect), 0)
 		}
 	}
 	if steps := len(slices.Collect(tb.neighbours(0, tb.get("m0"), +1))); steps > maxWalk {
@@ -218,7 +218,7 @@ func TestAnEventIsRememberedOnceAndInOrder(t *testing.T) {
 	var a, b memory
 	event := func(ltime uint64) userEvent {
 		u := update{Member: Member{Name: "n"}, Event: "e", LTime: ltime}
-		return userEvent{Event: Event{LTime: ltime}, key: u.key()}
+		return userEvent{Event: Event{lTime: ltime}, key: u.key()}
 	}
 	for i := range uint64(2 * maxEvents) {
 		if !a.add(event(i+1)) || a.add(event(i+1)) {
@@ -240,7 +240,7 @@ func TestEverybodyIsWatchedByAsManyAsTheRingsAllow(t *testing.T) {
 	for _, n := range []int{1, 2, 3, 5, 6, 10, 100} {
 		tb := &table{}
 		for i := range n {
-			tb.apply(0, testMember(fmt.Sprint("web", i), 1, StatusAlive), 0)
+			tb.apply(0, testMember(fmt.Sprint("web", i), 1, statusAlive), 0)
 		}
 		for _, e := range tb.ordered {
 			ws := tb.watchers(e)
@@ -264,17 +264,17 @@ func TestEverybodyIsWatchedByAsManyAsTheRingsAllow(t *testing.T) {
 func TestSuspectsAreWalkedOverButStillWatched(t *testing.T) {
 	tb := &table{}
 	for i := range 40 {
-		tb.apply(0, testMember(fmt.Sprint("web", i), 1, StatusAlive), 0)
+		tb.apply(0, testMember(fmt.Sprint("web", i), 1, statusAlive), 0)
 	}
 	for i := range 12 {
-		tb.apply(0, testMember(fmt.Sprint("web", i), 1, StatusSuspect), 0)
+		tb.apply(0, testMember(fmt.Sprint("web", i), 1, statusSuspect), 0)
 	}
 	for _, e := range tb.ordered {
 		if len(tb.watchers(e)) == 0 {
 			t.Errorf("nobody watches %s", e.Name)
 		}
 		for _, w := range tb.watchers(e) {
-			if w.Status == StatusSuspect {
+			if w.Status == statusSuspect {
 				t.Errorf("%s is watched by the suspect %s", e.Name, w.Name)
 			}
 			if !slices.Contains(tb.watched(w), e) {
@@ -293,20 +293,20 @@ func TestNamesAndTagsHaveLimits(t *testing.T) {
 			t.Errorf("validName(%q) = %v", name, err)
 		}
 	}
-	if _, err := MakeTags(map[string]string{"": "x"}); err == nil {
+	if _, err := makeTags(map[string]string{"": "x"}); err == nil {
 		t.Error("an empty key is taken")
 	}
-	if _, err := MakeTags(map[string]string{"k": strings.Repeat("x", maxTags)}); err == nil || !strings.Contains(err.Error(), "512") {
+	if _, err := makeTags(map[string]string{"k": strings.Repeat("x", maxTags)}); err == nil || !strings.Contains(err.Error(), "512") {
 		t.Errorf("tags over the limit: %v", err)
 	}
-	tags, err := MakeTags(map[string]string{"role": "web", "a": "x=y"})
+	tags, err := makeTags(map[string]string{"role": "web", "a": "x=y"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{"a=x=y", "role=web"}, tags.Pairs()); diff != "" {
+	if diff := cmp.Diff([]string{"a=x=y", "role=web"}, tags.pairs()); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff(map[string]string{"role": "web", "a": "x=y"}, tags.Map()); diff != "" {
+	if diff := cmp.Diff(map[string]string{"role": "web", "a": "x=y"}, tags.asMap()); diff != "" {
 		t.Error(diff)
 	}
 }

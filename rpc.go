@@ -566,10 +566,10 @@ type sessions struct {
 
 // connect dials to, for sessionFor at most, and gives the session as long. A lost SYN costs a second in the
 // kernel, so it dials again after each of redial, without giving up the first; joins: for a join.
-func (g *Gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, redial ...time.Duration) (net.Conn, error) {
+func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, redial ...time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, sessionFor)
 	defer cancel()
-	dialer, ip := net.Dialer{KeepAlive: -1}, g.cfg.Bind.Addr()
+	dialer, ip := net.Dialer{KeepAlive: -1}, g.cfg.bind.Addr()
 	if !ip.IsUnspecified() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0))
 	}
@@ -612,9 +612,9 @@ func (g *Gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, red
 }
 
 // dialledFrom tells the node from which address a dial went out, where it may take another one.
-func (g *Gossip) dialledFrom(c net.Conn, joins bool) error {
+func (g *gossip) dialledFrom(c net.Conn, joins bool) error {
 	ip, now := c.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(), uint64(time.Now().UnixMilli())
-	if !g.cfg.Moves || !usable(ip, g.cfg.Bind.Addr()) {
+	if !g.cfg.moves || !usable(ip, g.cfg.bind.Addr()) {
 		return nil
 	}
 	return g.do(func(n *node) error {
@@ -625,7 +625,7 @@ func (g *Gossip) dialledFrom(c net.Conn, joins bool) error {
 }
 
 // doFor has the loop run f for a session, unless it has ended; an error of f ends it.
-func (g *Gossip) doFor(s *session, f func(*node) error) {
+func (g *gossip) doFor(s *session, f func(*node) error) {
 	if s.err == nil {
 		s.err = g.do(f)
 	}
@@ -633,7 +633,7 @@ func (g *Gossip) doFor(s *session, f func(*node) error) {
 
 // begin opens a session with a first frame of kind k, and takes the welcome: who is there, and what it says of
 // this node.
-func (g *Gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
+func (g *gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
 	s = g.door.meet(c, true)
 	var h head
 	g.doFor(s, func(n *node) error { h = n.head(k); return nil })
@@ -647,7 +647,7 @@ func (g *Gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) 
 
 // look looks at a member, and tells the node what it sees. Whoever is cut off looks again: a dying process's
 // listener accepts until the kernel has come to it, which resets who dialled just before, and then refuses.
-func (g *Gossip) look(l look) {
+func (g *gossip) look(l look) {
 	ctx, cancel := context.WithTimeout(g.ctx, probeFor)
 	defer cancel()
 	tell := func(v verdict, w head) { g.call(func(n *node) { n.saw(sight{l, v, w.From, w.born()}) }) }
@@ -676,7 +676,7 @@ func (g *Gossip) look(l look) {
 }
 
 // relink makes the watch links that shall stand, and ends all others.
-func (g *Gossip) relink(self Member, links []Member) {
+func (g *gossip) relink(self Member, links []Member) {
 	old := g.links
 	g.links = make(map[string]context.CancelFunc)
 	for _, m := range links {
@@ -695,7 +695,7 @@ func (g *Gossip) relink(self Member, links []Member) {
 
 // keepLink holds a watch link to m until ctx is done. Its end is told at once; where none can be had it is
 // tried more and more rarely: each failure starts a probe, and a firewall stays.
-func (g *Gossip) keepLink(ctx context.Context, m Member) {
+func (g *gossip) keepLink(ctx context.Context, m Member) {
 	for tries := 1; ctx.Err() == nil; tries++ {
 		err := g.linkOnce(ctx, m)
 		if err == nil {
@@ -712,7 +712,7 @@ func (g *Gossip) keepLink(ctx context.Context, m Member) {
 }
 
 // linkOnce returns nil when a link has ended, or why none could be had.
-func (g *Gossip) linkOnce(ctx context.Context, m Member) error {
+func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	c, err := g.connect(ctx, m.Addr, false, 300*ms, 700*ms)
 	if err != nil {
 		return err
@@ -732,7 +732,7 @@ func (g *Gossip) linkOnce(ctx context.Context, m Member) error {
 }
 
 // compare compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
-func (g *Gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
+func (g *gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
 	c, err := g.connect(g.ctx, to, joins, 300*ms, 700*ms)
 	if err != nil {
 		return err
@@ -759,14 +759,14 @@ func (g *Gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
 }
 
 // say sends the next piece of the table, hear takes one; more: it is not the last.
-func (g *Gossip) say(s *session, x *exchange) (more bool) {
+func (g *gossip) say(s *session, x *exchange) (more bool) {
 	var frame []byte
 	g.doFor(s, func(n *node) error { frame, more = n.piece(x); return nil })
 	s.writeBytes(frame)
 	return more && s.err == nil
 }
 
-func (g *Gossip) hear(s *session, x *exchange) (more bool) {
+func (g *gossip) hear(s *session, x *exchange) (more bool) {
 	var h head
 	s.SetReadDeadline(time.Now().Add(frameFor))
 	us := s.read(&h)
@@ -781,7 +781,7 @@ func (g *Gossip) hear(s *session, x *exchange) (more bool) {
 }
 
 // serve answers one agent that has dialled.
-func (g *Gossip) serve(c *guest) error {
+func (g *gossip) serve(c *guest) error {
 	var h, w head
 	var about []update
 	s := g.door.meet(c, false)
@@ -815,7 +815,7 @@ func (g *Gossip) serve(c *guest) error {
 }
 
 // serveLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
-func (g *Gossip) serveLink(s *session, m Member) error {
+func (g *gossip) serveLink(s *session, m Member) error {
 	for wait := helloFor; s.err == nil; wait = linkLook {
 		var h head
 		s.SetReadDeadline(time.Now().Add(wait))
@@ -840,7 +840,7 @@ func (g *Gossip) serveLink(s *session, m Member) error {
 
 // Join compares tables with every address of every name in addrs once, all at the same time. It returns how
 // many answered; the error tells of those that did not, with the address and the reason.
-func (g *Gossip) Join(addrs []string, replay bool) (answered int, err error) {
+func (g *gossip) join(addrs []string, replay bool) (answered int, err error) {
 	answered, errs, _ := g.joinAll(addrs, exchange{replay: replay}, func(string) {})
 	if len(errs) > 0 {
 		err = errors.New(strings.Join(errs, "; "))
@@ -849,14 +849,14 @@ func (g *Gossip) Join(addrs []string, replay bool) (answered int, err error) {
 }
 
 // joinSeeds is one round of joining the seeds.
-func (g *Gossip) joinSeeds() {
+func (g *gossip) joinSeeds() {
 	tell := func(name string) { g.call(func(n *node) { n.seedAnswered(name) }) }
-	answered, errs, why := g.joinAll(g.cfg.Seeds, exchange{}, tell)
+	answered, errs, why := g.joinAll(g.cfg.seeds, exchange{}, tell)
 	g.call(func(n *node) { n.seedsTried(answered, errs, why) })
 }
 
 // joinAll calls each for each name that answers, at once; why: the name is taken.
-func (g *Gossip) joinAll(addrs []string, how exchange, each func(string)) (answered int, errs []string, why error) {
+func (g *gossip) joinAll(addrs []string, how exchange, each func(string)) (answered int, errs []string, why error) {
 	ips, errs := resolve(g.ctx, addrs)
 	var mu sync.Mutex
 	var all sync.WaitGroup
@@ -899,7 +899,7 @@ type answer struct {
 	More  bool   // it is not the last
 	Count int    // join: how many answered
 	Text  string // separated by NUL
-	Kind  EventKind
+	Kind  eventKind
 	Reply reply
 	At    int64 // Unix nanoseconds of the event
 	Lost  int   // events that this reader was too slow for
@@ -979,22 +979,22 @@ func rpcDoor(token string, gossip uint16) *door {
 type rpcServer struct {
 	*door
 	ln      net.Listener
-	g       *Gossip
+	g       *gossip
 	info    func() []string // group, key, value; and so on
 	strange strangers
 	guests  *guests
 }
 
-func serveRPC(ln net.Listener, g *Gossip, token string, info func() []string) (*rpcServer, error) {
-	self, _ := g.Self()
-	r := &rpcServer{door: rpcDoor(token, self.Addr.Port()), ln: ln, g: g, info: info, strange: strangers{log: g.cfg.Log},
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) (*rpcServer, error) {
+	self, _ := g.me()
+	r := &rpcServer{door: rpcDoor(token, self.Addr.Port()), ln: ln, g: g, info: info, strange: strangers{log: g.cfg.log},
 		guests: newGuests(maxRPCConns)}
 	r.guests.served.Go(func() { r.guests.accept(ln, &r.strange, r.serve) })
 	return r, nil
 }
 
 // Close takes no more requests and waits a second at most for the answers under way.
-func (r *rpcServer) Close() {
+func (r *rpcServer) close() {
 	r.ln.Close()
 	waitAtMost(time.Second, r.guests.served.Wait)
 	r.guests.close()
@@ -1023,19 +1023,19 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "members":
 		r.members(s)
 	case "join":
-		if a.Count, err = g.Join(list(req.Args), req.Replay); a.Count > 0 {
+		if a.Count, err = g.join(list(req.Args), req.Replay); a.Count > 0 {
 			err = nil // some others may not have answered
 		}
 	case "leave":
-		g.cfg.Log.Print("[INFO] told to leave the cluster")
+		g.cfg.log.Print("[INFO] told to leave the cluster")
 		r.ln.Close() // who reads the answer may start the next agent at once
-		err = g.Leave()
+		err = g.leave()
 	case "force-leave":
 		err = g.do(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
 	case "event":
 		err = g.do(func(n *node) error { return n.userEvent(req.Name, req.Payload, req.Merge) })
 	case "tags":
-		err = g.do(func(n *node) error { return n.setTags(Tags(req.Args).Map(), list(req.Drop)) })
+		err = g.do(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), list(req.Drop)) })
 	case "info":
 		a.Text = strings.Join(r.info(), "\x00")
 	case "query":
@@ -1092,7 +1092,7 @@ type queued struct {
 
 // put never blocks; what a reader is too slow for is counted.
 func (f *feed) put(ev Event) {
-	if ev.Kind == EventAnswer && ev.ID != f.query || ev.Kind != EventAnswer && f.query != 0 {
+	if ev.kind == eventAnswer && ev.id != f.query || ev.kind != eventAnswer && f.query != 0 {
 		return
 	}
 	select {
@@ -1110,12 +1110,12 @@ func (r *rpcServer) stream(s *session, f *feed) {
 	for s.err == nil {
 		select {
 		case ev := <-f.events:
-			if ev.Kind == EventAnswer && ev.Reply == replyNone {
+			if ev.kind == eventAnswer && ev.reply == replyNone {
 				return
 			}
 			u := updateOf(ev.Event)
 			u.Member = ev.Member
-			s.write(&answer{More: true, Kind: ev.Kind, Reply: ev.Reply, At: ev.at.UnixNano(), Lost: int(f.lost.Swap(0))}, u)
+			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: int(f.lost.Swap(0))}, u)
 		case <-gone:
 			return
 		case <-r.g.done:

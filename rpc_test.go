@@ -45,31 +45,31 @@ func (l *logged) String() string {
 }
 
 // startTestGossip starts a node in this process, on free ports of loopback.
-func startTestGossip(t testing.TB, name string, cfg GossipConfig) (*Gossip, *logged) {
+func startTestGossip(t testing.TB, name string, cfg gossipConfig) (*gossip, *logged) {
 	t.Helper()
 	l := &logged{}
-	cfg.Self.Name, cfg.Log = name, log.New(l, "", 0)
-	if !cfg.Bind.IsValid() {
-		cfg.Bind = netip.MustParseAddrPort("127.0.0.1:0")
+	cfg.member.Name, cfg.log = name, log.New(l, "", 0)
+	if !cfg.bind.IsValid() {
+		cfg.bind = netip.MustParseAddrPort("127.0.0.1:0")
 	}
-	if cfg.ReapAfter == 0 {
-		cfg.ReapAfter = time.Hour
+	if cfg.reapAfter == 0 {
+		cfg.reapAfter = time.Hour
 	}
-	if cfg.Events == nil {
-		cfg.Events = func(Event, func(reply, []byte)) {}
+	if cfg.events == nil {
+		cfg.events = func(Event, func(reply, []byte)) {}
 	}
-	g, err := StartGossip(cfg)
+	g, err := startGossip(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(g.Close)
+	t.Cleanup(g.close)
 	return g, l
 }
 
-func address(g *Gossip) netip.AddrPort { m, _ := g.Self(); return m.Addr }
+func address(g *gossip) netip.AddrPort { m, _ := g.me(); return m.Addr }
 
 // seen are the statuses that g shows, by name.
-func seen(g *Gossip) map[string]Status {
+func seen(g *gossip) map[string]Status {
 	all := make(map[string]Status)
 	g.do(func(n *node) error {
 		for _, m := range n.members("", maxMembers) {
@@ -295,30 +295,30 @@ func FuzzHello(f *testing.F) {
 // ---- agents among themselves ----
 
 func TestAJoinTellsBothOfAllOthers(t *testing.T) {
-	red, _ := startTestGossip(t, "red", GossipConfig{})
-	blue, _ := startTestGossip(t, "blue", GossipConfig{nodeConfig: nodeConfig{Seeds: []string{address(red).String()}}})
-	green, _ := startTestGossip(t, "green", GossipConfig{})
-	if n, err := green.Join([]string{address(blue).String()}, false); n != 1 || err != nil {
+	red, _ := startTestGossip(t, "red", gossipConfig{})
+	blue, _ := startTestGossip(t, "blue", gossipConfig{nodeConfig: nodeConfig{seeds: []string{address(red).String()}}})
+	green, _ := startTestGossip(t, "green", gossipConfig{})
+	if n, err := green.join([]string{address(blue).String()}, false); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
-	for _, g := range []*Gossip{red, blue, green} {
+	for _, g := range []*gossip{red, blue, green} {
 		eventually(t, "all three are alive for each", func() bool { return len(seen(g)) == 3 })
 	}
-	blue.Close()
-	for _, g := range []*Gossip{red, green} {
-		eventually(t, "blue has failed", func() bool { return seen(g)["blue"] == StatusFailed })
+	blue.close()
+	for _, g := range []*gossip{red, green} {
+		eventually(t, "blue has failed", func() bool { return seen(g)["blue"] == statusFailed })
 	}
-	if green.Leave(); red.Err() != nil {
-		t.Error(red.Err())
+	if green.leave(); red.err != nil {
+		t.Error(red.err)
 	}
-	eventually(t, "green has left", func() bool { return seen(red)["green"] == StatusLeft })
+	eventually(t, "green has left", func() bool { return seen(red)["green"] == statusLeft })
 }
 
 func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
-	plain, plainLog := startTestGossip(t, "plain", GossipConfig{})
-	keyed, keyedLog := startTestGossip(t, "keyed", GossipConfig{Keys: testKey(1)})
-	other, _ := startTestGossip(t, "other", GossipConfig{Keys: testKey(2)})
-	apart, _ := startTestGossip(t, "apart", GossipConfig{Cluster: "elsewhere"})
+	plain, plainLog := startTestGossip(t, "plain", gossipConfig{})
+	keyed, keyedLog := startTestGossip(t, "keyed", gossipConfig{keys: testKey(1)})
+	other, _ := startTestGossip(t, "other", gossipConfig{keys: testKey(2)})
+	apart, _ := startTestGossip(t, "apart", gossipConfig{cluster: "elsewhere"})
 	rpc := startTestRPC(t, plain, "")
 	web := &http.Server{Handler: http.NotFoundHandler()}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -329,7 +329,7 @@ func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	defer web.Close()
 	said := make(map[string]bool)
 	cases := []struct {
-		joiner       *Gossip
+		joiner       *gossip
 		addr, remedy string
 	}{
 		{other, address(keyed).String(), "has another key: give both the same -encrypt"},
@@ -348,7 +348,7 @@ func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	for _, c := range cases {
 		for range 2 {
 			start := time.Now()
-			n, err := c.joiner.Join([]string{c.addr}, false)
+			n, err := c.joiner.join([]string{c.addr}, false)
 			if n > 0 || err == nil || time.Since(start) > 2*time.Second || !strings.HasPrefix(err.Error(), c.addr+": ") || !strings.Contains(err.Error(), c.remedy) {
 				t.Errorf("join %s, want %q, after %v: %v", c.addr, c.remedy, time.Since(start), err)
 			}
@@ -389,9 +389,9 @@ func fakeServer(t *testing.T, says string) (addr string) {
 }
 
 // lookAt has g look at whoever is at addr, and returns what it saw.
-func lookAt(t *testing.T, g *Gossip, name string, addr netip.AddrPort, born uint64) (saw []verdict) {
+func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint64) (saw []verdict) {
 	t.Helper()
-	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: StatusAlive}
+	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: statusAlive}
 	g.do(func(n *node) error {
 		p := n.detector.begin(n, m, &entry{claim: &claim{Member: m}})
 		p.stage, p.pings, p.seq, p.start = judging, 1, 7, n.now+time.Hour
@@ -419,9 +419,9 @@ func lookAt(t *testing.T, g *Gossip, name string, addr netip.AddrPort, born uint
 }
 
 func TestALookTellsWhoIsThere(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
-	other, _ := startTestGossip(t, "blue", GossipConfig{})
-	self, _ := other.Self()
+	g, _ := startTestGossip(t, "red", gossipConfig{})
+	other, _ := startTestGossip(t, "blue", gossipConfig{})
+	self, _ := other.me()
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -475,10 +475,10 @@ func relay(t *testing.T, to string, through func(dst, src net.Conn, dialled bool
 }
 
 // full makes g know of count more members who have left: a table of many frames.
-func full(g *Gossip, prefix string, count int) {
+func full(g *gossip, prefix string, count int) {
 	g.do(func(n *node) error {
 		for i := range count {
-			m := Member{Name: fmt.Sprintf("%s%05d", prefix, i), Addr: netip.MustParseAddrPort("127.0.0.1:9"), Incarnation: 5, Born: 5, Status: StatusLeft, Tags: Tags("k=" + strings.Repeat("v", 300))}
+			m := Member{Name: fmt.Sprintf("%s%05d", prefix, i), Addr: netip.MustParseAddrPort("127.0.0.1:9"), Incarnation: 5, Born: 5, Status: statusLeft, Tags: Tags("k=" + strings.Repeat("v", 300))}
 			n.t.apply(n.now, m, 0)
 		}
 		return nil
@@ -486,11 +486,11 @@ func full(g *Gossip, prefix string, count int) {
 }
 
 func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
-	red, _ := startTestGossip(t, "red", GossipConfig{})
+	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 300)
 	for _, cut := range []int{0, 10, helloSize, helloSize + 3, 200, 5000, 40_000, 90_000} {
 		for _, way := range []bool{true, false} {
-			blue, _ := startTestGossip(t, "blue", GossipConfig{})
+			blue, _ := startTestGossip(t, "blue", gossipConfig{})
 			full(blue, "b", 300)
 			addr := relay(t, address(red).String(), func(dst, src net.Conn, dialled bool) {
 				if dialled == way {
@@ -502,31 +502,31 @@ func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
 				src.Close()
 			})
 			start := time.Now()
-			if n, err := blue.Join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor {
+			if n, err := blue.join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor {
 				t.Errorf("cut after %d bytes: %d, %v after %v", cut, n, err, time.Since(start))
 			}
-			if n, err := blue.Join([]string{address(red).String()}, false); n != 1 {
+			if n, err := blue.join([]string{address(red).String()}, false); n != 1 {
 				t.Errorf("after a cut at %d: %v", cut, err)
 			}
 			if n := len(seen(blue)); n != 602 {
 				t.Errorf("after a cut at %d: %d members", cut, n)
 			}
-			blue.Leave()
-			eventually(t, "blue has left", func() bool { return seen(red)["blue"] != StatusAlive })
+			blue.leave()
+			eventually(t, "blue has left", func() bool { return seen(red)["blue"] != statusAlive })
 		}
 	}
 }
 
 func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 	t.Parallel()
-	red, _ := startTestGossip(t, "red", GossipConfig{})
+	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 600)
-	blue, _ := startTestGossip(t, "blue", GossipConfig{})
+	blue, _ := startTestGossip(t, "blue", gossipConfig{})
 	addr := relay(t, address(red).String(), func(dst, src net.Conn, dialled bool) {
 		io.CopyN(dst, src, 20_000) // then half-open: nothing comes, and nobody is told
 	})
 	start := time.Now()
-	if n, err := blue.Join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor+time.Second {
+	if n, err := blue.join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor+time.Second {
 		t.Errorf("%d, %v after %v", n, err, time.Since(start))
 	}
 	eventually(t, "the place for an exchange is free again", func() bool { return len(red.tables) == 0 })
@@ -534,9 +534,9 @@ func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 
 func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
 	t.Parallel()
-	red, _ := startTestGossip(t, "red", GossipConfig{})
+	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 100)
-	blue, _ := startTestGossip(t, "blue", GossipConfig{})
+	blue, _ := startTestGossip(t, "blue", gossipConfig{})
 	addr := relay(t, address(red).String(), func(dst, src net.Conn, dialled bool) {
 		for {
 			if _, err := io.CopyN(dst, src, 4<<10); err != nil {
@@ -546,13 +546,13 @@ func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
 			time.Sleep(50 * ms)
 		}
 	})
-	if n, err := blue.Join([]string{addr}, false); n != 1 {
+	if n, err := blue.join([]string{addr}, false); n != 1 {
 		t.Error(err)
 	}
 }
 
 func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
-	red, _ := startTestGossip(t, "red", GossipConfig{})
+	red, _ := startTestGossip(t, "red", gossipConfig{})
 	for range maxTables {
 		_, s := greeting(t, red)
 		s.write(&head{Kind: kExchange, From: "x", Digest: 1})
@@ -560,24 +560,24 @@ func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
 			t.Fatal(s.err)
 		}
 	}
-	blue, _ := startTestGossip(t, "blue", GossipConfig{})
-	if n, err := blue.Join([]string{address(red).String()}, false); n > 0 || err == nil {
+	blue, _ := startTestGossip(t, "blue", gossipConfig{})
+	if n, err := blue.join([]string{address(red).String()}, false); n > 0 || err == nil {
 		t.Error("an exchange more than there are places")
 	}
-	look := lookAt(t, blue, "red", address(red), func() uint64 { m, _ := red.Self(); return m.Born }())
+	look := lookAt(t, blue, "red", address(red), func() uint64 { m, _ := red.me(); return m.Born }())
 	if len(look) == 0 || look[len(look)-1] != vAlive {
 		t.Errorf("full of exchanges it is seen as %v", look)
 	}
 	eventually(t, "places become free, and it can join", func() bool {
-		n, _ := blue.Join([]string{address(red).String()}, false)
+		n, _ := blue.join([]string{address(red).String()}, false)
 		return n == 1
 	})
 }
 
 func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
-	red, _ := startTestGossip(t, "red", GossipConfig{})
-	blue, _ := startTestGossip(t, "blue", GossipConfig{})
-	if n, err := blue.Join([]string{address(red).String()}, false); n != 1 {
+	red, _ := startTestGossip(t, "red", gossipConfig{})
+	blue, _ := startTestGossip(t, "blue", gossipConfig{})
+	if n, err := blue.join([]string{address(red).String()}, false); n != 1 {
 		t.Fatal(err)
 	}
 	eventually(t, "links stand", func() bool {
@@ -593,8 +593,8 @@ func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 		t.Error("a bye starts a probe")
 	}
 	start := time.Now()
-	blue.Close()
-	eventually(t, "blue has failed", func() bool { return seen(red)["blue"] == StatusFailed })
+	blue.close()
+	eventually(t, "blue has failed", func() bool { return seen(red)["blue"] == statusFailed })
 	t.Logf("failed %v after the end", time.Since(start).Round(ms))
 }
 
@@ -602,7 +602,7 @@ func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 // for its next heartbeat.
 func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 	for _, ends := range []bool{false, true} {
-		blue, _ := startTestGossip(t, "blue", GossipConfig{})
+		blue, _ := startTestGossip(t, "blue", gossipConfig{})
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
@@ -622,7 +622,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 		ctx, cancel := context.WithCancel(blue.ctx)
 		go blue.linkOnce(ctx, Member{Name: "green", Addr: netip.MustParseAddrPort(ln.Addr().String()), Born: 7})
 		if <-up; ends {
-			blue.Close()
+			blue.close()
 		} else {
 			cancel()
 		}
@@ -634,7 +634,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 }
 
 func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
-	red, _ := startTestGossip(t, "red", GossipConfig{})
+	red, _ := startTestGossip(t, "red", gossipConfig{})
 	limit := red.guests.limit
 	var held []net.Conn
 	for range limit + 50 {
@@ -649,8 +649,8 @@ func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 			c.Close()
 		}
 	}()
-	blue, _ := startTestGossip(t, "blue", GossipConfig{})
-	if n, err := blue.Join([]string{address(red).String()}, false); n != 1 {
+	blue, _ := startTestGossip(t, "blue", gossipConfig{})
+	if n, err := blue.join([]string{address(red).String()}, false); n != 1 {
 		t.Error(err)
 	}
 	for i, c := range held[:50] {
@@ -663,7 +663,7 @@ func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 
 // ---- commands ----
 
-func startTestRPC(t testing.TB, g *Gossip, token string) (addr string) {
+func startTestRPC(t testing.TB, g *gossip, token string) (addr string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -673,7 +673,7 @@ func startTestRPC(t testing.TB, g *Gossip, token string) (addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(r.Close)
+	t.Cleanup(r.close)
 	return ln.Addr().String()
 }
 
@@ -688,22 +688,22 @@ func call(addr, token string, req request) (last answer, us []update, err error)
 func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 	var mu sync.Mutex
 	var events []string
-	g, _ := startTestGossip(t, "red", GossipConfig{nodeConfig: nodeConfig{Answers: []string{"load"}}, Events: func(ev Event, answer func(reply, []byte)) {
+	g, _ := startTestGossip(t, "red", gossipConfig{nodeConfig: nodeConfig{answers: []string{"load"}}, events: func(ev Event, answer func(reply, []byte)) {
 		mu.Lock()
 		defer mu.Unlock()
-		if ev.Kind >= EventUser {
-			events = append(events, fmt.Sprintf("%v %s %q %v", ev.Kind, ev.Name, ev.Payload, ev.Coalesce))
+		if ev.kind >= eventUser {
+			events = append(events, fmt.Sprintf("%v %s %q %v", ev.kind, ev.name, ev.payload, ev.coalesce))
 		}
-		if ev.Kind == EventQuery {
+		if ev.kind == eventQuery {
 			go answer(replyDone, []byte("0.5"))
 		}
 	}})
 	addr := startTestRPC(t, g, "")
 	full(g, "m", 3*pageSize)
-	if _, us, err := call(addr, "", request{Op: "members"}); err != nil || len(us) != 3*pageSize+1 || us[0].Member.Status != StatusLeft {
+	if _, us, err := call(addr, "", request{Op: "members"}); err != nil || len(us) != 3*pageSize+1 || us[0].Member.Status != statusLeft {
 		t.Errorf("members: %d, %v", len(us), err)
 	}
-	other, _ := startTestGossip(t, "blue", GossipConfig{})
+	other, _ := startTestGossip(t, "blue", gossipConfig{})
 	if a, _, err := call(addr, "", request{Op: "join", Args: address(other).String() + "\x00127.0.0.1:1"}); err != nil || a.Count != 1 {
 		t.Errorf("a join that one of two missed: %+v, %v", a, err)
 	}
@@ -749,7 +749,7 @@ func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 }
 
 func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
-	g, l := startTestGossip(t, "red", GossipConfig{})
+	g, l := startTestGossip(t, "red", gossipConfig{})
 	var mu sync.Mutex
 	var wire bytes.Buffer
 	addr := relay(t, startTestRPC(t, g, "sesame"), func(dst, src net.Conn, _ bool) {
@@ -773,7 +773,7 @@ func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
 			t.Errorf("token %q: %+v", token, err)
 		}
 	}
-	if seen(g)["red"] != StatusAlive {
+	if seen(g)["red"] != statusAlive {
 		t.Error("done without the token")
 	}
 	if _, _, err := call(addr, "sesame", request{Op: "members"}); err != nil {
@@ -794,7 +794,7 @@ func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
 
 // A recorded leave made the agent leave once more.
 func TestARecordedRequestIsNotAnswered(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
+	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "sesame")
 	var mu sync.Mutex
 	var said bytes.Buffer
@@ -842,7 +842,7 @@ func (c *tapped) Read(b []byte) (int, error) {
 }
 
 func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
-	g, l := startTestGossip(t, "red", GossipConfig{})
+	g, l := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	for name, in := range map[string]string{
 		"nothing": "", "HTTP": "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", "TLS": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -884,7 +884,7 @@ func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
 }
 
 func TestAStuckClientDelaysNobody(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
+	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	silent := fakeSilence(t)
 	go call(addr, "", request{Op: "join", Args: silent})
@@ -913,7 +913,7 @@ func fakeSilence(t *testing.T) string {
 
 // Clients that never read made an agent with 16,000 members take 1.4 GB.
 func TestClientsThatNeverReadCostLittle(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
+	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	full(g, "m", maxMembers-10)
 	before := heapInUse()
@@ -944,7 +944,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 }
 
 func TestTooLargeARequestIsNotSent(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
+	g, _ := startTestGossip(t, "red", gossipConfig{})
 	_, _, err := call(startTestRPC(t, g, ""), "", request{Op: "join", Args: strings.Repeat("x", maxFrame)})
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxFrame)) {
 		t.Errorf("%v", err)
@@ -998,23 +998,23 @@ func FuzzRPCRequest(f *testing.F) {
 func TestAFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
 	f := &feed{events: make(chan *queued, 10)}
 	for i := range 25 {
-		f.put(Event{Kind: EventUser, LTime: uint64(i)})
+		f.put(Event{kind: eventUser, lTime: uint64(i)})
 	}
-	f.put(Event{Kind: EventAnswer, ID: 3}) // is for another one
-	if len(f.events) != 10 || f.lost.Load() != 15 || (<-f.events).LTime != 0 {
+	f.put(Event{kind: eventAnswer, id: 3}) // is for another one
+	if len(f.events) != 10 || f.lost.Load() != 15 || (<-f.events).lTime != 0 {
 		t.Errorf("%d wait, %d are lost", len(f.events), f.lost.Load())
 	}
 	q := &feed{query: 3, events: make(chan *queued, 10)}
-	q.put(Event{Kind: EventUser})
-	q.put(Event{Kind: EventAnswer, ID: 4})
-	q.put(Event{Kind: EventAnswer, ID: 3})
+	q.put(Event{kind: eventUser})
+	q.put(Event{kind: eventAnswer, id: 4})
+	q.put(Event{kind: eventAnswer, id: 3})
 	if len(q.events) != 1 {
 		t.Errorf("%d answers", len(q.events))
 	}
 }
 
 func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
-	g, _ := startTestGossip(t, "red", GossipConfig{})
+	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	feeds := func() (n int) { g.do(func(*node) error { n = len(g.feeds); return nil }); return n }
 	const watchers, events = 20, 100
@@ -1027,7 +1027,7 @@ func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 					if a.Kind == 0 && u.Member.Name == "red" {
 						there++
 					}
-					if a.Kind == EventUser && u.Event == fmt.Sprint("e", got) {
+					if a.Kind == eventUser && u.Event == fmt.Sprint("e", got) {
 						got++
 					}
 				}

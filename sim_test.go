@@ -76,7 +76,7 @@ type lifetime struct {
 
 // known is what a node has told of a name, and its highest incarnation.
 type known struct {
-	told EventKind
+	told eventKind
 	inc  uint64
 }
 
@@ -353,15 +353,15 @@ func (s *sim) reach(a, b *simHost) bool {
 // start runs an agent on h; it joins through seeds.
 func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
 	born := birth(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
-	self := Member{Name: name, Addr: h.addr, Incarnation: born, Born: born, Status: StatusAlive}
+	self := Member{Name: name, Addr: h.addr, Incarnation: born, Born: born, Status: statusAlive}
 	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[run]*simLink)}
-	cfg := nodeConfig{Self: self, ReapAfter: s.reapAfter, Answers: []string{"load"}}
+	cfg := nodeConfig{member: self, reapAfter: s.reapAfter, answers: []string{"load"}}
 	for _, seed := range seeds {
-		cfg.Seeds = append(cfg.Seeds, seed.addr.String())
+		cfg.seeds = append(cfg.seeds, seed.addr.String())
 		p.seeds = append(p.seeds, seed.addr)
 	}
-	for i := 0; i < len(cfg.Random); i += 8 {
-		binary.LittleEndian.PutUint64(cfg.Random[i:], s.rng.Uint64())
+	for i := 0; i < len(cfg.random); i += 8 {
+		binary.LittleEndian.PutUint64(cfg.random[i:], s.rng.Uint64())
 	}
 	p.n = newNode(cfg, s.now)
 	if h.p != nil && h.p.state != procDead {
@@ -386,7 +386,7 @@ func (s *sim) cluster(n int) []*proc {
 	for _, p := range ps {
 		model.apply(time.Second, p.n.self.Member, 0)
 		s.number(p.name)
-		all = append(all, known{EventJoin, p.n.self.Incarnation})
+		all = append(all, known{eventJoin, p.n.self.Incarnation})
 	}
 	clone := cloner(model)
 	for _, p := range ps {
@@ -967,49 +967,49 @@ func (s *sim) problem(format string, a ...any) {
 // alternate: join, then failed or leave, then join.
 func (p *proc) event(ev Event) {
 	s := p.s
-	if ev.Kind == EventUser {
-		p.user[ev.Name]++
-		p.userAt[ev.Name] = s.now
-		s.note('u', p, []byte(ev.Name))
+	if ev.kind == eventUser {
+		p.user[ev.name]++
+		p.userAt[ev.name] = s.now
+		s.note('u', p, []byte(ev.name))
 		return
 	}
-	if ev.Kind == EventQuery {
+	if ev.kind == eventQuery {
 		p.asked++
 		if p.s.reply != nil {
 			p.s.reply(p, ev)
 		}
 		return
 	}
-	if ev.Kind == EventAnswer {
+	if ev.kind == eventAnswer {
 		p.answers = append(p.answers, ev)
 		return
 	}
-	s.note('e', p, []byte(ev.Member.Name+ev.Kind.String()))
+	s.note('e', p, []byte(ev.Member.Name+ev.kind.String()))
 	if s.verbose {
-		s.logf("%s: %s %s %s inc=%d", p.name, ev.Kind, ev.Member.Name, ev.Member.Addr.Addr(), ev.Member.Incarnation)
+		s.logf("%s: %s %s %s inc=%d", p.name, ev.kind, ev.Member.Name, ev.Member.Addr.Addr(), ev.Member.Incarnation)
 	}
 	k := p.of(ev.Member.Name)
 	was := k.told
-	up := was == EventJoin || was == EventUpdate
+	up := was == eventJoin || was == eventUpdate
 	ok := false
-	switch ev.Kind {
-	case EventJoin:
+	switch ev.kind {
+	case eventJoin:
 		ok = !up
-	case EventUpdate, EventFailed:
+	case eventUpdate, eventFailed:
 		ok = up
-	case EventLeave:
-		ok = up || was == EventFailed
-	case EventReap:
+	case eventLeave:
+		ok = up || was == eventFailed
+	case eventReap:
 		ok = !up // or it was dead already when this node joined
 	}
 	if !ok {
-		s.problem("%s: %s of %s after %s", p.name, ev.Kind, ev.Member.Name, was)
+		s.problem("%s: %s of %s after %s", p.name, ev.kind, ev.Member.Name, was)
 	}
-	k.told = ev.Kind
+	k.told = ev.kind
 	if !s.quiet {
 		s.seen = append(s.seen, observation{s.now, p, ev})
 	}
-	if q := s.byBirth[lifetime{ev.Member.Name, ev.Member.Born}]; ev.Kind == EventFailed && q != nil && q.state != procDead {
+	if q := s.byBirth[lifetime{ev.Member.Name, ev.Member.Born}]; ev.kind == eventFailed && q != nil && q.state != procDead {
 		if s.excuse == nil || !s.excuse(p, q) {
 			s.falseFail++
 			s.problem("false failure: %s says that %s has failed", p.name, q.name)
@@ -1038,7 +1038,7 @@ func (p *proc) of(name string) *known {
 // incarnation never falls.
 func (p *proc) checkSelf() {
 	e := p.n.t.get(p.name)
-	if e != p.n.self || e.Status != StatusAlive || e.lost {
+	if e != p.n.self || e.Status != statusAlive || e.lost {
 		p.s.problem("%s does not believe itself alive", p.name)
 	}
 	k := p.of(p.name)
@@ -1071,14 +1071,14 @@ func (s *sim) checkTables() {
 			}
 			var want Status
 			switch k.told {
-			case EventJoin, EventUpdate:
-				want = StatusAlive
-			case EventFailed:
-				want = StatusFailed
-			case EventLeave:
-				want = StatusLeft
+			case eventJoin, eventUpdate:
+				want = statusAlive
+			case eventFailed:
+				want = statusFailed
+			case eventLeave:
+				want = statusLeft
 			}
-			if v := e.visible(); v != want && !(want == 0 && v.dead()) && v != StatusPruned {
+			if v := e.visible(); v != want && !(want == 0 && v.dead()) && v != statusPruned {
 				s.problem("%s: events left %s %v, the table has it %v", p.name, e.Name, want, v)
 			}
 		}
@@ -1107,7 +1107,7 @@ func (s *sim) running() []*proc {
 
 // shows is the status that p shows for name; 0: it does not know it.
 func (p *proc) shows(name string) Status {
-	if e := p.n.t.get(name); e != nil && !e.reaped && e.Status != StatusPruned {
+	if e := p.n.t.get(name); e != nil && !e.reaped && e.Status != statusPruned {
 		return e.visible()
 	}
 	return 0
@@ -1130,7 +1130,7 @@ func (s *sim) agree() bool {
 	for _, p := range ps {
 		alive := 0
 		for _, e := range p.n.t.ordered {
-			if e.visible() == StatusAlive && !e.reaped {
+			if e.visible() == statusAlive && !e.reaped {
 				if q := s.byBirth[lifetime{e.Name, e.Born}]; q == nil || q.state == procDead || q.n.self.Incarnation != e.Incarnation {
 					return false
 				}
@@ -1145,10 +1145,10 @@ func (s *sim) agree() bool {
 }
 
 // times returns when events of a kind about name were seen since from.
-func (s *sim) times(kind EventKind, name string, from time.Duration) []time.Duration {
+func (s *sim) times(kind eventKind, name string, from time.Duration) []time.Duration {
 	var ds []time.Duration
 	for _, o := range s.seen {
-		if o.Kind == kind && o.Member.Name == name && o.at >= from && o.by.name != name {
+		if o.kind == kind && o.Member.Name == name && o.at >= from && o.by.name != name {
 			ds = append(ds, o.at-from)
 		}
 	}
@@ -1229,7 +1229,7 @@ func (r *report) deaths(how string, count int, kill func(...*proc)) {
 		kill(v)
 		s.until(15*time.Second, 100*ms, s.allFailed([]*proc{v}))
 		s.run(time.Second)
-		ts := s.times(EventFailed, v.name, from)
+		ts := s.times(eventFailed, v.name, from)
 		r.missed += len(ps) - 1 - len(ts)
 		first, all = append(first, percentile(ts, 0)), append(all, ts...)
 	}
@@ -1326,8 +1326,8 @@ func TestNodesJoinAndNoticeAKill(t *testing.T) {
 			victim := s.procs[n/2]
 			s.crash(victim)
 			from := s.now
-			d, ok = s.until(10*time.Second, ms, func() bool { return all(s.procs, victim.name, StatusFailed) })
-			ts := s.times(EventFailed, victim.name, from)
+			d, ok = s.until(10*time.Second, ms, func() bool { return all(s.procs, victim.name, statusFailed) })
+			ts := s.times(eventFailed, victim.name, from)
 			t.Logf("kill: first %v p50 %v all %v (until: %v)", percentile(ts, 0), percentile(ts, .5), percentile(ts, 1), d)
 			if !ok {
 				t.Error("not everybody noticed")
@@ -1447,7 +1447,7 @@ next:
 func (s *sim) allFailed(victims []*proc) func() bool {
 	return func() bool {
 		for _, v := range victims {
-			if !all(s.procs, v.name, StatusFailed) {
+			if !all(s.procs, v.name, statusFailed) {
 				return false
 			}
 		}
@@ -1467,7 +1467,7 @@ func TestAKilledMemberIsNoticedByAll(t *testing.T) {
 			from := s.now
 			s.crash(v)
 			s.until(20*time.Second, 20*ms, s.allFailed([]*proc{v}))
-			ts := s.times(EventFailed, v.name, from)
+			ts := s.times(eventFailed, v.name, from)
 			if len(ts) != len(s.running()) {
 				t.Fatalf("%d of %d noticed", len(ts), len(s.running()))
 			}
@@ -1494,7 +1494,7 @@ func TestALostHostIsNoticedByAll(t *testing.T) {
 		from := s.now
 		s.loseHost(v)
 		s.until(20*time.Second, 10*ms, s.allFailed([]*proc{v}))
-		ts := s.times(EventFailed, v.name, from)
+		ts := s.times(eventFailed, v.name, from)
 		t.Logf("first %v, all %v", percentile(ts, 0), percentile(ts, 1))
 		if len(ts) != len(ps)-1 {
 			t.Fatalf("%d of %d noticed", len(ts), len(ps)-1)
@@ -1510,7 +1510,7 @@ func TestALonelyNodeBlamesOnlyItself(t *testing.T) {
 		v.host.up = false
 		s.within(5*time.Second, "it says so of all others", func() bool {
 			for _, p := range others(ps, v) {
-				if v.shows(p.name) != StatusFailed {
+				if v.shows(p.name) != statusFailed {
 					return false
 				}
 			}
@@ -1617,7 +1617,7 @@ func TestAMemberThatStallsForLongFailsAndComesBack(t *testing.T) {
 		if s.loss > .1 {
 			s.run(12 * time.Second) // who misses the flood waits for its own ten seconds
 		}
-		if !all(others(ps, ps[1]), ps[1].name, StatusFailed) {
+		if !all(others(ps, ps[1]), ps[1].name, statusFailed) {
 			t.Error("not everybody has it as failed")
 		}
 		s.excuse = nil
@@ -1748,7 +1748,7 @@ func TestASplitHeals(t *testing.T) {
 					s.run(length)
 					for _, p := range ps {
 						for _, q := range ps {
-							if apart(p, q) && p.shows(q.name) != StatusFailed {
+							if apart(p, q) && p.shows(q.name) != statusFailed {
 								t.Fatalf("%s does not show %s as failed", p.name, q.name)
 							}
 						}
@@ -1857,11 +1857,11 @@ func TestRetryMaxEndsOnlyWhoHasNeverJoined(t *testing.T) {
 	seed := s.start(s.host(), "seed")
 	nowhere := s.host()
 	lonely := s.start(s.host(), "lonely", nowhere)
-	lonely.n.RetryMax = 5
+	lonely.n.retryMax = 5
 	var ps []*proc
 	for i := range 5 {
 		ps = append(ps, s.start(s.host(), fmt.Sprint("m", i), seed.host))
-		ps[i].n.RetryMax = 5
+		ps[i].n.retryMax = 5
 	}
 	s.run(20 * time.Second)
 	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
@@ -1972,12 +1972,12 @@ func TestALeaverHasLeftAndNotFailed(t *testing.T) {
 		from := s.now
 		v.do(func(n *node) { n.startLeave() })
 		s.within(1200*ms, "the leaver is done", func() bool { return v.left })
-		s.within(5*time.Second, "all show it as left", func() bool { return all(ps, v.name, StatusLeft) })
+		s.within(5*time.Second, "all show it as left", func() bool { return all(ps, v.name, statusLeft) })
 		s.run(20 * time.Second)
-		if failed := s.times(EventFailed, v.name, from); len(failed) > 0 {
+		if failed := s.times(eventFailed, v.name, from); len(failed) > 0 {
 			t.Errorf("%d member-failed", len(failed))
 		}
-		if left := s.times(EventLeave, v.name, from); len(left) != len(ps)-1 {
+		if left := s.times(eventLeave, v.name, from); len(left) != len(ps)-1 {
 			t.Errorf("%d member-leave", len(left))
 		}
 		w := s.start(v.host, v.name, ps[0].host)
@@ -1987,12 +1987,12 @@ func TestALeaverHasLeftAndNotFailed(t *testing.T) {
 }
 
 // story checks that all of ps saw just these events about name since from.
-func (s *sim) story(ps []*proc, name string, from time.Duration, want ...EventKind) {
+func (s *sim) story(ps []*proc, name string, from time.Duration, want ...eventKind) {
 	s.tb.Helper()
-	got := make(map[*proc][]EventKind)
+	got := make(map[*proc][]eventKind)
 	for _, o := range s.seen {
 		if o.Member.Name == name && o.at >= from {
-			got[o.by] = append(got[o.by], o.Kind)
+			got[o.by] = append(got[o.by], o.kind)
 		}
 	}
 	wrong := 0
@@ -2020,7 +2020,7 @@ func TestARestartIsFailedThenJoin(t *testing.T) {
 				w := s.start(v.host, v.name, ps[0].host, ps[len(ps)-1].host)
 				s.within(5*time.Second, "all alive", s.agree)
 				s.run(20 * time.Second)
-				s.story(others(ps, v), v.name, from, EventFailed, EventJoin)
+				s.story(others(ps, v), v.name, from, eventFailed, eventJoin)
 				if w.fatal != nil {
 					t.Error(w.fatal)
 				}
@@ -2051,7 +2051,7 @@ func TestARestartedAgentThatJoinsNobodyHasFailed(t *testing.T) {
 		s.run(ms)
 		s.start(v.host, v.name)
 		s.within(5*time.Second, "all say that it has failed", func() bool {
-			return len(s.times(EventFailed, v.name, from)) >= len(ps)-1
+			return len(s.times(eventFailed, v.name, from)) >= len(ps)-1
 		})
 	})
 }
@@ -2071,7 +2071,7 @@ func TestANameMovesToANewAddressWhenTheOldHostIsGone(t *testing.T) {
 				}
 				s.within(limit, "all show the new one", s.agree)
 				s.run(20 * time.Second)
-				s.story(others(ps, v), v.name, from, EventFailed, EventJoin)
+				s.story(others(ps, v), v.name, from, eventFailed, eventJoin)
 				if w.fatal != nil {
 					t.Error(w.fatal)
 				}
@@ -2107,7 +2107,7 @@ func TestOfTwinsBornInOneMillisecondOneGivesWay(t *testing.T) {
 		b := s.start(s.host(), "twin", ps[len(ps)-1].host)
 		s.within(4*time.Second, "one gives up", func() bool { return (a.fatal == nil) != (b.fatal == nil) })
 		s.run(20 * time.Second)
-		if a.fatal != nil && b.fatal != nil || !all(ps, "twin", StatusAlive) {
+		if a.fatal != nil && b.fatal != nil || !all(ps, "twin", statusAlive) {
 			t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
 		}
 	})
@@ -2172,7 +2172,7 @@ func TestOfANameOnBothSidesOfASplitTheYoungerGivesWay(t *testing.T) {
 		if younger.fatal != nil {
 			t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
 		}
-		if !all(b, older.name, StatusAlive) {
+		if !all(b, older.name, statusAlive) {
 			t.Fatal("the younger has not joined its side")
 		}
 		s.heal()
@@ -2199,8 +2199,8 @@ func TestADeadMembersAddressGoesToANewName(t *testing.T) {
 				s.start(v.host, "newname", ps[0].host)
 				s.within(5*time.Second, "the old one failed", s.allFailed([]*proc{v}))
 				s.run(30 * time.Second)
-				s.story(others(ps, v), v.name, from, EventFailed)
-				s.story(others(ps, v), "newname", from, EventJoin)
+				s.story(others(ps, v), v.name, from, eventFailed)
+				s.story(others(ps, v), "newname", from, eventJoin)
 			})
 		})
 	}
@@ -2218,7 +2218,7 @@ func TestAClockSetBackDoesNotKeepAMemberOut(t *testing.T) {
 				s.start(v.host, v.name, ps[0].host)
 				s.within(5*time.Second, "all alive", s.agree)
 				s.run(20 * time.Second)
-				s.story(others(ps, v), v.name, from, EventFailed, EventJoin)
+				s.story(others(ps, v), v.name, from, eventFailed, eventJoin)
 			})
 		})
 	}
@@ -2242,7 +2242,7 @@ func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
 						t.Error(err)
 					}
 				})
-				want := StatusLeft
+				want := statusLeft
 				if prune {
 					want = 0
 				}
@@ -2252,9 +2252,9 @@ func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
 					t.Error("it came back")
 				}
 				if prune {
-					s.story(others(ps, v), v.name, from, EventLeave, EventReap)
+					s.story(others(ps, v), v.name, from, eventLeave, eventReap)
 				} else {
-					s.story(others(ps, v), v.name, from, EventLeave)
+					s.story(others(ps, v), v.name, from, eventLeave)
 				}
 			})
 		})
@@ -2266,7 +2266,7 @@ func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
 func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
 	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
 		for _, p := range ps {
-			p.n.ReapAfter = 10 * time.Minute
+			p.n.reapAfter = 10 * time.Minute
 			p.n.repair.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
 		}
 		s.crash(ps[len(ps)/2])
@@ -2302,8 +2302,8 @@ func TestAFailedMemberIsForgottenOnce(t *testing.T) {
 					t.Error("after 30 s not forgotten")
 				}
 				s.run(2 * time.Minute)
-				s.story(others(ps, v), v.name, from, EventFailed, EventReap)
-				s.story([]*proc{late}, v.name, from, EventReap)
+				s.story(others(ps, v), v.name, from, eventFailed, eventReap)
+				s.story([]*proc{late}, v.name, from, eventReap)
 				if late.shows(v.name) != 0 || late.n.t.get(v.name) != nil {
 					t.Error("the late one still has it")
 				}
@@ -2365,7 +2365,7 @@ func TestAHostThatVanishesRightAfterAJoinIsNoticedInTime(t *testing.T) {
 // answering has every agent answer queries with its name.
 func (s *sim) answering() {
 	s.reply = func(p *proc, ev Event) {
-		p.tell(func(n *node) { n.replied(ev.Member, ev.ID, replyDone, []byte(p.name)) })
+		p.tell(func(n *node) { n.replied(ev.Member, ev.id, replyDone, []byte(p.name)) })
 	}
 }
 
@@ -2387,7 +2387,7 @@ func (p *proc) ask(name string, within time.Duration) (q simQuery) {
 }
 
 func (q simQuery) over() bool {
-	return slices.ContainsFunc(q.p.answers, func(ev Event) bool { return ev.ID == q.id && ev.Reply == replyNone })
+	return slices.ContainsFunc(q.p.answers, func(ev Event) bool { return ev.id == q.id && ev.reply == replyNone })
 }
 
 // came is how many have the query, and who has answered how, how often.
@@ -2395,12 +2395,12 @@ func (q simQuery) came() (heard int, replies map[string][]reply) {
 	replies = make(map[string][]reply)
 	for _, ev := range q.p.answers {
 		switch {
-		case ev.ID != q.id || ev.Reply == replyNone:
-		case ev.Reply == replyHeard:
+		case ev.id != q.id || ev.reply == replyNone:
+		case ev.reply == replyHeard:
 			heard++
 		default:
-			if replies[ev.Member.Name] = append(replies[ev.Member.Name], ev.Reply); ev.Reply == replyDone && string(ev.Payload) != ev.Member.Name {
-				q.p.s.problem("%s answers %q", ev.Member.Name, ev.Payload)
+			if replies[ev.Member.Name] = append(replies[ev.Member.Name], ev.reply); ev.reply == replyDone && string(ev.payload) != ev.Member.Name {
+				q.p.s.problem("%s answers %q", ev.Member.Name, ev.payload)
 			}
 		}
 	}
@@ -2537,8 +2537,8 @@ func TestTagsReachEverybodyAsOneUpdate(t *testing.T) {
 					t.Errorf("%s has %q of %s", p.name, got, v.name)
 				}
 			}
-			s.story(ps, v.name, from, EventUpdate)
-			took = append(took, s.times(EventUpdate, v.name, from)...)
+			s.story(ps, v.name, from, eventUpdate)
+			took = append(took, s.times(eventUpdate, v.name, from)...)
 			if len(ps) <= 5 {
 				break
 			}
@@ -2573,8 +2573,8 @@ func TestMembersThatForgetAtDifferentTimesForgetOnce(t *testing.T) {
 				s.frames = 0
 				s.run(2 * time.Minute)
 				s.story([]*proc{soon}, v.name, 0)
-				s.story([]*proc{soon}, w.name, from, EventFailed, EventReap)
-				s.story(others(ps, v, w), w.name, from, EventFailed)
+				s.story([]*proc{soon}, w.name, from, eventFailed, eventReap)
+				s.story(others(ps, v, w), w.name, from, eventFailed)
 				if per := float64(s.frames) / float64(len(ps)) / 120; loss == 0 && per > .1 {
 					t.Errorf("%.2f frames a member and second", per)
 				}
