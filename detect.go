@@ -226,8 +226,7 @@ func (r *ring) expect(e *entry, by time.Duration) {
 	}
 }
 
-// reached notes a sign of life of e that promises nothing. What it promised before still holds; else a whole
-// cycle may pass.
+// reached notes a sign of life of e that promises nothing: what it promised before holds, or a whole cycle may pass.
 func (r *ring) reached(n *node, e *entry) {
 	if i := slices.IndexFunc(r.watched, func(w *bond) bool { return w.e == e }); i >= 0 && r.watched[i].by <= n.now {
 		r.watched[i].by = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
@@ -276,8 +275,7 @@ const (
 	last                  // the last round of a suspicion
 )
 
-// probe is one look at a member: for a verdict of mine, for others who asked, or both. There is one at a time
-// per target.
+// probe is one look at a member, for a verdict of mine, for others who asked, or both. A target has one at a time.
 type probe struct {
 	m       Member // whom, as it was believed
 	e       *entry // nil: a namesake of mine, whom no entry describes
@@ -586,8 +584,7 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 	}
 }
 
-// refused fails a target that two observers were refused by, nobody contradicting, at once: a watch link had
-// shown that TCP works.
+// refused fails a target that refuses two observers, nobody contradicting, at once: a watch link showed that TCP works.
 func (d *detector) refused(n *node, p *probe) {
 	if p.mine <= vRefused && p.stage != helping && p.ended && p.seen(vRefused, vRefused) >= 2 && p.seen(vAlive, vAlive) == 0 {
 		d.fail(n, p)

@@ -44,13 +44,11 @@ const (
 	lateBy                = 100 * ms // how much later than planned a wake-up may count
 
 	maxDatagram, maxFrame = 1400, 32 << 10
-	maxPayload            = 1024 // bytes of a user event or a query, with its name, and of an answer
 	maxQueue              = 4096 // claims and events that wait to be flooded
 	maxQuestions          = 4096
 	maxQueries, maxDuties = 64, 1024  // of one's own at a time, and those of others
 	maxLetters            = 4096      // of queries: more are refused
 	postRate, postBurst   = 64000, 64 // letters a second, and in one go: a thousand at once would be lost
-	windowSize            = 512       // a multiple of 64
 	maxInputs             = 1024      // that wait for the loop; more datagrams are lost
 	drainFor              = 20 * ms   // inputs may keep the loop from its tick
 	writeFor              = ms        // what does not fit into the socket's buffer by then is lost, as UDP may
@@ -105,8 +103,7 @@ const (
 	replyFailed               // the same, and it failed: the first line says how
 )
 
-// head opens every datagram and every frame between agents. gob leaves zero fields out, so one flat struct
-// serves all kinds.
+// head opens every datagram and every frame between agents. gob leaves out zeros, so one struct serves all kinds.
 type head struct {
 	Kind        kind
 	From        string
@@ -240,8 +237,8 @@ func (n *node) tick(now time.Duration) outputs {
 			n.ring.refresh(n)
 			n.wakeAt(n.now) // retries follow the new ring in the next tick
 		}
-	} else {
-		n.own.stepLeave(n)
+	} else if n.wakeAt(n.own.leaving); len(n.letters.open) == 0 || n.now >= n.own.leaving {
+		n.out.left = true
 	}
 	n.spread.flush(n)
 	o := n.out
@@ -422,8 +419,7 @@ func (e *entry) deal() *dealings {
 	return e.dealings
 }
 
-// datagram takes one datagram, already opened; anyRun: it was not for this run alone. An error is for the
-// caller to count.
+// datagram takes one datagram, already opened; anyRun: it was not for this run alone.
 func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 	var h head
 	body, err := wire.decode(b, &h)
@@ -547,8 +543,7 @@ func (n *node) delivered(i int) {
 	}
 }
 
-// met notes that e answered something that I sent it just now: neither of us is cut off from the other,
-// whatever was believed.
+// met notes that e answered something just now: whatever was believed, neither is cut off from the other.
 func (n *node) met(e *entry) {
 	if d := e.deal(); !d.met {
 		d.met = true
@@ -564,8 +559,7 @@ func (n *node) met(e *entry) {
 	}
 }
 
-// contact looks at who has said something and whether it needs to be told something: that it is thought dead,
-// or that our tables differ.
+// contact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
 func (n *node) contact(e *entry, h head) {
 	if e.Status != statusAlive || h.Incarnation != e.Incarnation {
 		n.remind(e) // it refutes, or tells the news of itself that I have missed
@@ -616,8 +610,7 @@ func (s *spread) add(n *node, u *update) {
 	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], o) // what overflows is left to repair
 }
 
-// flush sends the queue to all watchers: at once when the line was idle, else in batches, and never more than
-// floodRate packets a second.
+// flush sends the queue to all watchers: at once when the line was idle, else in batches, floodRate a second.
 func (s *spread) flush(n *node) {
 	if len(s.queue) == 0 {
 		return
@@ -662,11 +655,9 @@ func (s *spread) catchUp(n *node, e *entry) {
 
 // check says what is wrong with a claim from outside.
 func (n *node) check(u *update) error {
-	m, ip := &u.Member, u.Member.Addr.Addr().Unmap()
-	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
-	if validName(m.Name) != nil || !m.Tags.valid() || len(u.By) > maxName ||
-		!ip.IsValid() || m.Addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || validName("%"+ip.Zone()) != nil ||
-		m.Status == 0 || m.Status == statusLeaving || m.Status > statusPruned || m.Born > m.Incarnation || !n.plausible(m.Incarnation, n.t.highest) {
+	m := &u.Member
+	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
+	if !m.valid() || len(u.By) > maxName || !n.plausible(m.Incarnation, n.t.highest) {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
 	return nil
@@ -712,11 +703,15 @@ func (n *node) adopt(u *update) {
 	}
 }
 
-// learnEvent takes a user event from outside, or one's own; replay: also one that is older than this agent's
-// time.
+// sound reports whether u can be a user event or a query.
+func (n *node) sound(u *update) bool {
+	return checkPayload("", u.Event, u.Payload) == nil && u.LTime != 0 && n.plausible(u.LTime, n.spread.events.lamport)
+}
+
+// learnEvent takes a user event; replay: also one from before this agent's time.
 func (n *node) learnEvent(u *update, replay bool) error {
 	s, name := &n.spread, u.Member.Name
-	if validName(name) != nil || checkPayload("event", u.Event, u.Payload) != nil || u.LTime == 0 || !n.plausible(u.LTime, s.events.lamport) {
+	if validName(name) != nil || !n.sound(u) {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
 	// Only what belongs to an event goes on: the rest may be of any length.
@@ -750,15 +745,6 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 		return err
 	}
 	return n.learnEvent(&update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Coalesce: coalesce}, true)
-}
-
-func checkPayload(what, name string, payload []byte) error {
-	if size := len(name) + len(payload); size > maxPayload {
-		return fmt.Errorf("%s name and payload take %d bytes, the limit is %d", what, size, maxPayload)
-	} else if name == "" {
-		return fmt.Errorf("the %s has no name", what)
-	}
-	return nil
 }
 
 // ---- repair: comparing tables ----
@@ -821,8 +807,7 @@ func (n *node) welcome(h head) (w head, about []update) {
 	return n.head(kWelcome), about
 }
 
-// welcomed takes the welcome of whom I dialled, and what it says of me, if it says anything. errWait: ask
-// again in a moment.
+// welcomed takes the welcome of whom I dialled, and what it says of me. errWait: ask again in a moment.
 func (n *node) welcomed(x *exchange, h head, about []update) error {
 	if h.From == n.self.Name && h.born() == n.self.Born {
 		return errMyself
@@ -871,8 +856,7 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 	}
 }
 
-// piece is the next frame of an exchange: of the dialler's table, or of what the dialler lacks in the stretch
-// that it sent.
+// piece is the next frame of an exchange: of the dialler's table, or of what it lacks in the stretch that it sent.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
 	var body []byte
@@ -979,8 +963,7 @@ func (n *node) exchanged(x *exchange) {
 
 // ---- joining ----
 
-// joining is when to try the seeds. To try is to compare tables with all their addresses at once, which
-// rpc.go does.
+// joining is when to try the seeds. To try is to compare tables with all their addresses at once: see joinSeeds.
 type joining struct {
 	since   time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	running bool
@@ -1015,18 +998,8 @@ func (j *joining) step(n *node) {
 	}
 }
 
-// seedAnswered is told of each seed that answers.
-func (n *node) seedAnswered(name string) {
-	j := &n.joining
-	if j.rounds > 0 {
-		n.logf("[INFO] joined through %s", name)
-	}
-	j.names, j.rounds = append(j.names[max(0, len(j.names)-64):], name), 0
-}
-
-// seedsTried ends a round: how many answered, and what went wrong ("ADDR: reason"), why among it if the own
-// name is taken.
-func (n *node) seedsTried(answered int, errs []string, why error) {
+// seedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
+func (n *node) seedsTried(names, errs []string, why error) {
 	j := &n.joining
 	j.running, j.errs = false, errs
 	text := strings.Join(errs[:min(len(errs), 5)], "; ")
@@ -1035,8 +1008,11 @@ func (n *node) seedsTried(answered int, errs []string, why error) {
 	if warn {
 		j.warned = n.now
 	}
-	if answered > 0 {
-		if j.at = n.now + time.Second; warn {
+	if len(names) > 0 {
+		if j.rounds > 0 {
+			n.logf("[INFO] joined through %s", names[0])
+		}
+		if j.at, j.names, j.rounds = n.now+time.Second, names, 0; warn {
 			n.logf("[WARN] not all seeds answer (%s)", text)
 		}
 		return
@@ -1177,8 +1153,7 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 	return nil
 }
 
-// startLeave tells the watchers that this node leaves. outputs.left follows when all of them know, or after
-// leaveFor.
+// startLeave tells the watchers that this node leaves; it has left when all of them know, or after leaveFor.
 func (n *node) startLeave() {
 	if n.own.leaving != 0 {
 		return
@@ -1186,13 +1161,6 @@ func (n *node) startLeave() {
 	n.own.leaving, n.letters.open = n.now+leaveFor, nil
 	for _, w := range n.ring.watchers {
 		n.post(w.e, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
-	}
-}
-
-func (o *ownName) stepLeave(n *node) {
-	n.wakeAt(o.leaving)
-	if len(n.letters.open) == 0 || n.now >= o.leaving {
-		n.out.left = true
 	}
 }
 
@@ -1207,11 +1175,7 @@ func (n *node) forceLeave(name string, prune bool) error {
 	case !e.Status.dead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
-	if prune {
-		n.declare(e.with(statusPruned), "")
-	} else {
-		n.declare(e.with(statusLeft), "")
-	}
+	n.declare(e.with(map[bool]Status{false: statusLeft, true: statusPruned}[prune]), "")
 	return nil
 }
 
@@ -1301,7 +1265,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 
 // hear takes a query of e.
 func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
-	if len(us) != 1 || checkPayload("query", us[0].Event, us[0].Payload) != nil || us[0].LTime == 0 || !n.plausible(us[0].LTime, n.spread.events.lamport) {
+	if len(us) != 1 || !n.sound(&us[0]) {
 		return errors.New("sent a bad query")
 	}
 	u, within := us[0], time.Duration(us[0].Within)*ms
@@ -1390,8 +1354,7 @@ type gossipConfig struct {
 	keys    [][]byte       // of 32 bytes: the first seals, any opens
 	cluster string
 	log     *log.Logger
-	// events is called from the loop with each event, and for an eventQuery with what takes the answer: it
-	// must not block.
+	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
 	events func(ev Event, answer func(r reply, text []byte))
 }
 
@@ -1451,8 +1414,7 @@ func startGossip(cfg gossipConfig) (*gossip, error) {
 	return g, nil
 }
 
-// listen binds UDP and TCP to one port. A free port may be taken by somebody between the two, so port 0 is
-// tried a few times.
+// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
 func (g *gossip) listen() (err error) {
 	family := ""
 	if g.cfg.bind.Addr().Is4() {
@@ -1475,26 +1437,24 @@ func (g *gossip) listen() (err error) {
 	return err
 }
 
-func (g *gossip) now() time.Duration { return time.Since(g.start) }
-
 // run is the loop: the only goroutine that touches the node.
 func (g *gossip) run() {
 	for planned := time.Duration(0); g.ctx.Err() == nil; {
 		select {
 		case input := <-g.inputs:
-			g.node.enter(g.now(), input)
-		case <-time.After(max(planned-g.now(), 0)):
+			g.node.enter(time.Since(g.start), input)
+		case <-time.After(max(planned-time.Since(g.start), 0)):
 		case <-g.ctx.Done():
 		}
 		// What has arrived meanwhile comes first. Whoever was stopped must hear it before it judges, so the readers
 		// get a moment to hand it over. Peers that never stop sending must not keep the node from ticking.
-		if g.now()-planned > lateBy {
+		if time.Since(g.start)-planned > lateBy {
 			time.Sleep(2 * ms)
 		}
-		for end := g.now() + drainFor; g.now() < end && len(g.inputs) > 0; {
-			g.node.enter(g.now(), <-g.inputs)
+		for end := time.Since(g.start) + drainFor; time.Since(g.start) < end && len(g.inputs) > 0; {
+			g.node.enter(time.Since(g.start), <-g.inputs)
 		}
-		out := g.node.tick(g.now())
+		out := g.node.tick(time.Since(g.start))
 		g.carryOut(out)
 		planned = out.wake
 	}
@@ -1550,7 +1510,7 @@ func (g *gossip) publish(ev Event) {
 		g.cfg.log.Printf("[INFO] user-event: %s", what)
 	case ev.kind == eventQuery:
 		g.cfg.log.Printf("[DEBUG] query: %s", what)
-	case !g.lines.fill(g.now(), linesRate, linesBurst).take():
+	case !g.lines.fill(time.Since(g.start), linesRate, linesBurst).take():
 		g.unlogged++
 	default:
 		if g.unlogged > 0 {
@@ -1625,15 +1585,14 @@ func (g *gossip) do(f func(*node) error) error {
 // me returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
 func (g *gossip) me() (m Member, alone bool) { return g.self.Load().Member, g.alone.Load() }
 
-// Leave tells everybody that this node leaves, waits up to a second for the watchers to know, and stops the
-// loop.
+// leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {
 	err := g.do(func(n *node) error { n.startLeave(); return nil })
 	<-g.done
 	return err
 }
 
-// Close stops the loop at once, without leaving.
+// close stops the loop at once, without leaving.
 func (g *gossip) close() {
 	g.quit()
 	<-g.done

@@ -299,11 +299,8 @@ func (r *rig) step() {
 		}
 		if r.resolve {
 			r.resolve = false
-			errs := []string{fmt.Sprint(addrs)}
-			r.tell(func(n *node) { n.seedsTried(len(addrs)%2, errs, nil) })
-		} else {
-			name := r.name()
-			r.tell(func(n *node) { n.seedAnswered(name) })
+			errs, names := []string{fmt.Sprint(addrs)}, []string{r.name()}
+			r.tell(func(n *node) { n.seedsTried(names[:len(addrs)%2], errs, nil) })
 		}
 	case 12:
 		size, how := r.pick(256), r.byte()

@@ -25,6 +25,7 @@ const (
 	maxName    = 128
 	maxTags    = 512
 	maxMembers = 1 << 14
+	maxPayload = 1024 // of a user event or a query, with its name, and of an answer
 )
 
 // Status is what is believed about a member. The order is the order of precedence among claims of one
@@ -60,8 +61,7 @@ func (s Status) settled() Status {
 // goes flat on the wire.
 type Tags string
 
-// makeTags checks and packs tags. Keys must not be empty or hold '=' or NUL; all of it together may take 512
-// bytes.
+// makeTags checks and packs tags. Keys must not be empty or hold '=' or NUL; all together may take 512 bytes.
 func makeTags(kv map[string]string) (Tags, error) {
 	var pairs []string
 	for _, k := range slices.Sorted(maps.Keys(kv)) {
@@ -83,7 +83,7 @@ func (t Tags) valid() bool {
 	return err == nil && same == t
 }
 
-// Pairs returns the tags as "key=value", sorted by key.
+// pairs returns the tags as "key=value", sorted by key.
 func (t Tags) pairs() []string { return list(string(t)) }
 
 // list splits what NUL separates.
@@ -94,7 +94,7 @@ func list(s string) []string {
 	return strings.Split(s, "\x00")
 }
 
-// Map returns the tags as a map; it is never nil.
+// asMap returns the tags as a map; it is never nil.
 func (t Tags) asMap() map[string]string {
 	kv := make(map[string]string)
 	for _, p := range t.pairs() {
@@ -131,8 +131,7 @@ const birthBits = 14
 func birth(unixMs, random uint64) uint64 { return unixMs<<birthBits | random>>(64-birthBits) }
 
 // supersedes is the one rule that decides which of two claims about a name wins: the higher incarnation, then
-// the worse status. The rest only makes the order total, so that no two members can believe forged claims
-// differently.
+// the worse status. The rest makes the order total, so that no two members can believe forged claims differently.
 func (m Member) supersedes(old Member) bool {
 	return cmp.Or(
 		cmp.Compare(m.Incarnation, old.Incarnation),
@@ -158,6 +157,14 @@ func validName(s string) error {
 	return nil
 }
 
+// valid reports whether a claim from outside can be one about a member.
+func (m Member) valid() bool {
+	ip := m.Addr.Addr()
+	return validName(m.Name) == nil && m.Tags.valid() &&
+		ip.IsValid() && m.Addr.Port() != 0 && !ip.IsUnspecified() && !ip.IsMulticast() && validName("%"+ip.Zone()) == nil &&
+		m.Status != 0 && m.Status != statusLeaving && m.Status <= statusPruned && m.Born <= m.Incarnation
+}
+
 // eventKind is the kind of an event; its String is what handlers are told.
 type eventKind uint8
 
@@ -172,8 +179,7 @@ const (
 	eventAnswer // to a query of this agent: for whoever asked, not for handlers
 )
 
-// eventNames are Serf's words for what handlers are told; the index is the eventKind, where 0 is no event:
-// that a member is there.
+// eventNames are Serf's words for the kinds; the index is the eventKind, where 0 is no event: a member is there.
 var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
 
 func (k eventKind) String() string { return eventNames[k] }
@@ -192,6 +198,16 @@ type Event struct {
 	id     uint32        // eventQuery: the asker's number of it; eventAnswer: of my query
 	within time.Duration // eventQuery: what is left of its time
 	reply  reply         // eventAnswer
+}
+
+// checkPayload returns an error that says why a user event or query is refused.
+func checkPayload(what, name string, payload []byte) error {
+	if size := len(name) + len(payload); size > maxPayload {
+		return fmt.Errorf("%s name and payload take %d bytes, the limit is %d", what, size, maxPayload)
+	} else if name == "" {
+		return fmt.Errorf("the %s has no name", what)
+	}
+	return nil
 }
 
 const (
@@ -314,8 +330,7 @@ func (t *table) count(e *entry, by int) {
 	}
 }
 
-// makeRoom forgets the member that has been dead for longest: names that nobody needs must not keep newcomers
-// out.
+// makeRoom forgets the member that has been dead for longest: names that nobody needs must keep no newcomer out.
 func (t *table) makeRoom() bool {
 	var oldest *entry
 	for _, e := range t.ordered {
@@ -385,8 +400,7 @@ func (t *table) announce(e *entry) {
 	}
 }
 
-// reap hides the members that have been dead for longer than after and drops those that were hidden for as
-// long again.
+// reap hides the members that have been dead for longer than after, and drops them after as long again.
 func (t *table) reap(now, after time.Duration) {
 	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool {
 		if !e.Status.dead() || now-e.since < after {

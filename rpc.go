@@ -48,6 +48,7 @@ const (
 	linkLook    = 30 * time.Second // between looks whether a link's member is still one
 	linkMax     = 30 * time.Second // between tries to have a link
 	busyFor     = time.Second      // until a place for an exchange must be free
+	windowSize  = 512              // a multiple of 64
 	xaesNonce   = 24
 )
 
@@ -137,8 +138,7 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 	return us, err
 }
 
-// gobUint reads gob's unsigned integer: a byte below 128, or the negated count of the big-endian bytes that
-// follow.
+// gobUint reads gob's unsigned integer: a byte below 128, or the negated count of the big-endian bytes after it.
 func gobUint(b []byte) (v uint64, n int, err error) {
 	if len(b) > 0 && b[0] < 128 {
 		return uint64(b[0]), 1, nil
@@ -631,8 +631,7 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 	}
 }
 
-// begin opens a session with a first frame of kind k, and takes the welcome: who is there, and what it says of
-// this node.
+// begin opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
 func (g *gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
 	s = g.door.meet(c, true)
 	var h head
@@ -838,25 +837,24 @@ func (g *gossip) serveLink(s *session, m Member) error {
 	return s.err
 }
 
-// Join compares tables with every address of every name in addrs once, all at the same time. It returns how
+// join compares tables with every address of every name in addrs once, all at the same time. It returns how
 // many answered; the error tells of those that did not, with the address and the reason.
 func (g *gossip) join(addrs []string, replay bool) (answered int, err error) {
-	answered, errs, _ := g.joinAll(addrs, exchange{replay: replay}, func(string) {})
+	names, errs, _ := g.joinAll(addrs, exchange{replay: replay})
 	if len(errs) > 0 {
 		err = errors.New(strings.Join(errs, "; "))
 	}
-	return answered, err
+	return len(names), err
 }
 
 // joinSeeds is one round of joining the seeds.
 func (g *gossip) joinSeeds() {
-	tell := func(name string) { g.call(func(n *node) { n.seedAnswered(name) }) }
-	answered, errs, why := g.joinAll(g.cfg.seeds, exchange{}, tell)
-	g.call(func(n *node) { n.seedsTried(answered, errs, why) })
+	names, errs, why := g.joinAll(g.cfg.seeds, exchange{})
+	g.call(func(n *node) { n.seedsTried(names, errs, why) })
 }
 
-// joinAll calls each for each name that answers, at once; why: the name is taken.
-func (g *gossip) joinAll(addrs []string, how exchange, each func(string)) (answered int, errs []string, why error) {
+// joinAll returns the names of those that answered; why: the own name is taken.
+func (g *gossip) joinAll(addrs []string, how exchange) (names, errs []string, why error) {
 	ips, errs := resolve(g.ctx, addrs)
 	var mu sync.Mutex
 	var all sync.WaitGroup
@@ -867,8 +865,7 @@ func (g *gossip) joinAll(addrs []string, how exchange, each func(string)) (answe
 			mu.Lock()
 			defer mu.Unlock()
 			if err == nil {
-				answered++
-				each(x.with.Name)
+				names = append(names, x.with.Name)
 				return
 			}
 			errs = append(errs, fmt.Sprintf("%s: %v", ip, err))
@@ -878,7 +875,7 @@ func (g *gossip) joinAll(addrs []string, how exchange, each func(string)) (answe
 		})
 	}
 	all.Wait()
-	return answered, errs, why
+	return names, errs, why
 }
 
 // ---- sessions of commands ----
@@ -993,7 +990,7 @@ func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) (*
 	return r, nil
 }
 
-// Close takes no more requests and waits a second at most for the answers under way.
+// close takes no more requests and waits a second at most for the answers under way.
 func (r *rpcServer) close() {
 	r.ln.Close()
 	waitAtMost(time.Second, r.guests.served.Wait)

@@ -934,18 +934,17 @@ func (p *proc) join(to ...netip.AddrPort) {
 
 // joinSeeds is a round of joining the seeds, as rpc.go makes it.
 func (p *proc) joinSeeds() {
-	left, answered, errs, why := len(p.seeds), 0, []string(nil), error(nil)
+	left, names, errs, why := len(p.seeds), []string(nil), []string(nil), error(nil)
 	for _, a := range p.seeds {
 		x := &exchange{}
 		p.s.compare(p, a, x, func(err error) {
 			if err == nil {
-				answered++
-				p.tell(func(n *node) { n.seedAnswered(x.with.Name) })
+				names = append(names, x.with.Name)
 			} else if errs = append(errs, fmt.Sprintf("%s: %v", a, err)); errors.Is(err, errTaken) {
 				why = err
 			}
 			if left--; left == 0 {
-				p.tell(func(n *node) { n.seedsTried(answered, errs, why) })
+				p.tell(func(n *node) { n.seedsTried(names, errs, why) })
 			}
 		})
 	}
