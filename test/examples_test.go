@@ -178,6 +178,37 @@ func TestHAProxyReloadsOnlyWhenTheMembersChanged(t *testing.T) {
 	b.want(two, 4)
 }
 
+func TestHAProxyLeavesOutMembersThatDrain(t *testing.T) {
+	t.Parallel()
+	const web1, web2 = "web1 10.0.0.1 role=web", "web2 10.0.0.2 port=81,role=web"
+	const drain1, drain2 = "web1 10.0.0.1 role=web,state=drain,zone=b", "web2 10.0.0.2 port=81,role=web,state=drain"
+	const server1, server2 = "    server web1-10.0.0.1:8080 10.0.0.1:8080\n", "    server web2-10.0.0.2:81 10.0.0.2:81\n"
+	eachShell(t, func(t *testing.T, shell string) {
+		b := newBalancer(t, shell)
+		for i, step := range []struct {
+			alive []string
+			want  string
+		}{
+			{[]string{web1, web2}, server1 + server2},
+			{[]string{web1, drain2}, server1},
+			{[]string{drain1, web2}, server2},
+			{[]string{drain1, drain2}, server1 + server2}, // nobody else is there
+			{[]string{drain1, web2}, server2},
+			{[]string{drain1}, server1}, // what the list held has died
+			{[]string{"web1 10.0.0.1 laststate=drain,role=web", "web2 10.0.0.2 port=81,role=web,state=drained"}, server1 + server2},
+			{[]string{web1, drain2}, server1},
+		} {
+			b.alive(step.alive...)
+			b.want("backend web\n"+step.want, 1+i)
+		}
+		b.alive(drain1, drain2)
+		out, err := b.run()
+		if err != nil || !strings.HasPrefix(out, "all members with role=web are draining: they serve on\n") {
+			t.Errorf("when all drain: %q, %v", out, err)
+		}
+	})
+}
+
 func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
 	t.Parallel()
 	needProc(t)
@@ -517,6 +548,28 @@ func (l *webLoad) client(c *webClient, pause time.Duration, stop <-chan struct{}
 	}
 }
 
+// forget makes the next answer of a server its first.
+func (l *webLoad) forget(server string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.first, server)
+}
+
+// last is when the last request that a server answered began, and when it ended.
+func (l *webLoad) last(server string) (began, ended time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, a := range l.answers {
+		if a.from == server && a.began.After(began) {
+			began = a.began
+		}
+		if a.from == server && a.ended.After(ended) {
+			ended = a.ended
+		}
+	}
+	return began, ended
+}
+
 // webStats sums up the answers that ended since a moment.
 type webStats struct {
 	requests, failed int
@@ -656,9 +709,7 @@ func (f *webFarm) start(name string) time.Duration {
 	n.output = &output{}
 	n.cmd.Stdout, n.cmd.Stderr = n.output, n.output
 	n.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	f.load.mu.Lock()
-	delete(f.load.first, name)
-	f.load.mu.Unlock()
+	f.load.forget(name)
 	began := time.Now()
 	if err := n.cmd.Start(); err != nil {
 		f.t.Fatal(err)
@@ -675,22 +726,26 @@ func (f *webFarm) start(name string) time.Duration {
 			f.t.Logf("%s:\n%s", name, output)
 		}
 	})
-	var answered time.Time
+	return f.served(name).Sub(began)
+}
+
+// served waits until a client is answered by a web node, and returns when the first one was.
+func (f *webFarm) served(name string) (first time.Time) {
+	f.t.Helper()
 	eventually(f.t, name+" is served", func() bool {
 		f.load.mu.Lock()
 		defer f.load.mu.Unlock()
-		answered = f.load.first[name]
-		return !answered.IsZero()
+		first = f.load.first[name]
+		return !first.IsZero()
 	})
-	return answered.Sub(began)
+	return first
 }
 
 // ending ends a web node with a signal to its processes or its script, and
 // returns when it was out of the list and when HAProxy's worker knew.
 func (f *webFarm) ending(name string, s syscall.Signal, whole bool) (unlisted, unknown time.Duration) {
 	f.t.Helper()
-	n := f.nodes[name]
-	pid := n.cmd.Process.Pid
+	pid := f.nodes[name].cmd.Process.Pid
 	if whole {
 		pid = -pid
 	}
@@ -698,6 +753,22 @@ func (f *webFarm) ending(name string, s syscall.Signal, whole bool) (unlisted, u
 	if err := syscall.Kill(pid, s); err != nil {
 		f.t.Fatal(err)
 	}
+	return f.gone(name, began)
+}
+
+// tags runs the tags command on a web node.
+func (f *webFarm) tags(name string, args ...string) {
+	f.t.Helper()
+	cmd := askCmd(f.nodes[name].rpc, "tags", args...)
+	if _, stderr, code := runCmd(f.t, cmd); code != 0 {
+		f.t.Fatalf("tags %v: %s", args, stderr)
+	}
+}
+
+// gone waits until a web node is out of the list, and until HAProxy's worker knows.
+func (f *webFarm) gone(name string, began time.Time) (unlisted, unknown time.Duration) {
+	f.t.Helper()
+	n := f.nodes[name]
 	for _, step := range []struct {
 		what  string
 		found func() bool
@@ -734,6 +805,80 @@ func (f *webFarm) withoutRetries() {
 	})
 }
 
+func say(what, format string, args ...any) {
+	fmt.Printf("%-44s %s\n", what, fmt.Sprintf(format, args...))
+}
+
+// drains takes a web node out by its tag and brings it back, some times over.
+func (f *webFarm) drains(name, label string) {
+	f.t.Helper()
+	const rounds = 3
+	all := time.Now()
+	var unlisted, unknown, begun, answered, back time.Duration // the longest
+	for range rounds {
+		began := time.Now()
+		f.tags(name, "-set", "state=drain")
+		list, worker := f.gone(name, began)
+		settle()
+		quiet := time.Now() // its last requests are answered
+		settle()
+		lastBegun, lastAnswered := f.load.last(name)
+		unlisted, unknown = max(unlisted, list), max(unknown, worker)
+		begun, answered = max(begun, lastBegun.Sub(began)), max(answered, lastAnswered.Sub(began))
+		if from, err := (&webClient{addr: f.nodes[name].addr, path: "/"}).get(); from != name {
+			f.t.Errorf("%s drains and does not serve on: %q, %v", name, from, err)
+		}
+		if status := f.agent.status(name); status != "alive" {
+			f.t.Errorf("%s drains and is %s", name, status)
+		}
+		if s := f.load.since(quiet); s.requests < 50 || s.servers[name] > 0 {
+			f.t.Errorf("%d of %d requests went to %s while it was out", s.servers[name], s.requests, name)
+		}
+
+		f.load.forget(name)
+		began = time.Now()
+		f.tags(name, "-delete", "state")
+		back = max(back, f.served(name).Sub(began))
+		settle()
+	}
+	s := f.load.since(all)
+	say(fmt.Sprintf("%s drains and returns, %d times%s:", name, rounds, label), "%v; slowest %d ms", s, s.slowest.Milliseconds())
+	say("  state=drain:", "out of the list after %d ms, HAProxy reloaded after %d ms, "+
+		"its last request came after %d ms and was answered after %d ms (the longest each)",
+		unlisted.Milliseconds(), unknown.Milliseconds(), begun.Milliseconds(), answered.Milliseconds())
+	say("  -delete state:", "served again after %d ms", back.Milliseconds())
+	if s.failed > 0 {
+		f.t.Errorf("draining%s: %v", label, s)
+	}
+	if begun > unknown+slowAnswer {
+		f.t.Errorf("a request went to %s %v after it drained; HAProxy knew after %v", name, begun, unknown)
+	}
+}
+
+// allDrain drains all web nodes, which serve on then, and brings them back.
+func (f *webFarm) allDrain() {
+	f.t.Helper()
+	began := time.Now()
+	for name := range f.nodes {
+		f.tags(name, "-set", "state=drain")
+	}
+	f.agent.waitLog("all members with role=web are draining: they serve on")
+	eventually(f.t, "all are listed again", func() bool { return strings.Count(readFile(f.list()), " server ") == len(f.nodes) })
+	settle()
+	for name := range f.nodes {
+		f.tags(name, "-delete", "state")
+	}
+	settle()
+	s := f.load.since(began)
+	say("all drain, and return:", "%v", s)
+	if s.failed > 0 {
+		f.t.Errorf("when all drained: %v", s)
+	}
+	if n := strings.Count(readFile(f.list()), " server "); n != len(f.nodes) {
+		f.t.Errorf("%d are listed after all had drained", n)
+	}
+}
+
 // settle lets things go on a little, longer than the slow requests take.
 func settle() { time.Sleep(2 * slowAnswer) }
 
@@ -756,7 +901,6 @@ func TestHAProxyFollowsTheCluster(t *testing.T) {
 	}
 	t.Cleanup(func() { close(stop); clients.Wait() })
 	f.startBalancerAgent()
-	say := func(what, format string, args ...any) { fmt.Printf("%-44s %s\n", what, fmt.Sprintf(format, args...)) }
 	none := func(what string, s webStats) {
 		t.Helper()
 		if s.failed > 0 {
@@ -821,6 +965,9 @@ func TestHAProxyFollowsTheCluster(t *testing.T) {
 	}
 	f.start("web2")
 
+	f.drains("web3", "")
+	f.allDrain()
+
 	began = time.Now()
 	f.agent.kill()
 	f.startBalancerAgent()
@@ -835,6 +982,7 @@ func TestHAProxyFollowsTheCluster(t *testing.T) {
 
 	fmt.Println("With HAProxy's retries switched off, to see what the handler does:")
 	f.withoutRetries()
+	f.drains("web2", ", no retries")
 	began = time.Now()
 	_, unknown = f.ending("web3", syscall.SIGKILL, true)
 	settle()

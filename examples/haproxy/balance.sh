@@ -7,6 +7,9 @@
 #
 # It asks who is alive instead of reading the event. So it does no harm to run
 # it again, late, for many events at once, or by hand.
+#
+# On a web node "hamlet tags -set state=drain" takes it out of the list, and
+# "hamlet tags -delete state" brings it back.
 set -eu
 
 list=${BALANCE_LIST:-/etc/haproxy/web.cfg} # what it writes
@@ -35,6 +38,9 @@ members=$(hamlet members -format text -status alive -tag role=web)
 
 # Names and tags come from other machines: only what cannot mean anything to
 # HAProxy gets through. Not echo, which makes a newline of \n.
+#
+# Draining means: serve elsewhere. Where all that live are draining there is no
+# elsewhere, and they serve on, all of them: the list that was may name the dead.
 {
 	echo "backend web"
 	printf '%s\n' "$members" | LC_ALL=C awk -v usual="$port" '{
@@ -47,7 +53,16 @@ members=$(hamlet members -format text -status alive -tag role=web)
 			next
 		address = address ":" port + 0
 		name = $1 "-" address; gsub(/[^A-Za-z0-9_.:-]/, "_", name)
-		print "    server " name " " address
+		line = "    server " name " " address "\n"
+		if ($0 ~ / alive +(.*,)?state=drain(,|$)/)
+			draining = draining line
+		else
+			serving = serving line
+	}
+	END {
+		if (serving == "" && draining != "")
+			print "all members with role=web are draining: they serve on" >"/dev/stderr"
+		printf "%s", serving != "" ? serving : draining
 	}' | LC_ALL=C sort -u
 } >"$list.new"
 
