@@ -418,6 +418,140 @@ func TestTheCatchAllHandlerRunsNothingElsewhere(t *testing.T) {
 	})
 }
 
+// --- examples/watch
+
+// missing is a run of missing.sh, and what it would tell a person.
+type missing struct {
+	output
+	pid int
+}
+
+func startMissing(t *testing.T, shell string, env []string) *missing {
+	t.Helper()
+	m := &missing{}
+	cmd := exec.Command(shell, "examples/watch/missing.sh", "2", "printf", `%s\n`)
+	cmd.Env, cmd.Stdout = env, m
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	m.pid = cmd.Process.Pid
+	ended := make(chan struct{})
+	go func() { cmd.Wait(); close(ended) }()
+	t.Cleanup(func() {
+		syscall.Kill(-m.pid, syscall.SIGKILL)
+		<-ended
+	})
+	return m
+}
+
+// tells waits until a member is told of, and counts how often it is by then.
+func (m *missing) tells(t *testing.T, name, addr string) (n int) {
+	t.Helper()
+	eventually(t, "missing.sh tells of "+name, func() bool {
+		n = strings.Count(m.String(), "failed 2 s ago and is not back: "+name+" "+addr+"\n")
+		return n > 0
+	})
+	return n
+}
+
+func TestWhoStaysAwayIsToldOnceAndWhoReturnsIsNot(t *testing.T) {
+	t.Parallel()
+	needProc(t)
+	hub := startAgent(t, "-node", "hub")
+	rpc := freePort(t)
+	watched := startAgent(t, "-node", "watched", "-rpc-addr", rpc, "-join", hub.advertised)
+	peers := make(map[string]*agent)
+	const hostile, tick = "-n;$(reboot)`reboot`%s\\n*'\"", "tick"
+	for _, name := range []string{"gone", "returns", hostile, tick, "leaves", "late"} {
+		peers[name] = startAgent(t, "-node="+name, "-join", hub.advertised, "-tag", "note=x failed y")
+	}
+	eventually(t, "all are members", func() bool { return len(watched.members()) == 8 })
+
+	var scripts []*missing // each with other tools
+	for shell, awk := range map[string]string{"sh": "awk", "dash": "mawk", "bash": "gawk", "busybox": "busybox"} {
+		dir := t.TempDir()
+		shellPath, err := exec.LookPath(shell)
+		awkPath, noAwk := exec.LookPath(awk)
+		if err != nil || noAwk != nil {
+			t.Logf("SKIPPED: no %s with the awk of %s here", shell, awk)
+			continue
+		}
+		shell = filepath.Join(dir, "sh")
+		if err := errors.Join(os.Symlink(shellPath, shell), os.Symlink(awkPath, filepath.Join(dir, "awk"))); err != nil {
+			t.Fatal(err)
+		}
+		scripts = append(scripts, startMissing(t, shell, append(exampleEnv(t, dir), "SERF_RPC_ADDR="+rpc)))
+	}
+	told := func(names ...string) {
+		t.Helper()
+		for _, m := range scripts {
+			for _, name := range names {
+				if n := m.tells(t, name, peers[name].advertised); n != 1 {
+					t.Errorf("%d messages of %s", n, name)
+				}
+			}
+		}
+	}
+	peers["gone"].kill()
+	told("gone") // so they all listen
+	for _, name := range []string{"returns", hostile, tick} {
+		peers[name].kill()
+	}
+	watched.waitStatus("returns", "failed")
+	back := startAgent(t, "-node=returns", "-join", hub.advertised)
+	peers["leaves"].int()
+	told(hostile, tick)
+	watched.kill()
+	peers["late"].kill()
+	watched = startAgent(t, "-node", "watched", "-rpc-addr", rpc, "-join", hub.advertised)
+	told("gone", hostile, tick, "late")
+	for _, m := range scripts {
+		if n := strings.Count(m.String(), "\n"); n != 4 {
+			t.Errorf("%d messages, want 4:\n%s", n, m)
+		}
+	}
+
+	peers["returns"] = back
+	back.kill()
+	told("returns")
+	for _, m := range scripts {
+		syscall.Kill(m.pid, syscall.SIGTERM)
+	}
+	for i, m := range scripts {
+		eventually(t, "nothing of missing.sh is left after the next event", func() bool {
+			hub.run("tags", "-set", fmt.Sprint("n=", i, time.Now().UnixMilli()))
+			return groupAlive(m.pid) == 0
+		})
+	}
+}
+
+func TestWhoFailedInLinesThatAreMissingIsTold(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	writeScript(t, filepath.Join(dir, "hamlet"), `case $1 in
+	watch) echo "2026/11/24 12:00:00 member: missing 10.0.0.1:7946 failed"
+		echo "2026/11/24 12:00:00 member: web1 10.0.0.2:7946 alive"
+		echo "2026/11/24 12:00:00 member: web2 10.0.0.3:7946 failed"
+		sleep 1
+		echo "(9 lines are missing here: this reader was too slow)"
+		echo "2026/11/24 12:00:00 member-join: web3 10.0.0.4:7946 alive"
+		exec sleep 60 ;;
+	members) echo "missing  10.0.0.1:7946    failed    role=web"
+		echo "web1     10.0.0.2:7946    failed"
+		echo "web2     10.0.0.3:7946    alive" ;;
+	esac`)
+	m := startMissing(t, "sh", append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH")))
+	m.tells(t, "web1", "10.0.0.2:7946")
+	if said := m.String(); m.tells(t, "missing", "10.0.0.1:7946") != 1 || strings.Contains(said, "web2") {
+		t.Errorf("it told:\n%s", said)
+	}
+	cmd := exec.Command("examples/watch/missing.sh", "30")
+	if _, stderr, code := runCmd(t, cmd); code != 2 || !strings.Contains(stderr, "usage: ") {
+		t.Errorf("without a command: exit %d, %q", code, stderr)
+	}
+}
+
 // --- examples/systemd
 
 // unitValue returns a key's value in the unit.
