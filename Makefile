@@ -58,7 +58,7 @@ haproxy-test:
 # A page for man(1), from the text that help shows.
 man: build
 	@{ echo '.TH HAMLET 1'; echo '.SH NAME'; echo 'hamlet \- makes machines a cluster'; \
-	for c in "" agent members join leave force-leave event keygen version; do \
+	for c in "" $$(./hamlet help | sed -n '/^Commands:/,$$s/^  \([a-z-]*\) .*/\1/p'); do \
 		echo ".SH $${c:+hamlet }$${c:-synopsis}" | tr a-z A-Z; echo .nf; ./hamlet help $$c | sed 's/\\/\\e/g; s/-/\\-/g; s/^\([.'"'"']\)/\\\&\1/'; echo .fi; \
 	done; } > hamlet.1
 
