@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -408,5 +409,197 @@ func TestQuitShowsNoStack(t *testing.T) {
 	cmd.Process.Signal(syscall.SIGQUIT)
 	if cmd.Wait(); out.Len() > 0 || cmd.ProcessState.ExitCode() != 128+3 {
 		t.Errorf("exit %d: %s", cmd.ProcessState.ExitCode(), out.String())
+	}
+}
+
+// ---- tags, query, watch, info ----
+
+// wantEnd reports an end of a command that is not as wanted: the exit status, and
+// words in its error; none: it has no error.
+func wantEnd(t *testing.T, what string, code, wantCode int, errs string, words ...string) {
+	t.Helper()
+	if code != wantCode || (len(words) == 0) != (errs == "") {
+		t.Errorf("%.80s: exit %d, stderr %q", what, code, errs)
+	}
+	for _, w := range words {
+		if !strings.Contains(errs, w) {
+			t.Errorf("%.80s: no %q in %q", what, w, errs)
+		}
+	}
+}
+
+func TestTagsOfARunningAgentReachEverybodyAsOneUpdate(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	own, peers := filepath.Join(dir, "own"), filepath.Join(dir, "peers")
+	a := startAgent(t, "-node", "a", "-tag", "role=web", "-event-handler", `user=echo "[$SERF_TAG_STATE] [$SERF_TAG_ROLE]" >>`+own)
+	b := startAgent(t, "-node", "b", "-join", a.advertised, "-event-handler",
+		`*=while read -r line; do echo "$SERF_EVENT $line"; done >>`+peers, "-event-handler", `user=echo "$SERF_USER_EVENT" >>`+peers)
+	waitAlive(t, []string{"a", "b"}, a, b)
+	set := func(want string, args ...string) {
+		t.Helper()
+		out, errs, code := a.run("tags", args...)
+		wantEnd(t, strings.Join(args, " "), code, 0, errs)
+		if out != "Successfully updated agent tags\n" {
+			t.Errorf("tags %v prints %q", args, out)
+		}
+		row := regexp.MustCompile(`(?m)^a +\S+ +alive +` + regexp.QuoteMeta(want) + `$`)
+		for _, who := range []*agent{a, b} {
+			eventually(t, who.name+" shows "+want, func() bool { out, _, _ := who.run("members"); return row.MatchString(out) })
+		}
+	}
+	set("role=web,state=drain,zone=b", "-set", "state=drain", "-set", "zone=b")
+	a.run("event", "one")
+	eventually(t, "the own handler runs", func() bool { return readFile(own) != "" })
+	set("role=db,state=ok", "-set", "state=ok", "-set", "role=db", "-delete", "zone")
+	set("role=db,state=ok", "-set", "state=ok", "-delete", "nothing") // as it is: no news
+	a.run("event", "two")
+	eventually(t, "the own handler runs again", func() bool { return strings.Count(readFile(own), "\n") == 2 })
+	if got := readFile(own); got != "[drain] [web]\n[ok] [db]\n" {
+		t.Errorf("the own handlers saw %q", got)
+	}
+	eventually(t, "the last event reaches b", func() bool { return strings.Contains(readFile(peers), "two\n") })
+	var seen []string
+	for line := range strings.Lines(readFile(peers)) {
+		if strings.HasPrefix(line, "member-") && strings.Fields(line)[1] == "a" {
+			seen = append(seen, line)
+		}
+	}
+	want := []string{"member-join a\t127.0.0.1\tweb\trole=web\n", "member-update a\t127.0.0.1\tweb\trole=web,state=drain,zone=b\n",
+		"member-update a\t127.0.0.1\tdb\trole=db,state=ok\n"}
+	if diff := cmp.Diff(want, seen); diff != "" {
+		t.Errorf("handlers at a peer: wanted, ran\n%s", diff)
+	}
+	if n := b.count("member-update: a "); n != 2 || b.count("member-failed") > 0 {
+		t.Errorf("%d updates in the log:\n%s", n, b.stderr)
+	}
+}
+
+func TestTagsThatAreRefusedChangeNothing(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a", "-tag", "state="+strings.Repeat("s", 20))
+	before := a.member("a").Tags
+	long := strings.Repeat("x", 500)
+	for _, c := range []struct {
+		code int
+		args []string
+		want []string
+	}{
+		{2, nil, []string{"nothing to change", "-set or -delete", "hint: "}},
+		{2, []string{"-set", "state"}, []string{`"state"`, "KEY=VALUE"}},
+		{2, []string{"-set", "good=1", "-set", "=x"}, []string{`"=x"`, "key"}},
+		{2, []string{"-set", "a=" + long + long}, []string{"1002 bytes", "512"}},
+		{1, []string{"-set", "a=" + long}, []string{"529 bytes", "512"}}, // with those that are there
+		{2, []string{"state=ok"}, []string{`"state=ok"`, "hint: "}},
+	} {
+		out, errs, code := a.run("tags", c.args...)
+		wantEnd(t, "tags "+strings.Join(c.args, " "), code, c.code, errs, c.want...)
+		if out != "" || !strings.HasPrefix(errs, "hamlet: error: ") {
+			t.Errorf("tags %.80q prints %q, stderr %q", c.args, out, errs)
+		}
+		if tags := a.member("a").Tags; !maps.Equal(tags, before) {
+			t.Fatalf("tags %.80q left %q", c.args, tags)
+		}
+	}
+	if a.count("member-update") > 0 {
+		t.Errorf("it was updated:\n%s", a.stderr)
+	}
+}
+
+// askQuery asks a query, whose time is long, and returns the lines that are printed, those
+// of members sorted.
+func (a *agent) askQuery(wantCode int, wantErr []string, args ...string) (lines []string) {
+	a.t.Helper()
+	start, what := time.Now(), "query "+strings.Join(args, " ")
+	out, errs, code := a.run("query", args...)
+	if took := time.Since(start); took > 4*time.Second*busy {
+		a.t.Errorf("%s took %v", what, took)
+	}
+	wantEnd(a.t, what, code, wantCode, errs, wantErr...)
+	if lines = strings.Split(strings.TrimSuffix(out, "\n"), "\n"); len(lines) > 2 {
+		slices.Sort(lines[1 : len(lines)-2])
+	}
+	return lines
+}
+
+// querySite is a cluster of which two answer and one does not.
+func querySite(t *testing.T) (web1, web2, db *agent) {
+	web := []string{"-role", "web", "-event-handler", `query:load=echo "$SERF_SELF_NAME"`, "-event-handler", "query:fail=echo out; echo no disk >&2; exit 3",
+		"-event-handler", "query:big=head -c 5000 /dev/zero | tr '\\0' x", "-event-handler", "query:slow=sleep 8; echo late",
+		"-event-handler", `query:tell=echo "$SERF_EVENT $SERF_QUERY_NAME $((SERF_QUERY_LTIME > 0)) [$(cat)]"`}
+	web1 = startAgent(t, append(web, "-node", "web1")...)
+	web2 = startAgent(t, append(web, "-node", "web2", "-join", web1.advertised)...)
+	db = startAgent(t, "-node", "db", "-role", "db", "-join", web1.advertised)
+	waitAlive(t, []string{"web1", "web2", "db"}, web1, web2, db)
+	return web1, web2, db
+}
+
+func TestAQueryEndsWhenAllHaveAnswered(t *testing.T) {
+	t.Parallel()
+	web1, web2, db := querySite(t)
+	for _, c := range []struct {
+		from *agent
+		args string
+		want string // lines, those of members sorted
+	}{
+		{db, "load", "Query 'load' dispatched|Ack from 'db'|Ack from 'web1'|Ack from 'web2'|Response from 'web1': web1|Response from 'web2': web2|Total Acks: 3|Total Responses: 2"},
+		{web1, "-node web2 load", "Query 'load' dispatched|Ack from 'web2'|Response from 'web2': web2|Total Acks: 1|Total Responses: 1"},
+		{web1, "-tag role=d. load", "Query 'load' dispatched|Ack from 'db'|Total Acks: 1|Total Responses: 0"},
+		{web2, "-tag role=web -node web1 -node db load", "Query 'load' dispatched|Ack from 'web1'|Response from 'web1': web1|Total Acks: 1|Total Responses: 1"},
+		{db, "-node web1 tell 3f2c1aa", "Query 'tell' dispatched|Ack from 'web1'|Response from 'web1': query tell 1 [3f2c1aa]|Total Acks: 1|Total Responses: 1"},
+		{db, "-node web1 tell", "Query 'tell' dispatched|Ack from 'web1'|Response from 'web1': query tell 1 []|Total Acks: 1|Total Responses: 1"},
+		{db, "-node web1 fail", "Query 'fail' dispatched|Ack from 'web1'|Failed on 'web1': exit status 3|no disk|out|Total Acks: 1|Total Responses: 0"},
+		{db, "nobody-has-a-handler", "Query 'nobody-has-a-handler' dispatched|Ack from 'db'|Ack from 'web1'|Ack from 'web2'|Total Acks: 3|Total Responses: 0"},
+	} {
+		if diff := cmp.Diff(strings.Split(c.want, "|"), c.from.askQuery(0, nil, strings.Fields(c.args)...)); diff != "" {
+			t.Errorf("query %s at %s: wanted, printed\n%s", c.args, c.from.name, diff)
+		}
+	}
+	out, _, _ := db.run("query", "-no-ack", "load")
+	if rows := strings.Split(out, "\n"); strings.Contains(out, "Ack") || len(rows) != 5 || rows[0] != "Query 'load' dispatched" || rows[3] != "Total Responses: 2" {
+		t.Errorf("-no-ack:\n%s", out)
+	}
+	big := db.askQuery(0, nil, "-node", "web2", "big")
+	if answer, ok := strings.CutPrefix(big[2], "Response from 'web2': xxx"); !ok || len(answer) > 1024 || !strings.HasSuffix(answer, "x... (cut: 5000 bytes)") {
+		t.Errorf("an answer of 5,000 bytes:\n%s", strings.Join(big, "\n"))
+	}
+	var js struct {
+		Acks                []string
+		Responses, Failures map[string]string
+	}
+	out, _, code := db.run("query", "-format", "json", "-tag", "role=web", "load")
+	if err := json.Unmarshal([]byte(out), &js); err != nil || code != 0 || !maps.Equal(js.Responses, map[string]string{"web1": "web1\n", "web2": "web2\n"}) || len(js.Acks) != 2 {
+		t.Errorf("json: exit %d, %v, %s", code, err, out)
+	}
+	out, _, _ = db.run("query", "-format", "json", "-node", "web1", "fail")
+	if err := json.Unmarshal([]byte(out), &js); err != nil || !strings.HasPrefix(js.Failures["web1"], "exit status 3\n") || len(js.Acks) != 1 {
+		t.Errorf("json of a failure: %v, %s", err, out)
+	}
+}
+
+func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
+	t.Parallel()
+	_, web2, db := querySite(t)
+	for _, args := range []string{"-node nobody load", "-tag role=none load", "-tag none=.* load", "-node db -tag role=web load"} {
+		if out := db.askQuery(1, []string{"hamlet: error: nobody is asked"}, strings.Fields(args)...); out[0] != "" {
+			t.Errorf("query %s prints %q", args, out)
+		}
+	}
+	lines := db.askQuery(1, []string{"no answer within 300ms from web1"}, "-timeout", "300ms", "-node", "web1", "slow")
+	if diff := cmp.Diff([]string{"Query 'slow' dispatched", "Ack from 'web1'", "Total Acks: 1", "Total Responses: 0"}, lines); diff != "" {
+		t.Errorf("a slow handler: wanted, printed\n%s", diff)
+	}
+	web2.signal(syscall.SIGSTOP) // not called dead for it: it is asked
+	lines = db.askQuery(1, []string{"no answer within 700ms from web2\n"}, "-timeout", "700ms", "load")
+	if last := lines[len(lines)-1]; last != "Total Responses: 1" || !slices.Contains(lines, "Response from 'web1': web1") || slices.Contains(lines, "Ack from 'web2'") {
+		t.Errorf("one is stopped:\n%s", strings.Join(lines, "\n"))
+	}
+	web2.signal(syscall.SIGCONT)
+	asking := launch(t, hamletCmd("query", "-rpc-addr", db.rpc, "-node", "web2", "-timeout", "20s", "slow"), here)
+	eventually(t, "web2 has the query", func() bool { return strings.Contains(asking.stdout.String(), "Ack from 'web2'") })
+	start := time.Now()
+	web2.kill() // from the dead nobody waits for an answer
+	if code := asking.wait(); code != 1 || time.Since(start) > 5*time.Second || !strings.Contains(asking.stderr.String(), "web2") {
+		t.Errorf("one died: exit %d after %v, %s%s", code, time.Since(start), asking.stdout, asking.stderr)
 	}
 }
