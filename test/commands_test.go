@@ -603,3 +603,228 @@ func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
 		t.Errorf("one died: exit %d after %v, %s%s", code, time.Since(start), asking.stdout, asking.stderr)
 	}
 }
+
+// watching starts a watch, and waits until it has shown who is there.
+func (a *agent) watching(there int, args ...string) *agent {
+	a.t.Helper()
+	w := launch(a.t, hamletCmd(append([]string{"watch", "-rpc-addr", a.rpc}, args...)...), here)
+	eventually(a.t, "watch begins", func() bool { return strings.Count(w.stdout.String(), "\n") >= there })
+	return w
+}
+
+// isObject reports whether a line is a JSON object with these keys and no more.
+func isObject(line string, keys ...string) (object map[string]any, ok bool) {
+	err := json.Unmarshal([]byte(line), &object)
+	slices.Sort(keys)
+	return object, err == nil && slices.Equal(slices.Sorted(maps.Keys(object)), keys)
+}
+
+func TestWatchBeginsWithWhoIsThereAndGoesOnWithWhatHappens(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a", "-role", "lb")
+	b := startAgent(t, "-node", "b", "-join", a.advertised)
+	c := startAgent(t, "-node", "c", "-join", a.advertised)
+	waitAlive(t, []string{"a", "b", "c"}, a, b, c)
+	text, objects := a.watching(3), a.watching(3, "-format", "json")
+	both := func(what string) {
+		t.Helper()
+		eventually(t, what, func() bool {
+			return strings.Contains(text.stdout.String(), what) && strings.Contains(objects.stdout.String(), `"`+what+`"`)
+		})
+	}
+	b.run("event", "deploy", "3f\t\x1b2c")
+	both("deploy")
+	b.run("tags", "-set", "state=drain", "-set", "role=web")
+	both("member-update")
+	b.kill()
+	both("member-failed")
+	c.int()
+	both("member-leave")
+	var rows []string
+	for line := range strings.Lines(text.stdout.String()) {
+		row := regexp.MustCompile(`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d (.*)\n$`).FindStringSubmatch(line)
+		if row == nil {
+			t.Fatalf("line %q", line)
+		}
+		rows = append(rows, row[1])
+	}
+	slices.Sort(rows[:3])
+	want := []string{"member: a " + a.advertised + " alive role=lb", "member: b " + b.advertised + " alive", "member: c " + c.advertised + " alive",
+		`user: deploy 3f\t\x1b2c`, "member-update: b " + b.advertised + " alive role=web,state=drain",
+		"member-failed: b " + b.advertised + " failed role=web,state=drain", "member-leave: c " + c.advertised + " left"}
+	if diff := cmp.Diff(want, rows); diff != "" {
+		t.Errorf("wanted, shown\n%s", diff)
+	}
+	lines := strings.Split(strings.TrimSuffix(objects.stdout.String(), "\n"), "\n")
+	if len(lines) != len(want) {
+		t.Fatalf("%d objects:\n%s", len(lines), objects.stdout)
+	}
+	for i, line := range lines {
+		object, ok := isObject(line, "time", "event", "name", "addr", "tags", "status")
+		if i == 3 {
+			object, ok = isObject(line, "time", "event", "name", "payload", "ltime", "from")
+			ok = ok && object["event"] == "user" && object["payload"] == "3f\t\x1b2c" && object["from"] == "b" && object["ltime"].(float64) > 0
+		}
+		at, err := time.Parse(time.RFC3339Nano, fmt.Sprint(object["time"]))
+		if !ok || err != nil || time.Since(at) > time.Minute || i > 0 && i < 3 && object["event"] != "member" {
+			t.Errorf("object %d: %v, %s", i, err, line)
+		}
+	}
+	if o, _ := isObject(lines[4]); o["name"] != "b" || o["addr"] != b.advertised || o["status"] != "alive" || fmt.Sprint(o["tags"]) != "map[role:web state:drain]" {
+		t.Errorf("the update: %s", lines[4])
+	}
+}
+
+func TestWatchShowsWhatIsAskedForAndEndsThen(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	two := a.watching(0, "-event", "user:done,member-join", "-n", "2", "-timeout", "30s")
+	all := a.watching(1, "-event", "member,user") // which watches now, and so two nearly does
+	for range 40 {
+		a.run("event", "other")
+		a.run("event", "done", "well")
+		if two.hasExited() {
+			break
+		}
+	}
+	if code := two.wait(); code != 0 || !regexp.MustCompile(`^(\S+ \S+ user: done well\n){2}$`).MatchString(two.stdout.String()) {
+		t.Errorf("two events: exit %d, %s%s", code, two.stdout, two.stderr)
+	}
+	startAgent(t, "-node", "b", "-join", a.advertised)
+	a.waitStatus("b", "alive")
+	a.run("event", "last")
+	eventually(t, "the last event", func() bool { return strings.Contains(all.stdout.String(), "user: last\n") })
+	if s := all.stdout.String(); strings.Count(s, "member") != 1 || !strings.Contains(s, " user: other\n") {
+		t.Errorf("who was there, and user events:\n%s", s)
+	}
+	start := time.Now()
+	out, errs, code := a.run("watch", "-event", "user:never", "-n", "1", "-timeout", "300ms")
+	wantEnd(t, "a watch in vain", code, 1, errs, "hamlet: error: fewer than 1 events within 300ms\n")
+	if took := time.Since(start); took < 250*ms || took > 5*time.Second || out != "" {
+		t.Errorf("a watch in vain took %v and printed %q", took, out)
+	}
+	for _, c := range []struct{ args, want string }{
+		{"-event member-jion", `"member-jion"`}, {"-timeout 1s", "-timeout needs -n"}, {"-format xml", `"xml"`}, {"-n one", `"one"`}, {"a", `"a"`},
+	} {
+		_, errs, code := a.run("watch", strings.Fields(c.args)...)
+		wantEnd(t, "watch "+c.args, code, 2, errs, c.want)
+	}
+}
+
+func TestAWatchEndsWithItsAgent(t *testing.T) {
+	t.Parallel()
+	for end, want := range map[syscall.Signal]int{syscall.SIGINT: 0, syscall.SIGTERM: 0, syscall.SIGKILL: 1} {
+		a := startAgent(t, "-node", "a")
+		w := a.watching(1)
+		a.signal(end)
+		code := w.wait()
+		wantErr := map[int][]string{1: {"hamlet: error: ", a.rpc}}[want]
+		wantEnd(t, end.String(), code, want, w.stderr.String(), wantErr...)
+	}
+}
+
+// goroutines is what info says of the agent's process.
+func (a *agent) goroutines() (n int) {
+	out, _, _ := runCmd(a.t, askCmd(a.rpc, "info", "-format", "json"))
+	var info struct{ Runtime struct{ Goroutines string } }
+	json.Unmarshal([]byte(out), &info)
+	fmt.Sscan(info.Runtime.Goroutines, &n)
+	return n
+}
+
+func TestWatchersThatDoNotReadOrVanishCostNothing(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	fds, goroutines := a.fds(), a.goroutines()
+	var idle, gone []*agent
+	for range 3 { // these read no more
+		w := a.watching(1)
+		w.signal(syscall.SIGSTOP)
+		idle = append(idle, w)
+	}
+	for range 100 {
+		gone = append(gone, launch(t, askCmd(a.rpc, "watch"), here))
+	}
+	for _, w := range gone {
+		eventually(t, "watch begins", func() bool { return strings.Contains(w.stdout.String(), "member: a") })
+	}
+	if a.fds() > 0 && a.fds() < fds+103 || a.goroutines() < goroutines+103 {
+		t.Errorf("103 watchers are %d descriptors and %d goroutines; without them %d and %d", a.fds(), a.goroutines(), fds, goroutines)
+	}
+	reader := a.watching(1)
+	payload := strings.Repeat("x", 1000)
+	for i := range 20 {
+		start, name := time.Now(), fmt.Sprint("e", i)
+		_, errs, code := runCmd(t, askCmd(a.rpc, "event", name, payload))
+		wantEnd(t, "an event", code, 0, errs)
+		eventually(t, name+" at who reads", func() bool { return strings.Contains(reader.stdout.String(), "user: "+name+" xxx") })
+		if took := time.Since(start); took > time.Second*busy {
+			t.Errorf("who does not read delays event %d by %v", i, took)
+		}
+		if i == 10 {
+			for _, w := range gone {
+				w.kill()
+			}
+		}
+	}
+	for _, w := range idle {
+		w.kill()
+	}
+	reader.kill()
+	eventually(t, "nothing is left of the watchers", func() bool { return a.fds() <= fds && a.goroutines() <= goroutines })
+}
+
+func TestInfoTellsWhatTheAgentKnowsOfItself(t *testing.T) {
+	t.Parallel()
+	nobody := freePort(t)
+	a := startAgent(t, "-node", "a", "-tag", "zone=a", "-join", nobody+",127.0.0.1:1", "-event-handler", "user:slow=sleep 60",
+		"-event-handler", "user:bad=exit 3", "-event-handler", "member-reap=true")
+	b := startAgent(t, "-node", "b", "-join", a.advertised)
+	c := startAgent(t, "-node", "c", "-join", a.advertised)
+	waitAlive(t, []string{"a", "b", "c"}, a)
+	b.kill()
+	c.int()
+	a.waitStatus("b", "failed")
+	a.waitStatus("c", "left")
+	for range 3 {
+		a.run("event", "-coalesce=false", "slow")
+	}
+	a.run("event", "bad")
+	a.waitLog("handler 'user:bad=exit 3' failed")
+	var info map[string]map[string]string // a value that is no string is an error
+	out, errs, code := a.run("info", "-format", "json")
+	wantEnd(t, "info", code, 0, errs)
+	if err := json.Unmarshal([]byte(out), &info); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for key, want := range map[string]string{
+		"agent name": "a", "agent addr": regexp.QuoteMeta(a.advertised), "agent uptime": `\d+s`, "agent version": `\S+`,
+		"runtime arch": `\w+`, "runtime os": `\w+`, "runtime version": `go1\..*`, "runtime goroutines": `\d+`, "runtime cpu_count": `\d+`, "runtime max_procs": `\d+`,
+		"serf members": "3", "serf failed": "1", "serf left": "1", "serf encrypted": "false", "serf cut_off": "false", "serf event_time": `[1-9]\d*`,
+		"serf seeds": regexp.QuoteMeta(nobody + ",127.0.0.1:1"), "serf seeds_error": ".*" + regexp.QuoteMeta(nobody) + ": connection refused.*",
+		"tags zone": "a",
+	} {
+		group, name, _ := strings.Cut(key, " ")
+		if got, ok := info[group][name]; !ok || !regexp.MustCompile("^"+want+"$").MatchString(got) {
+			t.Errorf("%s: %q (there: %v), want %s", key, got, ok, want)
+		}
+	}
+	if groups := slices.Sorted(maps.Keys(info)); !slices.Equal(groups, []string{"agent", "event_handlers", "runtime", "serf", "tags"}) {
+		t.Errorf("groups %q", groups)
+	}
+	text, _, _ := a.run("info")
+	if !regexp.MustCompile(`^(\w+:\n(\t[^\n]+ = [^\n]*\n)*)+$`).MatchString(text) {
+		t.Errorf("text:\n%s", text)
+	}
+	// However a handler is called there: what waits, what was dropped, how it ended.
+	for _, want := range []string{`\tuser:slow:? = sleep 60\n`, `\tuser:slow:? waiting = 2\n`, `\tuser:slow:? dropped = 0\n`, `\tuser:slow:? last run = never\n`,
+		`\tuser:bad:? last run = exit status 3 after \S+, \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n`, `\tmember-reap:? last run = never\n`} {
+		if !regexp.MustCompile(want).MatchString(text) {
+			t.Errorf("no %s in\n%s", want, text)
+		}
+	}
+	keyed := startKeyed(t, testKeys[:1], "-node", "keyed")
+	if text, _, _ := keyed.run("info"); !strings.Contains(text, "\tencrypted = true\n") || !strings.HasSuffix(text, "tags:\n") {
+		t.Errorf("with a key, without tags:\n%s", text)
+	}
+}
