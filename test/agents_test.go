@@ -270,6 +270,50 @@ func TestTheStory(t *testing.T) {
 	}
 }
 
+// Serf runs it as well, and users deregister there.
+func TestTheLeaversOwnHandlerRunsWhenItLeaves(t *testing.T) {
+	t.Parallel()
+	for how, leave := range map[string]func(*agent){"SIGINT": (*agent).int, "leave": func(a *agent) {
+		if out, errs, code := a.run("leave"); code != 0 || out != "Graceful leave complete\n" {
+			t.Errorf("leave: exit %d, %s", code, errs)
+		}
+	}} {
+		ran := filepath.Join(t.TempDir(), "ran")
+		a := startAgent(t, "-node", "a")
+		b := startAgent(t, "-node", "b", "-role", "web", "-join", a.advertised, "-event-handler",
+			`member-leave=read -r name rest; sleep 0.3; echo "$SERF_EVENT $SERF_SELF_NAME $name $rest" >>`+ran)
+		waitAlive(t, []string{"a", "b"}, a, b)
+		leave(b)
+		if code := b.wait(); code != 0 || readFile(ran) != "member-leave b b 127.0.0.1\tweb\trole=web\n" {
+			t.Errorf("%s: exit %d, the handler wrote %q\n%s", how, code, readFile(ran), b.stderr)
+		}
+		a.waitStatus("b", "left")
+	}
+}
+
+func TestALeaversHandlerThatHangsIsEndedWithTheAgent(t *testing.T) {
+	t.Parallel()
+	needProc(t)
+	up := filepath.Join(t.TempDir(), "up")
+	a := startAgent(t, "-node", "a")
+	b := startAgent(t, "-node", "b", "-join", a.advertised, "-event-handler", "member-leave=trap '' TERM; echo $$ >"+up+"; sleep 60; echo over")
+	waitAlive(t, []string{"a", "b"}, a, b)
+	start := time.Now()
+	b.int()
+	group := pidIn(t, up)
+	a.waitStatus("b", "left")
+	if b.hasExited() {
+		t.Error("the agent did not give its handler time")
+	}
+	if code := b.exit(6 * time.Second); code != 0 || time.Since(start) < 2*time.Second {
+		t.Errorf("exit %d after %v", code, time.Since(start))
+	}
+	if n := groupAlive(group); n > 0 {
+		t.Errorf("%d processes of the handler outlive the agent", n)
+	}
+	b.waitLog("ended with the agent")
+}
+
 // ---- the first process of a container ----
 
 // container is a PID namespace with an agent in it.
@@ -363,4 +407,29 @@ func TestWithoutInitZombiesWouldRemain(t *testing.T) {
 	if n := c.orphans(); n < 90 {
 		t.Errorf("%d remain", n)
 	}
+}
+
+// A dead child that nobody reaps is still a member of its group.
+func TestZombiesDoNotHoldAHandlersQueue(t *testing.T) {
+	t.Parallel()
+	begun := filepath.Join(t.TempDir(), "begun")
+	c := runContainer(t, slices.Concat([]string{"sh", "-c", `"$0" "$@" & exec sleep 1000`, program},
+		agentArgs("-node", "a", "-handler-timeout", "1s", "-event-handler", "user:foo=echo >>"+begun+"; sleep 9; true"))...)
+	c.waitBanner()
+	c.first = c.children(c.cmd.Process.Pid)[0].pid
+	start := time.Now()
+	for range 2 {
+		if _, errs, code := c.run("event", "-coalesce=false", "foo"); code != 0 {
+			t.Fatalf("event: exit %d, %s", code, errs)
+		}
+	}
+	eventually(t, "the second event's run", func() bool { return readFile(begun) == "\n\n" })
+	if took := time.Since(start); took > 2*time.Second*busy {
+		t.Errorf("the second event waited for %v", took)
+	}
+	zombies := slices.DeleteFunc(c.children(c.first), func(p procStat) bool { return p.state != 'Z' })
+	if len(zombies) == 0 {
+		t.Error("somebody reaps here: the test shows nothing")
+	}
+	c.waitLog("timed out")
 }
