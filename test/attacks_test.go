@@ -528,15 +528,33 @@ func TestOtherProtocolsAtTheRPCCauseNothing(t *testing.T) {
 	}
 }
 
-func TestAnRPCThatOthersReachWithoutATokenIsWarnedOf(t *testing.T) {
+func TestWhatIsOpenToStrangersIsOneWarning(t *testing.T) {
 	t.Parallel()
-	const warning = "without a token"
-	open := startAgent(t, "-rpc-addr", "0.0.0.0:0")
-	open.waitLog(warning)
-	for _, a := range []*agent{startAgent(t), startAgent(t, "-rpc-addr", "0.0.0.0:0", "-rpc-auth", "sesame")} {
-		a.waitLog("member-join")
-		if a.count(warning) > 0 {
-			t.Errorf("it warns:\n%s", a.stderr)
+	const rpc, token, public = "the RPC listens on 0.0.0.0:", "without a token: whoever reaches it controls this agent", "is a public address, and there is no key"
+	for _, c := range []struct {
+		keys []string
+		args string
+		want []string
+	}{
+		{nil, "", nil},
+		{nil, "-rpc-auth sesame", nil},
+		{nil, "-rpc-addr 0.0.0.0:0", []string{rpc, token}},
+		{nil, "-rpc-addr 0.0.0.0:0 -rpc-auth sesame", []string{rpc}},
+		{nil, "-advertise 203.0.113.7", []string{"[WARN] 203.0.113.7:", public}},
+		{nil, "-bind [::1]:0 -advertise 2001:db8::7", []string{"[WARN] [2001:db8::7]:", public}},
+		{nil, "-advertise 10.0.0.1", nil},
+		{nil, "-advertise 192.168.0.1", nil},
+		{testKeys[:1], "-advertise 203.0.113.7", nil},
+	} {
+		a := startKeyed(t, c.keys, append([]string{"-node", "a"}, strings.Fields(c.args)...)...)
+		a.waitLog("member-join: a ")
+		for _, w := range append(c.want, "[WARN]") {
+			if n := a.count(w); n != min(len(c.want), 1) {
+				t.Errorf("agent %s: %q %d times:\n%s", c.args, w, n, a.stderr)
+			}
+		}
+		if log := a.stderr.String(); len(c.want) == 1 && strings.Contains(log, token) || strings.Contains(log, "sesame") {
+			t.Errorf("agent %s:\n%s", c.args, log)
 		}
 	}
 }

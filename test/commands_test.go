@@ -828,3 +828,104 @@ func TestInfoTellsWhatTheAgentKnowsOfItself(t *testing.T) {
 		t.Errorf("with a key, without tags:\n%s", text)
 	}
 }
+
+// ---- slips ----
+
+// serfLike hangs up on whoever has said something, as a Serf agent does.
+func serfLike(t *testing.T) (addr string) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for c, err := ln.Accept(); err == nil; c, err = ln.Accept() {
+			c.Read(make([]byte, 1<<10))
+			c.Close()
+		}
+	}()
+	return ln.Addr().String()
+}
+
+func TestASlipIsExplained(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	b := startAgent(t, "-node", "b", "-join", a.advertised)
+	waitAlive(t, []string{"a", "b"}, a, b)
+	_, port, _ := net.SplitHostPort(b.advertised)
+	serf := serfLike(t)
+	for _, c := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"join", b.rpc}, []string{b.rpc, "is the RPC port of a hamlet agent", "gossips on port " + port}},
+		{[]string{"join", serf}, []string{serf, "is no hamlet agent", "Serf"}},
+		{[]string{"join", "10.99.99.99"}, []string{"10.99.99.99:7946", "bound to 127.0.0.1", "no other machine", "-bind"}},
+		{[]string{"join", a.advertised}, []string{a.advertised, "this node itself"}},
+		{[]string{"members", "-wait", "9", "-timeout", "300ms"}, []string{"2 of 9 members alive after 300ms: a, b\n"}},
+		{[]string{"members", "-wait", "1", "-name", "c", "-timeout", "300ms"}, []string{"0 of 1 members alive after 300ms: none\n"}},
+		{[]string{"agent", "-node", "c", "-bind", "127.0.0.1:0", "-join", serf, "-retry-max", "1"}, []string{serf, "is no hamlet agent"}},
+		{[]string{"agent", "-node", "b", "-bind", "127.0.0.1:0", "-join", a.advertised}, []string{`the name "b" is taken`, b.advertised, "hint: choose another name with -node"}},
+	} {
+		what, rpc := strings.Join(c.args, " "), a.rpc
+		if c.args[0] == "agent" {
+			rpc = "127.0.0.1:0"
+		}
+		_, errs, code := hamlet(t, append([]string{c.args[0], "-rpc-addr", rpc}, c.args[1:]...)...)
+		wantEnd(t, what, code, 1, errs, c.want...)
+		if plain := regexp.MustCompile(`->|(dial|read|write) tcp|reset by peer|invalid argument|EOF`); plain.MatchString(errs) {
+			t.Errorf("%s: not in plain words: %s", what, errs)
+		}
+	}
+	_, errs, code := a.run("members", "-name", "(")
+	wantEnd(t, "members -name (", code, 2, errs, `"("`, "missing closing )\n")
+	if strings.Contains(errs, "?s") {
+		t.Errorf("it shows a pattern that nobody typed: %s", errs)
+	}
+	for variable, value := range map[string]string{"HAMLET_EVENT_HANDLER": `awk "{print \$1,\$2}"`, "HAMLET_TAG": "note=a,b"} {
+		cmd := hamletCmd(agentArgs()...)
+		cmd.Env = append(cmd.Env, variable+"="+value)
+		_, errs, code := runCmd(t, cmd)
+		wantEnd(t, variable, code, 2, errs, variable, "commas", "newline")
+		cmd = hamletCmd(agentArgs("-node", "whole")...)
+		cmd.Env = append(cmd.Env, variable+"="+value+"\n") // as it advises
+		whole := startAgentCmd(t, cmd)
+		if tags := whole.member("whole").Tags; variable == "HAMLET_TAG" && tags["note"] != "a,b" {
+			t.Errorf("with a newline: tags %q", tags)
+		}
+	}
+}
+
+func TestEachSeedThatDoesNotAnswerIsNamed(t *testing.T) {
+	t.Parallel()
+	good, dead := startAgent(t, "-node", "good"), freePort(t)
+	a := startAgent(t, "-node", "a", "-join", "no-such-host.invalid", "-join", dead, "-join", good.advertised)
+	good.waitStatus("a", "alive")
+	a.waitLog("[WARN] not all seeds answer (")
+	for _, name := range []string{"no-such-host.invalid: ", dead + ": connection refused"} {
+		if a.count(name) != 1 {
+			t.Errorf("%s is not named once:\n%s", name, a.stderr)
+		}
+	}
+}
+
+func TestBannerAndLogTellAgentsOfOneHostApart(t *testing.T) {
+	t.Parallel()
+	a, b := startKeyed(t, testKeys[:1], "-node", "a"), startAgent(t, "-node", "b")
+	for agent, want := range map[*agent]string{a: "    Encrypted: true\n", b: "    Encrypted: false\n"} {
+		if !strings.HasSuffix(agent.stdout.String(), want) {
+			t.Errorf("the banner of %s:\n%s", agent.name, agent.stdout)
+		}
+	}
+	c := startAgent(t, "-node", "c", "-join", b.advertised)
+	waitAlive(t, []string{"b", "c"}, b, c)
+	c.run("event", "deploy", "3f2c1aa")
+	for _, who := range []*agent{b, c} {
+		who.waitLog("[INFO] user-event: deploy (from c, 7 bytes)\n")
+	}
+	c.kill()
+	b.waitLog("[INFO] member-join: b " + b.advertised + "\n")
+	b.waitLog("[INFO] member-join: c " + c.advertised + "\n")
+	b.waitLog("[INFO] member-failed: c " + c.advertised + "\n")
+}
