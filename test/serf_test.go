@@ -303,7 +303,7 @@ func (u *underground) command(name string, args ...string) *exec.Cmd {
 
 func (u *underground) start(ip, name string, args ...string) *agent {
 	u.t.Helper()
-	args = append([]string{"agent", "-node", name, "-bind", ip + ":7946", "-rpc-addr", ip + ":7373"}, args...)
+	args = append([]string{"agent", "-node", name, "-bind", ip + ":7946", "-rpc-addr", "127.0.0.1:0"}, args...)
 	if u.first != nil {
 		return startAgentCmd(u.t, u.command(program, args...))
 	}
@@ -349,6 +349,13 @@ func TestHandlersOfWhoeverIsCutOffAreToldThatItIsAlone(t *testing.T) {
 	eventually(t, "the lonely one's handlers run", func() bool {
 		return heard("lonely", "member-failed a alone=1") && heard("lonely", "member-failed b alone=1")
 	})
+	cutOff := func(a *agent) bool {
+		out, _, _ := runCmd(t, u.command(asker, "info", "-rpc-addr", a.rpc))
+		return strings.Contains(out, "\tcut_off = true\n") && strings.Contains(out, "\tfailed = 2\n")
+	}
+	if !cutOff(joined[2]) || cutOff(joined[0]) {
+		t.Error("info does not tell who is cut off")
+	}
 	eventually(t, "the others' run", func() bool {
 		return heard("a", "member-failed lonely alone=") && heard("b", "member-failed lonely alone=")
 	})
