@@ -273,11 +273,12 @@ func TestTheStory(t *testing.T) {
 // Serf runs it as well, and users deregister there.
 func TestTheLeaversOwnHandlerRunsWhenItLeaves(t *testing.T) {
 	t.Parallel()
-	for how, leave := range map[string]func(*agent){"SIGINT": (*agent).int, "leave": func(a *agent) {
+	command := func(a *agent) {
 		if out, errs, code := a.run("leave"); code != 0 || out != "Graceful leave complete\n" {
 			t.Errorf("leave: exit %d, %s", code, errs)
 		}
-	}} {
+	}
+	for how, leave := range map[string]func(*agent){"SIGINT": (*agent).int, "leave": command} {
 		ran := filepath.Join(t.TempDir(), "ran")
 		a := startAgent(t, "-node", "a")
 		b := startAgent(t, "-node", "b", "-role", "web", "-join", a.advertised, "-event-handler",
@@ -296,7 +297,8 @@ func TestALeaversHandlerThatHangsIsEndedWithTheAgent(t *testing.T) {
 	needProc(t)
 	up := filepath.Join(t.TempDir(), "up")
 	a := startAgent(t, "-node", "a")
-	b := startAgent(t, "-node", "b", "-join", a.advertised, "-event-handler", "member-leave=trap '' TERM; echo $$ >"+up+"; sleep 60; echo over")
+	b := startAgent(t, "-node", "b", "-join", a.advertised,
+		"-event-handler", "member-leave=trap '' TERM; echo $$ >"+up+"; sleep 60; echo over")
 	waitAlive(t, []string{"a", "b"}, a, b)
 	start := time.Now()
 	b.int()
@@ -414,7 +416,8 @@ func TestZombiesDoNotHoldAHandlersQueue(t *testing.T) {
 	t.Parallel()
 	begun := filepath.Join(t.TempDir(), "begun")
 	c := runContainer(t, slices.Concat([]string{"sh", "-c", `"$0" "$@" & exec sleep 1000`, program},
-		agentArgs("-node", "a", "-handler-timeout", "1s", "-event-handler", "user:foo=echo >>"+begun+"; sleep 9; true"))...)
+		agentArgs("-node", "a", "-handler-timeout", "1s", "-event-handler",
+			"user:foo=echo >>"+begun+"; sleep 9; true"))...)
 	c.waitBanner()
 	c.first = c.children(c.cmd.Process.Pid)[0].pid
 	start := time.Now()

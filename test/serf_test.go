@@ -41,9 +41,12 @@ Total Acks: 2
 Total Responses: 2
 `},
 	{"query -format json load", `{"Acks": ["s1", "s2"], "Responses": {"s1": "0.5\n", "s2": "0.7\n"}}`},
-	{"query -no-ack load", "Query 'load' dispatched\nResponse from 's1': 0.5\nResponse from 's2': 0.7\nTotal Responses: 2\n"},
-	{"query -node s2 load", "Query 'load' dispatched\nAck from 's2'\nResponse from 's2': 0.7\nTotal Acks: 1\nTotal Responses: 1\n"},
-	{"query nohandler", "Query 'nohandler' dispatched\nAck from 's1'\nAck from 's2'\nTotal Acks: 2\nTotal Responses: 0\n"},
+	{"query -no-ack load",
+		"Query 'load' dispatched\nResponse from 's1': 0.5\nResponse from 's2': 0.7\nTotal Responses: 2\n"},
+	{"query -node s2 load",
+		"Query 'load' dispatched\nAck from 's2'\nResponse from 's2': 0.7\nTotal Acks: 1\nTotal Responses: 1\n"},
+	{"query nohandler",
+		"Query 'nohandler' dispatched\nAck from 's1'\nAck from 's2'\nTotal Acks: 2\nTotal Responses: 0\n"},
 	{"info", `agent:
 	name = s1
 event_handlers:
@@ -64,9 +67,9 @@ tags:
 	role = web
 	zone = a
 `},
-	{"info -format json", `{"agent": {"name": "s1"}, "event_handlers": {}, "runtime": {"arch": "?", "cpu_count": "?", "goroutines": "?",
-		"max_procs": "?", "os": "?", "version": "?"}, "serf": {"encrypted": "false", "event_time": "?", "failed": "0", "left": "0",
-		"members": "2"}, "tags": {"role": "web", "zone": "a"}}`},
+	{"info -format json", `{"agent": {"name": "s1"}, "event_handlers": {}, 
+		"runtime": {"arch": "?", "cpu_count": "?", "goroutines": "?", "max_procs": "?", "os": "?", "version": "?"},
+		"serf": {"encrypted": "false", "event_time": "?", "failed": "0", "left": "0", "members": "2"}, "tags": {"role": "web", "zone": "a"}}`},
 	{"force-leave s2", ""}, // which has been killed
 	{"members", "s1  {s1}  alive  role=web,zone=a\ns2  {s2}  left\n"},
 	{"leave", "Graceful leave complete\n"},
@@ -180,9 +183,10 @@ func lacking(at string, serf, ours any) (all []string) {
 func TestWordsOfSerfThatAreNotHereAreAnsweredInOneLine(t *testing.T) {
 	t.Parallel()
 	said := make(map[string]string)
-	for _, line := range []string{"agent -snapshot /var/serf.snap", "agent -rejoin", "agent -config-file=/etc/serf.conf", "agent -config-dir /etc/serf",
-		"agent -profile wan", "agent -discover web", "agent -keyring-file k", "agent -tags-file t", "agent -syslog", "agent -protocol=5",
-		"agent -broadcast-timeout 5s", "keys -list", "reachability -verbose", "rtt web1 web2", "monitor -log-level=debug"} {
+	for _, line := range []string{"agent -snapshot /var/serf.snap", "agent -rejoin",
+		"agent -config-file=/etc/serf.conf", "agent -config-dir /etc/serf",
+		"agent -profile wan", "agent -discover web", "agent -keyring-file k", "agent -tags-file t",
+		"agent -syslog", "agent -protocol=5", "agent -broadcast-timeout 5s", "keys -list", "reachability -verbose", "rtt web1 web2", "monitor -log-level=debug"} {
 		words := strings.Fields(line)
 		word := words[0]
 		if word == "agent" {
@@ -198,7 +202,8 @@ func TestWordsOfSerfThatAreNotHereAreAnsweredInOneLine(t *testing.T) {
 	if len(said) < 12 { // some go together: -snapshot and -rejoin, both about configuration
 		t.Errorf("the same advice for many: %q", said)
 	}
-	if _, errs, code := hamlet(t, agentArgs("-bind", "127.0.0.1:0", "--snapshot", "x")...); code != 2 || !strings.Contains(errs, "hamlet has no -snapshot: ") {
+	if _, errs, code := hamlet(t, agentArgs("-bind", "127.0.0.1:0", "--snapshot", "x")...); code != 2 ||
+		!strings.Contains(errs, "hamlet has no -snapshot: ") {
 		t.Errorf("with two dashes: exit %d, %s", code, errs)
 	}
 }
@@ -206,15 +211,20 @@ func TestWordsOfSerfThatAreNotHereAreAnsweredInOneLine(t *testing.T) {
 func TestWordsOfSerfThatChangeNothingAreTaken(t *testing.T) {
 	t.Parallel()
 	ran := filepath.Join(t.TempDir(), "ran")
-	seed := startAgent(t, "-node", "seed", "-event-handler", "query:load=echo 1", "-event-handler", "query=echo 2")
-	startAgent(t, "-node", "retry", "-role", "web", "-retry-join", seed.advertised, "-retry-interval", "10s")
-	startAgent(t, "-node", "commas", "-join", freePort(t)+","+seed.advertised, "-event-handler", "user=cat >>"+ran)
+	seed := startAgent(t, "-node", "seed", "-event-handler", "query:load=echo 1", "-event-handler",
+		"query=echo 2")
+	startAgent(t, "-node", "retry", "-role", "web", "-retry-join", seed.advertised, "-retry-interval",
+		"10s")
+	startAgent(t, "-node", "commas", "-join", freePort(t)+","+seed.advertised, "-event-handler",
+		"user=cat >>"+ran)
 	later := startAgent(t, "-node", "later", "-role", "weber")
-	if out, errs, code := later.run("join", "-replay", seed.advertised); code != 0 || !strings.Contains(out, "contacting 1 nodes") {
+	if out, errs, code := later.run("join", "-replay", seed.advertised); code != 0 ||
+		!strings.Contains(out, "contacting 1 nodes") {
 		t.Errorf("join -replay: exit %d, %s", code, errs)
 	}
 	waitAlive(t, []string{"seed", "retry", "commas", "later"}, seed)
-	for line, want := range map[string]string{"-role web": "retry", "-role web.*": "later retry", "-detailed -name seed": "seed"} {
+	for line, want := range map[string]string{"-role web": "retry", "-role web.*": "later retry",
+		"-detailed -name seed": "seed"} {
 		out, errs, code := seed.run("members", strings.Fields(line)...)
 		var names []string
 		for row := range strings.Lines(out) {
@@ -229,7 +239,8 @@ func TestWordsOfSerfThatChangeNothingAreTaken(t *testing.T) {
 func TestTheBareNameShowsTheCommands(t *testing.T) {
 	t.Parallel()
 	all := helpOf(t, "")
-	if out, errs, code := hamlet(t); code != 2 || out != all || errs != "hamlet: error: no command given\n" {
+	if out, errs, code := hamlet(t); code != 2 || out != all ||
+		errs != "hamlet: error: no command given\n" {
 		t.Errorf("alone: exit %d, stderr %q, stdout\n%s", code, errs, out)
 	}
 	if out, errs, code := hamlet(t, "help", "help"); code != 0 || out != all || errs != "" {
@@ -240,7 +251,8 @@ func TestTheBareNameShowsTheCommands(t *testing.T) {
 func TestAnUnknownVariableIsOneWarning(t *testing.T) {
 	t.Parallel()
 	cmd := hamletCmd(agentArgs("-node", "a")...)
-	cmd.Env = append(cmd.Env, "HAMLET_JION=10.0.0.1", "HAMLET_LOG_LEVEL=info", "HAMLET_RETRY_JOIN=127.0.0.1:1", "HAMLETS=2", "HAMLET_CONFIG_FILE=secret")
+	cmd.Env = append(cmd.Env, "HAMLET_JION=10.0.0.1", "HAMLET_LOG_LEVEL=info",
+		"HAMLET_RETRY_JOIN=127.0.0.1:1", "HAMLETS=2", "HAMLET_CONFIG_FILE=secret")
 	a := startAgentCmd(t, cmd)
 	a.waitLog("member-join: a")
 	for _, name := range []string{"HAMLET_JION", "HAMLET_CONFIG_FILE"} {
@@ -261,16 +273,21 @@ func TestWhatWasSentBeforeOnesTimeRunsOnlyWithReplay(t *testing.T) {
 	dir := t.TempDir()
 	ran := func(name string) string { return readFile(filepath.Join(dir, name)) }
 	start := func(name string, args ...string) *agent {
-		return startAgent(t, append(args, "-node", name, "-event-handler", `user=echo "$SERF_USER_EVENT $(cat)" >>`+filepath.Join(dir, name))...)
+		return startAgent(t, append(args, "-node", name, "-event-handler",
+			`user=echo "$SERF_USER_EVENT $(cat)" >>`+filepath.Join(dir, name))...)
 	}
 	a := start("a")
 	b := start("b", "-join", a.advertised)
 	waitAlive(t, []string{"a", "b"}, a, b)
 	a.run("event", "deploy", "3f2c")
-	eventually(t, "deploy runs on both", func() bool { return ran("a") == "deploy 3f2c\n" && ran("b") == "deploy 3f2c\n" })
+	eventually(t, "deploy runs on both", func() bool {
+		return ran("a") == "deploy 3f2c\n" &&
+			ran("b") == "deploy 3f2c\n"
+	})
 	start("agent", "-join", a.advertised)
 	start("agent-replay", "-join", a.advertised, "-replay")
-	for name, args := range map[string][]string{"join": {a.advertised}, "join-replay": {"-replay", a.advertised}} {
+	for name, args := range map[string][]string{"join": {a.advertised},
+		"join-replay": {"-replay", a.advertised}} {
 		if _, errs, code := start(name).run("join", args...); code != 0 {
 			t.Errorf("%s: exit %d, %s", name, code, errs)
 		}
@@ -280,9 +297,13 @@ func TestWhatWasSentBeforeOnesTimeRunsOnlyWithReplay(t *testing.T) {
 	start("b", "-bind", b.bind)
 	waitAlive(t, []string{"a", "b", "agent", "agent-replay", "join", "join-replay"}, a)
 	a.run("event", "end")
-	for name, want := range map[string]string{"a": "deploy 3f2c\nend \n", "b": "deploy 3f2c\nend \n", "agent": "end \n",
+	for name, want := range map[string]string{"a": "deploy 3f2c\nend \n", "b": "deploy 3f2c\nend \n",
+		"agent":        "end \n",
 		"agent-replay": "deploy 3f2c\nend \n", "join": "end \n", "join-replay": "deploy 3f2c\nend \n"} {
-		eventually(t, "the end runs on "+name, func() bool { return strings.HasSuffix(ran(name), "end \n") })
+		eventually(t, "the end runs on "+name, func() bool {
+			return strings.HasSuffix(ran(name),
+				"end \n")
+		})
 		if diff := cmp.Diff(want, ran(name)); diff != "" {
 			t.Errorf("%s: wanted, ran\n%s", name, diff)
 		}
@@ -296,21 +317,35 @@ type underground struct {
 }
 
 func (u *underground) command(name string, args ...string) *exec.Cmd {
-	cmd := exec.Command("nsenter", append([]string{fmt.Sprintf("--net=/proc/%d/ns/net", u.first.cmd.Process.Pid), name}, args...)...)
+	cmd := exec.Command("nsenter", append([]string{fmt.Sprintf("--net=/proc/%d/ns/net",
+		u.first.cmd.Process.Pid), name}, args...)...)
 	cmd.Env = hamletCmd().Env
 	return cmd
 }
 
 func (u *underground) start(ip, name string, args ...string) *agent {
 	u.t.Helper()
-	args = append([]string{"agent", "-node", name, "-bind", ip + ":7946", "-rpc-addr", "127.0.0.1:0"}, args...)
+	args = append([]string{"agent", "-node", name, "-bind", ip + ":7946", "-rpc-addr", "127.0.0.1:0"},
+		args...)
 	if u.first != nil {
 		return startAgentCmd(u.t, u.command(program, args...))
 	}
-	cmd := exec.Command("unshare", append([]string{"--net", "sh", "-c", `ip link set lo up && exec "$0" "$@"`, program}, args...)...)
+	cmd := exec.Command("unshare", append([]string{"--net", "sh", "-c",
+		`ip link set lo up && exec "$0" "$@"`, program}, args...)...)
 	cmd.Env = hamletCmd().Env
 	u.first = startAgentCmd(u.t, cmd)
 	return u.first
+}
+
+// firewall adds or deletes the rules that cut an address off from all others.
+func (u *underground) firewall(rule, ip string) {
+	u.t.Helper()
+	for from, to := range map[string]string{"-s": "-d", "-d": "-s"} {
+		cmd := u.command("iptables", "-w", rule, "INPUT", from, ip, "!", to, ip, "-j", "DROP")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			u.t.Fatalf("%v: %v: %s", cmd.Args, err, out)
+		}
+	}
 }
 
 func TestHandlersOfWhoeverIsCutOffAreToldThatItIsAlone(t *testing.T) {
@@ -325,27 +360,24 @@ func TestHandlersOfWhoeverIsCutOffAreToldThatItIsAlone(t *testing.T) {
 	}
 	dir, u := t.TempDir(), &underground{t: t}
 	handler := func(name string) string {
-		return `*=while read -r name ip rest; do echo "$SERF_EVENT $name alone=$SERF_SELF_ALONE" >>` + filepath.Join(dir, name) + "; done"
+		return `*=while read -r name ip rest; do echo "$SERF_EVENT $name alone=$SERF_SELF_ALONE" >>` +
+			filepath.Join(dir, name) + "; done"
 	}
-	heard := func(name, line string) bool { return strings.Contains(readFile(filepath.Join(dir, name)), line+"\n") }
+	heard := func(name, line string) bool {
+		return strings.Contains(readFile(filepath.Join(dir, name)), line+"\n")
+	}
 	var joined []*agent
 	for i, name := range []string{"a", "b", "lonely"} {
-		joined = append(joined, u.start(fmt.Sprint("127.0.0.", 2+i), name, "-join", "127.0.0.2", "-event-handler", handler(name)))
+		joined = append(joined, u.start(fmt.Sprint("127.0.0.", 2+i), name, "-join", "127.0.0.2",
+			"-event-handler", handler(name)))
 	}
 	for _, a := range joined {
 		for _, name := range []string{"a", "b", "lonely"} {
-			a.waitLine(memberLine("member-join", name, map[string]string{"a": "127.0.0.2", "b": "127.0.0.3", "lonely": "127.0.0.4"}[name]))
+			a.waitLine(memberLine("member-join", name,
+				map[string]string{"a": "127.0.0.2", "b": "127.0.0.3", "lonely": "127.0.0.4"}[name]))
 		}
 	}
-	firewall := func(rule string) {
-		for _, side := range []string{"-s", "-d"} {
-			cmd := u.command("iptables", "-w", rule, "INPUT", side, "127.0.0.4", "!", "-"+map[string]string{"-s": "d", "-d": "s"}[side], "127.0.0.4", "-j", "DROP")
-			if out, err := cmd.CombinedOutput(); err != nil {
-				t.Fatalf("%v: %v: %s", cmd.Args, err, out)
-			}
-		}
-	}
-	firewall("-A")
+	u.firewall("-A", "127.0.0.4")
 	eventually(t, "the lonely one's handlers run", func() bool {
 		return heard("lonely", "member-failed a alone=1") && heard("lonely", "member-failed b alone=1")
 	})
@@ -359,7 +391,7 @@ func TestHandlersOfWhoeverIsCutOffAreToldThatItIsAlone(t *testing.T) {
 	eventually(t, "the others' run", func() bool {
 		return heard("a", "member-failed lonely alone=") && heard("b", "member-failed lonely alone=")
 	})
-	firewall("-D")
+	u.firewall("-D", "127.0.0.4")
 	eventually(t, "it is alone no more", func() bool {
 		return heard("lonely", "member-join a alone=") && heard("lonely", "member-join b alone=")
 	})
