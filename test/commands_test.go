@@ -801,13 +801,9 @@ func TestWatchersThatDoNotReadOrVanishCostNothing(t *testing.T) {
 		idle = append(idle, w)
 	}
 	for range 100 {
-		gone = append(gone, launch(t, askCmd(a.rpc, "watch"), here))
-	}
-	for _, w := range gone {
-		eventually(t, "watch begins", func() bool {
-			return strings.Contains(w.stdout.String(),
-				"member: a")
-		})
+		w := launch(t, askCmd(a.rpc, "watch"), here)
+		eventually(t, "watch begins", func() bool { return strings.Contains(w.stdout.String(), "member: a") })
+		gone = append(gone, w)
 	}
 	if a.fds() > 0 && a.fds() < fds+103 || a.goroutines() < goroutines+103 {
 		t.Errorf("103 watchers are %d descriptors and %d goroutines; without them %d and %d", a.fds(),
