@@ -663,3 +663,13 @@ func TestWhatWasRecordedAndIsPlayedBackChangesNothing(t *testing.T) {
 		t.Errorf("after a restart it believes what is over:\n%s", again.stderr)
 	}
 }
+
+func TestAWarningDoesNotAdviseWhatWasDone(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-rpc-addr", "0.0.0.0:0", "-rpc-auth", "sesame")
+	a.waitLog("[WARN] the RPC listens on 0.0.0.0:")
+	if s := a.stderr.String(); strings.Contains(s, "-rpc-auth sets a token") ||
+		strings.Contains(s, "whoever reaches it controls") {
+		t.Errorf("it has a token:\n%s", s)
+	}
+}

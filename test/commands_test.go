@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"os"
@@ -12,6 +13,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -1014,4 +1017,174 @@ func TestBannerAndLogTellAgentsOfOneHostApart(t *testing.T) {
 	b.waitLog("[INFO] member-join: b " + b.advertised + "\n")
 	b.waitLog("[INFO] member-join: c " + c.advertised + "\n")
 	b.waitLog("[INFO] member-failed: c " + c.advertised + "\n")
+}
+
+// A script goes on at exit status 0: what it waited for must have happened.
+func TestAWatchThatEndsTooEarlyWithItsAgentFails(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	w := a.watching(1, "-n", "1", "-timeout", "30s")
+	a.int()
+	code := w.wait()
+	wantEnd(t, "watch -n 1 at an agent that leaves", code, 1, w.stderr.String(), "hamlet: error: ",
+		"0 of 1 events")
+}
+
+func TestNoOutputSaysPruned(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	b := startAgent(t, "-node", "b", "-join", a.advertised)
+	a.waitStatus("b", "alive")
+	w := a.watching(2)
+	b.kill()
+	a.waitStatus("b", "failed")
+	a.run("force-leave", "-prune", "b")
+	eventually(t, "it is reaped", func() bool {
+		return strings.Contains(w.stdout.String(),
+			"member-reap: b ")
+	})
+	if s := w.stdout.String(); strings.Contains(s, "pruned") ||
+		!strings.Contains(s, "member-leave: b "+b.advertised+" left\n") {
+		t.Errorf("members are alive, leaving, left or failed:\n%s", s)
+	}
+}
+
+func TestATagWithAValueCannotBeDeleted(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a", "-tag", "state=drain")
+	for _, key := range []string{"state=drain", ""} {
+		out, errs, code := a.run("tags", "-delete", key, "-set", "zone=b")
+		wantEnd(t, "tags -delete "+key, code, 2, errs, `"`+key+`"`, "-delete")
+		if tags := a.member("a").Tags; out != "" || !maps.Equal(tags, map[string]string{"state": "drain"}) {
+			t.Errorf("tags -delete %q prints %q and leaves %q", key, out, tags)
+		}
+	}
+}
+
+func TestAQueryTellsWhoseDeathOrAbsenceItWasNotAnsweredFor(t *testing.T) {
+	t.Parallel()
+	_, web2, db := querySite(t)
+	asking := launch(t, hamletCmd("query", "-rpc-addr", db.rpc, "-node", "web2", "-timeout", "20s", "slow"),
+		here)
+	eventually(t, "web2 has the query", func() bool {
+		return strings.Contains(asking.stdout.String(),
+			"Ack from 'web2'")
+	})
+	web2.kill()
+	if code := asking.wait(); code != 1 || strings.Contains(asking.stderr.String(), "within 20s") ||
+		!strings.Contains(asking.stderr.String(), "web2") {
+		t.Errorf("it died long before 20 s: exit %d, %s", code, asking.stderr)
+	}
+	db.waitStatus("web2", "failed")
+	lines := db.askQuery(1, []string{"hamlet: error: ", "web2", "nosuch"}, "-node", "web1", "-node", "web2",
+		"-node", "nosuch", "load")
+	if !slices.Contains(lines, "Response from 'web1': web1") {
+		t.Errorf("who lives has answered:\n%s", strings.Join(lines, "\n"))
+	}
+}
+
+// narrow is a way to an agent's RPC that holds few bytes, and that its reader can
+// stop and open.
+func narrow(t *testing.T, rpc string) (addr string, stopped *atomic.Bool) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	stopped = &atomic.Bool{}
+	small := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_MAXSEG, 536)
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096)
+		})
+	}}
+	go func() {
+		for c, err := ln.Accept(); err == nil; c, err = ln.Accept() {
+			agent, err := small.Dial("tcp", rpc)
+			if err != nil {
+				c.Close()
+				continue
+			}
+			go io.Copy(agent, c)
+			go func() {
+				defer c.Close()
+				defer agent.Close()
+				for buf := make([]byte, 512); err == nil; {
+					for stopped.Load() {
+						time.Sleep(ms)
+					}
+					var n int
+					n, err = agent.Read(buf)
+					c.Write(buf[:n])
+				}
+			}()
+		}
+	}()
+	return ln.Addr().String(), stopped
+}
+
+// Who looks at a terminal that was halted comes back after more than seconds.
+func TestAWatchGoesOnWhenItsReaderHasPaused(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	rpc, stopped := narrow(t, a.rpc)
+	w := launch(t, askCmd(rpc, "watch"), here)
+	eventually(t, "watch begins", func() bool { return strings.Contains(w.stdout.String(), "member: a") })
+	stopped.Store(true)
+	const events = 500 // more than the way holds
+	for i := range events {
+		runCmd(t, askCmd(a.rpc, "event", "-coalesce=false", fmt.Sprint("e", i), strings.Repeat("x", 1000)))
+	}
+	time.Sleep(7 * time.Second)
+	stopped.Store(false)
+	a.run("event", "last")
+	eventually(t, "the last event, or the end", func() bool {
+		return strings.Contains(w.stdout.String(),
+			"user: last") || w.hasExited()
+	})
+	if s := w.stdout.String(); strings.Count(s, "user: e") != events &&
+		!strings.Contains(s, "lines are missing here") || w.hasExited() {
+		t.Errorf("%d events, and %s", strings.Count(s, "user: e"), w.stderr)
+	}
+}
+
+// A container with a share of a processor stands still for most of each tenth of
+// a second: its script's output must not be lost meanwhile.
+func TestAnAnswerIsWholeWhereTheAgentGetsLittleTime(t *testing.T) {
+	t.Parallel()
+	const handlers, rounds = 8, 12
+	args := []string{"-node", "a"}
+	for i := range handlers {
+		args = append(args, "-event-handler", fmt.Sprintf("query:q%d=echo fine", i))
+	}
+	a := startAgent(t, args...)
+	quit, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for i := 0; !isClosed(quit); i++ {
+			a.cmd.Process.Signal(syscall.SIGSTOP)
+			time.Sleep(60 * ms)
+			a.cmd.Process.Signal(syscall.SIGCONT)
+			time.Sleep(time.Duration(i%20) * 100 * time.Microsecond)
+		}
+	}()
+	var all sync.WaitGroup
+	var lost atomic.Int64
+	for i := range handlers {
+		all.Go(func() {
+			for range rounds {
+				out, _ := askCmd(a.rpc, "query", "-timeout", "60s", fmt.Sprint("q", i)).CombinedOutput()
+				if strings.Contains(string(out), "Response from 'a': \n") {
+					lost.Add(1)
+				}
+			}
+		})
+	}
+	all.Wait()
+	close(quit)
+	<-ended
+	if n := lost.Load(); n > 0 {
+		t.Errorf("%d answers of %d are told as empty", n, handlers*rounds)
+	}
 }

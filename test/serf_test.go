@@ -404,3 +404,44 @@ func TestHandlersOfWhoeverIsCutOffAreToldThatItIsAlone(t *testing.T) {
 		}
 	}
 }
+
+// Serf's keys are EVENT:NAME, one for each event; and no JSON holds a key twice.
+func TestInfoNamesHandlersAsSerfDoes(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a", "-event-handler", "query:load=echo 0.5", "-event-handler",
+		"member-join,member-failed=true",
+		"-event-handler", "true", "-event-handler", "echo second")
+	out, _, _ := a.run("info", "-format", "json")
+	serf := parsed(`{"event_handlers": {"query:load": "echo 0.5", "member-join:": "true", "member-failed:": "true"}}`)
+	for _, l := range lacking("", serf, parsed(out)) {
+		t.Error(l)
+	}
+	_, handlers, _ := strings.Cut(out, `"event_handlers": {`)
+	handlers, _, _ = strings.Cut(handlers, "}")
+	keys := regexp.MustCompile(`(?m)^ +"(.*)": ".*",?$`).FindAllStringSubmatch(handlers, -1)
+	seen := make(map[string]bool)
+	for _, k := range keys {
+		if seen[k[1]] {
+			t.Errorf("the key %q comes twice:\n%s", k[1], handlers)
+		}
+		seen[k[1]] = true
+	}
+	if !strings.Contains(handlers, `"true"`) || !strings.Contains(handlers, `"echo second"`) {
+		t.Errorf("handlers:\n%s", handlers)
+	}
+}
+
+// Serf: "Acks": null.
+func TestJSONOfAQueryHasNoAcksWhereNoneAreWanted(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a", "-event-handler", "query:load=echo 0.5")
+	out, _, code := a.run("query", "-no-ack", "-format", "json", "load")
+	var js struct {
+		Acks      []string
+		Responses map[string]string
+	}
+	if err := json.Unmarshal([]byte(out), &js); err != nil || code != 0 || len(js.Acks) > 0 ||
+		js.Responses["a"] != "0.5\n" {
+		t.Errorf("exit %d, %v, %s", code, err, out)
+	}
+}
