@@ -394,9 +394,9 @@ func (t *table) announce(e *entry) {
 		tell(eventLeave, is)
 	case is.Status == statusPruned && was.Status != 0 && was.Status != statusPruned:
 		if was.Status != statusLeft {
-			tell(eventLeave, is)
+			tell(eventLeave, is.with(statusLeft))
 		}
-		tell(eventReap, is)
+		tell(eventReap, is.with(statusLeft))
 	}
 }
 

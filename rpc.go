@@ -362,6 +362,7 @@ type session struct {
 	seal      *seal
 	context   string // both challenges
 	dialled   bool
+	patient   bool // its reader may pause for as long as it likes
 	sent, got uint64
 	err       error
 }
@@ -404,7 +405,9 @@ func (s *session) writeBytes(data []byte) {
 	b := s.seal.close(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.context))
 	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
 	s.sent++
-	s.SetWriteDeadline(time.Now().Add(frameFor))
+	if !s.patient {
+		s.SetWriteDeadline(time.Now().Add(frameFor))
+	}
 	_, s.err = s.Write(b)
 }
 
@@ -1053,6 +1056,8 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 		f := &feed{events: make(chan *queued, maxWatch)}
 		err = g.do(func(*node) error { g.feeds[f] = true; return nil })
 		r.members(s)
+		s.patient = true
+		s.SetWriteDeadline(time.Time{})
 		r.stream(s, f)
 	default:
 		err = fmt.Errorf("this agent knows no request %q", req.Op)
