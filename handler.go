@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,7 +42,7 @@ const (
 type handlerConfig struct {
 	specs   []string        // -event-handler values
 	timeout time.Duration   // of one run; 0: none
-	grace   time.Duration   // what Close leaves to running handlers
+	grace   time.Duration   // what close leaves to running handlers
 	env     func() []string // added to the agent's environment; asked at each run
 	log     *log.Logger
 	shell   string // "": /bin/sh
@@ -51,20 +52,19 @@ type handlerConfig struct {
 type handlers struct {
 	cfg     handlerConfig
 	all     []*handler
-	open    context.Context // done: nothing new is taken
-	stop    context.CancelFunc
-	hurry   chan struct{} // closed: the grace is over
+	grace   context.Context // done: what still runs is ended
+	hurry   context.CancelCauseFunc
 	workers sync.WaitGroup
-	closing sync.Once
 }
 
 type handler struct {
-	events, script string // as the spec has them
-	filters        []eventFilter
-	argv           []string
-	wake           chan struct{} // holds a token when something was queued
+	events []string // and the script are as the spec has them
+	script string
+	argv   []string
 
 	mu      sync.Mutex
+	more    *sync.Cond // something was queued, or closed
+	closed  bool       // nothing new is taken
 	queue   []delivery
 	dropped int    // since the last run
 	lost    int    // in all
@@ -78,74 +78,69 @@ type delivery struct {
 	answer func(reply, []byte) // of a query, for the handler that answers it
 }
 
-// eventFilter matches events; kind 0 is every kind, an empty name every user event
-// or query.
-type eventFilter struct {
-	kind eventKind
-	name string
-}
-
-func wants(filters []eventFilter, kind eventKind, name string) bool {
-	return slices.ContainsFunc(filters, func(f eventFilter) bool {
-		return f.kind == 0 || f.kind == kind && (f.name == "" || f.name == name)
-	})
-}
+// ---- specs ----
 
 // newHandlers parses the specs and starts a queue for each.
 func newHandlers(cfg handlerConfig) (*handlers, error) {
-	cfg.shell = cmp.Or(cfg.shell, "/bin/sh")
-	hs := &handlers{cfg: cfg, hurry: make(chan struct{})}
+	hs := &handlers{cfg: cfg}
 	for _, spec := range cfg.specs {
-		h := &handler{wake: make(chan struct{}, 1)}
-		var err error
-		if h.events, h.script, err = parseSpec(spec); err == nil {
-			h.filters, err = parseFilters(strings.Split(h.events, ","))
-		}
-		if err == nil {
-			h.argv, err = commandLine(cfg.shell, h.script)
-		}
+		h, err := newHandler(spec, cmp.Or(cfg.shell, "/bin/sh"))
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
 		hs.all = append(hs.all, h)
 	}
-	hs.open, hs.stop = context.WithCancel(context.Background())
+	hs.grace, hs.hurry = context.WithCancelCause(context.Background())
 	for _, h := range hs.all {
 		hs.workers.Go(func() { hs.work(h) })
 	}
 	return hs, nil
 }
 
-// parseSpec takes "script" or "event[,event...]=script" apart.
-func parseSpec(spec string) (events, script string, err error) {
+// newHandler takes "script" or "event[,event...]=script" apart.
+func newHandler(spec, shell string) (*handler, error) {
 	events, script, found := strings.Cut(spec, "=")
 	if !found {
 		// Events alone are a forgotten script, or a list that was cut at its
 		// commas; run as a script they would only fail later.
-		if _, err := parseFilters(strings.Split(spec, ",")); err == nil {
-			return "", "", fmt.Errorf("there is no script; write %s=SCRIPT", spec)
+		if checkEvents(strings.Split(spec, ",")) == nil {
+			return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
 		}
 		events, script = "*", spec
 	}
 	if strings.TrimSpace(script) == "" {
-		err = errors.New("the script is empty")
+		return nil, errors.New("the script is empty")
 	}
-	return events, script, err
+	h := &handler{events: strings.Split(events, ","), script: script}
+	h.more = sync.NewCond(&h.mu)
+	err := checkEvents(h.events)
+	if err == nil {
+		h.argv, err = commandLine(shell, script)
+	}
+	return h, err
 }
 
-func parseFilters(events []string) (fs []eventFilter, err error) {
+func (h *handler) String() string {
+	return oneLine(strings.TrimPrefix(strings.Join(h.events, ",")+"="+h.script, "*="))
+}
+
+func checkEvents(events []string) error {
 	for _, ev := range events {
 		kind, name, named := strings.Cut(ev, ":")
-		k := slices.Index(eventNames[1:], kind) + 1
-		switch {
-		case ev == "*": // every kind: 0
-		case k == 0 || named && (eventKind(k) < eventUser || name == ""):
-			return nil, fmt.Errorf("unknown event %.60q; there are %s, user:NAME, query:NAME and * (a script that holds a '=' is written *=SCRIPT)",
-				ev, strings.Join(eventNames[1:], ", "))
+		k := eventKind(slices.Index(eventNames[1:], kind) + 1)
+		if ev != "*" && (k == 0 || named && (k < eventUser || name == "")) {
+			return fmt.Errorf("unknown event %.60q; there are %s, user:NAME, query:NAME and * "+
+				"(a script that holds a '=' is written *=SCRIPT)", ev, strings.Join(eventNames[1:], ", "))
 		}
-		fs = append(fs, eventFilter{eventKind(k), name})
 	}
-	return fs, nil
+	return nil
+}
+
+// wants reports whether events, as in a spec, hold that of kind and name.
+func wants(events []string, kind eventKind, name string) bool {
+	return slices.ContainsFunc(events, func(ev string) bool {
+		return ev == "*" || ev == kind.String() || ev == kind.String()+":"+name
+	})
 }
 
 // shellSyntax are the characters that would mean something to a shell.
@@ -159,72 +154,57 @@ func commandLine(shell, script string) ([]string, error) {
 	}
 	words := strings.Fields(script)
 	if strings.ContainsAny(script, shellSyntax) || strings.Contains(words[0], "=") {
-		return nil, fmt.Errorf("the script needs a shell, and there is no %s here; only a program with plain arguments can run", shell)
+		return nil, fmt.Errorf("the script needs a shell, and there is no %s here; "+
+			"only a program with plain arguments can run", shell)
 	}
 	return words, nil
 }
 
-// Answers names the queries that some handler answers; "" is every query.
+// answers names the queries that some handler answers; "" is every query.
 func (hs *handlers) answers() (names []string) {
 	for _, h := range hs.all {
-		for _, f := range h.filters {
-			if f.kind == 0 || f.kind == eventQuery {
-				names = append(names, f.name)
+		for _, ev := range h.events {
+			if kind, name, _ := strings.Cut(ev, ":"); kind == "*" || kind == eventQuery.String() {
+				names = append(names, name)
 			}
 		}
 	}
 	return names
 }
 
-// Deliver queues ev for every handler that wants it. It never blocks. The first
+// ---- queues ----
+
+// deliver queues ev for every handler that wants it. It never blocks. The first
 // handler that a query finds is the one that answers it.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	d := delivery{Event: ev, until: time.Now().Add(ev.within), answer: answer}
 	for _, h := range hs.all {
-		if !wants(h.filters, ev.kind, ev.name) || hs.open.Err() != nil {
+		if !wants(h.events, ev.kind, ev.name) {
 			continue
 		}
 		if h.enqueue(d) {
 			hs.cfg.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h, queueLimit)
 		}
-		if ev.kind == eventQuery {
-			d.answer = nil
-		}
-		select {
-		case h.wake <- struct{}{}:
-		default:
-		}
+		d.answer = nil
 	}
-}
-
-func (h *handler) String() string {
-	if h.events == "*" {
-		return oneLine(h.script)
-	}
-	return oneLine(h.events + "=" + h.script)
-}
-
-// state is how many events wait, how many were dropped, and how the last run ended.
-func (h *handler) state() (waiting, lost int, last string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.queue), h.lost, cmp.Or(h.last, "never")
 }
 
 // enqueue reports whether it was the first since the last run to drop another.
 func (h *handler) enqueue(d delivery) (overflow bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	i := -1
 	if d.coalesce {
-		i := slices.IndexFunc(h.queue, func(q delivery) bool { return q.coalesce && q.name == d.name })
-		if i >= 0 && h.queue[i].lTime > d.lTime {
-			return false // floods overtake each other: the last is the last one sent
-		}
-		if i >= 0 {
-			h.queue = slices.Delete(h.queue, i, i+1)
-		}
+		i = slices.IndexFunc(h.queue, func(q delivery) bool { return q.coalesce && q.name == d.name })
 	}
-	if len(h.queue) == queueLimit {
+	switch {
+	case h.closed:
+		return false
+	case i >= 0 && h.queue[i].lTime > d.lTime:
+		return false // floods overtake each other: the last is the last one sent
+	case i >= 0:
+		h.queue = slices.Delete(h.queue, i, i+1)
+	case len(h.queue) == queueLimit:
 		h.queue[0] = delivery{}
 		h.queue = h.queue[1:]
 		h.dropped++
@@ -232,18 +212,27 @@ func (h *handler) enqueue(d delivery) (overflow bool) {
 		overflow = h.dropped == 1
 	}
 	h.queue = append(h.queue, d)
+	h.more.Signal()
 	return overflow
 }
 
-// take removes what the next run is about: consecutive member events of one
-// kind, one user event, or one query whose time is not over.
+// take waits for what the next run is about, and removes it: consecutive member
+// events of one kind, one user event, or one query whose time is not over. It is
+// nothing once the handler is closed and all is done.
 func (h *handler) take() (batch []delivery, dropped int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.queue = h.queue[h.late():]
-	if len(h.queue) == 0 {
-		h.queue = nil // lets go of what a burst has taken
-		return nil, 0
+	for {
+		for len(h.queue) > 0 && h.queue[0].kind == eventQuery && time.Now().After(h.queue[0].until) {
+			h.queue = h.queue[1:]
+		}
+		if len(h.queue) > 0 {
+			break
+		}
+		if h.queue = nil; h.closed { // nil lets go of what a burst has taken
+			return nil, 0
+		}
+		h.more.Wait()
 	}
 	n := 1
 	for kind := h.queue[0].kind; kind < eventUser && n < len(h.queue) && h.queue[n].kind == kind; {
@@ -254,115 +243,114 @@ func (h *handler) take() (batch []delivery, dropped int) {
 	return batch, dropped
 }
 
-// late counts the queries at the front whose time is over.
-func (h *handler) late() int {
-	i := slices.IndexFunc(h.queue, func(d delivery) bool { return d.kind != eventQuery || time.Now().Before(d.until) })
-	if i < 0 {
-		return len(h.queue)
-	}
-	return i
+// state is how many events wait, how many were dropped, and how the last run ended.
+func (h *handler) state() (waiting, lost int, last string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.queue), h.lost, cmp.Or(h.last, "never")
 }
 
-// work runs what comes, and at the end what is left: Close decides what that is.
+// work runs what comes, and at the end what is left: close decides what that is.
 func (hs *handlers) work(h *handler) {
-	for {
-		batch, dropped := h.take()
+	for batch, dropped := h.take(); batch != nil; batch, dropped = h.take() {
 		if dropped > 0 {
 			hs.cfg.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h, dropped)
 		}
-		switch {
-		case batch != nil:
-			hs.run(h, batch)
-		case hs.open.Err() != nil:
-			return
-		default:
-			select {
-			case <-hs.open.Done():
-			case <-h.wake:
+		hs.run(h, batch)
+	}
+}
+
+// close stops the handlers: what runs, and then the last events, have the grace
+// to end; then their groups are ended. Whatever else waits is dropped.
+func (hs *handlers) close(last ...Event) {
+	for _, h := range hs.all {
+		h.mu.Lock()
+		h.queue, h.closed = nil, true
+		for _, ev := range last {
+			if wants(h.events, ev.kind, ev.name) {
+				h.queue = append(h.queue, delivery{Event: ev})
 			}
 		}
+		h.more.Signal()
+		h.mu.Unlock()
+	}
+	if !waitAtMost(hs.cfg.grace, hs.workers.Wait) {
+		hs.hurry(errors.New("ended with the agent"))
+		waitAtMost(2*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 	}
 }
 
-// run runs the handler's script once, to its end or its timeout.
+// ---- runs ----
+
+// run runs the handler's script once, to its end or its timeout, and tells what
+// came of it.
 func (hs *handlers) run(h *handler, batch []delivery) {
-	started, event := time.Now(), batch[0]
-	var status, output string // status: what was wrong with the end
-	r, err := startRun(h.argv, hs.environ(event.Event), stdinFor(batch), event.answer != nil)
-	if err != nil {
-		status, output = "cannot start", err.Error()
-	} else {
-		status = hs.await(r)
-		output = string(r.answer) + string(r.output)
+	event, started := batch[0], time.Now()
+	var printed, answer capture // answer: what a query's handler prints to stdout
+	status, ran := hs.execute(h.argv, batch, &printed, &answer)
+	output := string(answer.last) + string(printed.last)
+	if ran {
 		hs.cfg.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
 	}
+	took := time.Since(started).Round(time.Millisecond)
 	h.mu.Lock()
-	h.last = fmt.Sprintf("%s after %v, %s", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond), started.Format(time.DateTime))
+	h.last = fmt.Sprintf("%s after %v, %s", cmp.Or(status, "well"), took, started.Format(time.DateTime))
 	h.mu.Unlock()
+	if status != "" {
+		what := strings.TrimSuffix(event.kind.String()+":"+event.name, ":")
+		lines := strings.Split(strings.TrimSpace(output), "\n")
+		hs.cfg.log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", h, oneLine(what), status, took,
+			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
+	}
 	switch {
 	case event.answer == nil:
-	case status != "":
-		event.answer(replyFailed, cut(status+"\n"+output))
+	case status == "":
+		event.answer(replyDone, cut(string(answer.first), answer.size))
 	default:
-		event.answer(replyDone, cut(output))
+		text := status + "\n" + string(answer.first) + string(printed.first)
+		event.answer(replyFailed, cut(text, len(status)+1+answer.size+printed.size))
 	}
-	if status == "" {
-		return
-	}
-	what := event.kind.String()
-	if event.name != "" {
-		what += ":" + event.name
-	}
-	output = strings.TrimSpace(output)
-	last := cmp.Or(output[strings.LastIndexByte(output, '\n')+1:], "(no output)")
-	hs.cfg.log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", h, oneLine(what), status,
-		time.Since(started).Round(time.Millisecond), oneLine(last))
 }
 
-// cut makes an answer fit, and says so.
-func cut(s string) []byte {
-	if note := fmt.Sprintf("... (cut: %d bytes)\n", len(s)); len(s) > maxPayload {
-		s = s[:maxPayload-len(note)] + note
-	}
-	return []byte(s)
-}
-
-// await waits for the script and returns what was wrong with its end, if anything.
-func (hs *handlers) await(r *scriptRun) (status string) {
-	var timeout <-chan time.Time
+// execute runs argv in a process group of its own. The status says what was wrong
+// with its end, if anything.
+func (hs *handlers) execute(argv []string, batch []delivery, printed, answer *capture) (status string, ran bool) {
+	ctx, cancel := hs.grace, func() {}
 	if hs.cfg.timeout > 0 {
-		timeout = time.After(hs.cfg.timeout)
+		ctx, cancel = context.WithTimeoutCause(ctx, hs.cfg.timeout, errors.New("timed out"))
 	}
-	why := "timed out"
-	select {
-	case err := <-r.exited:
-		if err != nil {
-			return err.Error()
-		}
-		return ""
-	case <-timeout:
-	case <-hs.hurry:
-		why = "ended with the agent"
+	defer cancel()
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, hs.grace.Done()); return nil }
+	cmd.WaitDelay = pipesFor
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Env, cmd.Stdin = hs.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
+	cmd.Stdout, cmd.Stderr = printed, printed
+	if batch[0].answer != nil {
+		cmd.Stdout = answer
 	}
-	endGroup(r.cmd.Process.Pid, hs.hurry)
-	<-r.exited
-	return why + ", " + r.cmd.ProcessState.String()
+	switch err := cmd.Run(); {
+	case cmd.Process == nil:
+		fmt.Fprint(printed, cmp.Or(context.Cause(ctx), err))
+		return "cannot start", false
+	case err == nil || errors.Is(err, exec.ErrWaitDelay):
+		return "", true
+	case ctx.Err() != nil:
+		return fmt.Sprintf("%v, %v", context.Cause(ctx), cmd.ProcessState), true
+	default:
+		return err.Error(), true
+	}
 }
 
 // endGroup ends a process group: TERM, then KILL for whoever is still there,
 // the leader or what it left behind.
 func endGroup(pgid int, hurry <-chan struct{}) {
 	syscall.Kill(-pgid, syscall.SIGTERM)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(killAfter); time.Now().Before(deadline); {
-		if !groupLives(pgid) {
-			return
-		}
+	for deadline := time.Now().Add(killAfter); groupLives(pgid) && time.Now().Before(deadline); {
 		select {
 		case <-hurry:
 			hurry, deadline = nil, time.Now().Add(closeKillAfter)
-		case <-tick.C:
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
 	syscall.Kill(-pgid, syscall.SIGKILL)
@@ -378,117 +366,78 @@ func groupLives(pgid int) bool {
 	for _, f := range stats {
 		b, _ := os.ReadFile(f)
 		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // state, parent, group
-		if len(fields) > 2 && fields[2] == strconv.Itoa(pgid) && fields[0] != "Z" && fields[0] != "X" {
+		if len(fields) > 2 && fields[2] == strconv.Itoa(pgid) && !strings.Contains("ZX", fields[0]) {
 			return true
 		}
 	}
 	return len(stats) == 0
 }
 
-// Close stops the handlers: what runs, and then the last events, have the grace
-// to end; then their groups are ended. Whatever else waits is dropped.
-func (hs *handlers) close(last ...Event) {
-	hs.closing.Do(func() {
-		for _, h := range hs.all {
-			h.mu.Lock()
-			h.queue = nil
-			for _, ev := range last {
-				if wants(h.filters, ev.kind, ev.name) {
-					h.queue = append(h.queue, delivery{Event: ev})
-				}
-			}
-			h.mu.Unlock()
-		}
-		hs.stop()
-		if !waitAtMost(hs.cfg.grace, hs.workers.Wait) {
-			close(hs.hurry)
-			waitAtMost(2*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
-		}
-	})
+// capture keeps the first and the last bytes written to it, and their number.
+type capture struct {
+	first, last []byte
+	size        int
 }
 
-// scriptRun is one run of a script.
-type scriptRun struct {
-	cmd    *exec.Cmd
-	exited chan error
-	output outputTail // whole when exited is told
-	answer outputTail // what a query's handler prints to stdout
-}
-
-// startRun starts argv in a process group of its own.
-func startRun(argv, env []string, stdin []byte, answers bool) (*scriptRun, error) {
-	r := &scriptRun{cmd: exec.Command(argv[0], argv[1:]...), exited: make(chan error, 1)}
-	r.cmd.Env, r.cmd.Stdin, r.cmd.Stdout, r.cmd.Stderr = env, bytes.NewReader(stdin), &r.output, &r.output
-	if answers {
-		r.cmd.Stdout = &r.answer
-	}
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	r.cmd.WaitDelay = pipesFor
-	if err := r.cmd.Start(); err != nil {
-		return nil, err
-	}
-	go func() {
-		err := r.cmd.Wait()
-		if errors.Is(err, exec.ErrWaitDelay) {
-			err = nil
-		}
-		r.exited <- err
-	}()
-	return r, nil
-}
-
-// outputTail keeps the last bytes written to it.
-type outputTail []byte
-
-func (t *outputTail) Write(p []byte) (int, error) {
-	*t = append(*t, p[max(0, len(p)-outputKept):]...)
-	if over := len(*t) - outputKept; over > 0 {
-		*t = append((*t)[:0], (*t)[over:]...)
-	}
+func (c *capture) Write(p []byte) (int, error) {
+	c.size += len(p)
+	c.first = append(c.first, p[:min(len(p), maxPayload-len(c.first))]...)
+	c.last = append(c.last, p[max(0, len(p)-outputKept):]...)
+	c.last = slices.Delete(c.last, 0, max(0, len(c.last)-outputKept))
 	return len(p), nil
+}
+
+// cut makes an answer of size bytes, which begins with s, fit, and says so.
+func cut(s string, size int) []byte {
+	if note := fmt.Sprintf("... (cut: %d bytes)\n", size); size > maxPayload {
+		s = s[:maxPayload-len(note)] + note
+	}
+	return []byte(s)
 }
 
 // oneLine makes s fit to stand inside a log line.
 func oneLine(s string) string {
-	s = strings.NewReplacer("\n", " ", "\r", " ").Replace(s)
-	if len(s) > 200 {
+	if s = strings.NewReplacer("\n", " ", "\r", " ").Replace(s); len(s) > 200 {
 		s = s[:200] + "..."
 	}
 	return s
 }
 
+// ---- what scripts are told ----
+
 // stdinFor is what a script reads: Serf's line for each member, or the payload.
-func stdinFor(batch []delivery) []byte {
-	if batch[0].kind >= eventUser {
-		p := slices.Clip(batch[0].payload)
-		if len(p) > 0 && p[len(p)-1] != '\n' {
-			p = append(p, '\n')
+func stdinFor(batch []delivery) string {
+	if text := string(batch[0].payload); batch[0].kind >= eventUser {
+		if text != "" {
+			text = strings.TrimSuffix(text, "\n") + "\n"
 		}
-		return p
+		return text
 	}
-	var b []byte
+	var b strings.Builder
 	escape := strings.NewReplacer("\t", `\t`, "\n", `\n`).Replace
 	for _, ev := range batch {
 		m := ev.Member
-		b = fmt.Appendf(b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
+		fmt.Fprintf(&b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
 			escape(m.Tags.asMap()["role"]), escape(strings.Join(m.Tags.pairs(), ",")))
 	}
-	return b
+	return b.String()
 }
 
 // environ is the environment of a run about ev; of doubles, the last counts.
 func (hs *handlers) environ(ev Event) []string {
 	env := append(os.Environ(), hs.cfg.env()...)
 	env = append(env, "SERF_EVENT="+ev.kind.String())
-	name, ltime := strings.ReplaceAll(ev.name, "\x00", ""), strconv.FormatUint(ev.lTime, 10) // a NUL would make every start fail
+	name := strings.ReplaceAll(ev.name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
 	case eventUser:
-		env = append(env, "SERF_USER_EVENT="+name, "SERF_USER_LTIME="+ltime)
+		env = append(env, "SERF_USER_EVENT="+name, fmt.Sprint("SERF_USER_LTIME=", ev.lTime))
 	case eventQuery:
-		env = append(env, "SERF_QUERY_NAME="+name, "SERF_QUERY_LTIME="+ltime)
+		env = append(env, "SERF_QUERY_NAME="+name, fmt.Sprint("SERF_QUERY_LTIME=", ev.lTime))
 	}
 	return env
 }
+
+var notInNames = regexp.MustCompile("[^A-Z0-9]") // of environment variables
 
 // handlerEnv is what scripts are told about their agent, under Serf's names.
 // SERF_RPC_AUTH is set even when empty: an inherited one is not this agent's.
@@ -503,13 +452,7 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	}
 	for _, pair := range self.Tags.pairs() {
 		k, v, _ := strings.Cut(pair, "=")
-		name := strings.Map(func(r rune) rune {
-			if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
-				return r
-			}
-			return '_'
-		}, strings.ToUpper(k))
-		env = append(env, "SERF_TAG_"+name+"="+v)
+		env = append(env, "SERF_TAG_"+notInNames.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
 	}
 	return env
 }

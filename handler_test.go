@@ -252,15 +252,14 @@ func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
 		{"member-join=run --mode=x | tee", "run --mode=x | tee", "member-join"},
 		{"*=member-join", "member-join", "all"},
 	} {
-		events, script, err := parseSpec(tc.spec)
-		filters, ferr := parseFilters(strings.Split(events, ","))
-		if err != nil || ferr != nil || script != tc.script {
-			t.Errorf("%q: script %q, error %v", tc.spec, script, err)
+		h, err := newHandler(tc.spec, "/bin/sh")
+		if err != nil || h.script != tc.script {
+			t.Fatalf("%q: %+v, error %v", tc.spec, h, err)
 		}
 		var got []string
 		for _, name := range all {
 			kind, user, _ := strings.Cut(name, ":")
-			if wants(filters, eventKind(slices.Index(eventNames[:], kind)), user) {
+			if wants(h.events, eventKind(slices.Index(eventNames[:], kind)), user) {
 				got = append(got, name)
 			}
 		}
@@ -306,28 +305,25 @@ func FuzzHandlerSpec(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, spec string) {
-		events, script, err := parseSpec(spec)
+		h, err := newHandler(spec, "/bin/sh")
 		if err != nil {
 			return
 		}
-		filters, err := parseFilters(strings.Split(events, ","))
-		if err != nil {
-			return
+		if strings.TrimSpace(h.script) == "" || !strings.HasSuffix(spec, h.script) || len(h.events) == 0 {
+			t.Fatalf("%q: %d events, script %q", spec, len(h.events), h.script)
 		}
-		if strings.TrimSpace(script) == "" || !strings.HasSuffix(spec, script) || len(filters) == 0 {
-			t.Fatalf("%q: %d filters, script %q", spec, len(filters), script)
-		}
-		for _, fl := range filters {
-			if fl.kind > eventQuery || fl.name != "" && fl.kind < eventUser {
-				t.Fatalf("%q: filter %+v", spec, fl)
+		for _, ev := range h.events {
+			kind, name, named := strings.Cut(ev, ":")
+			if k := eventKind(slices.Index(eventNames[:], kind)); ev != "*" && k > eventQuery || named && (name == "" || k < eventUser) {
+				t.Fatalf("%q: event %q", spec, ev)
 			}
 		}
-		again, same, err := parseSpec("*=" + script)
-		if err != nil || same != script || again != "*" {
-			t.Fatalf("*=%q: %v %q %v", script, again, same, err)
+		again, err := newHandler("*="+h.script, "/bin/sh")
+		if err != nil || again.script != h.script || again.events[0] != "*" {
+			t.Fatalf("*=%q: %+v %v", h.script, again, err)
 		}
-		if argv, err := commandLine("/nonexistent/sh", script); err == nil && (len(argv) == 0 || strings.ContainsAny(strings.Join(argv, " "), shellSyntax)) {
-			t.Fatalf("%q without a shell: %q", script, argv)
+		if plain, err := newHandler(spec, "/nonexistent/sh"); err == nil && (len(plain.argv) == 0 || strings.ContainsAny(strings.Join(plain.argv, " "), shellSyntax)) {
+			t.Fatalf("%q without a shell: %q", spec, plain.argv)
 		}
 	})
 }
@@ -545,7 +541,10 @@ func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
 }
 
 func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
-	h := &handler{}
+	h, err := newHandler("true", "/bin/sh")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, ev := range []Event{
 		userEventOf("deploy", "1", 1, true), joinOf("a"), userEventOf("deploy", "2", 2, false), userEventOf("other", "3", 3, true),
 		userEventOf("deploy", "5", 5, true), joinOf("b"), userEventOf("deploy", "4", 4, true), failOf("a"), failOf("b"),
@@ -553,6 +552,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	} {
 		h.enqueue(delivery{Event: ev})
 	}
+	h.closed = true
 	var got []string
 	for batch, _ := h.take(); batch != nil; batch, _ = h.take() {
 		s := batch[0].kind.String()
@@ -733,17 +733,20 @@ func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
 	}
 }
 
-func TestTailKeepsTheLastBytes(t *testing.T) {
+func TestACaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
 	var all []byte
-	var tl outputTail
+	var c capture
 	for i := range 500 {
 		p := bytes.Repeat([]byte{byte('a' + i%26)}, i*i%(3*outputKept))
-		if n, err := tl.Write(p); n != len(p) || err != nil {
+		if n, err := c.Write(p); n != len(p) || err != nil {
 			t.Fatal(n, err)
 		}
 		all = append(all, p...)
-		if want := all[max(0, len(all)-outputKept):]; !bytes.Equal(tl, want) {
-			t.Fatalf("after %d writes: %d bytes, want %d", i+1, len(tl), len(want))
+		if want := all[max(0, len(all)-outputKept):]; !bytes.Equal(c.last, want) {
+			t.Fatalf("after %d writes: %d last bytes, want %d", i+1, len(c.last), len(want))
+		}
+		if want := all[:min(len(all), maxPayload)]; !bytes.Equal(c.first, want) || c.size != len(all) {
+			t.Fatalf("after %d writes: %d first bytes of %d, want %d of %d", i+1, len(c.first), c.size, len(want), len(all))
 		}
 	}
 }
@@ -802,6 +805,54 @@ func TestWithoutShellProgramsRunAndShellSyntaxIsAnError(t *testing.T) {
 		_, err := newHandlers(handlerConfig{specs: []string{"*=" + script}, shell: "/nowhere/sh"})
 		if err == nil || !strings.Contains(err.Error(), strconv.Quote("*="+script)) || !strings.Contains(err.Error(), "no /nowhere/sh here") {
 			t.Errorf("%q: %v", script, err)
+		}
+	}
+}
+
+// ---- answers
+
+// answersTo runs a handler on a query, and returns how it answered and what.
+func answersTo(t *testing.T, script string) (reply, string) {
+	t.Helper()
+	hs, _ := startHandlers(t, handlerConfig{}, "query=:; "+script)
+	type said struct {
+		r    reply
+		text string
+	}
+	got := make(chan said, 1)
+	hs.deliver(Event{kind: eventQuery, name: "q", within: 20 * time.Second}, func(r reply, b []byte) { got <- said{r, string(b)} })
+	select {
+	case s := <-got:
+		return s.r, s.text
+	case <-time.After(20 * time.Second):
+		t.Fatalf("no answer from %s", script)
+	}
+	return 0, ""
+}
+
+func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
+	const lines = `i=0; while [ $i -lt 5000 ]; do echo "line $i"; i=$((i+1)); done` // 48,890 bytes
+	for script, want := range map[string]struct {
+		r           reply
+		begin, note string
+	}{
+		lines:                       {replyDone, "line 0\nline 1\n", "... (cut: 48890 bytes)\n"},
+		lines + "; exit 3":          {replyFailed, "exit status 3\nline 0\nline 1\n", "... (cut: 48904 bytes)\n"},
+		"echo a; exit 3":            {replyFailed, "exit status 3\na\n", ""},
+		"echo a":                    {replyDone, "a\n", ""},
+		"printf '%01024d' 0":        {replyDone, strings.Repeat("0", 1024), ""},
+		"printf '%01025d' 0":        {replyDone, "000", "... (cut: 1025 bytes)\n"},
+		"echo b >&2; exit 1":        {replyFailed, "exit status 1\nb\n", ""},
+		":":                         {replyDone, "", ""},
+		"echo b >&2; echo a":        {replyDone, "a\n", ""},
+		"echo b >&2; echo a; false": {replyFailed, "exit status 1\na\nb\n", ""},
+	} {
+		r, text := answersTo(t, script)
+		if r != want.r || !strings.HasPrefix(text, want.begin) || want.note == "" && text != want.begin {
+			t.Errorf("%s: reply %d, %.60q", script, r, text)
+		}
+		if want.note != "" && (len(text) != maxPayload || !strings.HasSuffix(text, want.note)) {
+			t.Errorf("%s: %d bytes, the end is %q", script, len(text), text[max(0, len(text)-30):])
 		}
 	}
 }

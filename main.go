@@ -296,7 +296,7 @@ func (o option) fromEnv(name string) error {
 		if strings.Count(item, `"`)%2+strings.Count(item, "'")%2 > 0 && sep == "," || o.name == "tag" && item != "" && !strings.Contains(item, "=") {
 			return fmt.Errorf("%s is split at its commas, and %q is a part of it: end it with a newline to have it split at newlines only", name, item)
 		}
-		if _, err := parseFilters([]string{item}); err == nil && !strings.Contains(item, "=") {
+		if checkEvents([]string{item}) == nil && !strings.Contains(item, "=") {
 			events += item + ","
 		} else if item != "" {
 			*list, events = append(*list, events+item), ""
@@ -762,8 +762,7 @@ type watching struct {
 
 func (w *watching) run(c *client) error {
 	kinds := strings.Split(w.event, ",")
-	there := slices.Contains(kinds, "*") || slices.Contains(kinds, eventNames[0]) // shows who is there at the start
-	filters, err := parseFilters(slices.DeleteFunc(kinds, func(ev string) bool { return ev == eventNames[0] }))
+	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == eventNames[0] }))
 	switch {
 	case err != nil:
 		return misuse(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
@@ -778,7 +777,7 @@ func (w *watching) run(c *client) error {
 	return c.call(request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
 		text := w.lost(a.Lost)
 		for _, u := range us {
-			if a.Kind == 0 && there || a.Kind != 0 && wants(filters, a.Kind, u.Event) {
+			if wants(kinds, a.Kind, u.Event) {
 				text += w.line(a, u)
 				seen += min(int(a.Kind), 1)
 			}
@@ -1150,7 +1149,8 @@ func (a *agentOptions) info(g *gossip, handlers *handlers) (facts []string) {
 	add("event_handlers", "", "")
 	for _, h := range handlers.all {
 		waiting, lost, last := h.state()
-		add("event_handlers", h.events+":", h.script, h.events+": waiting", waiting, h.events+": dropped", lost, h.events+": last run", last)
+		events := strings.Join(h.events, ",") + ":"
+		add("event_handlers", events, h.script, events+" waiting", waiting, events+" dropped", lost, events+" last run", last)
 	}
 	add("runtime", "arch", runtime.GOARCH, "cpu_count", runtime.NumCPU(), "goroutines", runtime.NumGoroutine(),
 		"max_procs", runtime.GOMAXPROCS(0), "os", runtime.GOOS, "version", runtime.Version())
