@@ -28,6 +28,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"text/tabwriter"
 	"time"
 	"unicode"
 	"unicode/utf16"
@@ -126,23 +127,46 @@ type command struct {
 	name, args, short string
 	examples          string // {} stands for the program's name
 	options           []option
-	minArgs, maxArgs  int
 	run               func(args []string) error
 }
 
-// option defines a flag and its lines in the help. Without a name, text heads
-// the group of options that follows; without a text it is one of Serf's that is
-// taken in silence.
+// option defines a flag and its lines in the help. Without a variable it heads the
+// options that follow; without a text it is one of Serf's that is taken in silence.
 type option struct {
-	name, arg, text string
-	value           any      // *string, *int, *bool, *time.Duration or *[]string; holds the default
-	env             []string // where the value is looked for if the flag is not given
+	name, text string // the name, and what it takes
+	value      any    // *string, *[]string, *bool, *int or *time.Duration; holds the default
 }
 
-// newCommands makes all commands, with the defaults in their options.
 func newCommands() []*command {
-	c := &client{addr: defaultRPC}
-	return append(append([]*command{agentCommand()}, c.looks()...), c.acts()...)
+	q := &ask{addr: defaultRPC, format: "text", event: "*", within: 15 * time.Second}
+	asking := slices.Concat(q.looks(), q.talks(), q.acts())
+	for _, c := range asking {
+		c.options = append(c.options, option{name: "Reaching the agent"},
+			option{"rpc-addr ADDR", "where its RPC listens, or SERF_RPC_ADDR\n(default: " + defaultRPC + ")", &q.addr},
+			option{"rpc-auth TOKEN", "the token that it asks for, or SERF_RPC_AUTH", &q.token})
+	}
+	return slices.Concat([]*command{agentCommand()}, asking, []*command{
+		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
+			func([]string) error {
+				key := make([]byte, keySize)
+				rand.Read(key) // never fails
+				return output(base64.StdEncoding.EncodeToString(key) + "\n")
+			}},
+		{"version", "", "prints the version", "  {} version\n", nil,
+			func([]string) error {
+				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+			}},
+	})
+}
+
+func findCommand(name string) (*command, error) {
+	for _, c := range newCommands() {
+		if c.name == name {
+			return c, nil
+		}
+	}
+	hint := fmt.Sprintf("'%s help' lists the commands; '%s agent' starts a node", prog, prog)
+	return nil, cmp.Or(serfWord(name), misuse(hint, "there is no command %q", name))
 }
 
 // serfWords is what to do instead of what Serf has and hamlet has not.
@@ -171,16 +195,6 @@ func serfWord(word string) error {
 		}
 	}
 	return nil
-}
-
-func findCommand(name string) (*command, error) {
-	for _, c := range newCommands() {
-		if c.name == name {
-			return c, nil
-		}
-	}
-	hint := fmt.Sprintf("'%s help' lists the commands; '%s agent' starts a node", prog, prog)
-	return nil, cmp.Or(serfWord(name), misuse(hint, "there is no command %q", name))
 }
 
 const topHelp = `  {} agent                     start a node on this machine
@@ -217,18 +231,20 @@ func help(args []string) error {
 	return output(strings.ReplaceAll(text, "{}", prog))
 }
 
+func (o option) flag() string { return strings.Fields(o.name)[0] }
+
 func (o option) help() string {
-	const indent = "                        "
-	left := strings.TrimRight("  -"+o.name+" "+o.arg, " ")
+	const indent = "\n                        "
+	left := "  -" + o.name
 	switch {
+	case o.value == nil:
+		return "\n" + o.name + ":\n"
 	case o.text == "":
 		return ""
-	case o.name == "":
-		return "\n" + o.text + ":\n"
-	case len(left) > len(indent)-2:
-		left += "\n" + indent
+	case len(left) > len(indent)-3:
+		left += indent
 	}
-	return fmt.Sprintf("%-*s%s\n", len(indent), left, strings.ReplaceAll(o.text, "\n", "\n"+indent))
+	return fmt.Sprintf("%-*s%s\n", len(indent)-1, left, strings.ReplaceAll(o.text, "\n", indent))
 }
 
 // parse sets the options from args and the environment and returns the
@@ -238,100 +254,121 @@ func (c *command) parse(args []string) ([]string, error) {
 	fs.SetOutput(io.Discard)
 	given := make(map[string]bool)
 	for _, o := range c.options {
-		if o.name != "" {
-			fs.Var(flagValue{o.value}, o.name, "")
+		set := func(s string) error { given[o.flag()] = true; return o.set(s) }
+		if _, ok := o.value.(*bool); ok {
+			fs.BoolFunc(o.flag(), "", set)
+		} else if o.value != nil {
+			fs.Func(o.flag(), "", set)
 		}
 	}
 	err := fs.Parse(args)
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, o := range c.options {
-		if i := slices.IndexFunc(o.env, func(name string) bool { return os.Getenv(name) != "" }); i >= 0 && !given[o.name] && err == nil {
-			err = o.fromEnv(o.env[i])
+		for _, env := range c.env(o) {
+			if os.Getenv(env) != "" && !given[o.flag()] && err == nil {
+				given[o.flag()], err = true, o.fromEnv(env)
+			}
 		}
+	}
+	if _, name, _ := strings.Cut(fmt.Sprint(err), "not defined: "); serfWord(name) != nil {
+		return nil, serfWord(name)
+	} else if errors.Is(err, flag.ErrHelp) {
+		return nil, err
 	}
 	args = fs.Args()
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		return nil, err
-	case err != nil:
-		if _, name, _ := strings.Cut(err.Error(), "not defined: "); serfWord(name) != nil {
-			return nil, serfWord(name)
-		}
-	case len(args) < c.minArgs:
-		err = fmt.Errorf("%s is missing", c.args)
-	case len(args) > c.maxArgs:
-		if _, e := parseKeys(args[c.maxArgs : c.maxArgs+1]); e == nil {
-			args[c.maxArgs] = "(a key)" // which is never shown
-		}
-		err = fmt.Errorf("unexpected argument %q", args[c.maxArgs])
-	}
-	for _, arg := range args {
-		if name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "="); strings.HasPrefix(arg, "-") && fs.Lookup(name) != nil && err == nil {
-			err = fmt.Errorf("%s stands behind the arguments: options come before the name", arg)
-		}
-	}
-	if err != nil {
+	if err = cmp.Or(err, c.checkArgs(args, fs)); err != nil {
 		return nil, misuse(fmt.Sprintf("'%s help %s' shows how to use it", prog, c.name), "%s: %v", c.name, err)
 	}
 	return args, nil
 }
 
-// fromEnv sets the option from a variable. Lists are split on commas, or on
-// newlines if there are any; the events in member-join,user:x=script stay with
-// their script.
-func (o option) fromEnv(name string) error {
-	text, sep, events := os.Getenv(name), ",", ""
-	list, isList := o.value.(*[]string)
-	if strings.Contains(text, "\n") {
-		sep = "\n"
-	}
-	if !isList {
-		if err := (flagValue{o.value}).Set(text); err != nil {
-			return fmt.Errorf("invalid value %q for %s: %w", text, name, err)
+// checkArgs compares the arguments with what the command takes: WORD, [WORD] or WORD...
+func (c *command) checkArgs(args []string, fs *flag.FlagSet) error {
+	takes := strings.Fields(c.args)
+	rest := args[min(len(args), len(takes)):]
+	switch {
+	case len(args) == 0 && len(takes) > 0:
+		return fmt.Errorf("%s is missing", c.args)
+	case len(rest) > 0 && !strings.HasSuffix(c.args, "..."):
+		if _, err := parseKeys(rest[:1]); err == nil {
+			rest[0] = "(a key)" // which is never shown
 		}
-		return nil
+		return fmt.Errorf("unexpected argument %q", rest[0])
 	}
-	for item := range strings.SplitSeq(text, sep) {
-		item = strings.TrimSpace(item)
-		if strings.Count(item, `"`)%2+strings.Count(item, "'")%2 > 0 && sep == "," || o.name == "tag" && item != "" && !strings.Contains(item, "=") {
-			return fmt.Errorf("%s is split at its commas, and %q is a part of it: end it with a newline to have it split at newlines only", name, item)
+	for _, arg := range args {
+		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		if strings.HasPrefix(arg, "-") && fs.Lookup(name) != nil {
+			return fmt.Errorf("%s stands behind the arguments: options come before the name", arg)
 		}
-		if checkEvents([]string{item}) == nil && !strings.Contains(item, "=") {
-			events += item + ","
-		} else if item != "" {
-			*list, events = append(*list, events+item), ""
-		}
-	}
-	if events != "" {
-		*list = append(*list, strings.TrimSuffix(events, ","))
 	}
 	return nil
 }
 
-// flagValue is a flag.Value that sets what at points to, or appends to a list.
-type flagValue struct{ at any }
+// env names the variables that an option is taken from if it is not given.
+func (c *command) env(o option) []string {
+	name := strings.ToUpper(strings.ReplaceAll(o.flag(), "-", "_"))
+	switch {
+	case c.name == "agent":
+		return []string{"HAMLET_" + name}
+	case strings.HasPrefix(name, "RPC_"):
+		return []string{"SERF_" + name, "HAMLET_" + name}
+	}
+	return nil
+}
 
-func (f flagValue) String() string   { return "" }
-func (f flagValue) IsBoolFlag() bool { _, ok := f.at.(*bool); return ok }
+// fromEnv sets the option from a variable. Lists are split on commas, or on
+// newlines if there are any; the events in member-join,user:x=script stay with
+// their script.
+func (o option) fromEnv(env string) error {
+	text, sep, events := os.Getenv(env), ",", ""
+	if _, ok := o.value.(*[]string); !ok {
+		if err := o.set(text); err != nil {
+			return fmt.Errorf("invalid value %q for %s: %w", text, env, err)
+		}
+		return nil
+	}
+	if strings.Contains(text, "\n") {
+		sep = "\n"
+	}
+	for item := range strings.SplitSeq(text, sep) {
+		item = strings.TrimSpace(item)
+		pair, quotes := strings.Contains(item, "="), strings.Count(item, `"`)%2+strings.Count(item, "'")%2
+		if sep == "," && quotes > 0 || strings.HasPrefix(o.name, "tag ") && item != "" && !pair {
+			return fmt.Errorf("%s is split at its commas, and %q is a part of it: "+
+				"end it with a newline to have it split at newlines only", env, item)
+		}
+		if !pair && checkEvents([]string{item}) == nil {
+			events += item + ","
+		} else if item != "" {
+			o.set(events + item)
+			events = ""
+		}
+	}
+	if events != "" {
+		o.set(strings.TrimSuffix(events, ","))
+	}
+	return nil
+}
 
-func (f flagValue) Set(s string) (err error) {
+// set sets what the option's value points to, or appends to a list.
+func (o option) set(s string) (err error) {
 	want := ""
-	switch v := f.at.(type) {
+	switch v := o.value.(type) {
 	case *string:
 		*v = s
 	case *[]string:
 		*v = append(*v, s)
 	case *bool:
-		*v, err = strconv.ParseBool(s)
 		want = "true or false"
+		*v, err = strconv.ParseBool(s)
 	case *int:
+		want = "a number, 0 or more"
 		n, e := strconv.ParseUint(s, 10, 31)
-		*v, err, want = int(n), e, "a number, 0 or more"
+		*v, err = int(n), e
 	case *time.Duration:
+		want = "a duration, such as 500ms, 20s or 10m"
 		if *v, err = time.ParseDuration(s); *v <= 0 {
 			err = cmp.Or(err, errors.ErrUnsupported)
 		}
-		want = "a duration, such as 500ms, 20s or 10m"
 	}
 	if err != nil {
 		return errors.New("want " + want)
@@ -347,33 +384,36 @@ func output(text string) error {
 	return nil
 }
 
+// reason strips what the net and os packages put in front of an error number.
+func reason(err error) error {
+	if no, ok := errors.AsType[syscall.Errno](err); ok {
+		return no
+	}
+	return err
+}
+
 // printable makes text from elsewhere safe to show: whatever is not graphic
 // (escape sequences, bidi marks, broken UTF-8) is shown as in Go source,
 // except for the characters in keep.
 func printable(s, keep string) string {
-	var b strings.Builder
-	for s != "" {
-		r, n := utf8.DecodeRuneInString(s)
-		if unicode.IsGraphic(r) && (r != utf8.RuneError || n > 1) || strings.Contains(keep, s[:n]) {
-			b.WriteString(s[:n])
-		} else {
-			b.WriteString(strings.Trim(strconv.QuoteToASCII(s[:n]), `"`))
-		}
-		s = s[n:]
+	undo := []string{`\"`, `"`, `\\`, `\`}
+	for _, r := range keep {
+		undo = append(undo, strings.Trim(strconv.QuoteRune(r), "'"), string(r))
 	}
-	return b.String()
+	q := strconv.QuoteToGraphic(s)
+	return strings.NewReplacer(undo...).Replace(q[1 : len(q)-1])
 }
 
 // pairs is a JSON object: key, value, key, value.
 type pairs []any
 
-// toJSON lays v out as Serf does, indented, or (indent "-") in one line. Not with
-// encoding/json: that leaves DEL and the C1 controls as they are, and a terminal
-// would obey them.
-func toJSON(v any, indent string) string {
-	inner := indent + "  "
-	if indent == "-" {
-		inner = indent
+// toJSON lays v out as Serf does, where nl is what begins a line, or (nl "") in
+// one line. Not with encoding/json: that leaves DEL and the C1 controls as they
+// are, and a terminal would obey them.
+func toJSON(v any, nl string) string {
+	inner, sep := nl+"  ", ","+nl+"  "
+	if nl == "" {
+		inner, sep = "", ", "
 	}
 	var items []string
 	brackets := "[]"
@@ -392,13 +432,10 @@ func toJSON(v any, indent string) string {
 	default:
 		return fmt.Sprint(v)
 	}
-	switch {
-	case len(items) == 0:
+	if len(items) == 0 {
 		return brackets
-	case indent == "-":
-		return brackets[:1] + strings.Join(items, ", ") + brackets[1:]
 	}
-	return brackets[:1] + "\n" + inner + strings.Join(items, ",\n"+inner) + "\n" + indent + brackets[1:]
+	return brackets[:1] + inner + strings.Join(items, sep) + nl + brackets[1:]
 }
 
 func jsonString(s string) string {
@@ -420,168 +457,155 @@ func jsonString(s string) string {
 	return string(append(q, '"'))
 }
 
-// reason strips what the net and os packages put in front of an error number.
-func reason(err error) error {
-	if no, ok := errors.AsType[syscall.Errno](err); ok {
-		return no
-	}
-	return err
-}
-
 // ---- the commands that ask a running agent ----
 
-// client is how a command reaches its agent.
-type client struct{ addr, token string }
-
-// with puts the options that reach the agent behind others.
-func (c *client) with(options ...option) []option {
-	return append(options,
-		option{text: "Reaching the agent"},
-		option{"rpc-addr", "ADDR", "where its RPC listens, or SERF_RPC_ADDR\n(default: " + defaultRPC + ")", &c.addr, []string{"SERF_RPC_ADDR", "HAMLET_RPC_ADDR"}},
-		option{"rpc-auth", "TOKEN", "the token that it asks for, or SERF_RPC_AUTH", &c.token, []string{"SERF_RPC_AUTH", "HAMLET_RPC_AUTH"}})
+// ask is how a command reaches its agent, and what its user wants to know.
+type ask struct {
+	addr, token        string
+	format             string // text or json
+	status, name, role string
+	tags, nodes        []string
+	event              string
+	count              int // how many members, or events, to wait for
+	timeout, within    time.Duration
+	noAck              bool
 }
 
-func (c *client) call(req request, timeout time.Duration, each func(answer, []update) error) error {
-	host, port, err := hostPort(c.addr, defaultRPCPort)
-	if err != nil {
+func (q *ask) call(req request, timeout time.Duration, each func(answer, []update) error) error {
+	host, port, err := hostPort(q.addr, defaultRPCPort)
+	if q.format != "text" && q.format != "json" {
+		return misuse("", "-format is text or json, not %q", q.format)
+	} else if err != nil {
 		return misuse("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
 	}
-	return callRPC(net.JoinHostPort(host, port), c.token, req, timeout, each)
+	return callRPC(net.JoinHostPort(host, port), q.token, req, timeout, each)
 }
 
 // do makes a call and says that it is done; %d stands for the nodes joined.
-func (c *client) do(req request, timeout time.Duration, done string) error {
-	return c.call(req, timeout, func(a answer, _ []update) error {
+func (q *ask) do(req request, timeout time.Duration, done string) error {
+	return q.call(req, timeout, func(a answer, _ []update) error {
 		return output(strings.ReplaceAll(done, "%d", strconv.Itoa(a.Count)))
 	})
 }
 
-// members asks for all members.
-func (c *client) members(timeout time.Duration) (ms []Member, err error) {
-	err = c.call(request{Op: "members"}, timeout, func(_ answer, us []update) error {
-		for _, u := range us {
-			ms = append(ms, u.Member)
-		}
-		return nil
-	})
-	return ms, err
+func (q *ask) formatOption() option {
+	return option{"format FORMAT", "text or json (default: text)", &q.format}
 }
 
-// looks are the commands that show something.
-func (c *client) looks() []*command {
-	l, w, q := &listing{format: "text"}, &watching{format: "text", event: "*"}, &asking{format: "text", timeout: 15 * time.Second}
-	format := option{"format", "FORMAT", "text or json (default: text)", nil, nil}
-	in := func(value *string) option { o := format; o.value = value; return o }
-	infoFormat := "text"
+// looks are the commands that show who is there.
+func (q *ask) looks() []*command {
 	return []*command{
-		{name: "members", short: "lists the members of the cluster",
-			examples: `  {} members                                list all members
+		{"members", "", "lists the members of the cluster", `  {} members                                list all members
   {} members -status alive -tag role=web    the living ones with a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
-`,
-			options: c.with(option{text: "What to list (RE: a regular expression that matches the whole)"},
-				option{"status", "RE", "alive, leaving, left, failed", &l.status, nil},
-				option{"name", "RE", "the member's name", &l.name, nil},
-				option{"tag", "KEY=RE", "a tag's value; repeatable", &l.tags, nil},
-				option{"role", "RE", "the same as -tag role=RE", &l.role, nil},
-				in(&l.format), option{"detailed", "", "", new(bool), nil},
-				option{text: "Waiting"},
-				option{"wait", "N", "wait until N of those listed are alive, even for the\nagent to start; exit status 1 if it took too long", &l.wait, nil},
-				option{"timeout", "DURATION", "how long to wait (default: for ever)", &l.timeout, nil}),
-			run: func([]string) error { return l.run(c) }},
-		{name: "watch", short: "shows who is there, and then what happens, as it happens",
-			examples: `  {} watch
+`, []option{
+			{name: "What to list (RE: a regular expression that matches the whole)"},
+			{"status RE", "alive, leaving, left, failed", &q.status},
+			{"name RE", "the member's name", &q.name},
+			{"tag KEY=RE", "a tag's value; repeatable", &q.tags},
+			{"role RE", "the same as -tag role=RE", &q.role},
+			q.formatOption(), {"detailed", "", new(bool)},
+			{name: "Waiting"},
+			{"wait N", "wait until N of those listed are alive, even for the\n" +
+				"agent to start; exit status 1 if it took too long", &q.count},
+			{"timeout DURATION", "how long to wait (default: for ever)", &q.timeout},
+		}, q.members},
+		{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
   {} watch -event member-failed,user:deploy
   {} watch -format json      one object a line, for programs
   {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`,
-			options: c.with(option{text: "Options"},
-				option{"event", "EVENT[,EVENT...]", "what to show, as in -event-handler; 'member' is who is\nthere at the start (default: *)", &w.event, nil},
-				in(&w.format),
-				option{"n", "N", "end after N events, not counting who is there at first", &w.n, nil},
-				option{"timeout", "DURATION", "with -n: exit status 1 if it takes longer", &w.timeout, nil}),
-			run: func([]string) error { return w.run(c) }},
-		{name: "query", args: "NAME [PAYLOAD]", short: "asks members; their handlers' output is the answer", minArgs: 1, maxArgs: 2,
-			examples: "  {} query load\n  {} query -tag role=db master\n  {} query -node web1 -node web2 -timeout 3s -format json health\n",
-			options: c.with(option{text: "Options"},
-				option{"node", "NAME", "ask only this member; repeatable", &q.nodes, nil},
-				option{"tag", "KEY=RE", "ask only those with such a tag; repeatable", &q.tags, nil},
-				option{"timeout", "DURATION", "how long to wait for the slowest (default: 15s)", &q.timeout, nil},
-				option{"no-ack", "", "do not show who has the query", &q.noAck, nil}, in(&q.format)),
-			run: func(args []string) error { return q.run(c, args[0], []byte(strings.Join(args[1:], ""))) }},
-		{name: "info", short: "shows what the agent knows of itself",
-			examples: "  {} info\n  {} info -format json\n", options: c.with(option{text: "Options"}, in(&infoFormat)),
-			run: func([]string) error { return c.info(infoFormat) }},
+`, []option{
+			{name: "Options"},
+			{"event EVENT[,EVENT...]", "what to show, as in -event-handler; 'member' is who is\n" +
+				"there at the start (default: *)", &q.event},
+			q.formatOption(),
+			{"n N", "end after N events, not counting who is there at first", &q.count},
+			{"timeout DURATION", "with -n: exit status 1 if it takes longer", &q.timeout},
+		}, q.watch},
 	}
 }
 
-// acts are the commands that change something, and those that ask nobody.
-func (c *client) acts() []*command {
-	var replay, prune bool
-	coalesce := true
+// talks are the commands that speak with members and with the agent.
+func (q *ask) talks() []*command {
 	var set, drop []string
 	return []*command{
-		{name: "tags", short: "changes the tags of the running agent",
-			examples: "  {} tags -set state=drain\n  {} tags -set health=ok -set zone=b -delete state\n",
-			options: c.with(option{text: "Options"}, option{"set", "KEY=VALUE", "sets a tag; repeatable", &set, nil},
-				option{"delete", "KEY", "removes a tag; repeatable", &drop, nil}),
-			run: func([]string) error {
-				tags, err := parseTags("-set", set)
-				if err == nil && len(set)+len(drop) == 0 {
-					err = misuse("for example: -set state=drain", "nothing to change: give -set or -delete")
-				}
-				if err != nil {
-					return err
-				}
-				return c.do(request{Op: "tags", Args: string(tags), Drop: strings.Join(drop, "\x00")}, rpcTimeout, "Successfully updated agent tags\n")
-			}},
-		{name: "event", args: "NAME [PAYLOAD]", short: "sends a user event to the handlers of every member", minArgs: 1, maxArgs: 2,
-			examples: "  {} event deploy\n  {} event deploy 3f2c1aa       with a payload, the handlers' input\n  {} event -coalesce=false log \"$(uptime)\"\n",
-			options:  c.with(option{text: "Options"}, option{"coalesce", "", "of events of one name that wait for a handler, only the\nlast is run (default: true)", &coalesce, nil}),
-			run: func(args []string) error {
-				payload := []byte(strings.Join(args[1:], ""))
-				if err := checkPayload("event", args[0], payload); err != nil {
-					return err
-				}
-				return c.do(request{Op: "event", Name: args[0], Payload: payload, Merge: coalesce}, rpcTimeout,
-					fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(args[0], ""), coalesce))
-			}},
-		{name: "join", args: "ADDR...", short: "makes the agent join the cluster of another node", minArgs: 1, maxArgs: 1000,
-			examples: "  {} join 10.0.2.15\n  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'\n",
-			options:  c.with(option{text: "Options"}, option{"replay", "", "run handlers for the remembered events of that cluster", &replay, nil}),
-			run: func(addrs []string) error {
-				if err := checkAddrs("join", addrs); err != nil {
-					return err
-				}
-				return c.do(request{Op: "join", Args: strings.Join(addrs, "\x00"), Replay: replay}, slowTimeout, "Successfully joined cluster by contacting %d nodes.\n")
-			}},
-		{name: "leave", short: "makes the agent leave the cluster and stop", examples: "  {} leave\n", options: c.with(),
-			run: func([]string) error { return c.do(request{Op: "leave"}, slowTimeout, "Graceful leave complete\n") }},
-		{name: "force-leave", args: "NAME", short: "turns a failed member into one that left", minArgs: 1, maxArgs: 1,
-			examples: "  {} force-leave web3           a failed member counts as left, everywhere\n  {} force-leave -prune web3    it vanishes from the list\n",
-			options:  c.with(option{text: "Options"}, option{"prune", "", "forget the member altogether", &prune, nil}),
-			run: func(args []string) error {
-				return c.do(request{Op: "force-leave", Name: args[0], Prune: prune}, rpcTimeout, "")
-			}},
-		{name: "keygen", short: "prints a new key for -encrypt", examples: "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n",
-			run: func([]string) error {
-				key := make([]byte, keySize)
-				rand.Read(key) // never fails
-				return output(base64.StdEncoding.EncodeToString(key) + "\n")
-			}},
-		{name: "version", short: "prints the version", examples: "  {} version\n",
-			run: func([]string) error {
-				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
-			}},
+		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
+  {} query -tag role=db master
+  {} query -node web1 -node web2 -timeout 3s -format json health
+`, []option{
+			{name: "Options"},
+			{"node NAME", "ask only this member; repeatable", &q.nodes},
+			{"tag KEY=RE", "ask only those with such a tag; repeatable", &q.tags},
+			{"timeout DURATION", "how long to wait for the slowest (default: 15s)", &q.within},
+			{"no-ack", "do not show who has the query", &q.noAck}, q.formatOption(),
+		}, q.query},
+		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
+			[]option{{name: "Options"}, q.formatOption()}, q.info},
+		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
+  {} tags -set health=ok -set zone=b -delete state
+`, []option{
+			{name: "Options"},
+			{"set KEY=VALUE", "sets a tag; repeatable", &set},
+			{"delete KEY", "removes a tag; repeatable", &drop},
+		}, func([]string) error {
+			tags, err := parseTags("-set", set)
+			if err == nil && len(set)+len(drop) == 0 {
+				err = misuse("for example: -set state=drain", "nothing to change: give -set or -delete")
+			}
+			if err != nil {
+				return err
+			}
+			req := request{Op: "tags", Args: string(tags), Drop: strings.Join(drop, "\x00")}
+			return q.do(req, rpcTimeout, "Successfully updated agent tags\n")
+		}},
 	}
 }
 
-func badFormat(format string) error {
-	if format != "text" && format != "json" {
-		return misuse("", "-format is text or json, not %q", format)
+// acts are the commands that have something done.
+func (q *ask) acts() []*command {
+	var replay, prune bool
+	coalesce := true
+	return []*command{
+		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
+  {} event deploy 3f2c1aa       with a payload, the handlers' input
+  {} event -coalesce=false log "$(uptime)"
+`, []option{
+			{name: "Options"},
+			{"coalesce", "of events of one name that wait for a handler, only the\nlast is run (default: true)", &coalesce},
+		}, func(args []string) error {
+			req := request{Op: "event", Name: args[0], Payload: []byte(strings.Join(args[1:], "")), Merge: coalesce}
+			if err := checkPayload("event", req.Name, req.Payload); err != nil {
+				return err
+			}
+			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(req.Name, ""), coalesce)
+			return q.do(req, rpcTimeout, done)
+		}},
+		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
+  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
+`, []option{
+			{name: "Options"},
+			{"replay", "run handlers for the remembered events of that cluster", &replay},
+		}, func(addrs []string) error {
+			if err := checkAddrs("join", addrs); err != nil {
+				return err
+			}
+			req := request{Op: "join", Args: strings.Join(addrs, "\x00"), Replay: replay}
+			return q.do(req, slowTimeout, "Successfully joined cluster by contacting %d nodes.\n")
+		}},
+		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", nil, func([]string) error {
+			return q.do(request{Op: "leave"}, slowTimeout, "Graceful leave complete\n")
+		}},
+		{"force-leave", "NAME", "turns a failed member into one that left",
+			`  {} force-leave web3           a failed member counts as left, everywhere
+  {} force-leave -prune web3    it vanishes from the list
+`, []option{
+				{name: "Options"},
+				{"prune", "forget the member altogether", &prune},
+			}, func(args []string) error {
+				return q.do(request{Op: "force-leave", Name: args[0], Prune: prune}, rpcTimeout, "")
+			}},
 	}
-	return nil
 }
 
 // parseTags checks and packs KEY=VALUE options.
@@ -601,14 +625,8 @@ func parseTags(option string, list []string) (Tags, error) {
 	return tags, err
 }
 
-// selection is which members a user means.
-type selection struct {
-	status, name, role string
-	tags               []string
-}
-
-// conditions are what a member must fulfil; the first is about its status.
-func (s *selection) conditions() (conds []func(Member) bool, err error) {
+// conditions are what a member must fulfil to be meant; the first is about its status.
+func (q *ask) conditions() (conds []func(Member) bool, err error) {
 	add := func(option, re string, field func(Member) (string, bool)) {
 		r, rerr := regexp.Compile("^(?s:" + re + ")$")
 		if se, ok := errors.AsType[*syntax.Error](rerr); ok {
@@ -616,12 +634,12 @@ func (s *selection) conditions() (conds []func(Member) bool, err error) {
 		}
 		conds = append(conds, func(m Member) bool { v, ok := field(m); return ok && r.MatchString(v) })
 	}
-	add("-status", cmp.Or(s.status, ".*"), func(m Member) (string, bool) { return m.Status.String(), true })
-	add("-name", cmp.Or(s.name, ".*"), func(m Member) (string, bool) { return m.Name, true })
-	if s.role != "" {
-		s.tags = append(s.tags, "role="+s.role)
+	add("-status", cmp.Or(q.status, ".*"), func(m Member) (string, bool) { return m.Status.String(), true })
+	add("-name", cmp.Or(q.name, ".*"), func(m Member) (string, bool) { return m.Name, true })
+	if q.role != "" {
+		q.tags = append(q.tags, "role="+q.role)
 	}
-	for _, t := range s.tags {
+	for _, t := range q.tags {
 		key, re, ok := strings.Cut(t, "=")
 		if !ok {
 			return nil, misuse("for example: -tag role=web", "-tag takes KEY=RE, not %q", t)
@@ -631,63 +649,53 @@ func (s *selection) conditions() (conds []func(Member) bool, err error) {
 	return conds, err
 }
 
-func choose(ms []Member, conds []func(Member) bool) []Member {
-	return slices.DeleteFunc(ms, func(m Member) bool {
-		return slices.ContainsFunc(conds, func(cond func(Member) bool) bool { return !cond(m) })
-	})
-}
-
-// living are the names of those that are alive.
-func living(ms []Member) (names []string) {
-	for _, m := range ms {
-		if m.Status == statusAlive {
-			names = append(names, m.Name)
+// chosen asks for the members that fulfil all conditions; living are the names of
+// those that are alive.
+func (q *ask) chosen(conds []func(Member) bool, timeout time.Duration) (ms []Member, living []string, err error) {
+	err = q.call(request{Op: "members"}, timeout, func(_ answer, us []update) error {
+		for _, u := range us {
+			if slices.ContainsFunc(conds, func(fulfils func(Member) bool) bool { return !fulfils(u.Member) }) {
+				continue
+			}
+			if ms = append(ms, u.Member); u.Member.Status == statusAlive {
+				living = append(living, u.Member.Name)
+			}
 		}
-	}
-	return names
+		return nil
+	})
+	return ms, living, err
 }
 
-// listing is what a user asks of the members.
-type listing struct {
-	selection
-	format  string
-	wait    int
-	timeout time.Duration
-}
-
-func (l *listing) run(c *client) error {
-	conds, err := l.conditions()
-	switch err = cmp.Or(err, badFormat(l.format)); {
+func (q *ask) members([]string) error {
+	conds, err := q.conditions()
+	switch {
 	case err != nil:
 		return err
-	case l.timeout > 0 && l.wait == 0:
+	case q.timeout > 0 && q.count == 0:
 		return misuse("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
-	case l.wait > 0 && !conds[0](Member{Status: statusAlive}):
-		return misuse("", "-wait counts the living, and -status %q leaves them out", l.status)
+	case q.count > 0 && !conds[0](Member{Status: statusAlive}):
+		return misuse("", "-wait counts the living, and -status %q leaves them out", q.status)
 	}
 	const pause = 100 * ms
 	var there []string // the living at the last look
 	for start, answered := time.Now(), false; ; time.Sleep(pause) {
 		patience := rpcTimeout
-		if l.timeout > 0 {
-			patience = min(patience, max(l.timeout-time.Since(start), pause))
+		if q.timeout > 0 {
+			patience = min(patience, max(q.timeout-time.Since(start), pause))
 		}
-		ms, err := c.members(patience)
+		ms, living, err := q.chosen(conds, patience)
 		if err == nil {
-			ms = choose(ms, conds)
-			there, answered = living(ms), true
-			if len(there) >= l.wait && l.format == "json" {
-				return output(membersJSON(ms))
-			} else if len(there) >= l.wait {
-				return output(membersText(ms))
+			if there, answered = living, true; len(there) >= q.count {
+				return output(map[string]func([]Member) string{"text": membersText, "json": membersJSON}[q.format](ms))
 			}
 		}
 		f, ok := errors.AsType[*failure](err)
-		late := l.timeout > 0 && time.Since(start)+pause >= l.timeout
+		late := q.timeout > 0 && time.Since(start)+pause >= q.timeout
 		switch {
 		case late && answered:
-			return trouble("", "%d of %d members alive after %v: %s", len(there), l.wait, l.timeout, cmp.Or(strings.Join(there, ", "), "none"))
-		case err != nil && (l.wait == 0 || late || !ok || !f.again):
+			return trouble("", "%d of %d members alive after %v: %s", len(there), q.count, q.timeout,
+				cmp.Or(strings.Join(there, ", "), "none"))
+		case err != nil && (q.count == 0 || late || !ok || !f.again):
 			return err
 		}
 	}
@@ -696,29 +704,23 @@ func (l *listing) run(c *client) error {
 // membersText makes columns at least four blanks apart. The third is never
 // narrower than "failed", so that tags stay in place when a member fails.
 func membersText(ms []Member) string {
-	var rows [][4]string
-	width := [4]int{0, 0, len("failed"), 0}
-	for _, m := range ms {
-		row := [4]string{printable(m.Name, ""), m.Addr.String(), m.Status.String(), printable(strings.Join(m.Tags.pairs(), ","), "")}
-		for i, cell := range row {
-			width[i] = max(width[i], utf8.RuneCountInString(cell))
-		}
-		rows = append(rows, row)
-	}
 	var b strings.Builder
-	for _, r := range rows {
-		line := fmt.Sprintf("%-*s    %-*s    %-*s    %s", width[0], r[0], width[1], r[1], width[2], r[2], r[3])
-		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
+	for _, m := range ms {
+		tags := printable(strings.Join(m.Tags.pairs(), ","), "")
+		fmt.Fprintf(w, "%s\t%s\t%-6s\t%s\n", printable(m.Name, ""), m.Addr, m.Status, tags)
 	}
-	return b.String()
+	w.Flush()
+	return regexp.MustCompile(" +\n").ReplaceAllString(b.String(), "\n")
 }
 
 func membersJSON(ms []Member) string {
 	var list []any
 	for _, m := range ms {
-		list = append(list, pairs{"name", m.Name, "addr", m.Addr.String(), "port", m.Addr.Port(), "tags", tagPairs(m), "status", m.Status.String()})
+		list = append(list, pairs{"name", m.Name, "addr", m.Addr.String(), "port", m.Addr.Port(),
+			"tags", tagPairs(m), "status", m.Status.String()})
 	}
-	return toJSON(pairs{"members", list}, "") + "\n"
+	return toJSON(pairs{"members", list}, "\n") + "\n"
 }
 
 func tagPairs(m Member) (kv pairs) {
@@ -729,208 +731,157 @@ func tagPairs(m Member) (kv pairs) {
 	return kv
 }
 
-// info shows the agent's facts: group, key, value; and so on.
-func (c *client) info(format string) error {
-	if err := badFormat(format); err != nil {
-		return err
-	}
-	return c.call(request{Op: "info"}, rpcTimeout, func(a answer, _ []update) error {
-		facts, groups, text := list(a.Text), pairs{}, ""
-		for i := 0; i+2 < len(facts); i += 3 {
-			if len(groups) == 0 || groups[len(groups)-2] != facts[i] {
-				groups = append(groups, facts[i], pairs{})
-				text += facts[i] + ":\n"
-			}
-			if key, value := facts[i+1], facts[i+2]; key != "" { // else the group may be empty
-				groups[len(groups)-1] = append(groups[len(groups)-1].(pairs), key, value)
-				text += fmt.Sprintf("\t%s = %s\n", printable(key, ""), printable(value, ""))
-			}
-		}
-		if format == "json" {
-			text = toJSON(groups, "") + "\n"
-		}
-		return output(text)
+// info shows what the agent says of itself, as text and as JSON.
+func (q *ask) info([]string) error {
+	return q.call(request{Op: "info"}, rpcTimeout, func(a answer, _ []update) error {
+		text, json, _ := strings.Cut(a.Text, "\x00")
+		return output(printable(map[string]string{"text": text, "json": json}[q.format], "\n\t"))
 	})
 }
 
-// watching is what a user wants to see of the stream of events.
-type watching struct {
-	event, format string
-	n             int
-	timeout       time.Duration
-}
-
-func (w *watching) run(c *client) error {
-	kinds := strings.Split(w.event, ",")
-	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == eventNames[0] }))
+func (q *ask) watch([]string) error {
+	kinds, there := strings.Split(q.event, ","), eventNames[0]
+	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
 	switch {
 	case err != nil:
 		return misuse(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
-	case badFormat(w.format) != nil:
-		return badFormat(w.format)
-	case w.timeout > 0 && w.n == 0:
+	case q.timeout > 0 && q.count == 0:
 		return misuse("for example: -n 1 -timeout 60s", "-timeout needs -n N")
-	case w.timeout > 0:
-		time.AfterFunc(w.timeout, func() { exit(trouble("", "fewer than %d events within %v", w.n, w.timeout)) })
+	case q.timeout > 0:
+		time.AfterFunc(q.timeout, func() { exit(trouble("", "fewer than %d events within %v", q.count, q.timeout)) })
 	}
 	seen := 0
-	return c.call(request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
-		text := w.lost(a.Lost)
+	return q.call(request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
+		text := ""
+		if a.Lost > 0 && q.format == "json" {
+			text = fmt.Sprintf("{\"lost\": %d}\n", a.Lost)
+		} else if a.Lost > 0 {
+			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Lost)
+		}
 		for _, u := range us {
 			if wants(kinds, a.Kind, u.Event) {
-				text += w.line(a, u)
+				text += q.line(a, u)
 				seen += min(int(a.Kind), 1)
 			}
 		}
-		if err := output(text); err != nil || w.n == 0 || seen < w.n {
+		if err := output(text); err != nil || q.count == 0 || seen < q.count {
 			return err
 		}
 		return io.EOF // enough
 	})
 }
 
-func (w *watching) lost(n int) string {
-	switch {
-	case n == 0:
-		return ""
-	case w.format == "json":
-		return fmt.Sprintf("{\"lost\": %d}\n", n)
-	}
-	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", n)
-}
-
 // line is one event.
-func (w *watching) line(a answer, u update) string {
+func (q *ask) line(a answer, u update) string {
 	at, m := time.Unix(0, a.At), u.Member
-	member := a.Kind < eventUser
-	switch {
-	case w.format == "json" && member:
-		return toJSON(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String(), "name", m.Name, "addr", m.Addr.String(),
-			"tags", tagPairs(m), "status", m.Status.String()}, "-") + "\n"
-	case w.format == "json":
-		return toJSON(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String(), "name", u.Event, "payload", string(u.Payload),
-			"ltime", u.LTime, "from", m.Name}, "-") + "\n"
-	}
+	fields := pairs{"name", u.Event, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
 	what := fmt.Sprintf("%s %s", u.Event, u.Payload)
-	if member {
+	if a.Kind < eventUser {
+		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
 		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(m.Tags.pairs(), ","))
+	}
+	if q.format == "json" {
+		return toJSON(append(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String()}, fields...), "") + "\n"
 	}
 	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at.Format("2006/01/02 15:04:05"), a.Kind, printable(what, "")), " ") + "\n"
 }
 
-// asking is a query as its user wants it, and what has come of it.
-type asking struct {
-	selection
-	nodes     []string
-	format    string
-	timeout   time.Duration
-	noAck     bool
-	silent    []string // asked, and no answer yet
-	acks      []any
-	responses pairs
-	failures  pairs
+// whom names the members to ask; nobody: all of them.
+func (q *ask) whom() (names []string, err error) {
+	conds, err := q.conditions()
+	if err != nil || len(q.tags) == 0 {
+		return q.nodes, err
+	}
+	_, names, err = q.chosen(conds, rpcTimeout)
+	names = slices.DeleteFunc(names, func(name string) bool { return len(q.nodes) > 0 && !slices.Contains(q.nodes, name) })
+	if err == nil && len(names) == 0 {
+		err = errNobody
+	}
+	return names, err
 }
 
-func (q *asking) run(c *client, name string, payload []byte) error {
-	conds, err := q.conditions()
-	if err = cmp.Or(err, badFormat(q.format), checkPayload("query", name, payload)); err != nil {
+func (q *ask) query(args []string) error {
+	name, payload := args[0], []byte(strings.Join(args[1:], ""))
+	if err := checkPayload("query", name, payload); err != nil {
 		return err
 	}
-	who := q.nodes
-	if len(q.tags) > 0 {
-		ms, err := c.members(rpcTimeout)
-		if err != nil {
-			return err
-		}
-		who = slices.DeleteFunc(living(choose(ms, conds)), func(name string) bool { return len(q.nodes) > 0 && !slices.Contains(q.nodes, name) })
-		if len(who) == 0 {
-			return trouble("", "%v", errNobody)
-		}
+	who, err := q.whom()
+	if err != nil {
+		return err
 	}
-	req := request{Op: "query", Name: name, Payload: payload, Args: strings.Join(who, "\x00"), Within: q.timeout}
-	if err := c.call(req, rpcTimeout, func(a answer, us []update) error {
+	var silent []string // asked, and no answer yet
+	var acks []any
+	var responses, failures pairs
+	say := func(format string, a ...any) error {
+		if q.format == "json" {
+			return nil
+		}
+		return output(printable(fmt.Sprintf(format, a...), "\n\t"))
+	}
+	heard := func(r reply, from, text string) error {
+		if r != replyHeard {
+			silent = slices.DeleteFunc(silent, func(name string) bool { return name == from })
+		}
+		switch plain := strings.TrimSuffix(text, "\n"); {
+		case r == replyHeard:
+			if acks = append(acks, from); !q.noAck {
+				return say("Ack from '%s'\n", from)
+			}
+		case r == replyDone:
+			responses = append(responses, from, text)
+			return say("Response from '%s': %s\n", from, plain)
+		case r == replyFailed:
+			failures = append(failures, from, text)
+			return say("Failed on '%s': %s\n", from, plain)
+		}
+		return nil
+	}
+	req := request{Op: "query", Name: name, Payload: payload, Args: strings.Join(who, "\x00"), Within: q.within}
+	err = q.call(req, rpcTimeout, func(a answer, us []update) error {
 		if a.Text != "" {
-			q.silent = list(a.Text)
-			return q.print("Query '%s' dispatched\n", name)
+			silent = list(a.Text)
+			return say("Query '%s' dispatched\n", name)
 		}
 		for _, u := range us {
-			if err := q.heard(a.Reply, u.Member.Name, string(u.Payload)); err != nil {
+			if err := heard(a.Reply, u.Member.Name, string(u.Payload)); err != nil {
 				return err
 			}
 		}
 		return nil
-	}); err != nil {
+	})
+	if err != nil {
 		return err
 	}
-	if q.format == "json" {
-		result := pairs{"Acks", q.acks, "Responses", q.responses}
-		if len(q.failures) > 0 {
-			result = append(result, "Failures", q.failures)
-		}
-		err = output(toJSON(result, "") + "\n")
-	} else {
-		if !q.noAck {
-			q.print("Total Acks: %d\n", len(q.acks))
-		}
-		err = q.print("Total Responses: %d\n", len(q.responses)/2)
+	if !q.noAck {
+		say("Total Acks: %d\n", len(acks))
 	}
-	if err == nil && len(q.silent) > 0 {
-		err = trouble("", "no answer within %v from %s", q.timeout, strings.Join(q.silent, ", "))
+	err = say("Total Responses: %d\n", len(responses)/2)
+	if q.format == "json" {
+		result := pairs{"Acks", acks, "Responses", responses}
+		if len(failures) > 0 {
+			result = append(result, "Failures", failures)
+		}
+		err = output(toJSON(result, "\n") + "\n")
+	}
+	if err == nil && len(silent) > 0 {
+		err = trouble("", "no answer within %v from %s", q.within, strings.Join(silent, ", "))
 	}
 	return err
 }
 
-// print prints where the format is text.
-func (q *asking) print(format string, a ...any) error {
-	if q.format == "json" {
-		return nil
-	}
-	return output(printable(fmt.Sprintf(format, a...), "\n\t"))
-}
-
-// heard takes what a member says: that it has the query, or its answer.
-func (q *asking) heard(r reply, from, text string) error {
-	if r != replyHeard {
-		q.silent = slices.DeleteFunc(q.silent, func(name string) bool { return name == from })
-	}
-	plain := strings.TrimSuffix(text, "\n")
-	switch r {
-	case replyHeard:
-		q.acks = append(q.acks, from)
-		if !q.noAck {
-			return q.print("Ack from '%s'\n", from)
-		}
-	case replyDone:
-		q.responses = append(q.responses, from, text)
-		return q.print("Response from '%s': %s\n", from, plain)
-	case replyFailed:
-		q.failures = append(q.failures, from, text)
-		return q.print("Failed on '%s': %s\n", from, plain)
-	}
-	return nil
-}
-
 // ---- the agent ----
 
-// agentOptions are the options of the agent; those that need checking as the
-// user wrote them.
-type agentOptions struct {
+// agent is what the agent's options say; some need checking as the user wrote them.
+type agent struct {
 	gossip                                                   gossipConfig
 	handlers                                                 handlerConfig
 	bind, advertise, iface, rpcAddr, rpcAuth, role, logLevel string
 	tags, keys, seeds                                        []string
 	leaveOnTerminate                                         bool
+	log                                                      *log.Logger
 }
 
-func agentCommand() *command {
-	a := &agentOptions{
-		gossip:   gossipConfig{nodeConfig: nodeConfig{reapAfter: 24 * time.Hour}},
-		handlers: handlerConfig{timeout: 10 * time.Minute, grace: handlerGrace},
-		bind:     "0.0.0.0:" + defaultPort, rpcAddr: defaultRPC, logLevel: "info",
-	}
-	c := &command{
-		name: "agent", short: "runs a node until it is told to stop",
-		examples: `  {} agent
+const agentExamples = `  {} agent
   {} agent -join 10.0.2.15
   {} agent -node web1 -role web -join seed1.example.com,seed2
   {} agent -log-level=debug -event-handler=./handler.sh
@@ -944,47 +895,51 @@ Lists are split on commas, or on newlines if there are any. A flag wins.
 SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
 others see this node fail. A second signal ends at once, with exit status 1.
 SIGHUP does nothing.
-`,
-		options: []option{
-			{text: "The node"},
-			{"node", "NAME", "its name, unique in the cluster (default: the host name)", &a.gossip.member.Name, nil},
-			{"role", "ROLE", "the same as -tag role=ROLE", &a.role, nil},
-			{"tag", "KEY=VALUE", "a tag that others see; repeatable", &a.tags, nil},
-			{text: "Addresses"},
-			{"bind", "IP:PORT", "where to listen for gossip, UDP and TCP\n(default: 0.0.0.0:7946)", &a.bind, nil},
-			{"advertise", "HOST[:PORT]", "the address that others are told (default: the address\nfrom which packets to the first seed go out)", &a.advertise, nil},
-			{"iface", "NAME", "advertise the address of this network interface", &a.iface, nil},
-			{"rpc-addr", "HOST:PORT", "where to listen for the other commands\n(default: " + defaultRPC + ")", &a.rpcAddr, nil},
-			{"rpc-auth", "TOKEN", "a token that the other commands must give", &a.rpcAuth, nil},
-			{text: "The cluster"},
-			{"join", "HOST[:PORT]", "a node to join, tried until it answers; repeatable,\nor separated by commas", &a.seeds, nil},
-			{"retry-join", "", "", &a.seeds, nil},
-			{"retry-interval", "", "", new(string), nil},
-			{"retry-max", "N", "give up after N rounds of trying: 10 take some two\nminutes, each further one 30 s (default: never)", &a.gossip.retryMax, nil},
-			{"replay", "", "run handlers for the remembered events of before its\ntime, too", &a.gossip.replay, nil},
-			{"cluster", "NAME", "nodes with another cluster name are not let in", &a.gossip.cluster, nil},
-			{"encrypt", "KEY", "a key from '{} keygen': only nodes with the key can\nread or join. Repeatable: the first seals, all can open.\nOther users can see arguments: better set HAMLET_ENCRYPT", &a.keys, nil},
-			{"reap-after", "DURATION", "when failed and left members are forgotten\n(default: 24h)", &a.gossip.reapAfter, nil},
-			{"leave-on-terminate", "", "leave gracefully at SIGTERM, too", &a.leaveOnTerminate, nil},
-			{text: "Handlers"},
-			{"event-handler", "SPEC", "a script to run on events; repeatable. SPEC is SCRIPT or\nEVENT[,EVENT...]=SCRIPT; an EVENT is member-join,\nmember-leave, member-failed, member-update, member-reap,\nuser, user:NAME, query, query:NAME or * (all of them)", &a.handlers.specs, nil},
-			{"handler-timeout", "DURATION", "when a script is stopped (default: 10m)", &a.handlers.timeout, nil},
-			{text: "Log"},
-			{"log-level", "LEVEL", "trace, debug, info, warn or err (default: info)", &a.logLevel, nil},
-		},
-	}
-	known := make(map[string]bool)
-	for i, o := range c.options {
-		name := "HAMLET_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
-		c.options[i].env, known[name] = []string{name}, true
-	}
-	c.run = func([]string) error { return a.run(known) }
+`
+
+func agentCommand() *command {
+	a := &agent{bind: "0.0.0.0:" + defaultPort, rpcAddr: defaultRPC, logLevel: "info"}
+	a.gossip.reapAfter, a.handlers.timeout, a.handlers.grace = 24*time.Hour, 10*time.Minute, handlerGrace
+	c := &command{name: "agent", short: "runs a node until it is told to stop", examples: agentExamples, options: []option{
+		{name: "The node"},
+		{"node NAME", "its name, unique in the cluster (default: the host name)", &a.gossip.member.Name},
+		{"role ROLE", "the same as -tag role=ROLE", &a.role},
+		{"tag KEY=VALUE", "a tag that others see; repeatable", &a.tags},
+		{name: "Addresses"},
+		{"bind IP:PORT", "where to listen for gossip, UDP and TCP\n(default: 0.0.0.0:7946)", &a.bind},
+		{"advertise HOST[:PORT]", "the address that others are told (default: the address\n" +
+			"from which packets to the first seed go out)", &a.advertise},
+		{"iface NAME", "advertise the address of this network interface", &a.iface},
+		{"rpc-addr HOST:PORT", "where to listen for the other commands\n(default: " + defaultRPC + ")", &a.rpcAddr},
+		{"rpc-auth TOKEN", "a token that the other commands must give", &a.rpcAuth},
+		{name: "The cluster"},
+		{"join HOST[:PORT]", "a node to join, tried until it answers; repeatable,\nor separated by commas", &a.seeds},
+		{"retry-join", "", &a.seeds}, {"retry-interval", "", new(string)},
+		{"retry-max N", "give up after N rounds of trying: 10 take some two\n" +
+			"minutes, each further one 30 s (default: never)", &a.gossip.retryMax},
+		{"replay", "run handlers for the remembered events of before its\ntime, too", &a.gossip.replay},
+		{"cluster NAME", "nodes with another cluster name are not let in", &a.gossip.cluster},
+		{"encrypt KEY", "a key from '{} keygen': only nodes with the key can\n" +
+			"read or join. Repeatable: the first seals, all can open.\n" +
+			"Other users can see arguments: better set HAMLET_ENCRYPT", &a.keys},
+		{"reap-after DURATION", "when failed and left members are forgotten\n(default: 24h)", &a.gossip.reapAfter},
+		{"leave-on-terminate", "leave gracefully at SIGTERM, too", &a.leaveOnTerminate},
+		{name: "Handlers"},
+		{"event-handler SPEC", "a script to run on events; repeatable. SPEC is SCRIPT or\n" +
+			"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join,\n" +
+			"member-leave, member-failed, member-update, member-reap,\n" +
+			"user, user:NAME, query, query:NAME or * (all of them)", &a.handlers.specs},
+		{"handler-timeout DURATION", "when a script is stopped (default: 10m)", &a.handlers.timeout},
+		{name: "Log"},
+		{"log-level LEVEL", "trace, debug, info, warn or err (default: info)", &a.logLevel},
+	}}
+	c.run = func([]string) error { return a.run(c) }
 	return c
 }
 
 // check fills the configuration from what the user wrote and returns the reason
 // for the advertised address.
-func (a *agentOptions) check() (why string, err error) {
+func (a *agent) check() (why string, err error) {
 	cfg := &a.gossip
 	if cfg.member.Name == "" {
 		cfg.member.Name, _ = os.Hostname()
@@ -999,16 +954,13 @@ func (a *agentOptions) check() (why string, err error) {
 		return "", err
 	}
 	tags, err := parseTags("-tag", a.tags)
+	if old, ok := tags.asMap()["role"]; ok && a.role != "" && old != a.role {
+		return "", misuse("give one of them", "-role %q and -tag role=%q differ", a.role, old)
+	} else if err == nil && a.role != "" {
+		tags, err = parseTags("-role", append(tags.pairs(), "role="+a.role))
+	}
 	if err != nil {
 		return "", err
-	}
-	if a.role != "" {
-		if old, ok := tags.asMap()["role"]; ok && old != a.role {
-			return "", misuse("give one of them", "-role %q and -tag role=%q differ", a.role, old)
-		}
-		if tags, err = parseTags("-role", append(tags.pairs(), "role="+a.role)); err != nil {
-			return "", err
-		}
 	}
 	cfg.member.Tags = tags
 	if cfg.keys, err = parseKeys(a.keys); err != nil {
@@ -1028,8 +980,7 @@ func parseKeys(list []string) (keys [][]byte, err error) {
 		key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(s))
 		if err != nil {
 			return nil, fmt.Errorf("key %d of %d is not base64", i+1, len(list))
-		}
-		if len(key) != keySize {
+		} else if len(key) != keySize {
 			return nil, fmt.Errorf("key %d of %d has %d bytes, a key has %d", i+1, len(list), len(key), keySize)
 		}
 		keys = append(keys, key)
@@ -1037,8 +988,8 @@ func parseKeys(list []string) (keys [][]byte, err error) {
 	return keys, nil
 }
 
-// run runs the agent; known are its variables in the environment.
-func (a *agentOptions) run(known map[string]bool) error {
+// run runs the agent that command c has made.
+func (a *agent) run(c *command) error {
 	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
 	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
 	if os.Getenv("GOMEMLIMIT") == "" {
@@ -1050,7 +1001,7 @@ func (a *agentOptions) run(known map[string]bool) error {
 	}
 	logs := newLogWriter(level)
 	defer logs.flush()
-	logger := log.New(logs, "", log.LstdFlags)
+	a.log = log.New(logs, "", log.LstdFlags)
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // signal.Ignore would be inherited by handlers
@@ -1066,27 +1017,29 @@ func (a *agentOptions) run(known map[string]bool) error {
 	defer ln.Close()
 	var g *gossip
 	started := make(chan struct{}) // g is there
-	a.handlers.log = logger
 	a.handlers.env = func() []string {
 		<-started
 		self, alone := g.me()
 		return handlerEnv(self, alone, loopbackFor(ln.Addr()), a.rpcAuth)
 	}
+	a.handlers.log, a.gossip.log = a.log, a.log
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
 	a.gossip.rpcPort = uint16(ln.Addr().(*net.TCPAddr).Port)
-	a.gossip.answers, a.gossip.log, a.gossip.events = handlers.answers(), logger, handlers.deliver
+	a.gossip.answers, a.gossip.events = handlers.answers(), handlers.deliver
 	if g, err = startGossip(a.gossip); err != nil {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
 	close(started)
 	self, _ := g.me()
-	a.banner(self, why, ln.Addr(), logger)
+	a.banner(self, why, ln.Addr())
 	for _, kv := range os.Environ() {
-		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "HAMLET_") && !known[name] {
-			logger.Printf("[WARN] there is no option %s: it is not looked at", name)
+		name, _, _ := strings.Cut(kv, "=")
+		known := func(o option) bool { return o.value != nil && c.env(o)[0] == name }
+		if strings.HasPrefix(name, "HAMLET_") && !slices.ContainsFunc(c.options, known) {
+			a.log.Printf("[WARN] there is no option %s: it is not looked at", name)
 		}
 	}
 	logs.start()
@@ -1094,11 +1047,13 @@ func (a *agentOptions) run(known map[string]bool) error {
 	if err != nil {
 		return err
 	}
-	return a.wait(g, rpc, handlers, signals, logger)
+	ended := make(chan struct{})
+	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
+	return a.wait(g, ended, signals)
 }
 
 func listenRPC(addr string) (net.Listener, error) {
-	host, port, err := hostPort(addr, defaultRPC[len("127.0.0.1:"):])
+	host, port, err := hostPort(addr, defaultRPCPort)
 	if err != nil {
 		return nil, misuse("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
 	}
@@ -1106,96 +1061,12 @@ func listenRPC(addr string) (net.Listener, error) {
 	if ip, err := netip.ParseAddr(host); err == nil && ip.Is4() {
 		network = "tcp4" // or 0.0.0.0 would take IPv6 as well
 	}
-	ln, err := net.Listen(network, net.JoinHostPort(host, port))
+	addr = net.JoinHostPort(host, port)
+	ln, err := net.Listen(network, addr)
 	if err != nil {
-		return nil, startFailure("the RPC", "-rpc-addr", net.JoinHostPort(host, port), err)
+		err = startFailure("the RPC", "-rpc-addr", addr, err)
 	}
-	return ln, nil
-}
-
-// banner tells how the agent can be reached, and warns of what is hardly meant.
-func (a *agentOptions) banner(self Member, why string, rpc net.Addr, logger *log.Logger) {
-	bind, keyed := a.gossip.bind, len(a.gossip.keys) > 0
-	if bind.Port() == 0 {
-		bind = netip.AddrPortFrom(bind.Addr(), self.Addr.Port())
-	}
-	fmt.Printf("==> Starting hamlet agent...\n==> Starting hamlet agent RPC...\n==> hamlet agent running!\n"+
-		"    Node name: '%s'\n    Bind addr: '%s'\n    Advertise: '%s' (%s)\n     RPC addr: '%s'\n    Encrypted: %v\n",
-		self.Name, bind, self.Addr, why, rpc, keyed)
-	switch ip := self.Addr.Addr(); {
-	case why == noAddress:
-		logger.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
-	case !keyed && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
-		logger.Printf("[WARN] %s is a public address, and there is no key: whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
-	}
-	if !rpc.(*net.TCPAddr).IP.IsLoopback() {
-		without := ""
-		if a.rpcAuth == "" {
-			without = " without a token"
-		}
-		logger.Printf("[WARN] the RPC listens on %s%s: whoever reaches it controls this agent (-rpc-auth sets a token)", rpc, without)
-	}
-}
-
-// info is what the agent knows of itself: group, key, value; and so on.
-func (a *agentOptions) info(g *gossip, handlers *handlers) (facts []string) {
-	add := func(group string, kv ...any) {
-		for i := 0; i < len(kv); i += 2 {
-			facts = append(facts, group, fmt.Sprint(kv[i]), fmt.Sprint(kv[i+1]))
-		}
-	}
-	self, _ := g.me()
-	add("agent", "name", self.Name, "addr", self.Addr, "version", version, "uptime", time.Since(g.start).Round(time.Second))
-	add("event_handlers", "", "")
-	for _, h := range handlers.all {
-		waiting, lost, last := h.state()
-		events := strings.Join(h.events, ",") + ":"
-		add("event_handlers", events, h.script, events+" waiting", waiting, events+" dropped", lost, events+" last run", last)
-	}
-	add("runtime", "arch", runtime.GOARCH, "cpu_count", runtime.NumCPU(), "goroutines", runtime.NumGoroutine(),
-		"max_procs", runtime.GOMAXPROCS(0), "os", runtime.GOOS, "version", runtime.Version())
-	add("serf", "encrypted", len(a.gossip.keys) > 0)
-	g.do(func(n *node) error { add("serf", n.info()...); return nil })
-	add("tags", append([]any{"", ""}, tagPairs(self)...)...)
-	return facts
-}
-
-// wait returns when the agent has ended: told by a signal, by the leave
-// command, or by itself.
-func (a *agentOptions) wait(g *gossip, rpc *rpcServer, handlers *handlers, signals <-chan os.Signal, logger *log.Logger) error {
-	ended := make(chan struct{})
-	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
-	var told time.Time // to stop
-	for {
-		var s os.Signal
-		select {
-		case <-ended:
-			if err := g.err; errors.Is(err, errTaken) {
-				return trouble("choose another name with -node", "%v", err)
-			}
-			return g.err
-		case s = <-signals:
-		}
-		switch {
-		case s == syscall.SIGHUP: // Serf would read its configuration again
-			logger.Printf("[INFO] hangup: there is no configuration to reload, carrying on")
-		case time.Since(told) < sameSignal:
-		case !told.IsZero():
-			return trouble("", "%v while stopping: ended at once", s)
-		case s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate:
-			told = time.Now()
-			logger.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
-			go func() {
-				if err := g.leave(); err != nil {
-					logger.Printf("[WARN] leave: %v", err)
-				}
-			}()
-		default: // peers notice at once; handlers get their grace
-			told = time.Now()
-			logger.Printf("[INFO] %v: ending without leaving", s)
-			g.close()
-		}
-	}
+	return ln, err
 }
 
 // startFailure explains why a port could not be opened.
@@ -1212,6 +1083,104 @@ func startFailure(what, option, addr string, err error) error {
 	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, no)
 }
 
+// banner tells how the agent can be reached, and warns of what is hardly meant.
+func (a *agent) banner(self Member, why string, rpc net.Addr) {
+	bind, keyed := a.gossip.bind, len(a.gossip.keys) > 0
+	if bind.Port() == 0 {
+		bind = netip.AddrPortFrom(bind.Addr(), self.Addr.Port())
+	}
+	fmt.Printf(`==> Starting hamlet agent...
+==> Starting hamlet agent RPC...
+==> hamlet agent running!
+    Node name: '%s'
+    Bind addr: '%s'
+    Advertise: '%s' (%s)
+     RPC addr: '%s'
+    Encrypted: %v
+`, self.Name, bind, self.Addr, why, rpc, keyed)
+	switch ip := self.Addr.Addr(); {
+	case why == noAddress:
+		a.log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
+	case !keyed && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+		a.log.Printf("[WARN] %s is a public address, and there is no key: "+
+			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
+	}
+	if without := ""; !rpc.(*net.TCPAddr).IP.IsLoopback() {
+		if a.rpcAuth == "" {
+			without = " without a token"
+		}
+		a.log.Printf("[WARN] the RPC listens on %s%s: whoever reaches it controls this agent "+
+			"(-rpc-auth sets a token)", rpc, without)
+	}
+}
+
+// info is what the agent knows of itself, as text and as JSON.
+func (a *agent) info(g *gossip, handlers *handlers) []string {
+	self, _ := g.me()
+	var events, about pairs
+	for _, h := range handlers.all {
+		waiting, lost, last := h.state()
+		of := strings.Join(h.events, ",") + ":"
+		events = append(events, of, h.script, of+" waiting", waiting, of+" dropped", lost, of+" last run", last)
+	}
+	g.do(func(n *node) error { about = n.info(); return nil })
+	all := pairs{
+		"agent", pairs{"name", self.Name, "addr", self.Addr, "version", version, "uptime", time.Since(g.start).Round(time.Second)},
+		"event_handlers", events,
+		"runtime", pairs{"arch", runtime.GOARCH, "cpu_count", runtime.NumCPU(), "goroutines", runtime.NumGoroutine(),
+			"max_procs", runtime.GOMAXPROCS(0), "os", runtime.GOOS, "version", runtime.Version()},
+		"serf", append(pairs{"encrypted", len(a.gossip.keys) > 0}, about...),
+		"tags", tagPairs(self),
+	}
+	text := ""
+	for group := range slices.Chunk(all, 2) {
+		text += fmt.Sprintf("%s:\n", group[0])
+		for fact := range slices.Chunk(group[1].(pairs), 2) {
+			fact[1] = fmt.Sprint(fact[1])
+			text += fmt.Sprintf("\t%s = %s\n", printable(fact[0].(string), ""), printable(fact[1].(string), ""))
+		}
+	}
+	return []string{text, toJSON(all, "\n") + "\n"}
+}
+
+// wait returns when the agent has ended: told by a signal, by the leave
+// command, or by itself.
+func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal) error {
+	var told time.Time // to stop
+	for {
+		var s os.Signal
+		select {
+		case <-ended:
+			if errors.Is(g.err, errTaken) {
+				return trouble("choose another name with -node", "%v", g.err)
+			}
+			return g.err
+		case s = <-signals:
+		}
+		switch {
+		case s == syscall.SIGHUP: // Serf would read its configuration again
+			a.log.Printf("[INFO] hangup: there is no configuration to reload, carrying on")
+			continue
+		case time.Since(told) < sameSignal:
+			continue
+		case !told.IsZero():
+			return trouble("", "%v while stopping: ended at once", s)
+		}
+		told = time.Now()
+		if s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate {
+			a.log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+			go func() {
+				if err := g.leave(); err != nil {
+					a.log.Printf("[WARN] leave: %v", err)
+				}
+			}()
+		} else { // peers notice at once; handlers get their grace
+			a.log.Printf("[INFO] %v: ending without leaving", s)
+			g.close()
+		}
+	}
+}
+
 // waitAtMost reports whether wait returned within d.
 func waitAtMost(d time.Duration, wait func()) bool {
 	done := make(chan struct{})
@@ -1226,10 +1195,29 @@ func waitAtMost(d time.Duration, wait func()) bool {
 
 // ---- addresses ----
 
+// hostPort splits HOST, HOST:PORT, IP, [IPv6] or [IPv6]:PORT; port stands in
+// for a missing one.
+func hostPort(s, port string) (string, string, error) {
+	if _, err := netip.ParseAddr(s); err == nil {
+		return s, port, nil
+	}
+	h, p, err := net.SplitHostPort(s)
+	if err != nil {
+		h, p, err = net.SplitHostPort(s + ":" + port)
+	}
+	_, perr := strconv.ParseUint(p, 10, 16)
+	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
+	if err != nil || perr != nil || strings.HasPrefix(h, "-") || strings.ContainsFunc(h, odd) {
+		return "", "", fmt.Errorf("%q is not an address", s)
+	}
+	return h, p, nil
+}
+
 func checkAddrs(what string, addrs []string) error {
 	for _, s := range addrs {
 		if host, port, err := hostPort(s, defaultPort); err != nil || host == "" || port == "0" {
-			return misuse("an address is HOST or HOST:PORT, such as 10.0.2.15:7946 or [2001:db8::7]:7946", "%s: %q is not an address", what, s)
+			return misuse("an address is HOST or HOST:PORT, such as 10.0.2.15:7946 or [2001:db8::7]:7946",
+				"%s: %q is not an address", what, s)
 		}
 	}
 	return nil
@@ -1247,6 +1235,45 @@ func parseBind(s string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port()), nil
 }
 
+// resolve looks up all addresses of all hosts at the same time; a host without
+// a port means 7946. What takes longer than 1.5 s counts as failed.
+func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs []string) {
+	ctx, cancel := context.WithTimeout(ctx, resolveFor)
+	defer cancel()
+	found, failed := make([][]netip.AddrPort, len(hosts)), make([]error, len(hosts))
+	var wg sync.WaitGroup
+	for i, h := range hosts {
+		wg.Go(func() { found[i], failed[i] = resolveOne(ctx, h, defaultPort) })
+	}
+	wg.Wait()
+	for i, err := range failed {
+		if err != nil {
+			errs = append(errs, fmt.Sprintf("%s: %v", hosts[i], err))
+		}
+		for _, a := range found[i] {
+			if !slices.Contains(addrs, a) {
+				addrs = append(addrs, a)
+			}
+		}
+	}
+	return addrs, errs
+}
+
+// resolveOne looks up all addresses of one host; port stands in for a missing one.
+func resolveOne(ctx context.Context, s, port string) (addrs []netip.AddrPort, err error) {
+	host, port, err := hostPort(s, port)
+	if err != nil {
+		return nil, err
+	}
+	p, _ := strconv.ParseUint(port, 10, 16)
+	ips, err := net.DefaultResolver.LookupIPAddr(ctx, host) // LookupNetIP would lose an address's zone
+	for _, ip := range ips {
+		a := (&net.UDPAddr{IP: ip.IP, Port: int(p), Zone: ip.Zone}).AddrPort()
+		addrs = append(addrs, netip.AddrPortFrom(a.Addr().Unmap(), a.Port()))
+	}
+	return addrs, err
+}
+
 // loopbackFor returns an address at which this machine reaches a listener.
 func loopbackFor(a net.Addr) string {
 	if tcp := a.(*net.TCPAddr); tcp.IP.IsUnspecified() {
@@ -1256,7 +1283,7 @@ func loopbackFor(a net.Addr) string {
 }
 
 // advertised returns the address that others are told, and the reason.
-func (a *agentOptions) advertised() (addr netip.AddrPort, why string, err error) {
+func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
 	const hint = "-advertise takes HOST or HOST:PORT, -iface the name of an interface"
 	switch {
@@ -1291,32 +1318,35 @@ const noAddress = "no other address was found"
 // chooseAdvertise picks the address by which others most likely reach an agent
 // that listens at bind, and says why. It is never a wildcard, and loopback only
 // if bind is or if there is nothing else.
-func chooseAdvertise(bind netip.AddrPort, seeds []string) (netip.AddrPort, string) {
-	at := func(ip netip.Addr) netip.AddrPort { return netip.AddrPortFrom(ip, bind.Port()) }
+func chooseAdvertise(bind netip.AddrPort, seeds []string) (addr netip.AddrPort, why string) {
 	if !bind.Addr().IsUnspecified() {
 		return bind, "the bound address"
 	}
-	found, _ := resolve(context.Background(), seeds)
-	for _, seed := range found {
-		if src := sourceTo(seed.Addr()); usable(src, bind.Addr()) {
-			return at(src), fmt.Sprintf("source address of the route to %s", seed.Addr())
+	try := func(ip netip.Addr, reason string) {
+		if !addr.IsValid() && usable(ip, bind.Addr()) {
+			addr, why = netip.AddrPortFrom(ip, bind.Port()), reason
 		}
 	}
+	found, _ := resolve(context.Background(), seeds)
+	for _, seed := range found {
+		try(sourceTo(seed.Addr()), fmt.Sprintf("source address of the route to %s", seed.Addr()))
+	}
 	for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
-		if src := sourceTo(netip.MustParseAddr(far)); usable(src, bind.Addr()) {
-			return at(src), "source address of the default route"
-		}
+		try(sourceTo(netip.MustParseAddr(far)), "source address of the default route")
 	}
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
-		if ip := ifaceAddr(&ifc, bind.Addr()); ip.IsValid() && ifc.Flags&net.FlagUp != 0 {
-			return at(ip), "address of " + ifc.Name
+		if ifc.Flags&net.FlagUp != 0 {
+			try(ifaceAddr(&ifc, bind.Addr()), "address of "+ifc.Name)
 		}
 	}
-	if bind.Addr().Is4() {
-		return at(netip.MustParseAddr("127.0.0.1")), noAddress
+	switch {
+	case addr.IsValid():
+		return addr, why
+	case bind.Addr().Is4():
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), bind.Port()), noAddress
 	}
-	return at(netip.IPv6Loopback()), noAddress
+	return netip.AddrPortFrom(netip.IPv6Loopback(), bind.Port()), noAddress
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
@@ -1354,73 +1384,6 @@ func isMine(ip netip.Addr) bool {
 		p, err := netip.ParsePrefix(a.String())
 		return err == nil && p.Addr().Unmap() == ip
 	})
-}
-
-// resolve looks up all addresses of all hosts at the same time; a host without
-// a port means 7946. What takes longer than 1.5 s counts as failed.
-func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs []string) {
-	ctx, cancel := context.WithTimeout(ctx, resolveFor)
-	defer cancel()
-	type result struct {
-		addrs []netip.AddrPort
-		err   error
-	}
-	results := make([]result, len(hosts))
-	var wg sync.WaitGroup
-	for i, h := range hosts {
-		wg.Go(func() { results[i].addrs, results[i].err = resolveOne(ctx, h, defaultPort) })
-	}
-	wg.Wait()
-	for i, r := range results {
-		if r.err != nil {
-			errs = append(errs, fmt.Sprintf("%s: %v", hosts[i], r.err))
-		}
-		for _, a := range r.addrs {
-			if !slices.Contains(addrs, a) {
-				addrs = append(addrs, a)
-			}
-		}
-	}
-	return addrs, errs
-}
-
-// resolveOne looks up all addresses of one host; port stands in for a missing one.
-func resolveOne(ctx context.Context, s, port string) ([]netip.AddrPort, error) {
-	host, port, err := hostPort(s, port)
-	if err != nil {
-		return nil, err
-	}
-	p, _ := strconv.ParseUint(port, 10, 16)
-	if ip, err := netip.ParseAddr(host); err == nil { // looked up, it would lose its zone
-		return []netip.AddrPort{netip.AddrPortFrom(ip.Unmap(), uint16(p))}, nil
-	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-	if err != nil {
-		return nil, err
-	}
-	var addrs []netip.AddrPort
-	for _, ip := range ips {
-		addrs = append(addrs, netip.AddrPortFrom(ip.Unmap(), uint16(p)))
-	}
-	return addrs, nil
-}
-
-// hostPort splits HOST, HOST:PORT, IP, [IPv6] or [IPv6]:PORT; port stands in
-// for a missing one.
-func hostPort(s, port string) (string, string, error) {
-	if _, err := netip.ParseAddr(s); err == nil {
-		return s, port, nil
-	}
-	h, p, err := net.SplitHostPort(s)
-	if err != nil {
-		h, p, err = net.SplitHostPort(s + ":" + port)
-	}
-	_, perr := strconv.ParseUint(p, 10, 16)
-	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
-	if err != nil || perr != nil || strings.HasPrefix(h, "-") || strings.ContainsFunc(h, odd) {
-		return "", "", fmt.Errorf("%q is not an address", s)
-	}
-	return h, p, nil
 }
 
 // ---- the log ----

@@ -22,7 +22,7 @@ func TestDefaultsInTheHelpAreTrue(t *testing.T) {
 		for _, o := range c.options {
 			_, doc, ok := strings.Cut(o.text, "(default: ")
 			doc, _, _ = strings.Cut(doc, ")")
-			if !ok || strings.Contains(doc, " ") || doc == "never" || o.name == "" {
+			if !ok || strings.Contains(doc, " ") || doc == "never" || o.value == nil {
 				continue
 			}
 			want := ""
@@ -110,7 +110,7 @@ func TestAdvertiseOptionDecides(t *testing.T) {
 		{"0.0.0.0:7000", "::", ""},
 		{"0.0.0.0:7000", "no.such.host.invalid", ""},
 	} {
-		a := agentOptions{advertise: tt.advertise, gossip: gossipConfig{bind: netip.MustParseAddrPort(tt.bind)}}
+		a := agent{advertise: tt.advertise, gossip: gossipConfig{bind: netip.MustParseAddrPort(tt.bind)}}
 		got, _, err := a.advertised()
 		if err == nil && got.String() != tt.want || err != nil && tt.want != "" {
 			t.Errorf("-bind %s -advertise %s: %s, %v; want %s", tt.bind, tt.advertise, got, err, tt.want)
@@ -211,12 +211,12 @@ func TestListsFromTheEnvironment(t *testing.T) {
 	} {
 		t.Setenv("HAMLET_X", in)
 		var got []string
-		if err := (option{name: "x", value: &got}).fromEnv("HAMLET_X"); err != nil || !slices.Equal(got, want) {
+		if err := (option{name: "x LIST", value: &got}).fromEnv("HAMLET_X"); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
 		}
 	}
 	// What would become two broken parts is told.
-	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
+	for name, in := range map[string]string{"event-handler SPEC": `awk "{print $1,$2}"`, "tag KEY=VALUE": "note=a,b"} {
 		t.Setenv("HAMLET_X", in)
 		var got []string
 		if err := (option{name: name, value: &got}).fromEnv("HAMLET_X"); err == nil || !strings.Contains(err.Error(), "newline") {
@@ -231,13 +231,13 @@ func TestListsFromTheEnvironment(t *testing.T) {
 
 func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
 	v := pairs{"a", "x\n\"", "b", 3, "c", []any{"d", pairs{"e", true}}, "f", pairs{}, "g", []any(nil)}
-	for _, indent := range []string{"", "-"} {
+	for _, nl := range []string{"\n", ""} {
 		var back map[string]any
-		text := toJSON(v, indent)
+		text := toJSON(v, nl)
 		if err := json.Unmarshal([]byte(text), &back); err != nil || len(back) != 5 || back["a"] != "x\n\"" {
 			t.Errorf("%v: %s", err, text)
 		}
-		if indent == "-" && strings.Contains(text, "\n") {
+		if nl == "" && strings.Contains(text, "\n") {
 			t.Errorf("more than a line: %s", text)
 		}
 	}
@@ -258,10 +258,10 @@ func TestLinesOfWatch(t *testing.T) {
 		{answer{Kind: eventUser, At: at}, update{Member: m, Event: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
-		if got := (&watching{format: "text"}).line(tt.a, tt.u); got != tt.text {
+		if got := (&ask{format: "text"}).line(tt.a, tt.u); got != tt.text {
 			t.Errorf("text: %q, want %q", got, tt.text)
 		}
-		if got := (&watching{format: "json"}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+		if got := (&ask{format: "json"}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
 			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}
