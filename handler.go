@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log"
 	"os"
 	"os/exec"
@@ -322,14 +323,25 @@ func (hs *handlers) execute(argv []string, batch []delivery, printed, answer *ca
 	defer cancel()
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, hs.grace.Done()); return nil }
-	cmd.WaitDelay = pipesFor
+	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env, cmd.Stdin = hs.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
-	cmd.Stdout, cmd.Stderr = printed, printed
-	if batch[0].answer != nil {
-		cmd.Stdout = answer
+	toPrinted, err := printed.open()
+	toAnswer, err2 := answer.open()
+	if cmd.Stdout, cmd.Stderr = toPrinted, toPrinted; batch[0].answer != nil {
+		cmd.Stdout = toAnswer
 	}
-	switch err := cmd.Run(); {
+	if err = cmp.Or(err, err2); err == nil {
+		err = cmd.Start()
+	}
+	toPrinted.Close()
+	toAnswer.Close()
+	if err == nil {
+		err = cmd.Wait()
+	}
+	printed.close()
+	answer.close()
+	switch {
 	case cmd.Process == nil:
 		fmt.Fprint(printed, cmp.Or(context.Cause(ctx), err))
 		return "cannot start", false
@@ -377,6 +389,30 @@ func groupLives(pgid int) bool {
 type capture struct {
 	first, last []byte
 	size        int
+	pipe        *os.File
+	whole       chan struct{} // closed: all of the pipe has been read
+}
+
+// open makes a pipe for a script to print to.
+func (c *capture) open() (w *os.File, err error) {
+	c.whole = make(chan struct{})
+	c.pipe, w, err = os.Pipe()
+	go func() { io.Copy(c, c.pipe); close(c.whole) }()
+	return w, err
+}
+
+// close waits, after the script has ended, until all is read: not for a child in
+// the background that holds the pipe open, but in looks and not by the clock, as
+// this agent may be kept from running where it has a small share of a processor.
+func (c *capture) close() {
+	for range 10 {
+		select {
+		case <-c.whole:
+		case <-time.After(pipesFor / 10):
+		}
+	}
+	c.pipe.Close()
+	<-c.whole
 }
 
 func (c *capture) Write(p []byte) (int, error) {

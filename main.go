@@ -174,17 +174,19 @@ var serfWords = map[string]string{
 	"-snapshot -rejoin":        "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found",
 	"-config-file -config-dir": "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN",
 	"-profile":                 "there is one timing, for LAN and WAN alike",
-	"-discover -mdns-iface":    "name the seeds with -join; a DNS name with many addresses will do",
-	"-keyring-file":            "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
-	"-tags-file":               "give tags with -tag or HAMLET_TAG, and change them with the tags command",
-	"-syslog":                  "the log goes to stderr: let systemd or 'logger' take it",
-	"-protocol":                "there is one version: run the same hamlet everywhere",
-	"-broadcast-timeout":       "nothing waits for a broadcast",
-	"-relay-factor":            "an answer is sent again until it arrives",
-	"keys":                     "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW",
-	"reachability":             "every member is looked at all the time: see 'members' and 'info'",
-	"rtt":                      "there are no network coordinates: use ping",
-	"monitor":                  "'watch' streams events, and the log is the agent's stderr",
+	"-discover -mdns-iface -mdns-disable-ipv4 -mdns-disable-ipv6": "name the seeds with -join; " +
+		"a DNS name with many addresses will do",
+	"-keyring-file":        "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
+	"-tags-file":           "give tags with -tag or HAMLET_TAG, and change them with the tags command",
+	"-syslog":              "the log goes to stderr: let systemd or 'logger' take it",
+	"-protocol":            "there is one version: run the same hamlet everywhere",
+	"-broadcast-timeout":   "nothing waits for a broadcast",
+	"-disable-compression": "nothing is compressed",
+	"-relay-factor":        "an answer is sent again until it arrives",
+	"keys":                 "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW",
+	"reachability":         "every member is looked at all the time: see 'members' and 'info'",
+	"rtt":                  "there are no network coordinates: use ping",
+	"monitor":              "'watch' streams events, and the log is the agent's stderr",
 }
 
 // serfWord is the error for a word of Serf's; nil: it is none.
@@ -553,6 +555,11 @@ func (q *ask) talks() []*command {
 			if err == nil && len(set)+len(drop) == 0 {
 				err = misuse("for example: -set state=drain", "nothing to change: give -set or -delete")
 			}
+			for _, key := range drop {
+				if key == "" || strings.Contains(key, "=") {
+					err = misuse("for example: -delete state", "-delete takes KEY, not %q", key)
+				}
+			}
 			if err != nil {
 				return err
 			}
@@ -747,11 +754,13 @@ func (q *ask) watch([]string) error {
 		return misuse(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
 	case q.timeout > 0 && q.count == 0:
 		return misuse("for example: -n 1 -timeout 60s", "-timeout needs -n N")
+	case q.count > 0 && q.event == there:
+		return misuse("", "-n counts events, and %q is none: it is who is there at the start", there)
 	case q.timeout > 0:
 		time.AfterFunc(q.timeout, func() { exit(trouble("", "fewer than %d events within %v", q.count, q.timeout)) })
 	}
 	seen := 0
-	return q.call(request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
+	err = q.call(request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
 		text := ""
 		if a.Lost > 0 && q.format == "json" {
 			text = fmt.Sprintf("{\"lost\": %d}\n", a.Lost)
@@ -769,6 +778,10 @@ func (q *ask) watch([]string) error {
 		}
 		return io.EOF // enough
 	})
+	if err == nil && seen < q.count {
+		err = trouble("", "the agent has ended: %d of %d events", seen, q.count)
+	}
+	return err
 }
 
 // line is one event.
@@ -801,7 +814,7 @@ func (q *ask) whom() (names []string, err error) {
 }
 
 func (q *ask) query(args []string) error {
-	name, payload := args[0], []byte(strings.Join(args[1:], ""))
+	name, payload, began := args[0], []byte(strings.Join(args[1:], "")), time.Now()
 	if err := checkPayload("query", name, payload); err != nil {
 		return err
 	}
@@ -809,64 +822,86 @@ func (q *ask) query(args []string) error {
 	if err != nil {
 		return err
 	}
-	var silent []string // asked, and no answer yet
-	var acks []any
-	var responses, failures pairs
-	say := func(format string, a ...any) error {
-		if q.format == "json" {
-			return nil
-		}
-		return output(printable(fmt.Sprintf(format, a...), "\n\t"))
-	}
-	heard := func(r reply, from, text string) error {
-		if r != replyHeard {
-			silent = slices.DeleteFunc(silent, func(name string) bool { return name == from })
-		}
-		switch plain := strings.TrimSuffix(text, "\n"); {
-		case r == replyHeard:
-			if acks = append(acks, from); !q.noAck {
-				return say("Ack from '%s'\n", from)
-			}
-		case r == replyDone:
-			responses = append(responses, from, text)
-			return say("Response from '%s': %s\n", from, plain)
-		case r == replyFailed:
-			failures = append(failures, from, text)
-			return say("Failed on '%s': %s\n", from, plain)
-		}
-		return nil
-	}
+	t := &tally{ask: q, acks: []any{}}
 	req := request{Op: "query", Name: name, Payload: payload, Args: strings.Join(who, "\x00"), Within: q.within}
 	err = q.call(req, rpcTimeout, func(a answer, us []update) error {
 		if a.Text != "" {
-			silent = list(a.Text)
-			return say("Query '%s' dispatched\n", name)
+			t.silent = list(a.Text)
+			for _, node := range q.nodes {
+				if len(q.tags) == 0 && !slices.Contains(t.silent, node) {
+					t.silent = append(t.silent, node) // and will be: it is not there
+				}
+			}
+			return t.say("Query '%s' dispatched\n", name)
 		}
 		for _, u := range us {
-			if err := heard(a.Reply, u.Member.Name, string(u.Payload)); err != nil {
+			if err := t.heard(a.Reply, u.Member.Name, string(u.Payload)); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	if err != nil {
+	if err == nil {
+		err = t.sum()
+	}
+	switch silent := strings.Join(t.silent, ", "); {
+	case err != nil || silent == "":
 		return err
+	case time.Since(began) < q.within:
+		return trouble("'members' shows who is alive", "no answer from %s: not there, or not any more", silent)
+	default:
+		return trouble("", "no answer within %v from %s", q.within, silent)
 	}
-	if !q.noAck {
-		say("Total Acks: %d\n", len(acks))
+}
+
+// tally is what has come of a query.
+type tally struct {
+	*ask
+	silent              []string // asked, and no answer yet
+	acks                []any
+	responses, failures pairs
+}
+
+// say is for people, who want to see each answer as it comes.
+func (t *tally) say(format string, a ...any) error {
+	if t.format == "json" {
+		return nil
 	}
-	err = say("Total Responses: %d\n", len(responses)/2)
-	if q.format == "json" {
-		result := pairs{"Acks", acks, "Responses", responses}
-		if len(failures) > 0 {
-			result = append(result, "Failures", failures)
+	return output(printable(fmt.Sprintf(format, a...), "\n\t"))
+}
+
+func (t *tally) heard(r reply, from, text string) error {
+	if r != replyHeard {
+		t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
+	}
+	switch plain := strings.TrimSuffix(text, "\n"); {
+	case r == replyHeard && !t.noAck:
+		t.acks = append(t.acks, from)
+		return t.say("Ack from '%s'\n", from)
+	case r == replyDone:
+		t.responses = append(t.responses, from, text)
+		return t.say("Response from '%s': %s\n", from, plain)
+	case r == replyFailed:
+		t.failures = append(t.failures, from, text)
+		return t.say("Failed on '%s': %s\n", from, plain)
+	}
+	return nil
+}
+
+// sum ends the output.
+func (t *tally) sum() error {
+	if t.format == "json" {
+		result := pairs{"Acks", t.acks, "Responses", t.responses}
+		if len(t.failures) > 0 {
+			result = append(result, "Failures", t.failures)
 		}
-		err = output(toJSON(result, "\n") + "\n")
+		return output(toJSON(result, "\n") + "\n")
 	}
-	if err == nil && len(silent) > 0 {
-		err = trouble("", "no answer within %v from %s", q.within, strings.Join(silent, ", "))
+	acks := ""
+	if !t.noAck {
+		acks = fmt.Sprintf("Total Acks: %d\n", len(t.acks))
 	}
-	return err
+	return t.say("%sTotal Responses: %d\n", acks, len(t.responses)/2)
 }
 
 // ---- the agent ----
@@ -915,7 +950,7 @@ func agentCommand() *command {
 		{name: "The cluster"},
 		{"join HOST[:PORT]", "a node to join, tried until it answers; repeatable,\nor separated by commas", &a.seeds},
 		{"retry-join", "", &a.seeds}, {"retry-interval", "", new(string)},
-		{"retry-max N", "give up after N rounds of trying: 10 take some two\n" +
+		{"retry-max N", "give up after N rounds of trying: 10 take one or two\n" +
 			"minutes, each further one 30 s (default: never)", &a.gossip.retryMax},
 		{"replay", "run handlers for the remembered events of before its\ntime, too", &a.gossip.replay},
 		{"cluster NAME", "nodes with another cluster name are not let in", &a.gossip.cluster},
@@ -1035,18 +1070,9 @@ func (a *agent) run(c *command) error {
 	close(started)
 	self, _ := g.me()
 	a.banner(self, why, ln.Addr())
-	for _, kv := range os.Environ() {
-		name, _, _ := strings.Cut(kv, "=")
-		known := func(o option) bool { return o.value != nil && c.env(o)[0] == name }
-		if strings.HasPrefix(name, "HAMLET_") && !slices.ContainsFunc(c.options, known) {
-			a.log.Printf("[WARN] there is no option %s: it is not looked at", name)
-		}
-	}
+	a.warnOfUnknown(c)
 	logs.start()
-	rpc, err := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
-	if err != nil {
-		return err
-	}
+	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
 	ended := make(chan struct{})
 	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
 	return a.wait(g, ended, signals)
@@ -1105,12 +1131,24 @@ func (a *agent) banner(self Member, why string, rpc net.Addr) {
 		a.log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
-	if without := ""; !rpc.(*net.TCPAddr).IP.IsLoopback() {
-		if a.rpcAuth == "" {
-			without = " without a token"
+	switch {
+	case rpc.(*net.TCPAddr).IP.IsLoopback():
+	case a.rpcAuth == "":
+		a.log.Printf("[WARN] the RPC listens on %s without a token: whoever reaches it controls this agent "+
+			"(-rpc-auth sets one)", rpc)
+	default:
+		a.log.Printf("[WARN] the RPC listens on %s: whoever has the token controls this agent from elsewhere", rpc)
+	}
+}
+
+// warnOfUnknown tells of variables that are meant for the agent and are no option of command c.
+func (a *agent) warnOfUnknown(c *command) {
+	for _, kv := range os.Environ() {
+		name, _, _ := strings.Cut(kv, "=")
+		known := func(o option) bool { return o.value != nil && c.env(o)[0] == name }
+		if strings.HasPrefix(name, "HAMLET_") && !slices.ContainsFunc(c.options, known) {
+			a.log.Printf("[WARN] there is no option %s: it is not looked at", name)
 		}
-		a.log.Printf("[WARN] the RPC listens on %s%s: whoever reaches it controls this agent "+
-			"(-rpc-auth sets a token)", rpc, without)
 	}
 }
 
@@ -1118,10 +1156,22 @@ func (a *agent) banner(self Member, why string, rpc net.Addr) {
 func (a *agent) info(g *gossip, handlers *handlers) []string {
 	self, _ := g.me()
 	var events, about pairs
+	add := func(key string, value any) {
+		for n, plain := 2, key; slices.Contains(events, any(key)); n++ { // no JSON should hold a key twice
+			key = fmt.Sprintf("%s (%d)", plain, n)
+		}
+		events = append(events, key, value)
+	}
 	for _, h := range handlers.all {
 		waiting, lost, last := h.state()
-		of := strings.Join(h.events, ",") + ":"
-		events = append(events, of, h.script, of+" waiting", waiting, of+" dropped", lost, of+" last run", last)
+		for _, ev := range h.events { // as Serf has it
+			kind, name, _ := strings.Cut(ev, ":")
+			add(kind+":"+name, h.script)
+		}
+		of := strings.Join(h.events, ",")
+		add(of+" waiting", waiting)
+		add(of+" dropped", lost)
+		add(of+" last run", last)
 	}
 	g.do(func(n *node) error { about = n.info(); return nil })
 	all := pairs{

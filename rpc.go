@@ -980,17 +980,17 @@ type rpcServer struct {
 	*door
 	ln      net.Listener
 	g       *gossip
-	info    func() []string // group, key, value; and so on
+	info    func() []string // as text, and as JSON
 	strange strangers
 	guests  *guests
 }
 
-func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) (*rpcServer, error) {
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *rpcServer {
 	self, _ := g.me()
 	r := &rpcServer{door: rpcDoor(token, self.Addr.Port()), ln: ln, g: g, info: info, strange: strangers{log: g.cfg.log},
 		guests: newGuests(maxRPCConns)}
 	r.guests.served.Go(func() { r.guests.accept(ln, &r.strange, r.serve) })
-	return r, nil
+	return r
 }
 
 // close takes no more requests and waits a second at most for the answers under way.

@@ -669,11 +669,7 @@ func startTestRPC(t testing.TB, g *gossip, token string) (addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := serveRPC(ln, g, token, func() []string { return []string{"agent", "name", "x"} })
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(r.close)
+	t.Cleanup(serveRPC(ln, g, token, func() []string { return []string{"agent", "name", "x"} }).close)
 	return ln.Addr().String()
 }
 
