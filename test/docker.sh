@@ -58,6 +58,20 @@ address() { docker inspect -f "{{(index .NetworkSettings.Networks \"$id\").IPAdd
 # since_end NAME: how many ms after the container's end the handler ran.
 since_end() { echo $((at - $(date -d "$(docker inspect -f '{{.State.FinishedAt}}' "$1")" +%s%N) / 1000000)); }
 
+# powerless CONTAINER LINE...: what the kernel says of each of its processes: init, agent, health checks.
+powerless() {
+	for pid in $(docker top "$1" -o pid | tail -n +2); do
+		status=$(cat "/proc/$pid/status" 2>/dev/null) || continue # it has ended
+		case $status in Name:?hamlet*) echo "$status" ;; esac      # or it is Docker's still
+	done | tr -s '\t' ' ' >"$dir/status"
+	count=$(grep -c '^Name:' "$dir/status") who=$1
+	[ "$count" -ge 2 ] || fail "$who has $count processes"
+	shift
+	for line in "Uid: 65534 65534 65534 65534" "Gid: 65534 65534 65534 65534" "CapInh: 0*" "CapPrm: 0*" "CapEff: 0*" "CapAmb: 0*" "$@"; do
+		[ "$(grep -cx "$line" "$dir/status")" = "$count" ] || fail "of $who, not so for each process: $line: $(cat "$dir/status")"
+	done
+}
+
 # --- the image and the agent on the host
 
 CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$dir/hamlet" .
@@ -185,6 +199,7 @@ ok "a member of two networks and a seed that started later"
 # --- the first process of a container
 
 docker top "$7" | grep -c '/hamlet agent' | grep -qx 2 || fail "PID 1 is not an init for the agent: $(docker top "$7")"
+powerless "$7"
 n=$(run --health-interval 1s "$id" agent -join "$bridge" -log-level debug -event-handler '/hamlet members')
 within 15000 "the health check passes" sh -c "docker inspect -f '{{.State.Health.Status}}' $n | grep -qx healthy"
 within 3000 "a handler runs without a shell" sh -c "docker logs $n 2>&1 | grep -A9 'script output:' | grep -q '^precise64 .* alive'"
@@ -213,6 +228,13 @@ inseed -wait 4 -timeout 15s >/dev/null || fail "compose: $(inseed)"
 count web 3 || fail "compose: $(inseed)"
 healthy() { [ "$(compose ps -q | xargs docker inspect -f '{{.State.Health.Status}}' | grep -cx healthy)" = 4 ]; }
 within 20000 "all are healthy" healthy
+for n in $(compose ps -q); do
+	powerless "$n" "CapBnd: 0*" "NoNewPrivs: 1"
+	root=$(awk '$5 == "/" { print $6 }' "/proc/$(docker inspect -f '{{.State.Pid}}' "$n")/mountinfo")
+	case $root in ro,*) ;; *) fail "the root of $n is mounted $root" ;; esac
+	docker inspect -f '{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}' "$n" | grep -qx '67108864 128' || fail "$n has no limits"
+done
+ok "compose: the agents are nobody, with no capability to get, on a read-only root"
 ran() { compose logs web | grep -q "Event 'member-join' script output"; }
 within 5000 "handlers from the environment run" ran
 compose up -d --scale web=1 >"$dir/compose.log" 2>&1 || fail "compose up: $(cat "$dir/compose.log")"
