@@ -134,8 +134,7 @@ type update struct {
 	Within   uint32 // of a query: milliseconds in which it wants answers
 }
 
-// key tells updates apart, and orders them: members by name, then user events by their Lamport time. No name
-// begins like the latter.
+// key tells updates apart, and orders them: members by name, then (no name begins so) user events by their time.
 func (u *update) key() string {
 	if u.Event == "" {
 		return u.Member.Name
@@ -823,6 +822,9 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 		return taken(e.Member)
 	}
 	for i := range about {
+		if h.From == n.self.Name { // a namesake lives here, wherever it says
+			about[i].Member.Addr = x.with.Addr
+		}
 		if n.check(&about[i]) == nil && about[i].Member.Name == n.self.Name {
 			if err := n.own.settle(n, about[i].Member, h.From); err != nil {
 				return err
@@ -1120,8 +1122,7 @@ func (o *ownName) found(n *node, m Member, alive bool) {
 }
 
 // moved is told from which address this node has dialled: what it advertises is no longer (gone) an address
-// of this machine, or was not the way to the first seed that answers. To the others it is a restart, to my
-// handlers nothing.
+// of this machine, or was not the way to the first seed that answers. To the others it is a restart.
 func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m := n.self.Member
 	first := joins && !n.own.placed && n.joining.since == 0

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -659,6 +660,20 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	}
 }
 
+// Two agents of one name ran on, since nobody answered where the first one said
+// that it lives.
+func TestANamesakeIsLookedAtWhereItAnswered(t *testing.T) {
+	l := newLab(t, 1)
+	l.n.joining.since = 0
+	claim, at := labMember(0), netip.MustParseAddrPort("10.0.0.77:7946")
+	claim.Born, claim.Incarnation = 9, 9
+	claim.Addr = netip.MustParseAddrPort("10.99.99.99:7946")
+	err := l.n.welcomed(&exchange{with: Member{Addr: at}}, head{From: claim.Name, Incarnation: 9}, []update{{Member: claim}})
+	if o := l.n.tick(l.now); !errors.Is(err, errWait) || len(o.looks) != 1 || o.looks[0].m.Addr != at {
+		t.Errorf("%v, looks at %v, want one at %s", err, o.looks, at)
+	}
+}
+
 // An IPv6 zone is text of any kind and length, and goes where addresses go: to
 // handlers, to the terminal, into datagrams.
 func TestAnAddressBringsNoTextAlong(t *testing.T) {
@@ -765,6 +780,30 @@ func TestEventsAreLoggedWithAddressSenderAndSize(t *testing.T) {
 	for _, want := range []string{`\[INFO\] member-join: red ` + regexp.QuoteMeta(self.Addr.String()) + `\n`, `\[INFO\] user-event: deploy 2013/12/08 \(from red, 5 bytes\)\n`} {
 		eventually(t, want, func() bool { return regexp.MustCompile(want).MatchString(logged.String()) })
 	}
+}
+
+// Forged joins made 1.2 MB of log a second. Handlers and watchers are told of all.
+func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
+	const events = linesBurst + 500
+	told := 0
+	g, logged := startTestGossip(t, "red", gossipConfig{events: func(Event, func(reply, []byte)) { told++ }})
+	publish := func(from, to int) {
+		g.do(func(*node) error {
+			for i := from; i < to; i++ {
+				g.publish(Event{kind: eventJoin, Member: labMember(i % 26)})
+			}
+			return nil
+		})
+	}
+	publish(0, events)
+	lines := strings.Count(logged.String(), "[INFO] member-join: ")
+	if told < events || lines < linesBurst || lines > linesBurst+250 {
+		t.Errorf("%d events: %d lines, %d for handlers", events, lines, told)
+	}
+	eventually(t, "the next line says how many are missing", func() bool {
+		publish(0, 1)
+		return strings.Contains(logged.String(), "lines about members were left out")
+	})
 }
 
 // ---- what the core alone takes ----

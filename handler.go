@@ -277,7 +277,7 @@ func (hs *handlers) close(last ...Event) {
 	}
 	if !waitAtMost(hs.cfg.grace, hs.workers.Wait) {
 		hs.hurry(errors.New("ended with the agent"))
-		waitAtMost(2*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
+		waitAtMost(5*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 	}
 }
 

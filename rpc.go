@@ -902,7 +902,7 @@ type answer struct {
 	Kind  eventKind
 	Reply reply
 	At    int64 // Unix nanoseconds of the event
-	Lost  int   // events that this reader was too slow for
+	Lost  int   // events before this one that the reader was too slow for
 }
 
 // callRPC asks the agent at addr and calls each with each answer, until it returns an error (io.EOF: it has
@@ -1084,12 +1084,13 @@ func (r *rpcServer) members(s *session) {
 type feed struct {
 	query  uint32
 	events chan *queued
-	lost   atomic.Int64 // events that did not fit, since the last one was sent
+	lost   int // events that did not fit, since the last one that did
 }
 
 type queued struct {
 	Event
-	at time.Time
+	at   time.Time
+	lost int // before it
 }
 
 // put never blocks; what a reader is too slow for is counted.
@@ -1098,9 +1099,10 @@ func (f *feed) put(ev Event) {
 		return
 	}
 	select {
-	case f.events <- &queued{ev, time.Now()}:
+	case f.events <- &queued{ev, time.Now(), f.lost}:
+		f.lost = 0
 	default:
-		f.lost.Add(1)
+		f.lost++
 	}
 }
 
@@ -1117,7 +1119,7 @@ func (r *rpcServer) stream(s *session, f *feed) {
 			}
 			u := updateOf(ev.Event)
 			u.Member = ev.Member
-			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: int(f.lost.Swap(0))}, u)
+			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, u)
 		case <-gone:
 			return
 		case <-r.g.done:

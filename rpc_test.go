@@ -82,7 +82,7 @@ func seen(g *gossip) map[string]Status {
 
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(15 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(60 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("not in time: %s", what)
 		}
@@ -997,8 +997,18 @@ func TestAFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
 		f.put(Event{kind: eventUser, lTime: uint64(i)})
 	}
 	f.put(Event{kind: eventAnswer, id: 3}) // is for another one
-	if len(f.events) != 10 || f.lost.Load() != 15 || (<-f.events).lTime != 0 {
-		t.Errorf("%d wait, %d are lost", len(f.events), f.lost.Load())
+	if len(f.events) != 10 || f.lost != 15 {
+		t.Errorf("%d wait, %d are lost", len(f.events), f.lost)
+	}
+	for i := range uint64(10) {
+		if ev := <-f.events; ev.lTime != i || ev.lost != 0 {
+			t.Errorf("event %d comes with %d lost, want %d with none", ev.lTime, ev.lost, i)
+		}
+	}
+	f.put(Event{kind: eventUser, lTime: 25})
+	f.put(Event{kind: eventUser, lTime: 26})
+	if a, b := <-f.events, <-f.events; a.lost != 15 || b.lost != 0 {
+		t.Errorf("lost before the next two: %d, %d, want 15, 0", a.lost, b.lost)
 	}
 	q := &feed{query: 3, events: make(chan *queued, 10)}
 	q.put(Event{kind: eventUser})

@@ -822,7 +822,7 @@ func TestWatchersThatDoNotReadOrVanishCostNothing(t *testing.T) {
 			return strings.Contains(reader.stdout.String(),
 				"user: "+name+" xxx")
 		})
-		if took := time.Since(start); took > time.Second*busy {
+		if took := time.Since(start); took > 4*time.Second { // who holds it up is given five
 			t.Errorf("who does not read delays event %d by %v", i, took)
 		}
 		if i == 10 {
