@@ -52,8 +52,7 @@ const (
 	maxInputs             = 1024      // that wait for the loop; more datagrams are lost
 	drainFor              = 20 * ms   // inputs may keep the loop from its tick
 	writeFor              = ms        // what does not fit into the socket's buffer by then is lost, as UDP may
-
-	linesRate, linesBurst = 50, 2000 // log lines about members: a second, and at once
+	linesRate, linesBurst = 50, 2000  // log lines about members: a second, and at once
 
 	// Whoever has never answered may be a bystander whose address somebody forged into the table: all of them
 	// together get so many packets and dials a second, and so many of a user's queries.
@@ -441,11 +440,8 @@ func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 	case h.Kind == kAck:
 		n.acked(h)
 		return nil
-	case e == nil || e == n.self:
-		return nil // whoever is not remembered comes in by an exchange
-	case e.Born != h.born():
-		n.remind(e) // a former or a rival run, or one whose news I have missed
-		return nil
+	case e == nil || e == n.self || e.Born != h.born():
+		return nil // a run that is not remembered comes in by an exchange
 	case !e.deal().datagrams.take(h.Number):
 		return nil
 	}
@@ -481,8 +477,7 @@ func (n *node) message(e *entry, from netip.AddrPort, h head, size int, body []b
 	return nil
 }
 
-// answer acknowledges a datagram of size bytes. Its source may be forged, so that an answer is never larger:
-// nobody can aim a member at somebody else.
+// answer acknowledges a datagram of size bytes. It is never larger, since the source may be forged.
 func (n *node) answer(to netip.AddrPort, h head, size int) {
 	a := n.head(kAck)
 	a.Seq, a.Number = h.Seq, n.number+1
@@ -690,12 +685,17 @@ func (n *node) adopt(u *update) {
 	if u.Member.Status.dead() && age >= n.reapAfter && (e == nil || e.Status.dead()) {
 		return // whoever forgets later than I do would bring it back again and again
 	}
-	fresh := e == nil
-	if e = n.t.apply(n.now, u.Member, age); e == nil {
-		return
+	var old Member
+	if e != nil {
+		old = e.Member
 	}
-	if fresh {
+	switch e = n.t.apply(n.now, u.Member, age); {
+	case e == nil:
+		return
+	case old.Name == "":
 		e.known = n.real // user events go by the caller's clock: time asleep counts
+	case !old.Status.dead() && old.Born != e.Born && old.Addr != e.Addr:
+		n.inform(old, n.claim(e, "")) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
 	if n.joining.since != 0 {
 		n.flood(e, u.By)

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -657,6 +658,21 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	}
 	if got := moved("10.99.0.1", true, false); got != "10.99.0.1" {
 		t.Errorf("when its address has gone it stays at %s", got)
+	}
+}
+
+// Of two agents of one name that began at once, the one that gave way was shown
+// until the probe of it was over: the other one did not know.
+func TestWhoeverIsSupersededElsewhereIsTold(t *testing.T) {
+	l := newLab(t, 3)
+	twin := labMember(1)
+	twin.Born, twin.Incarnation, twin.Addr = 11, 11, netip.MustParseAddrPort("10.0.0.99:7946")
+	l.n.message(l.n.t.get("c"), labMember(2).Addr, head{Kind: kFlood}, 100, wire.encode(nil, &update{Member: twin}))
+	told := slices.ContainsFunc(l.n.tick(l.now).packets, func(p packet) bool {
+		return p.to.Addr == labMember(1).Addr && p.to.Born == 10
+	})
+	if l.n.t.get("b").Addr != twin.Addr || !told {
+		t.Errorf("b is at %s; its former run is told: %v", l.n.t.get("b").Addr, told)
 	}
 }
 
