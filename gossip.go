@@ -51,7 +51,7 @@ const (
 	postRate, postBurst   = 64000, 64 // letters a second, and in one go: a thousand at once would be lost
 	maxInputs             = 1024      // that wait for the loop; more datagrams are lost
 	drainFor              = 20 * ms   // inputs may keep the loop from its tick
-	writeFor              = ms        // what does not fit into the socket's buffer by then is lost, as UDP may
+	writeFor              = 20 * ms   // what the socket does not take by then is lost, as UDP may be
 	linesRate, linesBurst = 50, 2000  // log lines about members: a second, and at once
 
 	// Whoever has never answered may be a bystander whose address somebody forged into the table: all of them
@@ -1549,6 +1549,8 @@ func (g *gossip) readUDP() {
 	}
 }
 
+// writeUDP sends. Its deadline lets a process that must wait for its processor go on: at 1 ms, members on a busy
+// machine lost whole batches.
 func (g *gossip) writeUDP(ps []packet) {
 	if len(ps) == 0 {
 		return

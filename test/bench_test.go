@@ -474,8 +474,14 @@ func benchMany(t *testing.T, c *contender, n int) {
 	if !bytes.HasPrefix(b, []byte("#!")) { // the size of a script says nothing
 		c.put("binary, MB", float64(len(b))/1e6)
 	}
+	var joins []time.Duration
+	for range envInt("BENCH_JOINS", 5) {
+		t.Run("join", func(t *testing.T) { joins = append(joins, newBenchCluster(t, c).startAll(n, nil)) })
+	}
 	cl := newBenchCluster(t, c)
-	c.put(fmt.Sprintf("%d agents joining one, started at once: converged after the last start, ms", n), inMs(cl.startAll(n, nil)))
+	joins = append(joins, cl.startAll(n, nil))
+	if os.Getenv("BENCH_JOINS") != "" { fmt.Println("rounds", joins) }
+	c.putTimes(fmt.Sprintf("%d agents joining one, started at once: converged after the last start", n), joins)
 	cl.idle(n)
 	cl.members(n)
 	cl.events(n)
