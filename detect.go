@@ -20,6 +20,8 @@ const (
 	newGrace     = 500 * ms
 	linkCount    = 2        // watchers that hold a watch link
 	linkAfter    = 100 * ms // while many join, rings change all the time
+	missedAfter  = 30 * ms  // news may be under way
+	missedEvery  = 100 * ms
 
 	askAfter    = 100 * ms // a second ping, and helpers
 	askOnce     = 300 * ms // more: those that have not voted
@@ -118,6 +120,8 @@ type ring struct {
 	watched  []*bond // by: overdue then
 	nextBeat time.Duration
 	linkAt   time.Duration // when to ask for other watch links; 0: they are as they shall be
+	newcomer Member        // whose news I seem to have missed
+	askAt    time.Duration // when to ask for them, or when I last did
 }
 
 // refresh recomputes whom I watch and who watches me after a change.
@@ -210,6 +214,9 @@ func (r *ring) step(n *node) {
 			n.wakeAt(w.by)
 		}
 	}
+	if r.newcomer.Name != "" {
+		r.ask(n)
+	}
 	if r.linkAt != 0 && n.now >= r.linkAt {
 		r.link(n)
 	} else if r.linkAt != 0 {
@@ -240,6 +247,29 @@ func (r *ring) met(n *node, e *entry) {
 		n.spread.catchUp(n, e)
 		r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 	}
+}
+
+// missed is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
+// watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
+// of them for a second: as nothing of theirs counts, they never meet me, and flood nothing to me.
+func (r *ring) missed(n *node, e *entry, h head) {
+	if h.Kind == kHeartbeat && e != n.self && (e == nil || h.Incarnation > e.Incarnation) && r.newcomer.Name == "" {
+		r.newcomer, r.askAt = Member{Name: h.From, Born: h.born()}, max(r.askAt+missedEvery, n.now+missedAfter)
+	}
+}
+
+// ask compares tables with somebody, if the newcomer is one still.
+func (r *ring) ask(n *node) {
+	if n.now < r.askAt {
+		n.wakeAt(r.askAt)
+		return
+	}
+	if e := n.t.get(r.newcomer.Name); e == nil || e.Born != r.newcomer.Born {
+		if o := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e.deal().met }); o != nil {
+			n.exchange(o.Member)
+		}
+	}
+	r.newcomer = Member{}
 }
 
 // link asks for a watch link to the first watchers that have answered.
@@ -460,7 +490,7 @@ func (d *detector) asked(n *node, by *entry, h head) {
 		return
 	}
 	if e.Status.dead() { // the asker has missed it, and may have nobody else to ask
-		d.sendVote(n, &asker{e: by, seq: h.Seq}, e.Name, vUnreachable)
+		d.sendVote(n, &asker{e: by, seq: h.Seq}, e.Member, vUnreachable)
 		return
 	}
 	if len(d.probes) >= maxProbes/2 && d.probeOf(e) == nil {
@@ -487,23 +517,30 @@ func (d *detector) vote(n *node, p *probe) {
 		known := p.mine == vRefused || p.mine == vAlive
 		if known && a.sent != p.mine || a.sent == vNone && n.now >= a.by {
 			a.sent = max(p.mine, vUnreachable)
-			d.sendVote(n, a, p.m.Name, a.sent)
+			d.sendVote(n, a, p.m, a.sent)
 		} else if a.sent == vNone {
 			n.wakeAt(a.by)
 		}
 	}
 }
 
-func (d *detector) sendVote(n *node, a *asker, target string, v verdict) {
+// sendVote says what was seen of m, and of which run: a helper that knows a newer one would else acquit the old
+// one for ever.
+func (d *detector) sendVote(n *node, a *asker, m Member, v verdict) {
 	h := n.head(kVote)
-	h.Seq, h.Target, h.Verdict = a.seq, target, v
-	n.send(a.e.Member, h)
+	h.Seq, h.Target, h.Verdict = a.seq, m.Name, v
+	n.send(a.e.Member, h, wire.encode(nil, &update{Member: m}))
 }
 
-// voted takes a helper's answer, if it is one to a probe that still runs.
-func (d *detector) voted(n *node, by *entry, h head) {
-	if p := d.find(func(p *probe) bool { return p.seq == h.Seq && p.m.Name == h.Target }); p != nil && by != p.e && !by.Status.dead() {
+// voted takes a helper's answer, if it is one to a probe that still runs. One about another run is news of that.
+func (d *detector) voted(n *node, by *entry, h head, us []update) {
+	p := d.find(func(p *probe) bool { return p.seq == h.Seq && p.m.Name == h.Target })
+	switch {
+	case p == nil || len(us) != 1 || us[0].Member.Name != h.Target || by == p.e || by.Status.dead():
+	case us[0].Member.Born == p.m.Born:
 		d.count(n, p, by.Name, min(h.Verdict, vAlive))
+	case !us[0].Member.Status.dead():
+		n.learn(&us[0], by.Name)
 	}
 }
 

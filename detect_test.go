@@ -21,7 +21,7 @@ func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
 		look at b: refused
 		  to b: ping b
 		  to c: check b
-		c says vote b refused
+		c says vote b refused [b alive 10]
 		  to c: flood [b failed 10]
 		  event member-failed b
 	`)
@@ -84,6 +84,32 @@ func TestASuspectThatRefutesIsNotFailed(t *testing.T) {
 	}
 }
 
+// Helpers that knew where b had moved reached it there, and kept the old one alive
+// for whoever had missed the news.
+func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
+	l := newLab(t, 4)
+	l.breaks(1)
+	l.after(200 * ms)
+	moved := labMember(1)
+	moved.Born, moved.Incarnation, moved.Addr = 20, 20, labMember(9).Addr
+	h := l.head(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vAlive})
+	l.raw(2, wire.encodeAll(&h, []update{{Member: moved}}))
+	if e := l.n.t.get("b"); e.Addr != moved.Addr || e.Born != 20 {
+		t.Errorf("it believes %v, want %v", e.Member, moved)
+	}
+	// An older run than mine is no news, and what was seen of it does not count.
+	l = newLab(t, 4)
+	l.breaks(1)
+	l.after(200 * ms)
+	former := labMember(1)
+	former.Born, former.Incarnation = 5, 5
+	h = l.head(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vAlive})
+	l.raw(2, wire.encodeAll(&h, []update{{Member: former}}))
+	if p := l.n.detector.probeOf(l.n.t.get("b")); p == nil || len(p.votes) > 0 || l.n.t.get("b").Born != 10 {
+		t.Errorf("the probe has ended, or has a vote")
+	}
+}
+
 func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 	l := newLab(t, 2)
 	died := time.Duration(0)
@@ -115,7 +141,7 @@ func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
 	l.sees(2, vAlive)
 	l.want(`
 		look at c: alive
-		  to b: vote c alive
+		  to b: vote c alive [c alive 10]
 	`)
 }
 

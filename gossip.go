@@ -54,8 +54,7 @@ const (
 	writeFor              = 20 * ms   // what the socket does not take by then is lost, as UDP may be
 	linesRate, linesBurst = 50, 2000  // log lines about members: a second, and at once
 
-	// Whoever has never answered may be a bystander whose address somebody forged into the table: all of them
-	// together get so many packets and dials a second, and so many of a user's queries.
+	// Bystanders whose addresses somebody forged get, all together, so much a second, and so many queries.
 	strangerRate, strangerBurst = 20, 60
 	askRate, askBurst           = 2000, 1000
 )
@@ -254,8 +253,7 @@ func (n *node) logf(format string, a ...any) {
 
 // plausible is the one rule about numbers from outside: no incarnation and no Lamport time is far above all
 // that is known, or one forged datagram with the highest number of all would end joins, or events, for good.
-// What is known at the start may be of 1970, for want of a clock; and the limit grows with time, so that a
-// number at the very limit can soon be exceeded.
+// What is known at the start may be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
 func (n *node) plausible(number, known uint64) bool {
 	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
 	return number <= max(known, floor)+room+uint64(n.now/ms)<<birthBits
@@ -440,8 +438,9 @@ func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 	case h.Kind == kAck:
 		n.acked(h)
 		return nil
-	case e == nil || e == n.self || e.Born != h.born():
-		return nil // a run that is not remembered comes in by an exchange
+	case e == nil || e == n.self || e.Born != h.born(): // a run that is not remembered comes in by an exchange
+		n.ring.missed(n, e, h)
+		return nil
 	case !e.deal().datagrams.take(h.Number):
 		return nil
 	}
@@ -462,7 +461,7 @@ func (n *node) message(e *entry, from netip.AddrPort, h head, size int, body []b
 	case h.Kind == kCheck:
 		n.detector.asked(n, e, h)
 	case h.Kind == kVote:
-		n.detector.voted(n, e, h)
+		n.detector.voted(n, e, h, us)
 	case h.Kind == kQuery:
 		return n.queries.hear(n, e, h, us)
 	case h.Kind == kReply:
@@ -1549,8 +1548,7 @@ func (g *gossip) readUDP() {
 	}
 }
 
-// writeUDP sends. Its deadline lets a process that must wait for its processor go on: at 1 ms, members on a busy
-// machine lost whole batches.
+// writeUDP sends. At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
 func (g *gossip) writeUDP(ps []packet) {
 	if len(ps) == 0 {
 		return

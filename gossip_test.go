@@ -84,6 +84,9 @@ func (l *lab) head(from int, h head) head {
 // udp hands in a datagram of member from, with updates.
 func (l *lab) udp(from int, h head, updates ...update) {
 	h = l.head(from, h)
+	if h.Kind == kVote {
+		updates = append(updates, update{Member: labMember(int(h.Target[0] - 'a'))})
+	}
 	l.raw(from, wire.encodeAll(&h, updates))
 }
 
@@ -658,6 +661,44 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	}
 	if got := moved("10.99.0.1", true, false); got != "10.99.0.1" {
 		t.Errorf("when its address has gone it stays at %s", got)
+	}
+}
+
+// One of a hundred joiners heard of nobody for a second: all who had it for a
+// watcher were newer than what it knew, and did not count there.
+func TestAHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
+	for _, tt := range []struct {
+		h       head
+		learned bool
+		want    int
+	}{
+		{head{From: "z", Incarnation: 50, Number: 7, Promise: 2000}, false, 1},
+		{head{From: "b", Incarnation: 50, Number: 7, Promise: 2000}, false, 1}, // restarted
+		{head{From: "z", Incarnation: 50, Number: 7, Promise: 2000}, true, 0},
+		{head{From: "b", Incarnation: 5, Number: 7, Promise: 2000}, false, 0}, // a former run
+		{head{Kind: kFlood, From: "z", Incarnation: 50, Number: 7}, false, 0},
+	} {
+		l := newLab(t, 3)
+		n := l.n
+		for range 5 { // it may be sent again, or recorded and played back
+			n.datagram(netip.MustParseAddrPort("10.0.0.99:7946"), wire.encode(nil, &tt.h), false)
+		}
+		if tt.learned {
+			z := testMember(tt.h.From, 50, statusAlive)
+			z.Addr = netip.MustParseAddrPort("10.0.0.99:7946")
+			n.t.apply(n.now, z, 0)
+		}
+		asked := 0
+		for l.now = 10 * ms; l.now < 90*ms; l.now += 10 * ms {
+			for _, m := range n.tick(l.now).exchanges {
+				if asked++; m.Name != "b" && m.Name != "c" {
+					t.Errorf("it asks %v, who may be anybody", m)
+				}
+			}
+		}
+		if asked != tt.want {
+			t.Errorf("%+v, learned %v: %d exchanges, want %d", tt.h, tt.learned, asked, tt.want)
+		}
 	}
 }
 

@@ -486,11 +486,12 @@ func (r *rig) react(o outputs) {
 		}
 		r.seqs = append(r.seqs[max(0, len(r.seqs)-32):], h.Seq)
 		if i := rigPeer(p.to.Addr); r.mode[i] == peerAnswers {
-			a := head{Kind: kAck, Seq: h.Seq}
-			if h.Kind == kCheck {
+			a, about := head{Kind: kAck, Seq: h.Seq}, []update(nil)
+			if e := r.n.t.get(h.Target); h.Kind == kCheck && e != nil {
 				a = head{Kind: kVote, Seq: h.Seq, Target: h.Target, Verdict: vAlive}
+				about = []update{{Member: e.Member}}
 			}
-			r.todo = append(r.todo, func() { r.datagram(rigAddr(i), r.from(rigNames[i], a)) })
+			r.todo = append(r.todo, func() { r.datagram(rigAddr(i), r.from(rigNames[i], a, about...)) })
 		}
 	}
 	for _, l := range o.looks {

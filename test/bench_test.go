@@ -480,7 +480,9 @@ func benchMany(t *testing.T, c *contender, n int) {
 	}
 	cl := newBenchCluster(t, c)
 	joins = append(joins, cl.startAll(n, nil))
-	if os.Getenv("BENCH_JOINS") != "" { fmt.Println("rounds", joins) }
+	if os.Getenv("BENCH_JOINS") != "" {
+		fmt.Println("rounds", joins)
+	}
 	c.putTimes(fmt.Sprintf("%d agents joining one, started at once: converged after the last start", n), joins)
 	cl.idle(n)
 	cl.members(n)
