@@ -1166,7 +1166,7 @@ func (a *agent) info(g *gossip, handlers *handlers) []string {
 		waiting, lost, last := h.state()
 		for _, ev := range h.events { // as Serf has it
 			kind, name, _ := strings.Cut(ev, ":")
-			add(kind+":"+name, h.script)
+			add(kind+":"+name, fmt.Sprintf("%.1000s", h.script)) // or many would fill more than a frame
 		}
 		of := strings.Join(h.events, ",")
 		add(of+" waiting", waiting)

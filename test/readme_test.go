@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"slices"
 	"strings"
 	"testing"
@@ -158,5 +159,24 @@ func TestTheFunctionsOfTheReadmesWalkExist(t *testing.T) {
 	}
 	if len(names) < 10 {
 		t.Errorf("the walk names %d functions", len(names))
+	}
+}
+
+func TestTheReadmesMapSaysHowLongTheRoomsAre(t *testing.T) {
+	text := readFile("README.md")
+	files, _ := filepath.Glob("*.go")
+	for _, f := range files {
+		if strings.HasSuffix(f, "_test.go") {
+			continue
+		}
+		m := regexp.MustCompile(`(?m)^\| .` + regexp.QuoteMeta(f) + `. \|.*\| ([0-9,]+) \|$`).FindStringSubmatch(text)
+		if m == nil {
+			t.Errorf("%s is not on the map", f)
+			continue
+		}
+		said, _ := strconv.Atoi(strings.ReplaceAll(m[1], ",", ""))
+		if lines := strings.Count(readFile(f), "\n"); lines > said*21/20 || lines < said*19/20 {
+			t.Errorf("%s has %d lines, the README says %d", f, lines, said)
+		}
 	}
 }
