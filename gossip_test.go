@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -842,8 +843,8 @@ func TestEventsAreLoggedWithAddressSenderAndSize(t *testing.T) {
 // Forged joins made 1.2 MB of log a second. Handlers and watchers are told of all.
 func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
 	const events = linesBurst + 500
-	told := 0
-	g, logged := startTestGossip(t, "red", gossipConfig{events: func(Event, func(reply, []byte)) { told++ }})
+	var told atomic.Int64
+	g, logged := startTestGossip(t, "red", gossipConfig{events: func(Event, func(reply, []byte)) { told.Add(1) }})
 	publish := func(from, to int) {
 		g.do(func(*node) error {
 			for i := from; i < to; i++ {
@@ -854,8 +855,8 @@ func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
 	}
 	publish(0, events)
 	lines := strings.Count(logged.String(), "[INFO] member-join: ")
-	if told < events || lines < linesBurst || lines > linesBurst+250 {
-		t.Errorf("%d events: %d lines, %d for handlers", events, lines, told)
+	if told.Load() < events || lines < linesBurst || lines > linesBurst+250 {
+		t.Errorf("%d events: %d lines, %d for handlers", events, lines, told.Load())
 	}
 	eventually(t, "the next line says how many are missing", func() bool {
 		publish(0, 1)
