@@ -612,6 +612,7 @@ func fullDisk(w *world) {
 	full := w.spawn("exec >/dev/full 2>&1", 3, "-join", "10.77.0.1", "-log-level", "trace")
 	c = append(c, full)
 	w.agree(3*time.Second, everybody(3), c...)
+	w.settle() // what was logged of that has been read
 	mark := time.Now()
 	time.Sleep(3 * time.Second)
 	w.silent(mark, "", c...)
