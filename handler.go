@@ -19,7 +19,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -326,16 +325,16 @@ func (hs *handlers) execute(argv []string, batch []delivery, printed, answer *ca
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env, cmd.Stdin = hs.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
-	toPrinted, err := printed.open()
-	toAnswer, err2 := answer.open()
-	if cmd.Stdout, cmd.Stderr = toPrinted, toPrinted; batch[0].answer != nil {
-		cmd.Stdout = toAnswer
+	stderr, err := printed.open()
+	stdout := stderr
+	if batch[0].answer != nil && err == nil {
+		stdout, err = answer.open()
 	}
-	if err = cmp.Or(err, err2); err == nil {
+	if cmd.Stdout, cmd.Stderr = stdout, stderr; err == nil {
 		err = cmd.Start()
 	}
-	toPrinted.Close()
-	toAnswer.Close()
+	stdout.Close()
+	stderr.Close()
 	if err == nil {
 		err = cmd.Wait()
 	}
@@ -405,6 +404,9 @@ func (c *capture) open() (w *os.File, err error) {
 // the background that holds the pipe open, but in looks and not by the clock, as
 // this agent may be kept from running where it has a small share of a processor.
 func (c *capture) close() {
+	if c.whole == nil {
+		return // it was not opened
+	}
 	for range 10 {
 		select {
 		case <-c.whole:
@@ -473,8 +475,6 @@ func (hs *handlers) environ(ev Event) []string {
 	return env
 }
 
-var notInNames = regexp.MustCompile("[^A-Z0-9]") // of environment variables
-
 // handlerEnv is what scripts are told about their agent, under Serf's names.
 // SERF_RPC_AUTH is set even when empty: an inherited one is not this agent's.
 func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
@@ -488,7 +488,13 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	}
 	for _, pair := range self.Tags.pairs() {
 		k, v, _ := strings.Cut(pair, "=")
-		env = append(env, "SERF_TAG_"+notInNames.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
+		name := strings.Map(func(r rune) rune {
+			if r < '0' || r > '9' && r < 'A' || r > 'Z' {
+				return '_'
+			}
+			return r
+		}, strings.ToUpper(k))
+		env = append(env, "SERF_TAG_"+name+"="+v)
 	}
 	return env
 }
