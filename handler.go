@@ -486,8 +486,7 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		"SERF_RPC_AUTH=" + rpcAuth,
 		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
 	}
-	for _, pair := range self.Tags.pairs() {
-		k, v, _ := strings.Cut(pair, "=")
+	for k, v := range self.Tags.all() {
 		name := strings.Map(func(r rune) rune {
 			if r < '0' || r > '9' && r < 'A' || r > 'Z' {
 				return '_'

@@ -731,8 +731,7 @@ func membersJSON(ms []Member) string {
 }
 
 func tagPairs(m Member) (kv pairs) {
-	for _, p := range m.Tags.pairs() {
-		k, v, _ := strings.Cut(p, "=")
+	for k, v := range m.Tags.all() {
 		kv = append(kv, k, v)
 	}
 	return kv

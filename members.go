@@ -94,15 +94,19 @@ func list(s string) []string {
 	return strings.Split(s, "\x00")
 }
 
-// asMap returns the tags as a map; it is never nil.
-func (t Tags) asMap() map[string]string {
-	kv := make(map[string]string)
-	for _, p := range t.pairs() {
-		k, v, _ := strings.Cut(p, "=")
-		kv[k] = v
+// all yields the tags, sorted by key.
+func (t Tags) all() iter.Seq2[string, string] {
+	return func(yield func(k, v string) bool) {
+		for _, p := range t.pairs() {
+			if k, v, _ := strings.Cut(p, "="); !yield(k, v) {
+				return
+			}
+		}
 	}
-	return kv
 }
+
+// asMap returns the tags as a map; it is never nil.
+func (t Tags) asMap() map[string]string { return maps.Collect(t.all()) }
 
 // Member is one claim about one member.
 type Member struct {
