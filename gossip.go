@@ -783,17 +783,14 @@ func (r *repair) step(n *node) {
 	}
 }
 
-// exchange is one comparison of tables, as the node sees it. The dialler sends its table in pieces, in the
-// order of keys; to each the acceptor answers with what the dialler lacks in that stretch. So nobody has to
-// remember more than a piece, and no piece stalls the loop.
+// exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
+// A table goes in pieces, in the order of keys, so that none stalls the loop.
 type exchange struct {
 	with    Member // who answered or dialled, once known; its Addr is where I dialled
 	dialled bool   // by me
 	replay  bool
-	after   string             // what is compared next begins after this key
-	upto    string             // acceptor: and ends with this one; "": with the last of all
-	theirs  map[string]*update // acceptor: what the other side has there
-	digest  uint64             // the other side's
+	after   string // the next piece begins after this key
+	digest  uint64 // the other side's, at first
 }
 
 // welcome answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
@@ -857,26 +854,19 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 	}
 }
 
-// piece is the next frame of an exchange: of the dialler's table, or of what it lacks in the stretch that it sent.
+// piece is the next frame of my table. Whoever dialled me and had what I have now needs nothing of it.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
 	var body []byte
 	for u := range n.records(x.after) {
-		key := u.key()
-		if !x.dialled && x.upto != "" && key > x.upto {
-			break
-		}
-		if theirs := x.theirs[key]; theirs != nil && (u.Event != "" || !u.Member.supersedes(theirs.Member)) {
-			continue
-		}
 		b := wire.encode(body, u)
-		if h.More = len(b) > maxFrame-512; h.More {
+		if h.More = len(b) > maxFrame-512; h.More || !x.dialled && x.digest == n.digest() {
 			break
 		}
-		body, h.Target = b, key
+		body, x.after = b, u.key()
 	}
-	if x.after = h.Target; !h.More {
-		x.after, h.Target = x.upto, ""
+	if h.Target = x.after; !h.More {
+		x.after, h.Target = "", ""
 	}
 	return append(wire.encode(nil, &h), body...), h.More
 }
@@ -884,24 +874,19 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 // merge takes a piece of the other side's table; more says that others follow. One bad record costs that
 // record; bad is how many there were.
 func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err error) {
-	if h.Kind != kTable || h.More && h.Target <= x.after && !x.dialled {
+	if h.Kind != kTable || h.More && h.Target <= x.after {
 		return false, 0, errMalformed
 	}
 	n.detector.heard = n.now
-	if !x.dialled {
-		x.upto, x.theirs = h.Target, make(map[string]*update)
-	}
-	for i := range us {
-		if !x.dialled {
-			x.theirs[us[i].key()] = &us[i]
-		}
-		if err := n.mergeOne(x, us[i]); errors.Is(err, errTaken) {
+	for _, u := range us {
+		if err := n.mergeOne(x, u); errors.Is(err, errTaken) {
 			return false, bad, err
 		} else if err != nil {
 			bad++
 		}
 	}
-	if !h.More {
+	if x.after = h.Target; !h.More {
+		x.after = ""
 		n.joining.begin(n)
 	}
 	return h.More, bad, nil

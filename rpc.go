@@ -751,35 +751,36 @@ func (g *gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
 		s.err = nil
 		time.Sleep(20 * ms)
 	}
-	for more := differ; more; { // a piece of mine is answered with as many as it takes
-		more = g.say(s, x)
-		for g.hear(s, x) {
-		}
+	if differ {
+		g.say(s, x)
+		g.hear(s, x)
 	}
 	g.doFor(s, func(n *node) error { n.exchanged(x); return nil })
 	return plain(s.err)
 }
 
-// say sends the next piece of the table, hear takes one; more: it is not the last.
-func (g *gossip) say(s *session, x *exchange) (more bool) {
-	var frame []byte
-	g.doFor(s, func(n *node) error { frame, more = n.piece(x); return nil })
-	s.writeBytes(frame)
-	return more && s.err == nil
+// say sends the table, hear takes one.
+func (g *gossip) say(s *session, x *exchange) {
+	for more := true; more && s.err == nil; {
+		var frame []byte
+		g.doFor(s, func(n *node) error { frame, more = n.piece(x); return nil })
+		s.writeBytes(frame)
+	}
 }
 
-func (g *gossip) hear(s *session, x *exchange) (more bool) {
-	var h head
-	s.SetReadDeadline(time.Now().Add(frameFor))
-	us := s.read(&h)
-	g.doFor(s, func(n *node) (err error) {
-		bad := 0
-		if more, bad, err = n.merge(x, h, us); bad > 0 {
-			g.strange.seen(remote(s), fmt.Errorf("sent %d bad records in a table", bad))
-		}
-		return err
-	})
-	return more && s.err == nil
+func (g *gossip) hear(s *session, x *exchange) {
+	for more := true; more && s.err == nil; {
+		var h head
+		s.SetReadDeadline(time.Now().Add(frameFor))
+		us := s.read(&h)
+		g.doFor(s, func(n *node) (err error) {
+			bad := 0
+			if more, bad, err = n.merge(x, h, us); bad > 0 {
+				g.strange.seen(remote(s), fmt.Errorf("sent %d bad records in a table", bad))
+			}
+			return err
+		})
+	}
 }
 
 // serve answers one agent that has dialled.
@@ -807,11 +808,9 @@ func (g *gossip) serve(c *guest) error {
 	if h.Kind == kLink {
 		return g.serveLink(s, from)
 	}
-	x := &exchange{with: from}
-	for more := h.Kind == kExchange; more; { // who hangs up now has the same table
-		more = g.hear(s, x)
-		for g.say(s, x) {
-		}
+	if x := (&exchange{with: from, digest: h.Digest}); h.Kind == kExchange { // who hangs up now has the same table
+		g.hear(s, x)
+		g.say(s, x)
 	}
 	return s.err
 }

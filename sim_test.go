@@ -862,7 +862,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, x *exchange, done func(error))
 		s.after(sessionFor+frameFor, func() { finish(errTimedOut) })
 		x.dialled, x.with.Addr = true, to
 		c.meet(kExchange, func(n *node, w head, about []update) {
-			y := &exchange{with: Member{Name: n.self.Name, Born: n.self.Born}}
+			y := &exchange{with: Member{Name: n.self.Name, Born: n.self.Born}, digest: n.digest()}
 			s.welcomed(c, n, w, about, x, y, finish)
 		})
 	}, 300*ms, 700*ms)
@@ -883,32 +883,28 @@ func (s *sim) welcomed(c *simSession, n *node, w head, about []update, x, y *exc
 	}
 }
 
-// pieces sends a piece of the dialler's table, and takes the answer.
+// pieces plays both tables, the dialler's first.
 func (s *sim) pieces(c *simSession, n *node, x, y *exchange, finish func(error)) {
+	s.say(c, n, x, y, 1, finish, func(n *node) {
+		s.say(c, n, y, x, 0, finish, func(n *node) {
+			n.exchanged(x)
+			finish(nil)
+		})
+	})
+}
+
+// say sends the table of x, piece by piece, to end, where y is its counterpart, and then goes on there.
+func (s *sim) say(c *simSession, n *node, x, y *exchange, end int, finish func(error), then func(n *node)) {
 	frame, more := n.piece(x)
-	c.send(1, func(n *node) {
+	c.send(end, func(n *node) {
 		h, us := s.frame(frame)
-		if _, bad, err := n.merge(y, h, us); err != nil || bad > 0 {
-			finish(fmt.Errorf("%d bad records: %v", bad, err))
-			return
-		}
-		for rest := true; rest; {
-			var answer []byte
-			answer, rest = n.piece(y)
-			c.send(0, func(n *node) {
-				h, us := s.frame(answer)
-				again, bad, err := n.merge(x, h, us)
-				switch {
-				case err != nil || bad > 0:
-					finish(fmt.Errorf("%d bad records: %w", bad, err))
-				case again:
-				case more:
-					s.pieces(c, n, x, y, finish)
-				default:
-					n.exchanged(x)
-					finish(nil)
-				}
-			})
+		switch _, bad, err := n.merge(y, h, us); {
+		case err != nil || bad > 0:
+			finish(fmt.Errorf("%d bad records: %w", bad, err))
+		case more:
+			c.end[1-end].tell(func(n *node) { s.say(c, n, x, y, end, finish, then) })
+		default:
+			then(n)
 		}
 	})
 }
