@@ -568,44 +568,21 @@ type sessions struct {
 }
 
 // connect dials to, for sessionFor at most, and gives the session as long. A lost SYN costs a second in the
-// kernel, so it dials again after each of redial, without giving up the first; joins: for a join.
-func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, redial ...time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, sessionFor)
-	defer cancel()
-	dialer, ip := net.Dialer{KeepAlive: -1}, g.cfg.bind.Addr()
+// kernel, so it dials anew after each of waits; joins: for a join.
+func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, waits ...time.Duration) (c net.Conn, err error) {
+	dialer, ip := net.Dialer{KeepAlive: -1, Deadline: time.Now().Add(sessionFor)}, g.cfg.bind.Addr()
 	if !ip.IsUnspecified() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0))
 	}
-	won, failed := make(chan net.Conn), make(chan error, 1+len(redial))
-	dial := func() {
-		c, err := dialer.DialContext(ctx, "tcp", to.String())
-		if err != nil {
-			failed <- err
-			return
-		}
-		select {
-		case won <- c:
-		case <-ctx.Done(): // another one was first, or it is too late
-			c.Close()
-			failed <- ctx.Err()
-		}
-	}
-	go dial()
-	for _, after := range redial {
-		defer time.AfterFunc(after, dial).Stop()
-	}
-	var err error
-	for dials := 1 + len(redial); dials > 0 && !errors.Is(err, syscall.ECONNREFUSED); dials-- {
-		select {
-		case c := <-won:
-			c.SetDeadline(time.Now().Add(sessionFor))
-			return c, g.dialledFrom(c, joins)
-		case err = <-failed:
-		case <-ctx.Done():
-			return nil, plain(ctx.Err())
+	for _, dialer.Timeout = range append(waits, sessionFor) {
+		if c, err = dialer.DialContext(ctx, "tcp", to.String()); !timedOut(err) {
+			break
 		}
 	}
 	switch {
+	case err == nil:
+		c.SetDeadline(time.Now().Add(sessionFor))
+		return c, g.dialledFrom(c, joins)
 	case !ip.IsUnspecified() && ip.Is4() != to.Addr().Is4():
 		err = fmt.Errorf("this agent is bound to %s, an address of another kind", ip)
 	case ip.IsLoopback() && !to.Addr().IsLoopback():
@@ -654,7 +631,7 @@ func (g *gossip) look(l look) {
 	defer cancel()
 	tell := func(v verdict, w head) { g.call(func(n *node) { n.saw(sight{l, v, w.From, w.born()}) }) }
 	for range 4 {
-		c, err := g.connect(ctx, l.m.Addr, false, 150*ms, 300*ms)
+		c, err := g.connect(ctx, l.m.Addr, false, 150*ms, 150*ms)
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			tell(vRefused, head{})
 		}
@@ -715,7 +692,7 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 
 // linkOnce returns nil when a link has ended, or why none could be had.
 func (g *gossip) linkOnce(ctx context.Context, m Member) error {
-	c, err := g.connect(ctx, m.Addr, false, 300*ms, 700*ms)
+	c, err := g.connect(ctx, m.Addr, false, 300*ms, 400*ms)
 	if err != nil {
 		return err
 	}
@@ -735,7 +712,7 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 
 // compare compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
 func (g *gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
-	c, err := g.connect(g.ctx, to, joins, 300*ms, 700*ms)
+	c, err := g.connect(g.ctx, to, joins, 300*ms, 400*ms)
 	if err != nil {
 		return err
 	}

@@ -640,9 +640,9 @@ type simSession struct {
 	over     bool
 }
 
-// dial plays a connect of p with the redials of a session, each with the kernel's
-// own after 1 s. done gets a session, or errTimedOut or ECONNREFUSED.
-func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func(*simSession, error), redial ...time.Duration) {
+// dial plays a connect of p that is made anew after each of waits, with the kernel's
+// own tries every second. done gets a session, or errTimedOut or ECONNREFUSED.
+func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func(*simSession, error), waits ...time.Duration) {
 	h, over := s.hostAt(to), false
 	finish := func(c *simSession, err error) {
 		if !over && p.state != procDead {
@@ -650,7 +650,8 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 			done(c, err)
 		}
 	}
-	attempt := func() {
+	attempt := func(patience time.Duration) {
+		giveUp := s.now + patience
 		if over || p.state == procDead || h == nil || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
 			return
 		}
@@ -660,19 +661,19 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 				finish(nil, syscall.ECONNREFUSED)
 				return
 			}
-			if !over {
+			if !over && s.now < giveUp {
 				c := &simSession{s: s, end: [2]*proc{p, q}, deadline: deadline, failed: func(int, error) {}}
 				p.sessions, q.sessions = append(p.sessions, c), append(q.sessions, c)
 				finish(c, nil)
 			}
 		})
 	}
-	for _, after := range append(redial, 0) {
-		for _, kernel := range []time.Duration{0, time.Second} {
-			if at := after + kernel; s.now+at < deadline {
-				s.after(at+s.latency(), attempt)
-			}
+	at := time.Duration(0)
+	for _, wait := range append(waits, sessionFor) {
+		for kernel := time.Duration(0); kernel < wait && s.now+at+kernel < deadline; kernel += time.Second {
+			s.after(at+kernel+s.latency(), func() { attempt(wait - kernel) })
 		}
+		at += wait
 	}
 	s.after(deadline-s.now, func() { finish(nil, errTimedOut) })
 }
@@ -765,7 +766,7 @@ func (s *sim) look(p *proc, l look, tries int, deadline time.Duration) {
 		} else if err == syscall.ECONNREFUSED {
 			p.tell(func(n *node) { n.saw(sight{l, vRefused, "", 0}) })
 		}
-	}, 150*ms, 300*ms)
+	}, 150*ms, 150*ms)
 }
 
 // simLink is a watch link that shall stand.
@@ -838,7 +839,7 @@ func (p *proc) keepLink(l *simLink) {
 				ended(true, nil)
 			}
 		})
-	}, 300*ms, 700*ms)
+	}, 300*ms, 400*ms)
 }
 
 // compare plays an exchange of tables.
@@ -865,7 +866,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, x *exchange, done func(error))
 			y := &exchange{with: Member{Name: n.self.Name, Born: n.self.Born}, digest: n.digest()}
 			s.welcomed(c, n, w, about, x, y, finish)
 		})
-	}, 300*ms, 700*ms)
+	}, 300*ms, 400*ms)
 }
 
 func (s *sim) welcomed(c *simSession, n *node, w head, about []update, x, y *exchange, finish func(error)) {
