@@ -188,7 +188,7 @@ func (r *ring) beat(n *node, w *bond) {
 	if w.e.deal().met {
 		n.send(w.e.Member, h)
 	} else {
-		n.post(w.e, h, nil, w.by-n.now)
+		n.post(w.e.Member, h, nil, w.by-n.now)
 	}
 }
 

@@ -45,14 +45,14 @@ const (
 
 	maxDatagram, maxFrame = 1400, 32 << 10
 	maxQueue              = 4096 // claims and events that wait to be flooded
-	maxQuestions          = 4096
-	maxQueries, maxDuties = 64, 1024  // of one's own at a time, and those of others
-	maxLetters            = 4096      // of queries: more are refused
-	postRate, postBurst   = 64000, 64 // letters a second, and in one go: a thousand at once would be lost
-	maxInputs             = 1024      // that wait for the loop; more datagrams are lost
-	drainFor              = 20 * ms   // inputs may keep the loop from its tick
-	writeFor              = 20 * ms   // what the socket does not take by then is lost, as UDP may be
-	linesRate, linesBurst = 50, 2000  // log lines about members: a second, and at once
+	maxQuestions          = 2 * maxMembers
+	maxQueries, maxHeard  = 64, 1 << 14 // of one's own at a time, and those of others
+	replyFor              = time.Minute // a reply is sent again for so long at most
+	postRate, postBurst   = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
+	maxInputs             = 1024        // that wait for the loop; more datagrams are lost
+	drainFor              = 20 * ms     // inputs may keep the loop from its tick
+	writeFor              = 20 * ms     // what the socket does not take by then is lost, as UDP may be
+	linesRate, linesBurst = 50, 2000    // log lines about members: a second, and at once
 
 	// Bystanders whose addresses somebody forged get, all together, so much a second, and so many queries.
 	strangerRate, strangerBurst = 20, 60
@@ -188,8 +188,7 @@ type node struct {
 	self      *entry
 	out       outputs
 	number    uint64 // of the last datagram
-	questions []question
-	letters   letters
+	questions questions
 	ring      ring
 	detector  detector
 	spread    spread
@@ -222,7 +221,7 @@ func (n *node) enter(now time.Duration, input func(*node)) {
 func (n *node) tick(now time.Duration) outputs {
 	n.clock.advance(now)
 	n.clock.planned = time.Minute
-	n.letters.step(n)
+	n.questions.step(n)
 	if n.own.leaving == 0 {
 		n.ring.refresh(n)
 		n.ring.step(n)
@@ -234,7 +233,7 @@ func (n *node) tick(now time.Duration) outputs {
 			n.ring.refresh(n)
 			n.wakeAt(n.now) // retries follow the new ring in the next tick
 		}
-	} else if n.wakeAt(n.own.leaving); len(n.letters.open) == 0 || n.now >= n.own.leaving {
+	} else if n.wakeAt(n.own.leaving); len(n.questions.open) == 0 || n.now >= n.own.leaving {
 		n.out.left = true
 	}
 	n.spread.flush(n)
@@ -260,13 +259,6 @@ func (n *node) plausible(number, known uint64) bool {
 }
 
 // ---- the verbs ----
-
-// question is an open ping of one run of a member. It counts for one answer: a recorded one proves nothing.
-type question struct {
-	seq   uint32
-	m     Member
-	until time.Duration
-}
 
 func (n *node) head(k kind) head {
 	h := head{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation, Raised: n.self.Incarnation - n.self.Born}
@@ -302,13 +294,18 @@ func (n *node) send(to Member, h head, body ...[]byte) {
 
 // ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
 func (n *node) ping(m Member) {
-	open := slices.DeleteFunc(n.questions, func(q question) bool { return q.until <= n.now })
-	q := question{n.nonce(), m, n.now + answerFor}
-	n.questions = append(open[max(0, len(open)-maxQuestions+1):], q)
 	h := n.head(kPing)
-	h.Target, h.Seq = m.Name, q.seq
+	h.Target, h.Seq = m.Name, n.nonce()
+	n.questions.add(question{m: m, h: h, until: n.now + answerFor})
 	m.Born = 0
 	n.send(m, h)
+}
+
+// post sends m a letter.
+func (n *node) post(m Member, h head, body []byte, within time.Duration) {
+	h.Seq = n.nonce()
+	n.questions.add(question{m: m, h: h, body: body, until: n.now + within, letter: true})
+	n.wakeAt(n.now)
 }
 
 // nonce is a number that nobody can guess.
@@ -356,43 +353,60 @@ func (n *node) claim(e *entry, by string) update {
 	return u
 }
 
-// letter is a datagram that is sent again, less and less often, until it is acknowledged, its time is over,
-// or the run that it is for is gone.
-type letter struct {
-	run
-	h        head
-	body     []byte
-	until    time.Duration
-	at, wait time.Duration
+// ---- open questions ----
+
+// question is a datagram that wants an answer: a ping, or a letter, which is sent again, less and less often,
+// until its time is over or the run that it is for is gone. It counts for one answer: a recorded one proves nothing.
+type question struct {
+	m      Member // the run that is asked
+	h      head
+	body   []byte
+	until  time.Duration
+	letter bool
+	at     time.Duration // of a letter: when to send it
+	wait   time.Duration // and how long after the last time
 }
 
-// post sends a letter to e.
-func (n *node) post(e *entry, h head, body []byte, within time.Duration) {
-	h.Seq = n.nonce()
-	n.letters.open = append(n.letters.open, &letter{run: runOf(e), h: h, body: body, until: n.now + within, at: n.now})
-	n.wakeAt(n.now)
+type questions struct {
+	open []question
+	rate bucket // of letters
 }
 
-// letters are all that are under way.
-type letters struct {
-	open []*letter
-	rate bucket
+func (qs *questions) add(q question) {
+	if len(qs.open) < maxQuestions {
+		qs.open = append(qs.open, q)
+	}
 }
 
-func (ls *letters) step(n *node) {
-	ls.rate.fill(n.now, postRate, postBurst)
-	ls.open = slices.DeleteFunc(ls.open, func(l *letter) bool {
-		if n.now >= l.until || l.over() {
-			return true
+// take returns the question that h answers, which it closes.
+func (qs *questions) take(h head) (q question, ok bool) {
+	i := slices.IndexFunc(qs.open, func(q question) bool { return q.h.Seq == h.Seq && q.m.Name == h.From })
+	if i < 0 {
+		return question{}, false
+	}
+	q = qs.open[i]
+	qs.open = slices.Delete(qs.open, i, i+1)
+	return q, true
+}
+
+func (qs *questions) step(n *node) {
+	qs.rate.fill(n.now, postRate, postBurst)
+	for i := range qs.open {
+		q := &qs.open[i]
+		if q.letter && n.now >= q.at && n.now < q.until && qs.rate.take() {
+			if e := n.t.get(q.m.Name); e == nil || (run{e, q.m.Born}).over() {
+				q.until = n.now
+				continue
+			}
+			q.wait = min(max(2*q.wait, resendAfter), time.Second)
+			q.at = n.now + q.wait
+			n.send(q.m, q.h, q.body)
 		}
-		if n.now >= l.at && ls.rate.take() {
-			l.wait = min(max(2*l.wait, resendAfter), time.Second)
-			l.at = n.now + l.wait
-			n.send(l.e.Member, l.h, l.body)
+		if q.letter {
+			n.wakeAt(max(q.at, n.now+ms))
 		}
-		n.wakeAt(max(l.at, n.now+ms))
-		return false
-	})
+	}
+	qs.open = slices.DeleteFunc(qs.open, func(q question) bool { return n.now >= q.until })
 }
 
 // ---- datagrams in ----
@@ -400,7 +414,6 @@ func (ls *letters) step(n *node) {
 // dealings is what the protocol has had to do with one run of a member.
 type dealings struct {
 	datagrams window
-	queries   window
 	met       bool          // it has answered: somebody lives at its address
 	reminded  time.Duration // when it was last told what is believed of it
 	stalled   time.Duration // since when it accepts without answering; 0: it does not
@@ -488,51 +501,33 @@ func (n *node) answer(to netip.AddrPort, h head, size int) {
 	}
 }
 
-// acked takes the answer to a ping or a letter of mine.
+// acked takes the answer to a question of mine.
 func (n *node) acked(h head) {
-	var m Member
-	q := slices.IndexFunc(n.questions, func(q question) bool { return q.seq == h.Seq && q.m.Name == h.From && n.now < q.until })
-	l := slices.IndexFunc(n.letters.open, func(l *letter) bool { return l.h.Seq == h.Seq && l.e.Name == h.From && l.born == l.e.Born })
-	switch {
-	case q >= 0:
-		m = n.questions[q].m
-		n.questions = slices.Delete(n.questions, q, q+1)
-	case l >= 0:
-		m = n.letters.open[l].e.Member
-	default:
+	q, ok := n.questions.take(h)
+	if !ok {
 		return
 	}
-	if m.Addr != n.self.Addr {
+	if q.m.Addr != n.self.Addr {
 		n.detector.heard = n.now
 	}
-	e := n.t.get(m.Name)
+	e := n.t.get(q.m.Name)
 	switch {
 	case e == n.self: // a namesake
-		n.detector.answered(n, m, h.born())
-	case e == nil || e.Born != m.Born:
-	case h.born() != m.Born:
+		n.detector.answered(n, q.m, h.born())
+	case e == nil || e.Born != q.m.Born:
+	case h.born() != q.m.Born:
 		if e.Status == statusFailed { // it has restarted, and may know nobody to join
 			n.exchange(e.Member)
 		}
 	default:
 		e.deal().datagrams.lower(h.Number) // only a forger's is far above what was sent just now
 		e.deal().tcpOnly = 0
-		n.delivered(l)
+		if q.h.Kind == kQuery {
+			n.queries.answered(n, e, head{Query: q.h.Query, Reply: replyHeard}, nil)
+		}
 		n.met(e)
-		n.detector.answered(n, m, m.Born)
+		n.detector.answered(n, q.m, q.m.Born)
 		n.contact(e, h)
-	}
-}
-
-// delivered takes letter i, which has arrived, off the list.
-func (n *node) delivered(i int) {
-	if i < 0 {
-		return
-	}
-	l := n.letters.open[i]
-	n.letters.open = slices.Delete(n.letters.open, i, i+1)
-	if l.h.Kind == kQuery {
-		n.queries.answered(n, l.e, head{Query: l.h.Query, Reply: replyHeard}, nil)
 	}
 }
 
@@ -1143,9 +1138,9 @@ func (n *node) startLeave() {
 	if n.own.leaving != 0 {
 		return
 	}
-	n.own.leaving, n.letters.open = n.now+leaveFor, nil
+	n.own.leaving, n.questions.open = n.now+leaveFor, nil
 	for _, w := range n.ring.watchers {
-		n.post(w.e, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
+		n.post(w.e.Member, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
 	}
 }
 
@@ -1194,7 +1189,7 @@ func (n *node) info() []any {
 type queries struct {
 	last      uint32
 	mine      []*query
-	duties    []duty
+	heard     []heard
 	strangers bucket // what those get who have never answered
 }
 
@@ -1203,12 +1198,10 @@ type query struct {
 	id      uint32
 	until   time.Duration
 	waiting []run // whose answer has not come
-	heard   []run // who have the query
 }
 
-// duty is a query that this node was asked. It is remembered until its time is over, so that it is heard
-// once, however often it arrives.
-type duty struct {
+// heard is a query of another member, remembered until its time is over: it may arrive again.
+type heard struct {
 	run
 	id    uint32
 	until time.Duration
@@ -1221,9 +1214,10 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if err := checkPayload("query", name, payload); err != nil {
 		return 0, nil, err
 	}
-	if qs.last++; len(qs.mine) >= maxQueries || len(n.letters.open) >= maxLetters || len(qs.mine) > 0 && qs.last-qs.mine[0].id >= windowSize {
-		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d, the oldest since %d others", len(qs.mine), qs.last-qs.mine[0].id)
+	if len(qs.mine) >= maxQueries || len(n.questions.open) >= maxQuestions/2 {
+		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.mine))
 	}
+	qs.last++
 	q := &query{id: qs.last, until: n.now + within}
 	u := update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Within: uint32(within / ms)}
 	h, body := n.head(kQuery), wire.encode(nil, &u)
@@ -1234,7 +1228,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		}
 		q.waiting, who = append(q.waiting, runOf(e)), append(who, e.Name)
 		if e != n.self {
-			n.post(e, h, body, within)
+			n.post(e.Member, h, body, within)
 		}
 	}
 	if len(who) == 0 {
@@ -1253,37 +1247,30 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 	if len(us) != 1 || !n.sound(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, within := us[0], time.Duration(us[0].Within)*ms
-	if !e.deal().queries.take(uint64(h.Query)) { // sent again, since the acknowledgement was lost
+	u, again := us[0], func(o heard) bool { return o.e == e && o.born == e.Born && o.id == h.Query }
+	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
 		return nil
 	}
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
-	qs.duties = append(qs.duties, duty{runOf(e), h.Query, n.now + within})
-	if len(qs.duties) > maxDuties {
-		n.replied(e.Member, h.Query, replyFailed, []byte("too many queries wait for an answer here"))
-		return nil
-	}
-	n.out.events = append(n.out.events, Event{kind: eventQuery, Member: e.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, id: h.Query, within: within})
+	ev := Event{kind: eventQuery, Member: e.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, id: h.Query, within: time.Duration(u.Within) * ms}
+	qs.heard = append(qs.heard, heard{runOf(e), ev.id, n.now + ev.within})
+	n.out.events = append(n.out.events, ev)
 	if !slices.Contains(n.answers, "") && !slices.Contains(n.answers, u.Event) {
-		n.replied(e.Member, h.Query, replyNothing, nil)
+		n.replied(ev, replyNothing, nil)
 	}
 	return nil
 }
 
-// replied is told what came of the eventQuery with this id of asker.
-func (n *node) replied(asker Member, id uint32, r reply, text []byte) {
-	qs, h, us := &n.queries, n.head(kReply), []update{{Payload: text}}
-	h.Query, h.Reply = id, r
-	i := slices.IndexFunc(qs.duties, func(d duty) bool { return d.e.Name == asker.Name && d.born == asker.Born && d.id == id })
-	if i < 0 {
-		return
-	}
-	d := qs.duties[i]
-	qs.duties = slices.Delete(qs.duties, i, i+1)
-	if d.e == n.self {
-		qs.answered(n, d.e, h, us)
-	} else {
-		n.post(d.e, h, wire.encode(nil, &us[0]), d.until-n.now)
+// replied is told what came of ev, an eventQuery.
+func (n *node) replied(ev Event, r reply, text []byte) {
+	h, u := n.head(kReply), update{Payload: text}
+	h.Query, h.Reply = ev.id, r
+	switch e := n.t.get(ev.Member.Name); {
+	case e == nil || e.Born != ev.Member.Born:
+	case e == n.self:
+		n.queries.answered(n, e, h, []update{u})
+	default:
+		n.post(e.Member, h, wire.encode(nil, &u), min(ev.within, replyFor))
 	}
 }
 
@@ -1293,23 +1280,14 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 	if i < 0 || h.Reply == replyNone || h.Reply > replyFailed {
 		return
 	}
-	q := qs.mine[i]
-	tell := func(r reply, text []byte) {
-		n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id, Member: e.Member, reply: r, payload: text})
+	q, ev := qs.mine[i], Event{kind: eventAnswer, id: h.Query, Member: e.Member, reply: h.Reply}
+	if h.Reply != replyHeard {
+		q.waiting = slices.DeleteFunc(q.waiting, func(r run) bool { return r.e == e })
 	}
-	if !slices.Contains(q.heard, runOf(e)) {
-		q.heard = append(q.heard, runOf(e))
-		tell(replyHeard, nil)
-	}
-	if h.Reply == replyHeard {
-		return
-	}
-	q.waiting = slices.DeleteFunc(q.waiting, func(r run) bool { return r.e == e })
-	var text []byte
 	for _, u := range us {
-		text = u.Payload[:min(len(u.Payload), maxPayload)]
+		ev.payload = u.Payload[:min(len(u.Payload), maxPayload)]
 	}
-	tell(h.Reply, text)
+	n.out.events = append(n.out.events, ev)
 }
 
 // step ends queries: when everybody who lives has answered, or their time is over.
@@ -1323,7 +1301,7 @@ func (qs *queries) step(n *node) {
 		n.wakeAt(q.until)
 		return false
 	})
-	qs.duties = slices.DeleteFunc(qs.duties, func(d duty) bool { return n.now >= d.until || d.over() })
+	qs.heard = slices.DeleteFunc(qs.heard, func(o heard) bool { return n.now >= o.until || o.over() })
 }
 
 // ---------------------------------------------------------------------------
@@ -1504,7 +1482,7 @@ func (g *gossip) publish(ev Event) {
 		g.unlogged = 0
 		g.cfg.log.Printf("[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
 	}
-	g.cfg.events(ev, func(r reply, text []byte) { g.call(func(n *node) { n.replied(m, ev.id, r, text) }) })
+	g.cfg.events(ev, func(r reply, text []byte) { g.call(func(n *node) { n.replied(ev, r, text) }) })
 }
 
 func (g *gossip) readUDP() {

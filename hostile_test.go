@@ -511,7 +511,7 @@ func (r *rig) react(o outputs) {
 	}
 	for _, ev := range o.events {
 		if ev.kind == eventQuery && r.byte()&1 > 0 {
-			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.replied(ev.Member, ev.id, replyDone, make([]byte, maxPayload)) }) })
+			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.replied(ev, replyDone, make([]byte, maxPayload)) }) })
 		}
 	}
 }
@@ -608,14 +608,13 @@ func (r *rig) checkBounds() {
 	}
 	bound("members", members, maxMembers)
 	bound("probes", len(n.detector.probes), maxProbes+1)
-	bound("questions", len(n.questions), maxQuestions)
+	bound("questions", len(n.questions.open), maxQuestions)
 	bound("floods", len(n.spread.queue), maxQueue)
 	bound("floods of late", len(n.spread.sent), maxQueue)
 	bound("events", len(n.spread.events.recent), maxEvents)
 	bound("seeds' names", len(n.joining.names), 64+4)
 	bound("queries", len(n.queries.mine), maxQueries)
-	bound("duties", len(n.queries.duties), maxDuties)
-	bound("letters", len(n.letters.open), maxDuties+rings*4+maxQueries*members)
+	bound("queries of others", len(n.queries.heard), maxHeard)
 	for _, ev := range n.spread.events.recent {
 		bound("bytes of an event", len(ev.name)+len(ev.payload), maxPayload)
 	}

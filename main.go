@@ -873,10 +873,13 @@ func (t *tally) heard(r reply, from, text string) error {
 	if r != replyHeard {
 		t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
 	}
-	switch plain := strings.TrimSuffix(text, "\n"); {
-	case r == replyHeard && !t.noAck:
+	if !t.noAck && !slices.Contains(t.acks, any(from)) { // a reply may overtake it
 		t.acks = append(t.acks, from)
-		return t.say("Ack from '%s'\n", from)
+		if err := t.say("Ack from '%s'\n", from); err != nil {
+			return err
+		}
+	}
+	switch plain := strings.TrimSuffix(text, "\n"); {
 	case r == replyDone:
 		t.responses = append(t.responses, from, text)
 		return t.say("Response from '%s': %s\n", from, plain)

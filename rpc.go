@@ -48,7 +48,7 @@ const (
 	linkLook    = 30 * time.Second // between looks whether a link's member is still one
 	linkMax     = 30 * time.Second // between tries to have a link
 	busyFor     = time.Second      // until a place for an exchange must be free
-	windowSize  = 512              // a multiple of 64
+	windowSize  = 64
 	xaesNonce   = 24
 )
 
@@ -220,9 +220,8 @@ func (s *seal) open(b []byte, whom string) ([]byte, error) {
 }
 
 const (
-	protocolVersion = 2
-	flagSealed      = 1 << 7
-	flagAnyRun      = 1 << 6 // not bound to one run of the receiver: only a ping is not
+	protocolVersion = 3
+	flagAnyRun      = 1 << 7 // not bound to one run of the receiver: only a ping is not
 )
 
 func datagramFor(name string, born uint64) string {
@@ -235,64 +234,44 @@ func (s *seal) closeDatagram(data []byte, name string, born uint64) []byte {
 	if born == 0 {
 		flags |= flagAnyRun
 	}
-	if s.keyed() {
-		flags |= flagSealed
-	}
 	return s.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
 }
 
 // openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
 func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
-	if len(b) < 5 || b[0]&^(flagSealed|flagAnyRun) != protocolVersion {
+	if len(b) < 5 || b[0]&^flagAnyRun != protocolVersion {
 		return nil, false, errVersion
+	} else if len(b) > maxDatagram {
+		return nil, false, errors.New("sent a datagram that is too long")
 	}
 	if anyRun = b[0]&flagAnyRun != 0; anyRun {
 		born = 0
 	}
 	data, err = s.open(b[1:], datagramFor(name, born))
-	switch sealed := b[0]&flagSealed != 0; {
-	case errors.Is(err, errNotForMe):
-	case len(b) > maxDatagram:
-		err = errors.New("sent a datagram that is too long")
-	case sealed && !s.keyed():
-		err = errKeyless
-	case !sealed && s.keyed():
-		err = errKeyed
-	}
 	return data, anyRun, err
 }
 
-// window tells which of the numbers that a run gives its datagrams, or its queries, have counted: none counts
+// window tells which of the numbers that a run gives its datagrams have counted: none counts
 // twice (RFC 4303, section 3.4.3). What is windowSize behind the highest counts for nothing.
 type window struct {
 	top  uint64
-	seen [windowSize / 64]uint64 // a bit for each number, in a circle (RFC 6479)
+	seen uint64 // a bit for each number, from top down
 }
 
 func (w *window) take(number uint64) bool {
-	if number == 0 || number < w.top && w.top-number >= windowSize {
-		return false
+	if number > w.top {
+		w.seen, w.top = w.seen<<(number-w.top), number
 	}
-	if number > w.top && number-w.top > windowSize {
-		*w = window{top: number - windowSize}
-	}
-	for w.top < number {
-		w.top++
-		w.seen[w.top/64%uint64(len(w.seen))] &^= 1 << (w.top % 64)
-	}
-	word, bit := &w.seen[number/64%uint64(len(w.seen))], uint64(1)<<(number%64)
-	fresh := *word&bit == 0
-	*word |= bit
+	bit := uint64(1) << (w.top - number) // 0 when it is too far behind
+	fresh := number > 0 && bit > 0 && w.seen&bit == 0
+	w.seen |= bit
 	return fresh
 }
 
 // lower makes number the highest that has counted.
 func (w *window) lower(number uint64) {
 	if number+windowSize < w.top {
-		w.top = number
-		for i := range w.seen {
-			w.seen[i] = ^uint64(0)
-		}
+		*w = window{number, ^uint64(0)}
 	}
 }
 

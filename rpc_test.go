@@ -141,13 +141,16 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	}
 	plain, keyed, wrong := &seal{}, &seal{keys: testKey(1)}, &seal{keys: testKey(3)}
 	both := &seal{keys: append(testKey(2), testKey(1)...)}
-	b := keyed.closeDatagram([]byte("x"), "a", 1)
-	for want, s := range map[error]*seal{nil: both, errKeyless: plain, errOtherKey: wrong} {
+	b := keyed.closeDatagram([]byte("a secret"), "a", 1)
+	if data, _, err := plain.openDatagram(b, "a", 1); err == nil && bytes.Contains(data, []byte("secret")) {
+		t.Error("who has no key reads it")
+	}
+	for want, s := range map[error]*seal{nil: both, errOtherKey: wrong} {
 		if _, _, err := s.openDatagram(b, "a", 1); !errors.Is(err, want) {
 			t.Errorf("got %v, want %v", err, want)
 		}
 	}
-	if _, _, err := keyed.openDatagram(plain.closeDatagram([]byte("x"), "a", 1), "a", 1); !errors.Is(err, errKeyed) {
+	if _, _, err := keyed.openDatagram(plain.closeDatagram([]byte("x"), "a", 1), "a", 1); !errors.Is(err, errOtherKey) {
 		t.Error(err)
 	}
 }
