@@ -36,8 +36,7 @@ const (
 	lastCallGap = 150 * ms
 	lastCalls   = 6
 	retryRate   = 2.0 // pings a second, times the failed share of the table
-	maxProbes   = 128
-	maxAskers   = 64
+	maxProbes   = 256
 )
 
 // verdict is what one observer saw of a target, in rising weight as evidence that somebody is there.
@@ -152,32 +151,16 @@ func (r *ring) refresh(n *node) {
 	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 }
 
-// greet sends new watchers their first heartbeat. What it promises is spread over the cycle, each time the
-// first beat that nobody else has been promised: were all told to wait for a whole cycle, nobody would notice
-// before its end that a host vanished right after it had joined.
+// greet tells all watchers anew when one of them is new. Their promises follow one another: were all told to wait
+// for a whole cycle, nobody would notice before its end that a host vanished right after it had joined.
 func (r *ring) greet(n *node) {
-	next := max(r.nextBeat, n.now)
-	for _, w := range r.watchers {
-		if w.by != 0 {
-			continue
-		}
-		slot := time.Duration(len(r.watchers))
-		for slot > 0 && r.promised(next+slot*beatEvery) < slot {
-			slot--
-		}
-		w.by = next + slot*beatEvery
+	if !slices.ContainsFunc(r.watchers, func(w *bond) bool { return w.by == 0 }) {
+		return
+	}
+	for i, w := range r.watchers {
+		w.by = max(r.nextBeat, n.now) + time.Duration(i)*beatEvery
 		r.beat(n, w)
 	}
-}
-
-// promised counts the watchers that expect a heartbeat before t.
-func (r *ring) promised(t time.Duration) (c time.Duration) {
-	for _, w := range r.watchers {
-		if w.by != 0 && w.by < t {
-			c++
-		}
-	}
-	return c
 }
 
 // beat sends w a heartbeat that promises the next one. From whoever has not answered yet it wants an answer:
@@ -205,12 +188,11 @@ func (r *ring) step(n *node) {
 		n.wakeAt(r.nextBeat)
 	}
 	for _, w := range r.watched {
-		if p := n.detector.probeOf(w.e); p != nil && p.stage != helping {
-			continue
-		}
-		if n.now >= w.by {
-			n.detector.judge(n, w.e)
-		} else {
+		switch {
+		case n.detector.probeOf(w.e) != nil:
+		case n.now >= w.by:
+			n.detector.judge(n, w.e.Member, w.e)
+		default:
 			n.wakeAt(w.by)
 		}
 	}
@@ -296,46 +278,29 @@ type detector struct {
 	strangers bucket // what those get who have never answered
 }
 
-// stage is how far a probe has come.
-type stage uint8
-
-const (
-	helping  stage = iota // for others who asked; no verdict of mine
-	judging               // a round, and another one if nothing is clear
-	accusing              // the target is suspect, and has time to contradict
-	last                  // the last round of a suspicion
-)
-
-// probe is one look at a member, for a verdict of mine, for others who asked, or both. A target has one at a time.
+// probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
+// asked.
 type probe struct {
-	m       Member // whom, as it was believed
-	e       *entry // nil: a namesake of mine, whom no entry describes
-	stage   stage
-	start   time.Duration // of the round
-	accused time.Duration // when
-	seq     uint32        // of the look and the checks of this probe
-	pings   int           // of this round, as are the checks
-	checks  int
-	mine    verdict
-	udp     bool // it answered by UDP
-	ended   bool // a watch link ended: TCP did work, so a refusal means that nobody is there
-	votes   []vote
-	asked   []*entry
-	askers  []asker
+	m      Member // whom, as it was believed
+	e      *entry // nil: a namesake of mine, whom no entry describes
+	asker  *entry // who wants a vote of mine, in the probe check; nil: nobody
+	check  uint32
+	start  time.Duration // of the round
+	last   bool          // the target is suspect, and this round decides
+	seq    uint32        // of the checks of this probe
+	pings  int           // of this round, as are the checks
+	checks int
+	mine   verdict
+	udp    bool // it answered by UDP
+	ended  bool // a watch link ended: TCP did work, so a refusal means that nobody is there
+	votes  []vote
+	asked  []*entry
 }
 
 type vote struct {
 	by   string
 	v    verdict
 	when time.Duration
-}
-
-// asker is somebody who wants a vote of mine by then.
-type asker struct {
-	e    *entry
-	seq  uint32
-	by   time.Duration
-	sent verdict
 }
 
 // find returns the probe for which is holds, or nil.
@@ -346,38 +311,41 @@ func (d *detector) find(is func(*probe) bool) *probe {
 	return nil
 }
 
-func (d *detector) probeOf(e *entry) *probe { return d.find(func(p *probe) bool { return p.e == e }) }
-
-// namesake is the probe of a namesake, if one is under way.
-func (d *detector) namesake() *probe { return d.probeOf(nil) }
-
-// begin starts a probe of m, or returns the one of e that runs.
-func (d *detector) begin(n *node, m Member, e *entry) *probe {
-	p := d.probeOf(e)
-	if p == nil {
-		n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-		p = &probe{m: m, e: e, start: n.now, seq: n.nonce()}
-		d.probes = append(d.probes, p)
-		n.wakeAt(n.now)
+// of is all probes of one run of a member.
+func (d *detector) of(m Member) (ps []*probe) {
+	for _, p := range d.probes {
+		if p.m.Name == m.Name && p.m.Born == m.Born {
+			ps = append(ps, p)
+		}
 	}
+	return ps
+}
+
+// probeOf is the probe of e, or (nil) of a namesake, for a verdict of mine.
+func (d *detector) probeOf(e *entry) *probe {
+	return d.find(func(p *probe) bool { return p.e == e && p.asker == nil })
+}
+
+func (d *detector) begin(n *node, m Member, e *entry) *probe {
+	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
+	p := &probe{m: m, e: e, start: n.now, seq: n.nonce()}
+	d.probes = append(d.probes, p)
+	n.wakeAt(n.now)
 	return p
 }
 
-// judge probes e for a verdict of mine. Where there are too many probes it has to wait: nil.
-func (d *detector) judge(n *node, e *entry) *probe {
-	if e == n.self || e.Status.dead() || len(d.probes) >= maxProbes && d.probeOf(e) == nil {
+// judge probes m, which e describes (nil: a namesake), for a verdict of mine. Where there are too many probes it
+// has to wait: nil.
+func (d *detector) judge(n *node, m Member, e *entry) *probe {
+	if p := d.probeOf(e); p != nil {
+		return p
+	}
+	if e == n.self || m.Status.dead() || len(d.probes) >= maxProbes {
 		n.wakeAt(n.now + askAfter)
 		return nil
 	}
-	p := d.begin(n, e.Member, e)
-	if p.stage == helping {
-		p.stage, p.start = judging, n.now
-	}
-	return p
+	return d.begin(n, m, e)
 }
-
-// meet probes m, a namesake of this node.
-func (d *detector) meet(n *node, m Member) { d.begin(n, m, nil).stage = judging }
 
 // linkEnded is told that a watch link with a run of m has ended (tries 0), or for the how manieth time in a
 // row that none could be had. It is evidence that starts a probe, never a verdict.
@@ -389,7 +357,7 @@ func (n *node) linkEnded(m Member, tries int, refused bool) {
 	if tries == 4 {
 		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
-	if p := n.detector.judge(n, e); p != nil {
+	if p := n.detector.judge(n, e.Member, e); p != nil {
 		p.ended = p.ended || tries == 0
 		if refused {
 			n.detector.observed(n, p, vRefused)
@@ -407,47 +375,37 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
-	switch {
-	case p.e != nil && (p.e.Born != p.m.Born || p.e.Status.dead()):
+	if p.e != nil && (p.e.Born != p.m.Born || p.e.Status.dead()) ||
+		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation) { // it has refuted
 		d.end(p)
 		return
-	case p.stage >= accusing && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation):
-		d.end(p) // it has refuted
-		return
-	case p.stage == accusing && n.now < p.accused+suspectFor-probeFor:
-		d.vote(n, p)
-		n.wakeAt(p.accused + suspectFor - probeFor)
-		return
-	case p.stage == accusing:
-		d.round(p, n.now, last)
 	}
 	age, end := n.now-p.start, probeFor
-	if p.e == nil {
+	switch {
+	case p.asker != nil:
+		end = helpFor
+	case p.e == nil:
 		end = namesakeFor
 	}
 	again := age >= askAfter || p.mine == vRefused
 	if p.pings == 0 && age >= 0 {
-		n.look(p.seq, p.m)
+		n.look(p.m)
 	}
 	if p.pings == 0 && age >= 0 || p.pings == 1 && again {
 		p.pings++
 		n.ping(p.m)
 	}
-	if p.e != nil && p.stage != helping && (p.checks == 0 && again || p.checks == 1 && age >= askOnce) {
+	if p.e != nil && p.asker == nil && (p.checks == 0 && again || p.checks == 1 && age >= askOnce) {
 		p.checks++
 		d.check(n, p)
 	}
-	d.vote(n, p)
-	switch {
-	case p.stage != helping && age >= end:
+	if age >= end {
 		d.conclude(n, p)
-	case p.stage == helping && !slices.ContainsFunc(p.askers, func(a asker) bool { return n.now < a.by }):
-		d.end(p)
-	default:
-		for _, at := range []time.Duration{0, askAfter, askOnce, helpFor, end} {
-			if age < at {
-				n.wakeAt(p.start + at)
-			}
+		return
+	}
+	for _, at := range []time.Duration{0, askAfter, askOnce, end} {
+		if age < at {
+			n.wakeAt(p.start + at)
 		}
 	}
 }
@@ -487,50 +445,28 @@ func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
 // looked at, at the address that I know.
 func (d *detector) asked(n *node, by *entry, h head) {
 	e := n.t.get(h.Target)
-	if e == nil || e == n.self || by.Status.dead() {
-		return
-	}
-	if e.Status.dead() { // the asker has missed it, and may have nobody else to ask
-		d.sendVote(n, &asker{e: by, seq: h.Seq}, e.Member, vUnreachable)
-		return
-	}
-	if len(d.probes) >= maxProbes/2 && d.probeOf(e) == nil {
-		return // I have my own to look at
-	}
-	p := d.begin(n, e.Member, e)
-	a := asker{e: by, seq: h.Seq, by: n.now + helpFor}
-	i := slices.IndexFunc(p.askers, func(b asker) bool { return b.e == by && b.seq == h.Seq })
+	again := func(p *probe) bool { return p.asker == by && p.check == h.Seq }
 	switch {
-	case i >= 0 && p.mine == vNone && p.askers[i].sent != vNone: // the next round
-		p.askers[i] = a
-	case i >= 0: // or the vote was lost
-		p.askers[i].sent = vNone
-	case len(p.askers) < maxAskers:
-		p.askers = append(p.askers, a)
-	}
-	d.vote(n, p)
-}
-
-// vote tells the askers what is known, or that nothing is once their time is over.
-func (d *detector) vote(n *node, p *probe) {
-	for i := range p.askers {
-		a := &p.askers[i]
-		known := p.mine == vRefused || p.mine == vAlive
-		if known && a.sent != p.mine || a.sent == vNone && n.now >= a.by {
-			a.sent = max(p.mine, vUnreachable)
-			d.sendVote(n, a, p.m, a.sent)
-		} else if a.sent == vNone {
-			n.wakeAt(a.by)
+	case e == nil || e == n.self || by.Status.dead() || d.find(again) != nil:
+	case e.Status.dead(): // the asker has missed it, and may have nobody else to ask
+		d.vote(n, &probe{m: e.Member, asker: by, check: h.Seq})
+	case len(d.probes) < maxProbes/2: // I have my own to look at
+		running := d.of(e.Member)
+		p := d.begin(n, e.Member, e)
+		p.asker, p.check = by, h.Seq
+		if len(running) > 0 { // one look will do for all
+			p.pings = 2
+			d.observed(n, p, running[0].mine)
 		}
 	}
 }
 
-// sendVote says what was seen of m, and of which run: a helper that knows a newer one would else acquit the old
+// vote tells the asker what was seen, and of which run: a helper that knows a newer one would else acquit the old
 // one for ever.
-func (d *detector) sendVote(n *node, a *asker, m Member, v verdict) {
+func (d *detector) vote(n *node, p *probe) {
 	h := n.head(kVote)
-	h.Seq, h.Target, h.Verdict = a.seq, m.Name, v
-	n.send(a.e.Member, h, wire.encode(nil, &update{Member: m}))
+	h.Seq, h.Target, h.Verdict = p.check, p.m.Name, max(p.mine, vUnreachable)
+	n.send(p.asker.Member, h, wire.encode(nil, &update{Member: p.m}))
 }
 
 // voted takes a helper's answer, if it is one to a probe that still runs. One about another run is news of that.
@@ -568,7 +504,7 @@ func (p *probe) seen(lo, hi verdict) (c int) {
 // sight is what a look by TCP has seen: first perhaps that the kernel accepts (vSilent), then vRefused,
 // vAlive, or that it hung up (vNone).
 type sight struct {
-	look
+	m    Member
 	v    verdict
 	name string // vAlive: who answered
 	born uint64
@@ -584,24 +520,25 @@ func (n *node) saw(s sight) {
 	if e := n.t.get(s.m.Name); right && e != nil && e != n.self && e.Born == s.born {
 		n.met(e)
 	}
-	p := d.find(func(p *probe) bool { return p.seq == s.seq })
-	if p == nil {
-		return
+	v := s.v
+	if !right && v == vAlive {
+		v = vRefused // another process lives at its address
 	}
-	if !right && (s.v == vAlive || s.v == vNone) && p.mine == vSilent {
-		p.mine = vNone // another process lives at its address, or it hung up: it did not stall
+	for _, p := range d.of(s.m) {
+		if p.mine == vSilent && (v == vRefused || v == vNone) {
+			p.mine = vNone // it did not stall: it hung up, or has gone
+		}
+		d.observed(n, p, v)
 	}
-	if !right && s.v == vAlive {
-		s.v = vRefused
-	}
-	d.observed(n, p, s.v)
 }
 
 // answered is told that m was heard of by UDP just now: the run born.
 func (d *detector) answered(n *node, m Member, born uint64) {
-	if p := d.find(func(p *probe) bool { return p.m.Name == m.Name && p.m.Born == m.Born }); p != nil && born == m.Born {
-		p.udp = true
-		d.observed(n, p, vAlive)
+	for _, p := range d.of(m) {
+		if born == m.Born {
+			p.udp = true
+			d.observed(n, p, vAlive)
+		}
 	}
 }
 
@@ -611,9 +548,10 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 		return
 	}
 	p.mine = v
-	d.vote(n, p)
 	switch {
-	case p.e == nil && (v == vAlive || v == vRefused):
+	case p.asker != nil && v == vRefused: // it may yet answer
+		d.vote(n, p)
+	case (p.asker != nil || p.e == nil) && v == vAlive, p.e == nil && v == vRefused:
 		d.conclude(n, p)
 	case v == vAlive && p.udp:
 		d.acquit(n, p)
@@ -624,14 +562,18 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 
 // refused fails a target that refuses two observers, nobody contradicting, at once: a watch link showed that TCP works.
 func (d *detector) refused(n *node, p *probe) {
-	if p.mine <= vRefused && p.stage != helping && p.ended && p.seen(vRefused, vRefused) >= 2 && p.seen(vAlive, vAlive) == 0 {
+	if p.mine <= vRefused && p.ended && p.seen(vRefused, vRefused) >= 2 && p.seen(vAlive, vAlive) == 0 {
 		d.fail(n, p)
 	}
 }
 
 // conclude gives the verdict at the end of a round.
 func (d *detector) conclude(n *node, p *probe) {
-	if p.e == nil {
+	if p.asker != nil {
+		d.end(p)
+		d.vote(n, p)
+		return
+	} else if p.e == nil {
 		d.end(p)
 		n.own.found(n, p.m, p.mine == vAlive)
 		return
@@ -652,21 +594,20 @@ func (d *detector) conclude(n *node, p *probe) {
 		d.stalled(n, p)
 	case p.mine == vRefused, p.seen(vRefused, vRefused) >= 2:
 		d.fail(n, p)
-	case p.stage == last && n.t.alive() > 2 && n.now-d.heard > probeFor:
-		d.round(p, n.now+askAfter, last) // I hear nobody at all: it may be me
-	case p.stage == last:
+	case p.last && n.t.alive() > 2 && n.now-d.heard > probeFor:
+		d.round(p, n.now+askAfter) // I hear nobody at all: it may be me
+	case p.last:
 		d.fail(n, p)
 	case p.seen(vUnreachable, vRefused) >= 2, n.t.alive() <= 2:
 		d.suspect(n, p)
 	default: // nobody else could say
-		d.round(p, n.now, judging)
+		d.round(p, n.now)
 	}
 }
 
 // round looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
-func (d *detector) round(p *probe, start time.Duration, s stage) {
-	p.stage, p.start = s, start
-	p.pings, p.checks, p.mine, p.udp, p.ended = 0, 0, vNone, false, false
+func (d *detector) round(p *probe, start time.Duration) {
+	p.start, p.pings, p.checks, p.mine, p.udp, p.ended = start, 0, 0, vNone, false, false
 }
 
 // acquit ends a probe of a member that somebody reached.
@@ -693,7 +634,7 @@ func (d *detector) stalled(n *node, p *probe) {
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
 	p.votes = nil
-	d.round(p, max(n.now, min(n.now+stallRound-probeFor, deal.stalled+stallFor-probeFor)), judging)
+	d.round(p, max(n.now, min(n.now+stallRound-probeFor, deal.stalled+stallFor-probeFor)))
 	n.wakeAt(p.start)
 }
 
@@ -704,11 +645,11 @@ func (d *detector) end(p *probe) {
 // suspect floods that the target is unreachable, and gives it time to contradict.
 func (d *detector) suspect(n *node, p *probe) {
 	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
-	p.stage, p.accused = accusing, n.now
-	p.m = p.e.Member
+	p.m, p.last = p.e.Member, true
 	n.declare(p.m.with(statusSuspect), n.self.Name)
 	n.inform(p.m, n.claim(p.e, n.self.Name))
-	n.wakeAt(n.now)
+	d.round(p, n.now+suspectFor-probeFor)
+	n.wakeAt(p.start)
 }
 
 // fail is the verdict: the target has failed, and everybody shall know.
@@ -723,10 +664,9 @@ func (d *detector) fail(n *node, p *probe) {
 
 // stepAlone decides whether I am the one who is cut off. What is then believed of the others stays with me.
 func (d *detector) stepAlone(n *node) {
-	there := func(e *entry) bool { return !e.lost }
 	e := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() })
 	if e == nil { // only suspects are left to call
-		e = n.anyOther(n.t.ring[0], there)
+		e = n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.lost })
 	}
 	switch {
 	case e == nil:
@@ -741,7 +681,7 @@ func (d *detector) stepAlone(n *node) {
 		d.callAt = n.now + lastCallGap
 		n.wakeAt(d.callAt)
 		n.ping(e.Member)
-		n.look(0, e.Member)
+		n.look(e.Member)
 	default:
 		d.calls, d.alone = 0, true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")

@@ -13,7 +13,7 @@ func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
 	l := newLab(t, 3)
 	l.breaks(1)
 	l.sees(1, vRefused)
-	l.udp(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vRefused})
+	l.udp(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vRefused})
 	l.want(`
 		link to b breaks
 		  to b: ping b
@@ -31,7 +31,7 @@ func TestARefusedDialIsNoVerdictWhenSomebodyReachesIt(t *testing.T) {
 	l := newLab(t, 3)
 	l.breaks(1)
 	l.sees(1, vRefused)
-	l.udp(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vAlive})
+	l.udp(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
 	l.text.Reset()
 	l.after(700 * ms)
 	if e := l.n.t.get("b"); e.Status != statusAlive {
@@ -45,7 +45,7 @@ func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
 	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
 	l.udp(3, head{Kind: kHeartbeat, Promise: 9000})
 	l.after(650 * ms)
-	l.udp(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vUnreachable})
+	l.udp(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vUnreachable})
 	l.text.Reset()
 	l.after(600 * ms)
 	l.want(`
@@ -92,7 +92,7 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	l.after(200 * ms)
 	moved := labMember(1)
 	moved.Born, moved.Incarnation, moved.Addr = 20, 20, labMember(9).Addr
-	h := l.head(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vAlive})
+	h := l.head(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
 	l.raw(2, wire.encodeAll(&h, []update{{Member: moved}}))
 	if e := l.n.t.get("b"); e.Addr != moved.Addr || e.Born != 20 {
 		t.Errorf("it believes %v, want %v", e.Member, moved)
@@ -103,7 +103,7 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	l.after(200 * ms)
 	former := labMember(1)
 	former.Born, former.Incarnation = 5, 5
-	h = l.head(2, head{Kind: kVote, Seq: l.looks["b"].seq, Target: "b", Verdict: vAlive})
+	h = l.head(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
 	l.raw(2, wire.encodeAll(&h, []update{{Member: former}}))
 	if p := l.n.detector.probeOf(l.n.t.get("b")); p == nil || len(p.votes) > 0 || l.n.t.get("b").Born != 10 {
 		t.Errorf("the probe has ended, or has a vote")
@@ -117,7 +117,7 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 		l.after(50 * ms)
 		if k, ok := l.looks["b"]; ok {
 			delete(l.looks, "b")
-			l.tell("", func(n *node) { n.saw(sight{look: k, v: vSilent}) })
+			l.tell("", func(n *node) { n.saw(sight{m: k, v: vSilent}) })
 		}
 		if l.n.t.get("b").Status == statusFailed {
 			died = l.now

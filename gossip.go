@@ -147,16 +147,10 @@ type packet struct {
 	data []byte
 }
 
-// look asks for a look at m by TCP; what it sees bears its seq.
-type look struct {
-	seq uint32
-	m   Member
-}
-
 // outputs is all that a node wants done, in order.
 type outputs struct {
 	packets   []packet
-	looks     []look
+	looks     []Member // look at these by TCP
 	relink    bool     // links has changed
 	links     []Member // all watch links that shall stand
 	exchanges []Member // compare tables with these
@@ -312,9 +306,9 @@ func (n *node) post(m Member, h head, body []byte, within time.Duration) {
 func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 
 // look has TCP look at m.
-func (n *node) look(seq uint32, m Member) {
+func (n *node) look(m Member) {
 	if n.affords(m, kLook) {
-		n.out.looks = append(n.out.looks, look{seq, m})
+		n.out.looks = append(n.out.looks, m)
 	}
 }
 
@@ -809,7 +803,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	case e.Born == h.born():
 		n.met(e)
 	case e.visible() == statusAlive && e.Addr != x.with.Addr:
-		n.detector.judge(n, e)
+		n.detector.judge(n, e.Member, e)
 		return taken(e.Member)
 	}
 	for i := range about {
@@ -835,7 +829,7 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 		}
 		for _, e := range n.t.ordered[at:] {
 			u := n.claim(e, "")
-			if !e.reaped && (e != n.self || n.detector.namesake() == nil) && !yield(&u) {
+			if !e.reaped && (e != n.self || n.detector.probeOf(nil) == nil) && !yield(&u) {
 				return
 			}
 		}
@@ -907,7 +901,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		// told, which settles it, and looked at; once it is dead the claim may come again. (Who dials me has
 		// met the holder itself.)
 		n.inform(e.Member, u)
-		n.detector.judge(n, e)
+		n.detector.judge(n, e.Member, e)
 		if first {
 			return taken(e.Member)
 		}
@@ -921,7 +915,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		u.By = x.with.Name
 		n.inform(e.Member, u)
 		n.t.apply(n.now, m.with(statusAlive), 0)
-		n.detector.count(n, n.detector.judge(n, e), x.with.Name, vUnreachable)
+		n.detector.count(n, n.detector.judge(n, e.Member, e), x.with.Name, vUnreachable)
 		return nil
 	}
 	n.adopt(&u)
@@ -1037,7 +1031,7 @@ func (o *ownName) claimed(n *node, m Member, by, via string) {
 	case o.leaving != 0 || m == n.self.Member:
 		return
 	case o.rivals(n, m):
-		n.detector.meet(n, m)
+		n.detector.judge(n, m, nil)
 		return
 	case !old:
 		o.raise(n, m.Incarnation+1)
@@ -1063,7 +1057,7 @@ func (o *ownName) settle(n *node, m Member, via string) error {
 		return taken(o.holder)
 	case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
 	case o.rivals(n, m):
-		n.detector.meet(n, m)
+		n.detector.judge(n, m, nil)
 		return errWait
 	default: // perhaps a clock went back
 		o.claimed(n, m, "", via)
@@ -1077,7 +1071,7 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 	m.Incarnation = incarnation
 	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
 	n.t.apply(n.now, m, 0)
-	if n.joining.since != 0 || n.detector.namesake() == nil {
+	if n.joining.since != 0 || n.detector.probeOf(nil) == nil {
 		n.flood(n.self, "")
 	}
 }
@@ -1440,8 +1434,8 @@ func (g *gossip) carryOut(out outputs) {
 		g.publish(ev)
 	}
 	g.writeUDP(out.packets)
-	for _, l := range out.looks {
-		g.wg.Go(func() { g.look(l) })
+	for _, m := range out.looks {
+		g.wg.Go(func() { g.look(m) })
 	}
 	for _, m := range out.exchanges { // one that fails is wanted again
 		g.wg.Go(func() { g.compare(m.Addr, &exchange{}, false) })

@@ -27,7 +27,7 @@ type lab struct {
 	now     time.Duration
 	numbers map[string]uint64 // of the members' datagrams
 	seqs    map[string]uint32 // of the last question to each
-	looks   map[string]look   // that have not ended
+	looks   map[string]Member // that have not ended
 	text    strings.Builder
 }
 
@@ -41,7 +41,7 @@ func labMember(i int) Member {
 // newLab makes node a, which has known count-1 others for a while.
 func newLab(t *testing.T, count int) *lab {
 	l := &lab{t: t, n: newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour, answers: []string{"load"}}, 0),
-		numbers: make(map[string]uint64), seqs: make(map[string]uint32), looks: make(map[string]look)}
+		numbers: make(map[string]uint64), seqs: make(map[string]uint32), looks: make(map[string]Member)}
 	for i := 1; i < count; i++ {
 		l.n.t.apply(l.n.now, labMember(i), 0).deal().met = true
 	}
@@ -102,12 +102,15 @@ func (l *lab) raw(from int, b []byte) {
 // sees tells the node what its look at a member has seen.
 func (l *lab) sees(whom int, v verdict) {
 	m := labMember(whom)
-	s := sight{look: l.looks[m.Name], v: v}
+	s := sight{m: l.looks[m.Name], v: v}
 	if v == vAlive {
 		s.name, s.born = m.Name, m.Born
 	}
 	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.saw(s) })
 }
+
+// check is the number of the checks that the node has sent about a member.
+func (l *lab) check(name string) uint32 { return l.n.detector.probeOf(l.n.t.get(name)).seq }
 
 // breaks ends the watch link with a member, as its death would.
 func (l *lab) breaks(with int) {
@@ -167,8 +170,8 @@ func (l *lab) print(o outputs) {
 		}
 	}
 	for _, k := range o.looks {
-		l.looks[k.m.Name] = k
-		fmt.Fprintf(&l.text, "  looks at %s\n", k.m.Name)
+		l.looks[k.Name] = k
+		fmt.Fprintf(&l.text, "  looks at %s\n", k.Name)
 	}
 	for _, m := range o.exchanges {
 		fmt.Fprintf(&l.text, "  compares tables with %s\n", m.Name)
@@ -727,7 +730,7 @@ func TestANamesakeIsLookedAtWhereItAnswered(t *testing.T) {
 	claim.Born, claim.Incarnation = 9, 9
 	claim.Addr = netip.MustParseAddrPort("10.99.99.99:7946")
 	err := l.n.welcomed(&exchange{with: Member{Addr: at}}, head{From: claim.Name, Incarnation: 9}, []update{{Member: claim}})
-	if o := l.n.tick(l.now); !errors.Is(err, errWait) || len(o.looks) != 1 || o.looks[0].m.Addr != at {
+	if o := l.n.tick(l.now); !errors.Is(err, errWait) || len(o.looks) != 1 || o.looks[0].Addr != at {
 		t.Errorf("%v, looks at %v, want one at %s", err, o.looks, at)
 	}
 }

@@ -35,7 +35,7 @@ type rig struct {
 	sealed  [][]byte // datagrams that went either way, to be replayed
 	pieces  [][]byte // the same of pieces of tables
 	seqs    []uint32 // of questions that the node has asked
-	looks   []look   // that may still see something
+	looks   []Member // that may still see something
 	tables  []*exchange
 	numbers map[string]uint64
 	mode    [rigPeers]peerMode
@@ -286,7 +286,7 @@ func (r *rig) step() {
 		}
 	case 9:
 		if len(r.looks) > 0 {
-			s := sight{look: r.looks[r.pick(len(r.looks))], v: []verdict{vNone, vRefused, vSilent, vAlive}[r.pick(4)], name: r.name(), born: 1000}
+			s := sight{m: r.looks[r.pick(len(r.looks))], v: []verdict{vNone, vRefused, vSilent, vAlive}[r.pick(4)], name: r.name(), born: 1000}
 			r.tell(func(n *node) { n.saw(s) })
 		}
 	case 10:
@@ -496,8 +496,8 @@ func (r *rig) react(o outputs) {
 	}
 	for _, l := range o.looks {
 		r.looks = append(r.looks[max(0, len(r.looks)-64):], l)
-		s := sight{look: l, name: l.m.Name, born: l.m.Born}
-		switch r.mode[rigPeer(l.m.Addr)] {
+		s := sight{m: l, name: l.Name, born: l.Born}
+		switch r.mode[rigPeer(l.Addr)] {
 		case peerAnswers:
 			s.v = vAlive
 		case peerSilent:
@@ -537,8 +537,8 @@ func (r *rig) check(o outputs) {
 		}
 	}
 	for _, l := range o.looks {
-		if !r.may[l.m.Addr] {
-			r.t.Fatalf("it looks at %v", l.m)
+		if !r.may[l.Addr] {
+			r.t.Fatalf("it looks at %v", l)
 		}
 	}
 	for _, m := range slices.Concat(o.links, o.exchanges) {
@@ -622,7 +622,6 @@ func (r *rig) checkBounds() {
 		bound("bytes of a flood", len(f.data), maxPayload+maxName+60)
 	}
 	for _, p := range n.detector.probes {
-		bound("askers", len(p.askers), maxAskers)
 		bound("votes", len(p.votes), members+300)
 	}
 }

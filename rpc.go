@@ -605,12 +605,12 @@ func (g *gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) 
 
 // look looks at a member, and tells the node what it sees. Whoever is cut off looks again: a dying process's
 // listener accepts until the kernel has come to it, which resets who dialled just before, and then refuses.
-func (g *gossip) look(l look) {
+func (g *gossip) look(m Member) {
 	ctx, cancel := context.WithTimeout(g.ctx, probeFor)
 	defer cancel()
-	tell := func(v verdict, w head) { g.call(func(n *node) { n.saw(sight{l, v, w.From, w.born()}) }) }
+	tell := func(v verdict, w head) { g.call(func(n *node) { n.saw(sight{m, v, w.From, w.born()}) }) }
 	for range 4 {
-		c, err := g.connect(ctx, l.m.Addr, false, 150*ms, 150*ms)
+		c, err := g.connect(ctx, m.Addr, false, 150*ms, 150*ms)
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			tell(vRefused, head{})
 		}

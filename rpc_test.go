@@ -397,11 +397,11 @@ func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint
 	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: statusAlive}
 	g.do(func(n *node) error {
 		p := n.detector.begin(n, m, &entry{claim: &claim{Member: m}})
-		p.stage, p.pings, p.seq, p.start = judging, 1, 7, n.now+time.Hour
+		p.pings, p.start = 1, n.now+time.Hour
 		return nil
 	})
 	done := make(chan struct{})
-	go func() { g.look(look{7, m}); close(done) }()
+	go func() { g.look(m); close(done) }()
 	for over := false; !over; {
 		select {
 		case <-done:
