@@ -20,7 +20,6 @@ const (
 	newGrace     = 500 * ms
 	linkCount    = 2        // watchers that hold a watch link
 	linkAfter    = 100 * ms // while many join, rings change all the time
-	missedAfter  = 30 * ms  // news may be under way
 	missedEvery  = 100 * ms
 
 	askAfter    = 100 * ms // a second ping, and helpers
@@ -119,8 +118,7 @@ type ring struct {
 	watched  []*bond // by: overdue then
 	nextBeat time.Duration
 	linkAt   time.Duration // when to ask for other watch links; 0: they are as they shall be
-	newcomer Member        // whose news I seem to have missed
-	askAt    time.Duration // when to ask for them, or when I last did
+	missedAt time.Duration // when I last asked for news that I had missed
 }
 
 // refresh recomputes whom I watch and who watches me after a change.
@@ -196,9 +194,6 @@ func (r *ring) step(n *node) {
 			n.wakeAt(w.by)
 		}
 	}
-	if r.newcomer.Name != "" {
-		r.ask(n)
-	}
 	if r.linkAt != 0 && n.now >= r.linkAt {
 		r.link(n)
 	} else if r.linkAt != 0 {
@@ -236,23 +231,13 @@ func (r *ring) met(n *node, e *entry) {
 // of them for a second: as nothing of theirs counts, they never meet me, and flood nothing to me. Repair's one
 // comparison a second does not do: a hundred joiners then took up to 0.9 s, and 0.25 s with this.
 func (r *ring) missed(n *node, e *entry, h head) {
-	if h.Kind == kHeartbeat && e != n.self && (e == nil || h.Incarnation > e.Incarnation) && r.newcomer.Name == "" {
-		r.newcomer, r.askAt = Member{Name: h.From, Born: h.born()}, max(r.askAt+missedEvery, n.now+missedAfter)
-	}
-}
-
-// ask compares tables with somebody, if the newcomer is one still.
-func (r *ring) ask(n *node) {
-	if n.now < r.askAt {
-		n.wakeAt(r.askAt)
+	if h.Kind != kHeartbeat || e == n.self || e != nil && h.Incarnation <= e.Incarnation || n.now < r.missedAt+missedEvery {
 		return
 	}
-	if e := n.t.get(r.newcomer.Name); e == nil || e.Born != r.newcomer.Born {
-		if o := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e.deal().met }); o != nil {
-			n.exchange(o.Member)
-		}
+	if o := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e.deal().met }); o != nil {
+		r.missedAt = n.now
+		n.exchange(o.Member)
 	}
-	r.newcomer = Member{}
 }
 
 // link asks for a watch link to the first watchers that have answered.

@@ -938,14 +938,13 @@ func (n *node) exchanged(x *exchange) {
 
 // ---- joining ----
 
-// joining is when to try the seeds. To try is to compare tables with all their addresses at once: see joinSeeds.
+// joining is when to try the seeds. To try is to compare tables with all their addresses at once.
 type joining struct {
 	since   time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	running bool
 	at      time.Duration // when to try next
 	rounds  int           // failed in a row
 	warned  time.Duration
-	alone   bool     // it was said that this node is its only seed
 	names   []string // members that answered at a seed's address
 	errs    []string // of the last round
 }
@@ -1002,8 +1001,7 @@ func (n *node) seedsTried(names, errs []string, why error) {
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", j.rounds, text)
 	case warn:
 		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", text, seedsMax)
-	case !others && !j.alone: // one list of seeds for all is usual, and somebody is the first on it
-		j.alone = true
+	case !others && j.rounds == 1: // one list of seeds for all is usual, and somebody is the first on it
 		n.logf("[INFO] no seed answers but this node itself (%s)", text)
 	}
 }
@@ -1444,7 +1442,10 @@ func (g *gossip) carryOut(out outputs) {
 		g.relink(g.node.self.Member, out.links)
 	}
 	if out.resolve {
-		g.wg.Go(g.joinSeeds)
+		g.wg.Go(func() {
+			names, errs, why := g.join(g.cfg.seeds, false)
+			g.call(func(n *node) { n.seedsTried(names, errs, why) })
+		})
 	}
 	if out.fatal != nil || out.left {
 		if g.err = out.fatal; out.left {

@@ -994,7 +994,7 @@ func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
 		to.Close()
 	}()
 	other, _ := startTestGossip(t, "green", gossipConfig{keys: g.cfg.keys})
-	if n, err := other.join([]string{ln.Addr().String()}, false); n != 1 {
+	if n, err := joined(other, ln.Addr().String()); n != 1 {
 		t.Fatal(err)
 	}
 	eventually(t, "a recording", func() bool { return recorded.Len() > helloSize })

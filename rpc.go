@@ -795,30 +795,15 @@ func (g *gossip) serveLink(s *session, m Member) error {
 	return s.err
 }
 
-// join compares tables with every address of every name in addrs once, all at the same time. It returns how
-// many answered; the error tells of those that did not, with the address and the reason.
-func (g *gossip) join(addrs []string, replay bool) (answered int, err error) {
-	names, errs, _ := g.joinAll(addrs, exchange{replay: replay})
-	if len(errs) > 0 {
-		err = errors.New(strings.Join(errs, "; "))
-	}
-	return len(names), err
-}
-
-// joinSeeds is one round of joining the seeds.
-func (g *gossip) joinSeeds() {
-	names, errs, why := g.joinAll(g.cfg.seeds, exchange{})
-	g.call(func(n *node) { n.seedsTried(names, errs, why) })
-}
-
-// joinAll returns the names of those that answered; why: the own name is taken.
-func (g *gossip) joinAll(addrs []string, how exchange) (names, errs []string, why error) {
+// join compares tables with every address of every name in addrs once, all at the same time. It returns the names
+// of those that answered, and what is wrong with the others ("ADDR: reason"); why: the own name is taken.
+func (g *gossip) join(addrs []string, replay bool) (names, errs []string, why error) {
 	ips, errs := resolve(g.ctx, addrs)
 	var mu sync.Mutex
 	var all sync.WaitGroup
 	for _, ip := range ips[:min(len(ips), maxDials)] {
 		all.Go(func() {
-			x := how
+			x := exchange{replay: replay}
 			err := g.compare(ip, &x, true)
 			mu.Lock()
 			defer mu.Unlock()
@@ -978,8 +963,9 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "members":
 		r.members(s)
 	case "join":
-		if a.Count, err = g.join(list(req.Args), req.Replay); a.Count > 0 {
-			err = nil // some others may not have answered
+		names, errs, _ := g.join(list(req.Args), req.Replay)
+		if a.Count = len(names); a.Count == 0 {
+			err = errors.New(strings.Join(errs, "; "))
 		}
 	case "leave":
 		g.cfg.log.Print("[INFO] told to leave the cluster")

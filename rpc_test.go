@@ -155,6 +155,15 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	}
 }
 
+// joined has g join addr; n is how many answered.
+func joined(g *gossip, addr string) (n int, err error) {
+	names, errs, _ := g.join([]string{addr}, false)
+	if len(errs) > 0 {
+		err = errors.New(strings.Join(errs, "; "))
+	}
+	return len(names), err
+}
+
 // pipe returns both ends of a session over a pipe.
 func pipe(t *testing.T, d, a *door) (dialler, acceptor *session, wires [2]net.Conn) {
 	x, y := net.Pipe()
@@ -301,7 +310,7 @@ func TestAJoinTellsBothOfAllOthers(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	blue, _ := startTestGossip(t, "blue", gossipConfig{nodeConfig: nodeConfig{seeds: []string{address(red).String()}}})
 	green, _ := startTestGossip(t, "green", gossipConfig{})
-	if n, err := green.join([]string{address(blue).String()}, false); n != 1 || err != nil {
+	if n, err := joined(green, address(blue).String()); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
 	for _, g := range []*gossip{red, blue, green} {
@@ -351,7 +360,7 @@ func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	for _, c := range cases {
 		for range 2 {
 			start := time.Now()
-			n, err := c.joiner.join([]string{c.addr}, false)
+			n, err := joined(c.joiner, c.addr)
 			if n > 0 || err == nil || time.Since(start) > 2*time.Second || !strings.HasPrefix(err.Error(), c.addr+": ") || !strings.Contains(err.Error(), c.remedy) {
 				t.Errorf("join %s, want %q, after %v: %v", c.addr, c.remedy, time.Since(start), err)
 			}
@@ -505,10 +514,10 @@ func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
 				src.Close()
 			})
 			start := time.Now()
-			if n, err := blue.join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor {
+			if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor {
 				t.Errorf("cut after %d bytes: %d, %v after %v", cut, n, err, time.Since(start))
 			}
-			if n, err := blue.join([]string{address(red).String()}, false); n != 1 {
+			if n, err := joined(blue, address(red).String()); n != 1 {
 				t.Errorf("after a cut at %d: %v", cut, err)
 			}
 			if n := len(seen(blue)); n != 602 {
@@ -529,7 +538,7 @@ func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 		io.CopyN(dst, src, 20_000) // then half-open: nothing comes, and nobody is told
 	})
 	start := time.Now()
-	if n, err := blue.join([]string{addr}, false); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor+time.Second {
+	if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor+time.Second {
 		t.Errorf("%d, %v after %v", n, err, time.Since(start))
 	}
 	eventually(t, "the place for an exchange is free again", func() bool { return len(red.tables) == 0 })
@@ -549,7 +558,7 @@ func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
 			time.Sleep(50 * ms)
 		}
 	})
-	if n, err := blue.join([]string{addr}, false); n != 1 {
+	if n, err := joined(blue, addr); n != 1 {
 		t.Error(err)
 	}
 }
@@ -564,7 +573,7 @@ func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
 		}
 	}
 	blue, _ := startTestGossip(t, "blue", gossipConfig{})
-	if n, err := blue.join([]string{address(red).String()}, false); n > 0 || err == nil {
+	if n, err := joined(blue, address(red).String()); n > 0 || err == nil {
 		t.Error("an exchange more than there are places")
 	}
 	look := lookAt(t, blue, "red", address(red), func() uint64 { m, _ := red.me(); return m.Born }())
@@ -572,7 +581,7 @@ func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
 		t.Errorf("full of exchanges it is seen as %v", look)
 	}
 	eventually(t, "places become free, and it can join", func() bool {
-		n, _ := blue.join([]string{address(red).String()}, false)
+		n, _ := joined(blue, address(red).String())
 		return n == 1
 	})
 }
@@ -580,7 +589,7 @@ func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
 func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	blue, _ := startTestGossip(t, "blue", gossipConfig{})
-	if n, err := blue.join([]string{address(red).String()}, false); n != 1 {
+	if n, err := joined(blue, address(red).String()); n != 1 {
 		t.Fatal(err)
 	}
 	eventually(t, "links stand", func() bool {
@@ -653,7 +662,7 @@ func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 		}
 	}()
 	blue, _ := startTestGossip(t, "blue", gossipConfig{})
-	if n, err := blue.join([]string{address(red).String()}, false); n != 1 {
+	if n, err := joined(blue, address(red).String()); n != 1 {
 		t.Error(err)
 	}
 	for i, c := range held[:50] {
