@@ -631,8 +631,8 @@ func (d *detector) end(p *probe) {
 func (d *detector) suspect(n *node, p *probe) {
 	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
 	p.m, p.last = p.e.Member, true
-	n.declare(p.m.with(statusSuspect), n.self.Name)
-	n.inform(p.m, n.claim(p.e, n.self.Name))
+	n.declare(p.m.with(statusSuspect))
+	n.inform(p.m, n.claim(p.e))
 	d.round(p, n.now+suspectFor-probeFor)
 	n.wakeAt(p.start)
 }
@@ -641,7 +641,7 @@ func (d *detector) suspect(n *node, p *probe) {
 func (d *detector) fail(n *node, p *probe) {
 	d.end(p)
 	if p.e.Born == p.m.Born { // else it has restarted, and only the former one is gone
-		n.declare(p.e.with(statusFailed), "")
+		n.declare(p.e.with(statusFailed))
 	}
 }
 

@@ -124,7 +124,6 @@ func (h *head) born() uint64 { return h.Incarnation - h.Raised }
 type update struct {
 	Member   Member
 	Age      uint64 // milliseconds since the member died, or the event was sent
-	By       string // who suspects
 	Event    string
 	Payload  []byte
 	LTime    uint64
@@ -327,20 +326,20 @@ func (n *node) inform(m Member, u update) { n.send(m, n.head(kFlood), wire.encod
 func (n *node) remind(e *entry) {
 	if d := e.deal(); d.reminded == 0 || n.now-d.reminded >= remindEvery {
 		d.reminded = n.now
-		n.inform(e.Member, n.claim(e, n.self.Name))
+		n.inform(e.Member, n.claim(e))
 	}
 }
 
-// declare believes m and tells everybody; by is who suspects it.
-func (n *node) declare(m Member, by string) {
+// declare believes m and tells everybody.
+func (n *node) declare(m Member) {
 	if e := n.t.apply(n.now, m, 0); e != nil {
-		n.flood(e, by)
+		n.flood(e)
 	}
 }
 
 // claim is what is believed of e, as it travels.
-func (n *node) claim(e *entry, by string) update {
-	u := update{Member: e.Member, By: by}
+func (n *node) claim(e *entry) update {
+	u := update{Member: e.Member}
 	if e.Status.dead() {
 		u.Age = uint64((n.now - e.since) / ms)
 	}
@@ -577,9 +576,9 @@ type news struct {
 	at   time.Duration
 }
 
-// flood has everybody told of e; by is who suspects it.
-func (n *node) flood(e *entry, by string) {
-	u := n.claim(e, by)
+// flood has everybody told of e.
+func (n *node) flood(e *entry) {
+	u := n.claim(e)
 	n.spread.add(n, &u)
 }
 
@@ -639,7 +638,7 @@ func (s *spread) catchUp(n *node, e *entry) {
 func (n *node) check(u *update) error {
 	m := &u.Member
 	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
-	if !m.valid() || len(u.By) > maxName || !n.plausible(m.Incarnation, n.t.highest) {
+	if !m.valid() || !n.plausible(m.Incarnation, n.t.highest) {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
 	return nil
@@ -655,7 +654,7 @@ func (n *node) learn(u *update, via string) error {
 	}
 	m := u.Member
 	if m.Name == n.self.Name {
-		n.own.claimed(n, m, u.By, via)
+		n.own.claimed(n, m, via)
 		return nil
 	}
 	e := n.t.get(m.Name)
@@ -683,10 +682,10 @@ func (n *node) adopt(u *update) {
 	case old.Name == "":
 		e.known = n.real // user events go by the caller's clock: time asleep counts
 	case !old.Status.dead() && old.Born != e.Born && old.Addr != e.Addr:
-		n.inform(old, n.claim(e, "")) // it may live: of two that begin at once, the wrong one may win for a moment
+		n.inform(old, n.claim(e)) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
 	if n.joining.since != 0 {
-		n.flood(e, u.By)
+		n.flood(e)
 	}
 }
 
@@ -786,7 +785,7 @@ type exchange struct {
 // name is taken must learn it before it says more.
 func (n *node) welcome(h head) (w head, about []update) {
 	if e := n.t.get(h.From); e != nil && !e.reaped {
-		about = append(about, n.claim(e, ""))
+		about = append(about, n.claim(e))
 	}
 	return n.head(kWelcome), about
 }
@@ -828,7 +827,7 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 			at++
 		}
 		for _, e := range n.t.ordered[at:] {
-			u := n.claim(e, "")
+			u := n.claim(e)
 			if !e.reaped && (e != n.self || n.detector.probeOf(nil) == nil) && !yield(&u) {
 				return
 			}
@@ -894,7 +893,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 	first := m.Name == x.with.Name && m.Born == x.with.Born // it speaks of itself
 	switch {
 	case m.Name == n.self.Name:
-		n.own.claimed(n, m, "", x.with.Name)
+		n.own.claimed(n, m, x.with.Name)
 		return nil
 	case e != nil && e.visible() == statusAlive && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) && (x.dialled || !first):
 		// Two clusters meet, and a name lives in both: nobody shall be called failed for it. The holder is
@@ -912,7 +911,6 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		// Another table has it as failed. Adopting that undid heals: each side of a split would kill the
 		// other anew with its old verdicts. It is told what is said, so that it can refute at once, and
 		// looked at.
-		u.By = x.with.Name
 		n.inform(e.Member, u)
 		n.t.apply(n.now, m.with(statusAlive), 0)
 		n.detector.count(n, n.detector.judge(n, e.Member, e), x.with.Name, vUnreachable)
@@ -953,7 +951,7 @@ type joining struct {
 func (j *joining) begin(n *node) {
 	if j.since == 0 {
 		j.since = max(n.real, 1)
-		n.flood(n.self, "")
+		n.flood(n.self)
 	}
 }
 
@@ -1023,7 +1021,7 @@ func taken(by Member) error {
 
 // claimed handles a claim about this node. A false one is refuted with a higher incarnation: to everybody,
 // and to whoever said so, since a flood stays on its own side of a split.
-func (o *ownName) claimed(n *node, m Member, by, via string) {
+func (o *ownName) claimed(n *node, m Member, via string) {
 	old := m.Incarnation < n.self.Incarnation // who says so has missed my refutation
 	switch {
 	case o.leaving != 0 || m == n.self.Member:
@@ -1034,11 +1032,10 @@ func (o *ownName) claimed(n *node, m Member, by, via string) {
 	case !old:
 		o.raise(n, m.Incarnation+1)
 	}
-	for _, name := range slices.Compact([]string{via, by}) {
-		flooded := slices.ContainsFunc(n.ring.watchers, func(b *bond) bool { return b.e.Name == name && b.e.deal().met })
-		if e := n.t.get(name); e != nil && e != n.self && (old || !flooded) {
-			n.inform(e.Member, n.claim(n.self, ""))
-		}
+	e := n.t.get(via)
+	flooded := slices.ContainsFunc(n.ring.watchers, func(b *bond) bool { return b.e == e && e.deal().met })
+	if e != nil && e != n.self && (old || !flooded) {
+		n.inform(e.Member, n.claim(n.self))
 	}
 }
 
@@ -1058,7 +1055,7 @@ func (o *ownName) settle(n *node, m Member, via string) error {
 		n.detector.judge(n, m, nil)
 		return errWait
 	default: // perhaps a clock went back
-		o.claimed(n, m, "", via)
+		o.claimed(n, m, via)
 	}
 	return nil
 }
@@ -1070,7 +1067,7 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
 	n.t.apply(n.now, m, 0)
 	if n.joining.since != 0 || n.detector.probeOf(nil) == nil {
-		n.flood(n.self, "")
+		n.flood(n.self)
 	}
 }
 
@@ -1106,7 +1103,7 @@ func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m.Incarnation = m.Born
 	n.self.told, n.self.shown = &claim{Member: m}, statusAlive
 	n.logf("[INFO] this node has the address %s now and advertises it", ip)
-	n.declare(m, "")
+	n.declare(m)
 }
 
 // setTags sets the tags in set, then drops those that drop names.
@@ -1121,7 +1118,7 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 	m := n.self.Member
 	m.Tags = tags
 	m.Incarnation++
-	n.declare(m, "")
+	n.declare(m)
 	return nil
 }
 
@@ -1147,7 +1144,7 @@ func (n *node) forceLeave(name string, prune bool) error {
 	case !e.Status.dead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
-	n.declare(e.with(map[bool]Status{false: statusLeft, true: statusPruned}[prune]), "")
+	n.declare(e.with(map[bool]Status{false: statusLeft, true: statusPruned}[prune]))
 	return nil
 }
 

@@ -205,7 +205,6 @@ func claimed(m Member, s Status) update { m.Status = s; return update{Member: m}
 func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 	l := newLab(t, 3)
 	me := claimed(labMember(0), statusSuspect)
-	me.By = "c"
 	l.udp(1, head{Kind: kFlood}, me)
 	l.want(`
 		b says flood [a suspect 10]
@@ -215,7 +214,7 @@ func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 	`)
 	l.n.ring.watchers = l.n.ring.watchers[:1] // the other one is on the far side of a split
 	far := map[string]int{"b": 2, "c": 1}[l.n.ring.watchers[0].e.Name]
-	me.Member.Incarnation, me.By = 11, labMember(far).Name
+	me.Member.Incarnation = 11
 	l.after(10 * ms)
 	l.text.Reset()
 	l.udp(far, head{Kind: kFlood}, me)
@@ -788,7 +787,7 @@ func readGolden(t *testing.T, name string) []byte {
 
 func TestMessagesComeBackInAnyOrder(t *testing.T) {
 	h := head{Kind: kVote, From: "a", Incarnation: 5, Raised: 1, Number: 9, Seq: 7, Target: "b", Verdict: vSilent}
-	u := update{Member: labMember(3), By: "x", Age: 3}
+	u := update{Member: labMember(3), Age: 3}
 	ev := update{Member: Member{Name: "b"}, Event: "deploy", Payload: []byte{0, 255}, LTime: 9, Coalesce: true}
 	for range 3 {
 		b := wire.encodeAll(&h, []update{ev, u})

@@ -496,7 +496,7 @@ func (s *sim) show(p *proc, in arrival) {
 	text := fmt.Sprintf("%+v", h)
 	us, _ := wire.decodeAll(rest)
 	for _, u := range us {
-		text += fmt.Sprintf(" | %s %v inc %d+%d by %s %s", u.Member.Name, u.Member.Status, u.Member.Born, u.Member.Incarnation-u.Member.Born, u.By, u.Event)
+		text += fmt.Sprintf(" | %s %v inc %d+%d %s", u.Member.Name, u.Member.Status, u.Member.Born, u.Member.Incarnation-u.Member.Born, u.Event)
 	}
 	s.logf("%s <- %s %s", p.name, in.from, text)
 }
