@@ -247,16 +247,19 @@ type entry struct {
 	dealings *dealings     // the protocol's, with this instance; another one starts anew
 }
 
-// visible is the status that users see.
+// visible is the status that users see; 0: they see nothing.
 func (e *entry) visible() Status {
-	if e.lost && !e.Status.dead() {
+	switch {
+	case e.reaped || e.Status == statusPruned:
+		return 0
+	case e.lost && !e.Status.dead():
 		return statusFailed
 	}
 	return e.Status.settled()
 }
 
 // skipped members are walked over on the rings: nobody there would pass on what it is told.
-func (e *entry) skipped() bool { return e.Status == statusSuspect || e.lost }
+func (e *entry) skipped() bool { return e.Status != statusAlive || e.lost }
 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
@@ -290,39 +293,58 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	switch {
 	case e != nil && !m.supersedes(e.Member), e == nil && len(t.ordered) >= maxMembers && !t.makeRoom():
 		return nil
-	case e == nil:
-		e = &entry{claim: &claim{}}
+	case e == nil: // as if it had been here and was forgotten
+		e = &entry{claim: &claim{Member: Member{Name: m.Name, Status: statusPruned}}, reaped: true}
 		for i := range e.pos {
 			e.pos[i] = ringHash(i, m.Name)
 		}
 		at, _ := t.find(m.Name)
 		t.ordered = slices.Insert(t.ordered, at, e)
 	}
-	t.count(e, -1)
-	old := e.claim
-	e.claim = &claim{m, old.pos}
-	if old.Born != m.Born {
-		e.lost, e.dealings = false, nil
-	}
-	if m.Status.dead() && (!old.Status.dead() || old.Incarnation != m.Incarnation) {
-		e.since = now - age
-	}
-	e.reaped = false
 	t.highest = max(t.highest, m.Incarnation)
+	t.change(e, func() {
+		if e.Born != m.Born {
+			e.lost, e.dealings = false, nil
+		}
+		if m.Status.dead() && (!e.Status.dead() || e.Incarnation != m.Incarnation) {
+			e.since = now - age
+		}
+		e.claim, e.reaped = &claim{m, e.pos}, false
+	})
+	return e
+}
+
+// setLost marks or clears "failed for me".
+func (t *table) setLost(e *entry, lost bool) {
+	if e.lost != lost {
+		t.change(e, func() { e.lost = lost })
+	}
+}
+
+// hide makes a dead member invisible.
+func (t *table) hide(e *entry) { t.change(e, func() { e.reaped = true }) }
+
+// change lets f change e, and brings about what follows: in the sums, on the rings, and as events.
+func (t *table) change(e *entry, f func()) {
+	was := *e
+	t.count(e, -1)
+	f()
 	t.count(e, +1)
-	if on, wasOn := !m.Status.dead(), old.Status != 0 && !old.Status.dead(); on != wasOn {
+	if on := !e.Status.dead(); on == was.Status.dead() {
 		t.setOnRings(e, on)
 	}
-	if old.Status != m.Status || old.Born != m.Born {
-		t.changed(m.Status == statusSuspect || m.Status.dead())
+	if e.Status != was.Status || e.Born != was.Born || e.lost != was.lost { // walks over the rings may end elsewhere
+		t.version++
+		if e.skipped() {
+			t.shrunk = t.version
+		}
 	}
 	t.announce(e)
-	return e
 }
 
 // count adds e to the sums over the table, or takes it out.
 func (t *table) count(e *entry, by int) {
-	if e.reaped || e.Status == 0 {
+	if e.reaped {
 		return
 	}
 	t.digest ^= e.digest()
@@ -349,58 +371,36 @@ func (t *table) makeRoom() bool {
 	return oldest != nil
 }
 
-// setLost marks or clears "failed for me".
-func (t *table) setLost(e *entry, lost bool) {
-	if e.lost == lost {
-		return
-	}
-	t.count(e, -1)
-	e.lost = lost
-	t.count(e, +1)
-	t.changed(lost)
-	t.announce(e)
-}
-
-// changed notes that walks over the rings may now end elsewhere.
-func (t *table) changed(shrunk bool) {
-	t.version++
-	if shrunk {
-		t.shrunk = t.version
-	}
-}
-
 // announce tells the events that lead from what was told last to what is visible now. Per member they
 // alternate: nobody joins twice without an end.
 func (t *table) announce(e *entry) {
-	was, is := Member{}, e.with(e.visible())
+	var was Member
 	if e.told != nil {
 		was = e.told.with(e.shown)
 	}
+	is := e.with(e.visible())
 	if was == is {
 		return
 	}
 	e.told, e.shown = e.claim, is.Status
 	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, Member: m}) }
-	alive := was.Status == statusAlive
+	if was.Status == statusAlive && is.Status == statusAlive && was.Born != is.Born { // nobody noticed the end
+		was.Status = statusFailed
+		tell(eventFailed, was)
+	}
 	switch {
-	case is.Status == statusAlive && alive && was.Born == is.Born:
-		if was.Addr != is.Addr || was.Tags != is.Tags {
-			tell(eventUpdate, is)
-		}
-	case is.Status == statusAlive:
-		if alive {
-			tell(eventFailed, was.with(statusFailed))
-		}
+	case is.Status == statusAlive && was.Status != statusAlive:
 		tell(eventJoin, is)
-	case is.Status == statusFailed && alive:
+	case is.Status == statusAlive && (was.Addr != is.Addr || was.Tags != is.Tags):
+		tell(eventUpdate, is)
+	case is.Status == statusFailed && was.Status == statusAlive:
 		tell(eventFailed, is)
-	case is.Status == statusLeft && (alive || was.Status == statusFailed):
-		tell(eventLeave, is)
-	case is.Status == statusPruned && was.Status != 0 && was.Status != statusPruned:
-		if was.Status != statusLeft {
-			tell(eventLeave, is.with(statusLeft))
-		}
-		tell(eventReap, is.with(statusLeft))
+	case e.Status >= statusLeft && (was.Status == statusAlive || was.Status == statusFailed):
+		was.Status = statusLeft
+		tell(eventLeave, is.with(statusLeft))
+	}
+	if is.Status == 0 && was.Status != 0 {
+		tell(eventReap, is.with(was.Status))
 	}
 }
 
@@ -415,19 +415,6 @@ func (t *table) reap(now, after time.Duration) {
 	})
 }
 
-// hide makes a dead member invisible.
-func (t *table) hide(e *entry) {
-	if e.reaped {
-		return
-	}
-	t.count(e, -1)
-	e.reaped = true
-	if e.told != nil && e.shown != statusPruned {
-		t.events = append(t.events, Event{kind: eventReap, Member: e.told.with(e.shown)})
-	}
-	e.told = nil
-}
-
 // list copies what a user may see of those whose names follow after, sorted by name: limit of them at most.
 func (t *table) list(after string, limit int) []Member {
 	at, found := t.find(after)
@@ -436,8 +423,8 @@ func (t *table) list(after string, limit int) []Member {
 	}
 	var ms []Member
 	for _, e := range t.ordered[at:] {
-		if len(ms) < limit && !e.reaped && e.Status != statusPruned {
-			ms = append(ms, e.with(e.visible()))
+		if s := e.visible(); s != 0 && len(ms) < limit {
+			ms = append(ms, e.with(s))
 		}
 	}
 	return ms
