@@ -49,14 +49,14 @@ type handlerConfig struct {
 type handlers struct {
 	cfg     handlerConfig
 	all     []*handler
-	grace   context.Context // done: what still runs is ended
-	hurry   context.CancelCauseFunc
+	ending  context.Context // done: what still runs is ended
+	end     context.CancelCauseFunc
 	workers sync.WaitGroup
 }
 
 type handler struct {
 	cfg    handlerConfig
-	grace  context.Context // that of all handlers
+	ending context.Context // that of all handlers
 	name   string          // the spec, for the log
 	events []string
 	script string
@@ -82,13 +82,13 @@ type delivery struct {
 // newHandlers parses the specs and starts a queue for each.
 func newHandlers(cfg handlerConfig) (*handlers, error) {
 	hs := &handlers{cfg: cfg}
-	hs.grace, hs.hurry = context.WithCancelCause(context.Background())
+	hs.ending, hs.end = context.WithCancelCause(context.Background())
 	for _, spec := range cfg.specs {
 		h, err := newHandler(spec, cmp.Or(cfg.shell, "/bin/sh"))
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
-		h.cfg, h.grace = cfg, hs.grace
+		h.cfg, h.ending = cfg, hs.ending
 		hs.all = append(hs.all, h)
 	}
 	for _, h := range hs.all {
@@ -190,10 +190,8 @@ func (h *handler) enqueue(d delivery) {
 		i = slices.IndexFunc(h.queue, func(q delivery) bool { return q.coalesce && q.name == d.name })
 	}
 	switch {
-	case h.closed:
+	case h.closed, i >= 0 && h.queue[i].lTime > d.lTime: // floods overtake each other: the last is the last one sent
 		return
-	case i >= 0 && h.queue[i].lTime > d.lTime:
-		return // floods overtake each other: the last is the last one sent
 	case i >= 0:
 		h.queue = slices.Delete(h.queue, i, i+1)
 	case len(h.queue) == queueLimit:
@@ -263,7 +261,7 @@ func (hs *handlers) close(last ...Event) {
 		h.more.L.Unlock()
 	}
 	if !waitAtMost(hs.cfg.grace, hs.workers.Wait) {
-		hs.hurry(errors.New("ended with the agent"))
+		hs.end(errors.New("ended with the agent"))
 		waitAtMost(5*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 	}
 }
@@ -299,10 +297,10 @@ func (h *handler) run(batch []delivery) {
 
 // execute runs the script in a process group of its own. The status says what was wrong with its end, if anything.
 func (h *handler) execute(batch []delivery, printed, answer *capture) (status string) {
-	ctx, cancel := context.WithTimeoutCause(h.grace, cmp.Or(h.cfg.timeout, math.MaxInt64), errors.New("timed out"))
+	ctx, cancel := context.WithTimeoutCause(h.ending, cmp.Or(h.cfg.timeout, math.MaxInt64), errors.New("timed out"))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
-	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.grace.Done()); return nil }
+	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.ending); return nil }
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env, cmd.Stdin = h.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
@@ -334,13 +332,12 @@ func (h *handler) execute(batch []delivery, printed, answer *capture) (status st
 }
 
 // endGroup ends a process group: TERM, then KILL for whoever is still there, the leader or what it left behind.
-func endGroup(pgid int, hurry <-chan struct{}) {
+func endGroup(pgid int, ending context.Context) {
 	syscall.Kill(-pgid, syscall.SIGTERM)
-	for deadline := time.Now().Add(killAfter); groupLives(pgid) && time.Now().Before(deadline); {
-		select {
-		case <-hurry:
-			hurry, deadline = nil, time.Now().Add(closeKillAfter)
-		case <-time.After(5 * time.Millisecond):
+	for began := time.Now(); groupLives(pgid); time.Sleep(5 * time.Millisecond) {
+		took := time.Since(began)
+		if took > killAfter || took > closeKillAfter && ending.Err() != nil {
+			break
 		}
 	}
 	syscall.Kill(-pgid, syscall.SIGKILL)

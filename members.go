@@ -28,8 +28,7 @@ const (
 	maxPayload = 1024 // of a user event or a query, with its name, and of an answer
 )
 
-// Status is what is believed about a member. The order is the order of precedence among claims of one
-// incarnation: the later one wins.
+// Status is what is believed about a member. Among claims of one incarnation the later status wins.
 type Status uint8
 
 const (
@@ -121,7 +120,6 @@ type Member struct {
 	Tags   Tags
 }
 
-// with is m with another status.
 func (m Member) with(s Status) Member {
 	m.Status = s
 	return m
@@ -239,8 +237,7 @@ type entry struct {
 	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	lost bool
-	// reaped entries are invisible and keep an old claim from coming back through a member that has not
-	// reaped yet.
+	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped   bool
 	since    time.Duration // when it died, for reaping
 	known    time.Duration // when the name was first heard of, on the caller's clock
@@ -416,12 +413,8 @@ func (t *table) reap(now, after time.Duration) {
 }
 
 // list copies what a user may see of those whose names follow after, sorted by name: limit of them at most.
-func (t *table) list(after string, limit int) []Member {
-	at, found := t.find(after)
-	if found {
-		at++
-	}
-	var ms []Member
+func (t *table) list(after string, limit int) (ms []Member) {
+	at, _ := t.find(after + "\x00") // the least name that is greater
 	for _, e := range t.ordered[at:] {
 		if s := e.visible(); s != 0 && len(ms) < limit {
 			ms = append(ms, e.with(s))
@@ -471,8 +464,7 @@ func (t *table) watchers(e *entry) []*entry {
 // watched returns the members whose watcher e is. Suspects are among them: who accuses may die before the
 // verdict. A watcher stands at most rings places behind the one it watches, not counting those that are
 // walked over.
-func (t *table) watched(e *entry) []*entry {
-	var ps []*entry
+func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
 		seen := 0
 		for p := range t.neighbours(i, e, -1) {
@@ -502,8 +494,7 @@ func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	}
 }
 
-// digest is this entry's part of the table's digest. A suspect counts as alive: suspicion is short and
-// settles itself, it is not worth a repair.
+// digest is this entry's part of the table's digest. A suspicion is not worth a repair.
 func (e *entry) digest() uint64 {
 	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(e.Status.settled())<<60))
 }
@@ -512,13 +503,11 @@ func (e *entry) digest() uint64 {
 // ring, so its result is mixed.
 func ringHash(ring int, name string) uint64 {
 	h := fnv.New64a()
-	h.Write([]byte{byte(ring)})
-	h.Write([]byte(name))
+	h.Write(append([]byte{byte(ring)}, name...))
 	return mix(h.Sum64())
 }
 
-// mix is a 64-bit finalizer: multiply by an odd constant, fold the high half of the 128-bit product into the
-// low one.
+// mix is a 64-bit finalizer: it multiplies by an odd constant and folds the product's high half into the low one.
 func mix(x uint64) uint64 {
 	hi, lo := bits.Mul64(x^0x9e3779b97f4a7c15, 0xd6e8feb86659fd93)
 	return hi ^ lo
