@@ -1,26 +1,23 @@
 // handler.go: scripts that run on events.
 //
-// A handler is one -event-handler spec with a queue and a goroutine of its
-// own: events wait in order, and one run at a time takes what waited together.
-// Scripts are strangers: one may hang, fork, print for ever or ignore TERM, and
-// costs nobody but itself. It knows nothing of the protocol.
+// A handler is one -event-handler spec with a queue and a goroutine of its own: events wait in order, and one run
+// at a time takes what waited together. Scripts are strangers: one may hang, fork, print for ever or ignore TERM,
+// and costs nobody but itself. It knows nothing of the protocol.
 
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log"
+	"math"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -33,8 +30,8 @@ const (
 	killAfter  = 5 * time.Second
 	// closeKillAfter is killAfter once the agent stops: somebody waits for it.
 	closeKillAfter = time.Second
-	// pipesFor bounds the wait for the output of a script that has ended: a child
-	// in the background may hold the pipe open, and even go on printing.
+	// pipesFor bounds the wait for the output of a script that has ended: a child in the background may hold the
+	// pipe open, and even go on printing.
 	pipesFor = 50 * time.Millisecond
 )
 
@@ -52,18 +49,20 @@ type handlerConfig struct {
 type handlers struct {
 	cfg     handlerConfig
 	all     []*handler
-	grace   context.Context // done: what still runs is ended
-	hurry   context.CancelCauseFunc
+	ending  context.Context // done: what still runs is ended
+	end     context.CancelCauseFunc
 	workers sync.WaitGroup
 }
 
 type handler struct {
-	events []string // and the script are as the spec has them
+	cfg    handlerConfig
+	ending context.Context // that of all handlers
+	name   string          // the spec, for the log
+	events []string
 	script string
 	argv   []string
 
-	mu      sync.Mutex
-	more    *sync.Cond // something was queued, or closed
+	more    *sync.Cond // something was queued, or closed; its lock guards what follows
 	closed  bool       // nothing new is taken
 	queue   []delivery
 	dropped int    // since the last run
@@ -74,7 +73,7 @@ type handler struct {
 // delivery is an event on its way to a handler.
 type delivery struct {
 	Event
-	until  time.Time           // of a query: later nobody wants the answer
+	until  time.Time           // of a query
 	answer func(reply, []byte) // of a query, for the handler that answers it
 }
 
@@ -83,16 +82,17 @@ type delivery struct {
 // newHandlers parses the specs and starts a queue for each.
 func newHandlers(cfg handlerConfig) (*handlers, error) {
 	hs := &handlers{cfg: cfg}
+	hs.ending, hs.end = context.WithCancelCause(context.Background())
 	for _, spec := range cfg.specs {
 		h, err := newHandler(spec, cmp.Or(cfg.shell, "/bin/sh"))
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
+		h.cfg, h.ending = cfg, hs.ending
 		hs.all = append(hs.all, h)
 	}
-	hs.grace, hs.hurry = context.WithCancelCause(context.Background())
 	for _, h := range hs.all {
-		hs.workers.Go(func() { hs.work(h) })
+		hs.workers.Go(h.work)
 	}
 	return hs, nil
 }
@@ -101,8 +101,8 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 func newHandler(spec, shell string) (*handler, error) {
 	events, script, found := strings.Cut(spec, "=")
 	if !found {
-		// Events alone are a forgotten script, or a list that was cut at its
-		// commas; run as a script they would only fail later.
+		// Events alone are a forgotten script, or a list that was cut at its commas; run as a script they would
+		// only fail later.
 		if checkEvents(strings.Split(spec, ",")) == nil {
 			return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
 		}
@@ -111,17 +111,13 @@ func newHandler(spec, shell string) (*handler, error) {
 	if strings.TrimSpace(script) == "" {
 		return nil, errors.New("the script is empty")
 	}
-	h := &handler{events: strings.Split(events, ","), script: script}
-	h.more = sync.NewCond(&h.mu)
+	h := &handler{name: oneLine(spec), events: strings.Split(events, ","), script: script}
+	h.more = sync.NewCond(&sync.Mutex{})
 	err := checkEvents(h.events)
 	if err == nil {
 		h.argv, err = commandLine(shell, script)
 	}
 	return h, err
-}
-
-func (h *handler) String() string {
-	return oneLine(strings.TrimPrefix(strings.Join(h.events, ",")+"="+h.script, "*="))
 }
 
 func checkEvents(events []string) error {
@@ -146,8 +142,8 @@ func wants(events []string, kind eventKind, name string) bool {
 // shellSyntax are the characters that would mean something to a shell.
 const shellSyntax = "|&;<>()$`\\\"'*?[]{}~#!\n"
 
-// commandLine is what runs script. An image built from scratch has no shell:
-// there a program with plain arguments must do.
+// commandLine is what runs script. An image built from scratch has no shell: there a program with plain arguments
+// must do.
 func commandLine(shell, script string) ([]string, error) {
 	if _, err := exec.LookPath(shell); err == nil {
 		return []string{shell, "-c", script}, nil
@@ -174,97 +170,87 @@ func (hs *handlers) answers() (names []string) {
 
 // ---- queues ----
 
-// deliver queues ev for every handler that wants it. It never blocks. The first
-// handler that a query finds is the one that answers it.
+// deliver queues ev for every handler that wants it. It never blocks. The first handler that a query finds is the
+// one that answers it.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	d := delivery{Event: ev, until: time.Now().Add(ev.within), answer: answer}
 	for _, h := range hs.all {
-		if !wants(h.events, ev.kind, ev.name) {
-			continue
+		if wants(h.events, ev.kind, ev.name) {
+			h.enqueue(d)
+			d.answer = nil
 		}
-		if h.enqueue(d) {
-			hs.cfg.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h, queueLimit)
-		}
-		d.answer = nil
 	}
 }
 
-// enqueue reports whether it was the first since the last run to drop another.
-func (h *handler) enqueue(d delivery) (overflow bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+func (h *handler) enqueue(d delivery) {
+	h.more.L.Lock()
+	defer h.more.L.Unlock()
 	i := -1
 	if d.coalesce {
 		i = slices.IndexFunc(h.queue, func(q delivery) bool { return q.coalesce && q.name == d.name })
 	}
 	switch {
-	case h.closed:
-		return false
-	case i >= 0 && h.queue[i].lTime > d.lTime:
-		return false // floods overtake each other: the last is the last one sent
+	case h.closed, i >= 0 && h.queue[i].lTime > d.lTime: // floods overtake each other: the last is the last one sent
+		return
 	case i >= 0:
 		h.queue = slices.Delete(h.queue, i, i+1)
 	case len(h.queue) == queueLimit:
-		h.queue[0] = delivery{}
 		h.queue = h.queue[1:]
-		h.dropped++
 		h.lost++
-		overflow = h.dropped == 1
+		if h.dropped++; h.dropped == 1 {
+			h.cfg.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.name, queueLimit)
+		}
 	}
 	h.queue = append(h.queue, d)
 	h.more.Signal()
-	return overflow
 }
 
-// take waits for what the next run is about, and removes it: consecutive member
-// events of one kind, one user event, or one query whose time is not over. It is
-// nothing once the handler is closed and all is done.
-func (h *handler) take() (batch []delivery, dropped int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for {
-		for len(h.queue) > 0 && h.queue[0].kind == eventQuery && time.Now().After(h.queue[0].until) {
-			h.queue = h.queue[1:]
-		}
-		if len(h.queue) > 0 {
-			break
-		}
+// take waits for what the next run is about, and removes it: consecutive member events of one kind, one user
+// event, or one query. It is nothing once the handler is closed and all is done.
+func (h *handler) take() []delivery {
+	h.more.L.Lock()
+	defer h.more.L.Unlock()
+	for len(h.queue) == 0 {
 		if h.queue = nil; h.closed { // nil lets go of what a burst has taken
-			return nil, 0
+			return nil
 		}
 		h.more.Wait()
 	}
-	n := 1
-	for kind := h.queue[0].kind; kind < eventUser && n < len(h.queue) && h.queue[n].kind == kind; {
+	if h.dropped > 0 {
+		h.cfg.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.name, h.dropped)
+		h.dropped = 0
+	}
+	n, kind := 1, h.queue[0].kind
+	for kind < eventUser && n < len(h.queue) && h.queue[n].kind == kind {
 		n++
 	}
-	batch, h.queue = h.queue[:n:n], h.queue[n:]
-	dropped, h.dropped = h.dropped, 0
-	return batch, dropped
+	batch := h.queue[:n:n]
+	h.queue = h.queue[n:]
+	return batch
 }
 
 // state is how many events wait, how many were dropped, and how the last run ended.
 func (h *handler) state() (waiting, lost int, last string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+	h.more.L.Lock()
+	defer h.more.L.Unlock()
 	return len(h.queue), h.lost, cmp.Or(h.last, "never")
 }
 
-// work runs what comes, and at the end what is left: close decides what that is.
-func (hs *handlers) work(h *handler) {
-	for batch, dropped := h.take(); batch != nil; batch, dropped = h.take() {
-		if dropped > 0 {
-			hs.cfg.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h, dropped)
+// work runs what comes, and at the end what is left: close decides what that is. Late, nobody wants the answer to
+// a query.
+func (h *handler) work() {
+	for batch := h.take(); batch != nil; batch = h.take() {
+		if first := batch[0]; first.kind != eventQuery || time.Now().Before(first.until) {
+			h.run(batch)
 		}
-		hs.run(h, batch)
 	}
 }
 
-// close stops the handlers: what runs, and then the last events, have the grace
-// to end; then their groups are ended. Whatever else waits is dropped.
+// close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
+// ended. Whatever else waits is dropped.
 func (hs *handlers) close(last ...Event) {
 	for _, h := range hs.all {
-		h.mu.Lock()
+		h.more.L.Lock()
 		h.queue, h.closed = nil, true
 		for _, ev := range last {
 			if wants(h.events, ev.kind, ev.name) {
@@ -272,34 +258,31 @@ func (hs *handlers) close(last ...Event) {
 			}
 		}
 		h.more.Signal()
-		h.mu.Unlock()
+		h.more.L.Unlock()
 	}
 	if !waitAtMost(hs.cfg.grace, hs.workers.Wait) {
-		hs.hurry(errors.New("ended with the agent"))
+		hs.end(errors.New("ended with the agent"))
 		waitAtMost(5*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 	}
 }
 
 // ---- runs ----
 
-// run runs the handler's script once, to its end or its timeout, and tells what
-// came of it.
-func (hs *handlers) run(h *handler, batch []delivery) {
+// run runs the handler's script once, to its end or its timeout, and tells what came of it.
+func (h *handler) run(batch []delivery) {
 	event, started := batch[0], time.Now()
 	var printed, answer capture // answer: what a query's handler prints to stdout
-	status, ran := hs.execute(h.argv, batch, &printed, &answer)
+	status := h.execute(batch, &printed, &answer)
+	end := fmt.Sprintf("%s after %v", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond))
+	h.more.L.Lock()
+	h.last = end + ", " + started.Format(time.DateTime)
+	h.more.L.Unlock()
 	output := string(answer.last) + string(printed.last)
-	if ran {
-		hs.cfg.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
-	}
-	took := time.Since(started).Round(time.Millisecond)
-	h.mu.Lock()
-	h.last = fmt.Sprintf("%s after %v, %s", cmp.Or(status, "well"), took, started.Format(time.DateTime))
-	h.mu.Unlock()
+	h.cfg.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
 	if status != "" {
 		what := strings.TrimSuffix(event.kind.String()+":"+event.name, ":")
 		lines := strings.Split(strings.TrimSpace(output), "\n")
-		hs.cfg.log.Printf("[WARN] handler '%s' failed on %s: %s after %v: %s", h, oneLine(what), status, took,
+		h.cfg.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.name, oneLine(what), end,
 			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
 	}
 	switch {
@@ -312,19 +295,15 @@ func (hs *handlers) run(h *handler, batch []delivery) {
 	}
 }
 
-// execute runs argv in a process group of its own. The status says what was wrong
-// with its end, if anything.
-func (hs *handlers) execute(argv []string, batch []delivery, printed, answer *capture) (status string, ran bool) {
-	ctx, cancel := hs.grace, func() {}
-	if hs.cfg.timeout > 0 {
-		ctx, cancel = context.WithTimeoutCause(ctx, hs.cfg.timeout, errors.New("timed out"))
-	}
+// execute runs the script in a process group of its own. The status says what was wrong with its end, if anything.
+func (h *handler) execute(batch []delivery, printed, answer *capture) (status string) {
+	ctx, cancel := context.WithTimeoutCause(h.ending, cmp.Or(h.cfg.timeout, math.MaxInt64), errors.New("timed out"))
 	defer cancel()
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, hs.grace.Done()); return nil }
+	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
+	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.ending); return nil }
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Env, cmd.Stdin = hs.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
+	cmd.Env, cmd.Stdin = h.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
 	stderr, err := printed.open()
 	stdout := stderr
 	if batch[0].answer != nil && err == nil {
@@ -342,33 +321,30 @@ func (hs *handlers) execute(argv []string, batch []delivery, printed, answer *ca
 	answer.close()
 	switch {
 	case cmd.Process == nil:
-		fmt.Fprint(printed, cmp.Or(context.Cause(ctx), err))
-		return "cannot start", false
+		return fmt.Sprintf("cannot start: %v", cmp.Or(context.Cause(ctx), err))
 	case err == nil || errors.Is(err, exec.ErrWaitDelay):
-		return "", true
+		return ""
 	case ctx.Err() != nil:
-		return fmt.Sprintf("%v, %v", context.Cause(ctx), cmd.ProcessState), true
+		return fmt.Sprintf("%v, %v", context.Cause(ctx), cmd.ProcessState)
 	default:
-		return err.Error(), true
+		return err.Error()
 	}
 }
 
-// endGroup ends a process group: TERM, then KILL for whoever is still there,
-// the leader or what it left behind.
-func endGroup(pgid int, hurry <-chan struct{}) {
+// endGroup ends a process group: TERM, then KILL for whoever is still there, the leader or what it left behind.
+func endGroup(pgid int, ending context.Context) {
 	syscall.Kill(-pgid, syscall.SIGTERM)
-	for deadline := time.Now().Add(killAfter); groupLives(pgid) && time.Now().Before(deadline); {
-		select {
-		case <-hurry:
-			hurry, deadline = nil, time.Now().Add(closeKillAfter)
-		case <-time.After(5 * time.Millisecond):
+	for began := time.Now(); groupLives(pgid); time.Sleep(5 * time.Millisecond) {
+		took := time.Since(began)
+		if took > killAfter || took > closeKillAfter && ending.Err() != nil {
+			break
 		}
 	}
 	syscall.Kill(-pgid, syscall.SIGKILL)
 }
 
-// groupLives reports whether something of a process group runs. A zombie that
-// nobody has reaped does not, and where there is a /proc it is told apart.
+// groupLives reports whether something of a process group runs. A zombie that nobody has reaped does not, and
+// where there is a /proc it is told apart.
 func groupLives(pgid int) bool {
 	if syscall.Kill(-pgid, 0) != nil {
 		return false
@@ -376,8 +352,9 @@ func groupLives(pgid int) bool {
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, f := range stats {
 		b, _ := os.ReadFile(f)
-		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // state, parent, group
-		if len(fields) > 2 && fields[2] == strconv.Itoa(pgid) && !strings.Contains("ZX", fields[0]) {
+		stat := string(b)
+		fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:]) // state, parent, group
+		if len(fields) > 2 && fields[2] == fmt.Sprint(pgid) && !strings.Contains("ZX", fields[0]) {
 			return true
 		}
 	}
@@ -389,32 +366,27 @@ type capture struct {
 	first, last []byte
 	size        int
 	pipe        *os.File
-	whole       chan struct{} // closed: all of the pipe has been read
+	copying     sync.WaitGroup // from the pipe
 }
 
 // open makes a pipe for a script to print to.
 func (c *capture) open() (w *os.File, err error) {
-	c.whole = make(chan struct{})
 	c.pipe, w, err = os.Pipe()
-	go func() { io.Copy(c, c.pipe); close(c.whole) }()
+	c.copying.Go(func() { c.pipe.WriteTo(c) })
 	return w, err
 }
 
-// close waits, after the script has ended, until all is read: not for a child in
-// the background that holds the pipe open, but in looks and not by the clock, as
-// this agent may be kept from running where it has a small share of a processor.
+// close waits, after the script has ended, until all is read: not for a child in the background that holds the
+// pipe open, but in looks and not by the clock, as this agent may be kept from running where it has a small share
+// of a processor.
 func (c *capture) close() {
-	if c.whole == nil {
-		return // it was not opened
-	}
 	for range 10 {
-		select {
-		case <-c.whole:
-		case <-time.After(pipesFor / 10):
+		if waitAtMost(pipesFor/10, c.copying.Wait) {
+			break
 		}
 	}
 	c.pipe.Close()
-	<-c.whole
+	c.copying.Wait()
 }
 
 func (c *capture) Write(p []byte) (int, error) {
@@ -462,8 +434,8 @@ func stdinFor(batch []delivery) string {
 }
 
 // environ is the environment of a run about ev; of doubles, the last counts.
-func (hs *handlers) environ(ev Event) []string {
-	env := append(os.Environ(), hs.cfg.env()...)
+func (h *handler) environ(ev Event) []string {
+	env := append(os.Environ(), h.cfg.env()...)
 	env = append(env, "SERF_EVENT="+ev.kind.String())
 	name := strings.ReplaceAll(ev.name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
@@ -475,8 +447,8 @@ func (hs *handlers) environ(ev Event) []string {
 	return env
 }
 
-// handlerEnv is what scripts are told about their agent, under Serf's names.
-// SERF_RPC_AUTH is set even when empty: an inherited one is not this agent's.
+// handlerEnv is what scripts are told about their agent, under Serf's names. SERF_RPC_AUTH is set even when empty:
+// an inherited one is not this agent's.
 func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	env := []string{
 		"SERF_SELF_NAME=" + self.Name,
@@ -498,10 +470,9 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	return env
 }
 
-// runAsInit is the first process of a container: it runs this same program as
-// its child and returns that child's exit status. It forwards the signals that
-// stop an agent and waits for every process that lost its parent. It starts
-// nothing else, because wait4(-1) would take os/exec's children away from it.
+// runAsInit is the first process of a container: it runs this same program as its child and returns that child's
+// exit status. It forwards the signals that stop an agent and waits for every process that lost its parent. It
+// starts nothing else, because wait4(-1) would take os/exec's children away from it.
 func runAsInit() (exit int) {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)

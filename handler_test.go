@@ -554,7 +554,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	}
 	h.closed = true
 	var got []string
-	for batch, _ := h.take(); batch != nil; batch, _ = h.take() {
+	for batch := h.take(); batch != nil; batch = h.take() {
 		s := batch[0].kind.String()
 		for _, ev := range batch {
 			s += " " + ev.Member.Name + string(ev.payload)

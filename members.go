@@ -28,8 +28,7 @@ const (
 	maxPayload = 1024 // of a user event or a query, with its name, and of an answer
 )
 
-// Status is what is believed about a member. The order is the order of precedence among claims of one
-// incarnation: the later one wins.
+// Status is what is believed about a member. Among claims of one incarnation the later status wins.
 type Status uint8
 
 const (
@@ -121,7 +120,6 @@ type Member struct {
 	Tags   Tags
 }
 
-// with is m with another status.
 func (m Member) with(s Status) Member {
 	m.Status = s
 	return m
@@ -239,24 +237,26 @@ type entry struct {
 	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	lost bool
-	// reaped entries are invisible and keep an old claim from coming back through a member that has not
-	// reaped yet.
+	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped   bool
 	since    time.Duration // when it died, for reaping
 	known    time.Duration // when the name was first heard of, on the caller's clock
 	dealings *dealings     // the protocol's, with this instance; another one starts anew
 }
 
-// visible is the status that users see.
+// visible is the status that users see; 0: they see nothing.
 func (e *entry) visible() Status {
-	if e.lost && !e.Status.dead() {
+	switch {
+	case e.reaped || e.Status == statusPruned:
+		return 0
+	case e.lost && !e.Status.dead():
 		return statusFailed
 	}
 	return e.Status.settled()
 }
 
 // skipped members are walked over on the rings: nobody there would pass on what it is told.
-func (e *entry) skipped() bool { return e.Status == statusSuspect || e.lost }
+func (e *entry) skipped() bool { return e.Status != statusAlive || e.lost }
 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
@@ -290,39 +290,58 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	switch {
 	case e != nil && !m.supersedes(e.Member), e == nil && len(t.ordered) >= maxMembers && !t.makeRoom():
 		return nil
-	case e == nil:
-		e = &entry{claim: &claim{}}
+	case e == nil: // as if it had been here and was forgotten
+		e = &entry{claim: &claim{Member: Member{Name: m.Name, Status: statusPruned}}, reaped: true}
 		for i := range e.pos {
 			e.pos[i] = ringHash(i, m.Name)
 		}
 		at, _ := t.find(m.Name)
 		t.ordered = slices.Insert(t.ordered, at, e)
 	}
-	t.count(e, -1)
-	old := e.claim
-	e.claim = &claim{m, old.pos}
-	if old.Born != m.Born {
-		e.lost, e.dealings = false, nil
-	}
-	if m.Status.dead() && (!old.Status.dead() || old.Incarnation != m.Incarnation) {
-		e.since = now - age
-	}
-	e.reaped = false
 	t.highest = max(t.highest, m.Incarnation)
+	t.change(e, func() {
+		if e.Born != m.Born {
+			e.lost, e.dealings = false, nil
+		}
+		if m.Status.dead() && (!e.Status.dead() || e.Incarnation != m.Incarnation) {
+			e.since = now - age
+		}
+		e.claim, e.reaped = &claim{m, e.pos}, false
+	})
+	return e
+}
+
+// setLost marks or clears "failed for me".
+func (t *table) setLost(e *entry, lost bool) {
+	if e.lost != lost {
+		t.change(e, func() { e.lost = lost })
+	}
+}
+
+// hide makes a dead member invisible.
+func (t *table) hide(e *entry) { t.change(e, func() { e.reaped = true }) }
+
+// change lets f change e, and brings about what follows: in the sums, on the rings, and as events.
+func (t *table) change(e *entry, f func()) {
+	was := *e
+	t.count(e, -1)
+	f()
 	t.count(e, +1)
-	if on, wasOn := !m.Status.dead(), old.Status != 0 && !old.Status.dead(); on != wasOn {
+	if on := !e.Status.dead(); on == was.Status.dead() {
 		t.setOnRings(e, on)
 	}
-	if old.Status != m.Status || old.Born != m.Born {
-		t.changed(m.Status == statusSuspect || m.Status.dead())
+	if e.Status != was.Status || e.Born != was.Born || e.lost != was.lost { // walks over the rings may end elsewhere
+		t.version++
+		if e.skipped() {
+			t.shrunk = t.version
+		}
 	}
 	t.announce(e)
-	return e
 }
 
 // count adds e to the sums over the table, or takes it out.
 func (t *table) count(e *entry, by int) {
-	if e.reaped || e.Status == 0 {
+	if e.reaped {
 		return
 	}
 	t.digest ^= e.digest()
@@ -349,58 +368,36 @@ func (t *table) makeRoom() bool {
 	return oldest != nil
 }
 
-// setLost marks or clears "failed for me".
-func (t *table) setLost(e *entry, lost bool) {
-	if e.lost == lost {
-		return
-	}
-	t.count(e, -1)
-	e.lost = lost
-	t.count(e, +1)
-	t.changed(lost)
-	t.announce(e)
-}
-
-// changed notes that walks over the rings may now end elsewhere.
-func (t *table) changed(shrunk bool) {
-	t.version++
-	if shrunk {
-		t.shrunk = t.version
-	}
-}
-
 // announce tells the events that lead from what was told last to what is visible now. Per member they
 // alternate: nobody joins twice without an end.
 func (t *table) announce(e *entry) {
-	was, is := Member{}, e.with(e.visible())
+	var was Member
 	if e.told != nil {
 		was = e.told.with(e.shown)
 	}
+	is := e.with(e.visible())
 	if was == is {
 		return
 	}
 	e.told, e.shown = e.claim, is.Status
 	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, Member: m}) }
-	alive := was.Status == statusAlive
+	if was.Status == statusAlive && is.Status == statusAlive && was.Born != is.Born { // nobody noticed the end
+		was.Status = statusFailed
+		tell(eventFailed, was)
+	}
 	switch {
-	case is.Status == statusAlive && alive && was.Born == is.Born:
-		if was.Addr != is.Addr || was.Tags != is.Tags {
-			tell(eventUpdate, is)
-		}
-	case is.Status == statusAlive:
-		if alive {
-			tell(eventFailed, was.with(statusFailed))
-		}
+	case is.Status == statusAlive && was.Status != statusAlive:
 		tell(eventJoin, is)
-	case is.Status == statusFailed && alive:
+	case is.Status == statusAlive && (was.Addr != is.Addr || was.Tags != is.Tags):
+		tell(eventUpdate, is)
+	case is.Status == statusFailed && was.Status == statusAlive:
 		tell(eventFailed, is)
-	case is.Status == statusLeft && (alive || was.Status == statusFailed):
-		tell(eventLeave, is)
-	case is.Status == statusPruned && was.Status != 0 && was.Status != statusPruned:
-		if was.Status != statusLeft {
-			tell(eventLeave, is.with(statusLeft))
-		}
-		tell(eventReap, is.with(statusLeft))
+	case e.Status >= statusLeft && (was.Status == statusAlive || was.Status == statusFailed):
+		was.Status = statusLeft
+		tell(eventLeave, is.with(statusLeft))
+	}
+	if is.Status == 0 && was.Status != 0 {
+		tell(eventReap, is.with(was.Status))
 	}
 }
 
@@ -415,29 +412,12 @@ func (t *table) reap(now, after time.Duration) {
 	})
 }
 
-// hide makes a dead member invisible.
-func (t *table) hide(e *entry) {
-	if e.reaped {
-		return
-	}
-	t.count(e, -1)
-	e.reaped = true
-	if e.told != nil && e.shown != statusPruned {
-		t.events = append(t.events, Event{kind: eventReap, Member: e.told.with(e.shown)})
-	}
-	e.told = nil
-}
-
 // list copies what a user may see of those whose names follow after, sorted by name: limit of them at most.
-func (t *table) list(after string, limit int) []Member {
-	at, found := t.find(after)
-	if found {
-		at++
-	}
-	var ms []Member
+func (t *table) list(after string, limit int) (ms []Member) {
+	at, _ := t.find(after + "\x00") // the least name that is greater
 	for _, e := range t.ordered[at:] {
-		if len(ms) < limit && !e.reaped && e.Status != statusPruned {
-			ms = append(ms, e.with(e.visible()))
+		if s := e.visible(); s != 0 && len(ms) < limit {
+			ms = append(ms, e.with(s))
 		}
 	}
 	return ms
@@ -484,8 +464,7 @@ func (t *table) watchers(e *entry) []*entry {
 // watched returns the members whose watcher e is. Suspects are among them: who accuses may die before the
 // verdict. A watcher stands at most rings places behind the one it watches, not counting those that are
 // walked over.
-func (t *table) watched(e *entry) []*entry {
-	var ps []*entry
+func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
 		seen := 0
 		for p := range t.neighbours(i, e, -1) {
@@ -515,8 +494,7 @@ func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	}
 }
 
-// digest is this entry's part of the table's digest. A suspect counts as alive: suspicion is short and
-// settles itself, it is not worth a repair.
+// digest is this entry's part of the table's digest. A suspicion is not worth a repair.
 func (e *entry) digest() uint64 {
 	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(e.Status.settled())<<60))
 }
@@ -525,13 +503,11 @@ func (e *entry) digest() uint64 {
 // ring, so its result is mixed.
 func ringHash(ring int, name string) uint64 {
 	h := fnv.New64a()
-	h.Write([]byte{byte(ring)})
-	h.Write([]byte(name))
+	h.Write(append([]byte{byte(ring)}, name...))
 	return mix(h.Sum64())
 }
 
-// mix is a 64-bit finalizer: multiply by an odd constant, fold the high half of the 128-bit product into the
-// low one.
+// mix is a 64-bit finalizer: it multiplies by an odd constant and folds the product's high half into the low one.
 func mix(x uint64) uint64 {
 	hi, lo := bits.Mul64(x^0x9e3779b97f4a7c15, 0xd6e8feb86659fd93)
 	return hi ^ lo
