@@ -167,8 +167,7 @@ type nodeConfig struct {
 	seeds     []string
 	retryMax  int // failed rounds of joining the seeds; 0: for ever
 	reapAfter time.Duration
-	replay    bool     // deliver user events of before this agent's time
-	answers   []string // names of the queries that somebody here answers; "": all
+	replay    bool // deliver user events of before this agent's time
 	random    [32]byte
 }
 
@@ -1244,9 +1243,6 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 	ev := Event{kind: eventQuery, Member: e.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, id: h.Query, within: time.Duration(u.Within) * ms}
 	qs.heard = append(qs.heard, heard{runOf(e), ev.id, n.now + ev.within})
 	n.out.events = append(n.out.events, ev)
-	if !slices.Contains(n.answers, "") && !slices.Contains(n.answers, u.Event) {
-		n.replied(ev, replyNothing, nil)
-	}
 	return nil
 }
 

@@ -156,22 +156,10 @@ func commandLine(shell, script string) ([]string, error) {
 	return words, nil
 }
 
-// answers names the queries that some handler answers; "" is every query.
-func (hs *handlers) answers() (names []string) {
-	for _, h := range hs.all {
-		for _, ev := range h.events {
-			if kind, name, _ := strings.Cut(ev, ":"); kind == "*" || kind == eventQuery.String() {
-				names = append(names, name)
-			}
-		}
-	}
-	return names
-}
-
 // ---- queues ----
 
 // deliver queues ev for every handler that wants it. It never blocks. The first handler that a query finds is the
-// one that answers it.
+// one that answers it; where there is none, that is the answer.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	d := delivery{Event: ev, until: time.Now().Add(ev.within), answer: answer}
 	for _, h := range hs.all {
@@ -179,6 +167,9 @@ func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 			h.enqueue(d)
 			d.answer = nil
 		}
+	}
+	if ev.kind == eventQuery && d.answer != nil {
+		go answer(replyNothing, nil)
 	}
 }
 

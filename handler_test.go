@@ -830,6 +830,15 @@ func answersTo(t *testing.T, script string) (reply, string) {
 	return 0, ""
 }
 
+func TestAQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
+	hs, _ := startHandlers(t, handlerConfig{}, "query:other=true", "user=true")
+	got := make(chan reply)
+	hs.deliver(Event{kind: eventQuery, name: "load", within: 20 * time.Second}, func(r reply, _ []byte) { got <- r })
+	if r := <-got; r != replyNothing {
+		t.Errorf("the reply is %d", r)
+	}
+}
+
 func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
 	const lines = `i=0; while [ $i -lt 5000 ]; do echo "line $i"; i=$((i+1)); done` // 48,890 bytes
 	for script, want := range map[string]struct {

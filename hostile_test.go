@@ -88,7 +88,7 @@ func newRig(t *testing.T, in []byte) *rig {
 		self.Name, self.Tags = strings.Repeat("n", maxName), Tags("k="+strings.Repeat("v", maxTags-2))
 		self.Incarnation, self.Born = 1<<55+1<<20, 1<<55
 	}
-	cfg := nodeConfig{member: self, reapAfter: 20 * time.Second, answers: []string{"load"}}
+	cfg := nodeConfig{member: self, reapAfter: 20 * time.Second}
 	if setup&2 > 0 {
 		cfg.seeds = []string{"seed"}
 	}

@@ -1065,7 +1065,7 @@ func (a *agent) run(c *command) error {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
 	a.gossip.rpcPort = uint16(ln.Addr().(*net.TCPAddr).Port)
-	a.gossip.answers, a.gossip.events = handlers.answers(), handlers.deliver
+	a.gossip.events = handlers.deliver
 	if g, err = startGossip(a.gossip); err != nil {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}

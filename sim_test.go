@@ -355,7 +355,7 @@ func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
 	born := birth(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
 	self := Member{Name: name, Addr: h.addr, Incarnation: born, Born: born, Status: statusAlive}
 	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[run]*simLink)}
-	cfg := nodeConfig{member: self, reapAfter: s.reapAfter, answers: []string{"load"}}
+	cfg := nodeConfig{member: self, reapAfter: s.reapAfter}
 	for _, seed := range seeds {
 		cfg.seeds = append(cfg.seeds, seed.addr.String())
 		p.seeds = append(p.seeds, seed.addr)
@@ -971,8 +971,11 @@ func (p *proc) event(ev Event) {
 	}
 	if ev.kind == eventQuery {
 		p.asked++
-		if p.s.reply != nil {
-			p.s.reply(p, ev)
+		switch {
+		case s.reply != nil:
+			s.reply(p, ev)
+		case ev.name != "load":
+			p.tell(func(n *node) { n.replied(ev, replyNothing, nil) })
 		}
 		return
 	}
