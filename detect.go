@@ -242,7 +242,7 @@ func (r *ring) missed(n *node, e *entry, h head) {
 
 // link asks for a watch link to the first watchers that have answered.
 func (r *ring) link(n *node) {
-	n.out.relink, r.linkAt = true, 0
+	n.out.links, r.linkAt = []Member{}, 0
 	for _, w := range r.watchers {
 		if len(n.out.links) < linkCount && w.e.deal().met {
 			n.out.links = append(n.out.links, w.e.Member)

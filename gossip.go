@@ -150,8 +150,7 @@ type packet struct {
 type outputs struct {
 	packets   []packet
 	looks     []Member // look at these by TCP
-	relink    bool     // links has changed
-	links     []Member // all watch links that shall stand
+	links     []Member // all watch links that shall stand; nil: no change
 	exchanges []Member // compare tables with these
 	events    []Event
 	logs      []string
@@ -513,7 +512,6 @@ func (n *node) acked(h head) {
 		}
 	default:
 		e.deal().datagrams.lower(h.Number) // only a forger's is far above what was sent just now
-		e.deal().tcpOnly = 0
 		if q.h.Kind == kQuery {
 			n.queries.answered(n, e, head{Query: q.h.Query, Reply: replyHeard}, nil)
 		}
@@ -530,11 +528,8 @@ func (n *node) met(e *entry) {
 		n.ring.met(n, e)
 	}
 	n.detector.notAlone(n, e)
-	was := e.lost
-	n.t.setLost(e, false)
-	if e.Status == statusFailed || e.Status == statusSuspect {
-		n.remind(e)
-	} else if was {
+	if e.lost {
+		n.t.setLost(e, false)
 		n.exchange(e.Member)
 	}
 }
@@ -545,8 +540,8 @@ func (n *node) contact(e *entry, h head) {
 		n.remind(e) // it refutes, or tells the news of itself that I have missed
 		return
 	}
+	e.deal().tcpOnly = 0
 	if h.Promise > 0 {
-		e.deal().tcpOnly = 0
 		n.ring.expect(e, n.now+min(time.Duration(h.Promise)*ms, time.Minute)+overdueAfter)
 		n.detector.answered(n, e.Member, e.Born)
 	}
@@ -1136,7 +1131,7 @@ func (n *node) startLeave() {
 func (n *node) forceLeave(name string, prune bool) error {
 	e := n.t.get(name)
 	switch {
-	case e == nil || e.reaped || e.Status == statusPruned:
+	case e == nil || e.visible() == 0:
 		return fmt.Errorf("no member is called %q", name)
 	case e == n.self || e.visible() == statusAlive:
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
@@ -1431,7 +1426,7 @@ func (g *gossip) carryOut(out outputs) {
 	for _, m := range out.exchanges { // one that fails is wanted again
 		g.wg.Go(func() { g.compare(m.Addr, &exchange{}, false) })
 	}
-	if out.relink {
+	if out.links != nil {
 		g.relink(g.node.self.Member, out.links)
 	}
 	if out.resolve {

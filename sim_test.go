@@ -526,7 +526,7 @@ func (p *proc) carryOut(o outputs) {
 	for _, m := range o.exchanges {
 		s.compare(p, m.Addr, &exchange{}, func(error) {})
 	}
-	if o.relink {
+	if o.links != nil {
 		p.relink(o.links)
 	}
 	for _, l := range o.logs {
