@@ -26,7 +26,6 @@ const (
 	askOnce     = 300 * ms // more: those that have not voted
 	helpFor     = 350 * ms // a helper's vote
 	probeFor    = 600 * ms // the end of a round
-	namesakeFor = 900 * ms // the same for a namesake, at whom nobody else can look
 	voteAge     = 3 * time.Second
 	suspectFor  = 1500 * ms
 	stallFor    = 10 * time.Second
@@ -217,11 +216,9 @@ func (r *ring) reached(n *node, e *entry) {
 	}
 }
 
-// met is told that e has answered for the first time. As a watcher it gets what was flooded just before:
-// whoever has just joined may have missed it, since those who knew it then did not know of each other.
+// met is told that e has answered for the first time: a watcher can be linked to now.
 func (r *ring) met(n *node, e *entry) {
 	if slices.ContainsFunc(r.watchers, func(w *bond) bool { return w.e == e }) {
-		n.spread.catchUp(n, e)
 		r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 	}
 }
@@ -366,11 +363,8 @@ func (d *detector) stepProbe(n *node, p *probe) {
 		return
 	}
 	age, end := n.now-p.start, probeFor
-	switch {
-	case p.asker != nil:
+	if p.asker != nil {
 		end = helpFor
-	case p.e == nil:
-		end = namesakeFor
 	}
 	again := age >= askAfter || p.mine == vRefused
 	if p.pings == 0 && age >= 0 {

@@ -34,7 +34,6 @@ const ms = time.Millisecond
 // scenarios in sim_test.go are the measurements.
 const (
 	floodBatch, floodRate = 2 * ms, 200 // packets a second
-	newsFor               = time.Second // whoever becomes a watcher gets the news of so long
 	repairEvery           = time.Second
 	remindEvery           = 200 * ms
 	resendAfter           = 50 * ms         // the first time; each wait is twice as long
@@ -557,7 +556,6 @@ func (n *node) contact(e *entry, h head) {
 // spread is what is to be flooded, and the user events that are remembered.
 type spread struct {
 	queue   []news
-	sent    []news // during the last second
 	flushAt time.Duration
 	rate    bucket
 	events  memory
@@ -599,9 +597,8 @@ func (s *spread) flush(n *node) {
 				s.rate.tokens--
 			}
 		}
-		s.sent, s.queue = append(s.sent, s.queue[:len(one)]...), rest
+		s.queue = rest
 	}
-	s.sent = slices.DeleteFunc(s.sent[max(0, len(s.sent)-maxQueue):], func(o news) bool { return n.now-o.at > newsFor })
 	if s.flushAt <= n.now {
 		s.flushAt = n.now + floodBatch + time.Duration(max(0, -s.rate.tokens)/floodRate*float64(time.Second))
 	}
@@ -618,14 +615,6 @@ func batch(queue []news) (one [][]byte, rest []news) {
 		}
 	}
 	return one, queue[len(one):]
-}
-
-// catchUp tells e what was flooded during the last second.
-func (s *spread) catchUp(n *node, e *entry) {
-	for one, rest := batch(s.sent); len(one) > 0; one, rest = batch(rest) {
-		n.send(e.Member, n.head(kFlood), one...)
-		s.rate.tokens--
-	}
 }
 
 // check says what is wrong with a claim from outside.

@@ -610,7 +610,6 @@ func (r *rig) checkBounds() {
 	bound("probes", len(n.detector.probes), maxProbes+1)
 	bound("questions", len(n.questions.open), maxQuestions)
 	bound("floods", len(n.spread.queue), maxQueue)
-	bound("floods of late", len(n.spread.sent), maxQueue)
 	bound("events", len(n.spread.events.recent), maxEvents)
 	bound("seeds' names", len(n.joining.names), 64+4)
 	bound("queries", len(n.queries.mine), maxQueries)
