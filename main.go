@@ -1,5 +1,5 @@
-// main.go: what a user types and sees: the commands with their options, help,
-// output and errors, addresses, the log, and the wiring of an agent.
+// main.go: what a user types and sees: the commands with their options, help, output and errors, addresses, the
+// log, and the wiring of an agent.
 
 package main
 
@@ -79,10 +79,8 @@ func main() {
 
 // exit tells err, and ends the program.
 func exit(err error) {
-	f, ok := errors.AsType[*failure](err)
-	if !ok {
-		f = &failure{msg: err.Error(), code: 1}
-	}
+	f := &failure{msg: err.Error(), code: 1}
+	errors.As(err, &f)
 	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(f.msg, "\n\t"))
 	if f.hint != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", printable(f.hint, "\n\t"))
@@ -101,10 +99,6 @@ func execute(name string, args []string) error {
 		name, args = args[0], []string{"-h"}
 	case "-v", "-version", "--version":
 		name = "version"
-	case "agent":
-		if os.Getpid() == 1 {
-			os.Exit(runAsInit())
-		}
 	}
 	for _, c := range newCommands() {
 		if c.name == name {
@@ -125,7 +119,6 @@ type command struct {
 	run               func(args []string) error
 }
 
-// options define flags.
 type options []func(*flag.FlagSet)
 
 func newCommands() []*command {
@@ -200,8 +193,7 @@ var serfWords = map[string]string{
 	"-snapshot -rejoin":        "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found",
 	"-config-file -config-dir": "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN",
 	"-profile":                 "there is one timing, for LAN and WAN alike",
-	"-discover -mdns-iface -mdns-disable-ipv4 -mdns-disable-ipv6": "name the seeds with -join; " +
-		"a DNS name with many addresses will do",
+	"-discover -mdns-iface -mdns-disable-ipv4 -mdns-disable-ipv6": "name the seeds with -join: one DNS name will do",
 	"-keyring-file":        "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
 	"-tags-file":           "give tags with -tag or HAMLET_TAG, and change them with the tags command",
 	"-syslog":              "the log goes to stderr: let systemd or 'logger' take it",
@@ -255,8 +247,7 @@ func (c *command) help(fs *flag.FlagSet) string {
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-// ways to set what an option holds
-
+// appendTo, number and duration, and set below, make what takes the text of an option.
 func appendTo(list *[]string) func(string) error {
 	return func(s string) error { *list = append(*list, s); return nil }
 }
@@ -315,9 +306,8 @@ func reason(err error) error {
 	return err
 }
 
-// printable makes text from elsewhere safe to show: whatever is not graphic
-// (escape sequences, bidi marks, broken UTF-8) is shown as in Go source,
-// except for the characters in keep.
+// printable makes text from elsewhere safe to show: whatever is not graphic (escape sequences, bidi marks, broken
+// UTF-8) is shown as in Go source, except for the characters in keep.
 func printable(s, keep string) string {
 	undo := []string{`\"`, `"`, `\\`, `\`}
 	for _, r := range keep {
@@ -330,9 +320,8 @@ func printable(s, keep string) string {
 // pairs is a JSON object: key, value, key, value.
 type pairs []any
 
-// toJSON lays v out as Serf does, where nl is what begins a line, or (nl "") in
-// one line. Not with encoding/json: that leaves DEL and the C1 controls as they
-// are, and a terminal would obey them.
+// toJSON lays v out as Serf does, where nl is what begins a line, or (nl "") in one line. Not with encoding/json:
+// that leaves DEL and the C1 controls as they are, and a terminal would obey them.
 func toJSON(v any, nl string) string {
 	inner, sep, brackets := nl+"  ", ","+nl+"  ", "[]"
 	if nl == "" {
@@ -598,7 +587,7 @@ func (q *ask) members([]string) error {
 		if err == nil {
 			there, answered = living, true
 		}
-		f, _ := errors.AsType[*failure](err)
+		f, ok := errors.AsType[*failure](err)
 		late := timeout-time.Since(start) <= pause
 		switch {
 		case err == nil && len(there) >= q.count && q.json:
@@ -608,14 +597,14 @@ func (q *ask) members([]string) error {
 		case late && answered:
 			return trouble("", "%d of %d members alive after %v: %s", len(there), q.count, q.timeout,
 				cmp.Or(strings.Join(there, ", "), "none"))
-		case err != nil && (q.count == 0 || late || !f.again):
+		case err != nil && (q.count == 0 || late || !ok || !f.again):
 			return err
 		}
 	}
 }
 
-// membersText makes columns at least four blanks apart. The third is never
-// narrower than "failed", so that tags stay in place when a member fails.
+// membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
+// stay in place when a member fails.
 func membersText(ms []Member) string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
@@ -712,23 +701,21 @@ func (q *ask) query(args []string) error {
 	who := q.nodes
 	if len(q.filter) > 0 {
 		_, living, err := q.chosen(rpcTimeout)
-		if who = living; err == nil && len(who) == 0 {
-			err = errNobody
-		}
-		if err != nil {
-			return err
+		if who = living; err != nil || len(who) == 0 {
+			return cmp.Or(err, errNobody)
 		}
 	}
 	q.Name, q.Payload, q.Args = args[0], []byte(strings.Join(args[1:], "")), strings.Join(who, "\x00")
-	t := &tally{ask: q, silent: who, acks: []any{}}
-	began := time.Now()
-	err := q.call("query", rpcTimeout, t.hear)
-	if err == nil {
-		err = t.sum()
+	t, began := &tally{ask: q, silent: who, acks: []any{}}, time.Now()
+	if err := q.call("query", rpcTimeout, t.hear); err != nil {
+		return err
+	}
+	if err := output(t.sum()); err != nil {
+		return err
 	}
 	switch silent := strings.Join(t.silent, ", "); {
-	case err != nil || silent == "":
-		return err
+	case silent == "":
+		return nil
 	case time.Since(began) < q.Within:
 		return trouble("'members' shows who is alive", "no answer from %s: not there, or not any more", silent)
 	default:
@@ -776,20 +763,19 @@ func (t *tally) hear(a answer, us []update) error {
 	return output(printable(text, "\n\t"))
 }
 
-// sum ends the output.
-func (t *tally) sum() error {
-	if t.json {
-		result := pairs{"Acks", t.acks, "Responses", t.responses}
-		if len(t.failures) > 0 {
-			result = append(result, "Failures", t.failures)
-		}
-		return output(toJSON(result, "\n") + "\n")
+// sum is the end of the output.
+func (t *tally) sum() string {
+	all := pairs{"Acks", t.acks, "Responses", t.responses, "Failures", t.failures}
+	switch responses := fmt.Sprintf("Total Responses: %d\n", len(t.responses)/2); {
+	case t.json && len(t.failures) == 0:
+		return toJSON(all[:4], "\n") + "\n"
+	case t.json:
+		return toJSON(all, "\n") + "\n"
+	case t.noAck:
+		return responses
+	default:
+		return fmt.Sprintf("Total Acks: %d\n", len(t.acks)) + responses
 	}
-	text := fmt.Sprintf("Total Acks: %d\nTotal Responses: %d\n", len(t.acks), len(t.responses)/2)
-	if t.noAck {
-		_, text, _ = strings.Cut(text, "\n")
-	}
-	return output(text)
 }
 
 // ---- the agent ----
@@ -835,8 +821,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("role", "the same as -tag role=`ROLE`", a.tags.set("role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", a.tags.set(""))
 	fs.StringVar(&a.bind, "bind", "0.0.0.0:"+defaultPort, "`IP:PORT` where to listen for gossip, UDP and TCP")
-	fs.StringVar(&a.advertise, "advertise", "", "`HOST[:PORT]` is the address that others are told (default: the one from\n"+
-		"which packets to the first seed go out)")
+	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
+		"from which packets to the first seed go out)")
 	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`")
 	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
 	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "a `TOKEN` that the other commands must give")
@@ -848,7 +834,7 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
-		"repeatable: the first seals, all can open. Other users can see arguments:\n"+
+		"repeatable: the first seals, all can open. Others can see arguments:\n"+
 		"better set HAMLET_ENCRYPT", appendTo(&a.keys))
 	fs.Func("reap-after", "the `DURATION` after which failed and left members are forgotten\n"+
 		"(default 24h)", duration(&g.reapAfter))
@@ -886,19 +872,22 @@ func (a *agent) environment() (unknown []string, err error) {
 	return unknown, err
 }
 
-// setFrom sets an option to the text of a variable, or to each item of it if the option is repeatable.
+// setFrom sets an option to the text of a variable, or to each item of it if its help says that it is repeatable.
 func setFrom(variable, text string, f *flag.Flag) error {
 	items, note := []string{text}, ""
 	if strings.Contains(f.Usage, "repeatable") {
-		items, note = split(text), ", which is split at its commas, or at newlines if there are any"
+		items = split(text)
+	}
+	if len(items) > 1 && !strings.Contains(text, "\n") {
+		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
 	}
 	for _, item := range items {
 		err := f.Value.Set(item)
-		if len(items) > 1 && (strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0) {
+		if note != "" && (strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0) {
 			err = errors.New("it breaks off inside quotes")
 		}
 		if err != nil {
-			return fmt.Errorf("invalid value %q for %s%s: %w", item, variable, note, err)
+			return fmt.Errorf("invalid value %q for %s: %w%s", item, variable, err, note)
 		}
 	}
 	return nil
@@ -907,10 +896,11 @@ func setFrom(variable, text string, f *flag.Flag) error {
 // split takes a list apart at its commas, or at its newlines if there are any. The events in
 // member-join,user:x=script stay with their script.
 func split(text string) (items []string) {
+	sep := ","
 	if strings.Contains(text, "\n") {
-		return slices.DeleteFunc(strings.Split(text, "\n"), func(line string) bool { return strings.TrimSpace(line) == "" })
+		sep = "\n"
 	}
-	for item := range strings.SplitSeq(text, ",") {
+	for item := range strings.SplitSeq(text, sep) {
 		last := len(items) - 1
 		switch item = strings.TrimSpace(item); {
 		case item == "":
@@ -961,14 +951,12 @@ func parseKeys(list []string) (keys [][]byte, err error) {
 }
 
 func (a *agent) run([]string) error {
+	if os.Getpid() == 1 {
+		os.Exit(runAsInit())
+	}
 	unknown, err := a.environment()
 	if err != nil {
 		return wrongUsage("agent", err)
-	}
-	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
-	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
 	}
 	level := slices.Index(logLevels, strings.ToLower(a.logLevel))
 	if level < 0 {
@@ -978,10 +966,7 @@ func (a *agent) run([]string) error {
 	defer logs.flush()
 	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // signal.Ignore would be inherited by handlers
-
+	signals := prepareProcess()
 	why, err := a.check()
 	if err != nil {
 		return err
@@ -991,18 +976,21 @@ func (a *agent) run([]string) error {
 		return err
 	}
 	defer ln.Close()
+	rpcAddr := *ln.Addr().(*net.TCPAddr)
+	if a.gossip.rpcPort = uint16(rpcAddr.Port); rpcAddr.IP.IsUnspecified() {
+		rpcAddr.IP = net.IPv4(127, 0, 0, 1) // where handlers reach it
+	}
 	var g *gossip
 	started := make(chan struct{}) // g is there
 	a.handlers.env = func() []string {
 		<-started
 		self, alone := g.me()
-		return handlerEnv(self, alone, loopbackFor(ln.Addr()), a.rpcAuth)
+		return handlerEnv(self, alone, rpcAddr.String(), a.rpcAuth)
 	}
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
-	a.gossip.rpcPort = uint16(ln.Addr().(*net.TCPAddr).Port)
 	a.gossip.answers, a.gossip.events = handlers.answers(), handlers.deliver
 	if g, err = startGossip(a.gossip); err != nil {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
@@ -1018,6 +1006,19 @@ func (a *agent) run([]string) error {
 	ended := make(chan struct{})
 	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
 	return a.wait(g, ended, signals)
+}
+
+// prepareProcess fits the process to an agent, and returns the signals that it gets.
+func prepareProcess() <-chan os.Signal {
+	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
+	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
+	}
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // signal.Ignore would be inherited by handlers
+	return signals
 }
 
 func listenRPC(addr string) (net.Listener, error) {
@@ -1251,14 +1252,6 @@ func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs 
 	return addrs, errs
 }
 
-// loopbackFor returns an address at which this machine reaches a listener.
-func loopbackFor(a net.Addr) string {
-	if tcp := a.(*net.TCPAddr); tcp.IP.IsUnspecified() {
-		return fmt.Sprintf("127.0.0.1:%d", tcp.Port)
-	}
-	return a.String()
-}
-
 const noAddress = "no other address was found"
 
 // advertised returns the address that others are told, and the reason. It is never a wildcard, and
@@ -1352,8 +1345,8 @@ func isMine(ip netip.Addr) bool {
 
 var logLevels = []string{"trace", "debug", "info", "warn", "err"}
 
-// logWriter writes log lines of a level and above. It never blocks: a terminal
-// that was halted must not halt the agent. Until start, lines wait.
+// logWriter writes log lines of a level and above. It never blocks: a terminal that was halted must not halt the
+// agent. Until start, lines wait.
 type logWriter struct {
 	level int
 	lines chan string // "" is the end
@@ -1371,9 +1364,8 @@ func newLogWriter(level int) *logWriter {
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
 func (w *logWriter) Write(p []byte) (int, error) {
 	line := string(p)
-	if rest, ok := strings.CutPrefix(line[min(len(line), len("2013/12/08 07:56:48 ")):], "["); ok {
-		word, _, _ := strings.Cut(rest, "]")
-		if l := slices.Index(logLevels, strings.ToLower(word)); l >= 0 && l < w.level {
+	for _, level := range logLevels[:w.level] {
+		if strings.HasPrefix(line[min(len(line), len("2013/12/08 07:56:48 ")):], "["+strings.ToUpper(level)+"]") {
 			return len(p), nil
 		}
 	}
