@@ -79,8 +79,10 @@ func main() {
 
 // exit tells err, and ends the program.
 func exit(err error) {
-	f := &failure{msg: err.Error(), code: 1}
-	errors.As(err, &f)
+	f, ok := errors.AsType[*failure](err)
+	if !ok {
+		f = &failure{msg: err.Error(), code: 1}
+	}
 	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(f.msg, "\n\t"))
 	if f.hint != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", printable(f.hint, "\n\t"))
@@ -194,17 +196,14 @@ var serfWords = map[string]string{
 	"-config-file -config-dir": "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN",
 	"-profile":                 "there is one timing, for LAN and WAN alike",
 	"-discover -mdns-iface -mdns-disable-ipv4 -mdns-disable-ipv6": "name the seeds with -join: one DNS name will do",
-	"-keyring-file":        "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
-	"-tags-file":           "give tags with -tag or HAMLET_TAG, and change them with the tags command",
-	"-syslog":              "the log goes to stderr: let systemd or 'logger' take it",
-	"-protocol":            "there is one version: run the same hamlet everywhere",
-	"-broadcast-timeout":   "nothing waits for a broadcast",
-	"-disable-compression": "nothing is compressed",
-	"-relay-factor":        "an answer is sent again until it arrives",
-	"keys":                 "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW",
-	"reachability":         "every member is looked at all the time: see 'members' and 'info'",
-	"rtt":                  "there are no network coordinates: use ping",
-	"monitor":              "'watch' streams events, and the log is the agent's stderr",
+	"-keyring-file": "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
+	"-tags-file":    "give tags with -tag or HAMLET_TAG, and change them with the tags command",
+	"-syslog":       "the log goes to stderr: let systemd or 'logger' take it",
+	"-protocol -broadcast-timeout -disable-compression -relay-factor": "leave it out: there is nothing of it to set",
+	"keys":         "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW",
+	"reachability": "every member is looked at all the time: see 'members' and 'info'",
+	"rtt":          "there are no network coordinates: use ping",
+	"monitor":      "'watch' streams events, and the log is the agent's stderr",
 }
 
 // serfWord is the error for a word of Serf's; nil: it is none.
@@ -580,25 +579,24 @@ func (q *ask) members([]string) error {
 		return misuse("", "-wait counts the living, and -status leaves them out")
 	}
 	const pause = 100 * ms
-	timeout := cmp.Or(q.timeout, math.MaxInt64)
-	var there []string // the living at the last look
-	for start, answered := time.Now(), false; ; time.Sleep(pause) {
+	start, timeout := time.Now(), cmp.Or(q.timeout, math.MaxInt64)
+	for few := error(nil); ; time.Sleep(pause) { // few is what the last answer lacked
 		ms, living, err := q.chosen(min(rpcTimeout, max(timeout-time.Since(start), pause)))
-		if err == nil {
-			there, answered = living, true
-		}
 		f, ok := errors.AsType[*failure](err)
 		late := timeout-time.Since(start) <= pause
 		switch {
-		case err == nil && len(there) >= q.count && q.json:
+		case err == nil && len(living) >= q.count && q.json:
 			return output(membersJSON(ms))
-		case err == nil && len(there) >= q.count:
+		case err == nil && len(living) >= q.count:
 			return output(membersText(ms))
-		case late && answered:
-			return trouble("", "%d of %d members alive after %v: %s", len(there), q.count, q.timeout,
-				cmp.Or(strings.Join(there, ", "), "none"))
-		case err != nil && (q.count == 0 || late || !ok || !f.again):
+		case err == nil:
+			few = trouble("", "%d of %d members alive after %v: %s", len(living), q.count, q.timeout,
+				cmp.Or(strings.Join(living, ", "), "none"))
+		case q.count == 0 || !ok || !f.again:
 			return err
+		}
+		if late {
+			return cmp.Or(few, err)
 		}
 	}
 }
@@ -765,17 +763,18 @@ func (t *tally) hear(a answer, us []update) error {
 
 // sum is the end of the output.
 func (t *tally) sum() string {
-	all := pairs{"Acks", t.acks, "Responses", t.responses, "Failures", t.failures}
-	switch responses := fmt.Sprintf("Total Responses: %d\n", len(t.responses)/2); {
-	case t.json && len(t.failures) == 0:
-		return toJSON(all[:4], "\n") + "\n"
-	case t.json:
-		return toJSON(all, "\n") + "\n"
-	case t.noAck:
-		return responses
-	default:
-		return fmt.Sprintf("Total Acks: %d\n", len(t.acks)) + responses
+	if t.json {
+		result := pairs{"Acks", t.acks, "Responses", t.responses}
+		if len(t.failures) > 0 {
+			result = append(result, "Failures", t.failures)
+		}
+		return toJSON(result, "\n") + "\n"
 	}
+	text := fmt.Sprintf("Total Responses: %d\n", len(t.responses)/2)
+	if !t.noAck {
+		text = fmt.Sprintf("Total Acks: %d\n", len(t.acks)) + text
+	}
+	return text
 }
 
 // ---- the agent ----
@@ -1039,16 +1038,13 @@ func listenRPC(addr string) (net.Listener, error) {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	no, ok := errors.AsType[syscall.Errno](err)
-	if !ok {
-		return trouble("", "cannot start %s at %s: %v", what, addr, err)
-	}
+	no, _ := errors.AsType[syscall.Errno](err)
 	hint := map[syscall.Errno]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
 	}[no]
-	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, no)
+	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
 // banner tells how the agent can be reached, and warns of what is hardly meant.
