@@ -124,7 +124,7 @@ type command struct {
 type options []func(*flag.FlagSet)
 
 func newCommands() []*command {
-	a, q := newAgent(), newAsk()
+	a, q := &agent{tags: tagMap{}}, &ask{filter: filter{}, tags: tagMap{}}
 	return slices.Concat([]*command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
 	}, q.shows(), q.acts(), []*command{
@@ -378,10 +378,6 @@ type ask struct {
 	noAck       bool
 }
 
-func newAsk() *ask {
-	return &ask{request: request{Within: 15 * time.Second}, filter: filter{}, tags: tagMap{}}
-}
-
 func (q *ask) reach(fs *flag.FlagSet) {
 	variable := func(name string) string { return cmp.Or(os.Getenv("SERF_"+name), os.Getenv("HAMLET_"+name)) }
 	fs.StringVar(&q.addr, "rpc-addr", cmp.Or(variable("RPC_ADDR"), defaultRPC),
@@ -400,6 +396,7 @@ func (q *ask) format(fs *flag.FlagSet) {
 }
 
 func (q *ask) queries(fs *flag.FlagSet) {
+	q.Within = 15 * time.Second
 	fs.Func("node", "ask only the member `NAME`; repeatable", appendTo(&q.nodes))
 	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
 	fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&q.Within))
@@ -791,12 +788,6 @@ type agent struct {
 	leaveOnTerminate           bool
 }
 
-func newAgent() *agent {
-	a := &agent{tags: tagMap{}}
-	a.gossip.reapAfter, a.handlers.timeout, a.handlers.grace = 24*time.Hour, 10*time.Minute, handlerGrace
-	return a
-}
-
 const agentExamples = `  {} agent
   {} agent -join 10.0.2.15
   {} agent -node web1 -role web -join seed1.example.com,seed2
@@ -815,7 +806,7 @@ SIGHUP does nothing.
 
 func (a *agent) options(fs *flag.FlagSet) {
 	g, h := &a.gossip, &a.handlers
-	a.flags = fs
+	a.flags, g.reapAfter, h.timeout, h.grace = fs, 24*time.Hour, 10*time.Minute, handlerGrace
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
 	fs.Func("role", "the same as -tag role=`ROLE`", a.tags.set("role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", a.tags.set(""))
@@ -835,14 +826,13 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
 		"repeatable: the first seals, all can open. Others can see arguments:\n"+
 		"better set HAMLET_ENCRYPT", appendTo(&a.keys))
-	fs.Func("reap-after", "the `DURATION` after which failed and left members are forgotten\n"+
-		"(default 24h)", duration(&g.reapAfter))
+	fs.Func("reap-after", "forget failed and left members after `DURATION` (default 24h)", duration(&g.reapAfter))
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
 		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
 		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
 		"query:NAME or * (all of them)", appendTo(&h.specs))
-	fs.Func("handler-timeout", "the `DURATION` after which a script is stopped (default 10m)", duration(&h.timeout))
+	fs.Func("handler-timeout", "stop a script after `DURATION` (default 10m)", duration(&h.timeout))
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
 }
 
