@@ -2,7 +2,7 @@ package main
 
 import (
 	"encoding/json"
-	"fmt"
+	"flag"
 	"log"
 	"net/netip"
 	"runtime/debug"
@@ -17,30 +17,23 @@ import (
 
 // --- what the user types
 
+// Most defaults are shown by package flag, which knows them; these are not.
 func TestDefaultsInTheHelpAreTrue(t *testing.T) {
-	for _, c := range newCommands() {
-		for _, o := range c.options {
-			_, doc, ok := strings.Cut(o.text, "(default: ")
-			doc, _, _ = strings.Cut(doc, ")")
-			if !ok || strings.Contains(doc, " ") || doc == "never" || o.value == nil {
-				continue
-			}
-			want := ""
-			switch v := o.value.(type) {
-			case *string:
-				want = *v
-			case *bool:
-				want = fmt.Sprint(*v)
-			case *time.Duration:
-				d, err := time.ParseDuration(doc)
-				if err != nil || d != *v {
-					t.Errorf("-%s: the help says %s, it is %v", o.name, doc, *v)
-				}
-				continue
-			}
-			if doc != want {
-				t.Errorf("-%s: the help says %q, it is %q", o.name, doc, want)
-			}
+	a, q := &agent{tags: tagMap{}}, &ask{filter: filter{}}
+	for _, o := range []struct {
+		define func(*flag.FlagSet)
+		name   string
+		value  *time.Duration
+	}{
+		{a.options, "reap-after", &a.gossip.reapAfter},
+		{a.options, "handler-timeout", &a.handlers.timeout},
+		{q.queries, "timeout", &q.Within},
+	} {
+		fs := flag.NewFlagSet("", flag.ContinueOnError)
+		o.define(fs)
+		_, said, _ := strings.Cut(fs.Lookup(o.name).Usage, "(default ")
+		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != *o.value {
+			t.Errorf("-%s: the help says %s, it is %v", o.name, said, *o.value)
 		}
 	}
 }
@@ -69,13 +62,20 @@ func TestHostPort(t *testing.T) {
 
 func TestAdvertisedAddress(t *testing.T) {
 	any4, any6 := netip.MustParseAddrPort("0.0.0.0:7946"), netip.MustParseAddrPort("[::]:7946")
+	advertised := func(bind netip.AddrPort, seeds ...string) (netip.AddrPort, string) {
+		got, why, err := (&agent{gossip: gossipConfig{bind: bind, nodeConfig: nodeConfig{seeds: seeds}}}).advertised()
+		if err != nil {
+			t.Errorf("bound to %s: %v", bind, err)
+		}
+		return got, why
+	}
 	bound := netip.MustParseAddrPort("127.0.0.9:7000")
-	if got, why := chooseAdvertise(bound, []string{"10.0.0.1"}); got != bound || why != "the bound address" {
+	if got, why := advertised(bound, "10.0.0.1"); got != bound || why != "the bound address" {
 		t.Errorf("bound to %s: advertised %s (%s)", bound, got, why)
 	}
 	for _, bind := range []netip.AddrPort{any4, any6} {
 		for _, seeds := range [][]string{nil, {"127.0.0.1"}, {"[::1]:7946", "no.such.host.invalid"}, {"198.51.100.9:1234"}} {
-			got, why := chooseAdvertise(bind, seeds)
+			got, why := advertised(bind, seeds...)
 			ip := got.Addr()
 			alone := why == "no other address was found"
 			if !ip.IsValid() || ip.IsUnspecified() || ip.IsLoopback() != alone || ip.IsMulticast() || got.Port() != 7946 || why == "" {
@@ -209,21 +209,24 @@ func TestListsFromTheEnvironment(t *testing.T) {
 		"a=1,2\nb=3":                   {"a=1,2", "b=3"},
 		",":                            nil,
 	} {
-		t.Setenv("HAMLET_X", in)
 		var got []string
-		if err := (option{name: "x LIST", value: &got}).fromEnv("HAMLET_X"); err != nil || !slices.Equal(got, want) {
+		fs := flag.NewFlagSet("", flag.ContinueOnError)
+		fs.Func("event-handler", "", appendTo(&got))
+		if err := setFrom("HAMLET_X", in, fs.Lookup("event-handler")); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
 		}
 	}
 	// What would become two broken parts is told.
-	for name, in := range map[string]string{"event-handler SPEC": `awk "{print $1,$2}"`, "tag KEY=VALUE": "note=a,b"} {
-		t.Setenv("HAMLET_X", in)
-		var got []string
-		if err := (option{name: name, value: &got}).fromEnv("HAMLET_X"); err == nil || !strings.Contains(err.Error(), "newline") {
-			t.Errorf("%s: %q, %v", in, got, err)
+	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
+		a, fs := &agent{tags: tagMap{}}, flag.NewFlagSet("", flag.ContinueOnError)
+		a.options(fs)
+		if err := setFrom("HAMLET_X", in, fs.Lookup(name)); err == nil || !strings.Contains(err.Error(), "newline") {
+			t.Errorf("%s: %q, %v", in, a.handlers.specs, err)
 		}
-		t.Setenv("HAMLET_X", in+"\n")
-		if err := (option{name: name, value: &got}).fromEnv("HAMLET_X"); err != nil || !slices.Equal(got[len(got)-1:], []string{in}) {
+		a, fs = &agent{tags: tagMap{}}, flag.NewFlagSet("", flag.ContinueOnError)
+		a.options(fs)
+		err := setFrom("HAMLET_X", in+"\n", fs.Lookup(name))
+		if got := append(a.handlers.specs, "note="+a.tags["note"]); err != nil || got[0] != in {
 			t.Errorf("%s with a newline: %q, %v", in, got, err)
 		}
 	}
@@ -258,10 +261,10 @@ func TestLinesOfWatch(t *testing.T) {
 		{answer{Kind: eventUser, At: at}, update{Member: m, Event: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
-		if got := (&ask{format: "text"}).line(tt.a, tt.u); got != tt.text {
+		if got := (&ask{}).line(tt.a, tt.u); got != tt.text {
 			t.Errorf("text: %q, want %q", got, tt.text)
 		}
-		if got := (&ask{format: "json"}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+		if got := (&ask{json: true}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
 			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}
