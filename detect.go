@@ -104,17 +104,11 @@ func runOf(e *entry) run { return run{e, e.Born} }
 // over reports whether the run is believed to have ended.
 func (r run) over() bool { return r.e.Born != r.born || r.e.Status.dead() }
 
-// bond ties a watcher and the one it watches: by when the next heartbeat comes.
-type bond struct {
-	run
-	by time.Duration
-}
-
-// ring is whom I watch, who watches me, and what was promised.
+// ring is whom I watch, and who watches me.
 type ring struct {
-	seen     uint64  // version of the table that this follows
-	watchers []*bond // in the order of the rings; by: as I have promised
-	watched  []*bond // by: overdue then
+	seen     uint64   // version of the table that this follows
+	watchers []*entry // in the order of the rings
+	watched  []*entry
 	nextBeat time.Duration
 	linkAt   time.Duration // when to ask for other watch links; 0: they are as they shall be
 	missedAt time.Duration // when I last asked for news that I had missed
@@ -131,44 +125,36 @@ func (r *ring) refresh(n *node) {
 	if n.t.shrunk > r.seen {
 		grace = overdueAfter
 	}
-	follow := func(old []*bond, es []*entry, by time.Duration) (bonds []*bond) {
-		for _, e := range es {
-			b := &bond{runOf(e), by}
-			if i := slices.IndexFunc(old, func(o *bond) bool { return o.run == b.run }); i >= 0 {
-				b = old[i]
-			}
-			bonds = append(bonds, b)
+	watchers, watched := r.watchers, r.watched
+	r.seen, r.watchers, r.watched = n.t.version, n.t.watchers(n.self), n.t.watched(n.self)
+	for _, e := range r.watched {
+		if d := e.deal(); d.due == 0 || !slices.Contains(watched, e) {
+			d.due = n.now + grace
 		}
-		return bonds
 	}
-	r.seen = n.t.version
-	r.watchers = follow(r.watchers, n.t.watchers(n.self), 0)
-	r.watched = follow(r.watched, n.t.watched(n.self), n.now+grace)
-	r.greet(n)
+	if slices.ContainsFunc(r.watchers, func(e *entry) bool { return e.deal().promised == 0 || !slices.Contains(watchers, e) }) {
+		r.greet(n)
+	}
 	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 }
 
 // greet tells all watchers anew when one of them is new. Their promises follow one another: were all told to wait
 // for a whole cycle, nobody would notice before its end that a host vanished right after it had joined.
 func (r *ring) greet(n *node) {
-	if !slices.ContainsFunc(r.watchers, func(w *bond) bool { return w.by == 0 }) {
-		return
-	}
 	for i, w := range r.watchers {
-		w.by = max(r.nextBeat, n.now) + time.Duration(i)*beatEvery
-		r.beat(n, w)
+		r.beat(n, w, max(r.nextBeat, n.now)+time.Duration(i)*beatEvery)
 	}
 }
 
 // beat sends w a heartbeat that promises the next one. From whoever has not answered yet it wants an answer:
 // before that it gets no floods, which it would not take, if it has not heard of this node.
-func (r *ring) beat(n *node, w *bond) {
+func (r *ring) beat(n *node, w *entry, next time.Duration) {
 	h := n.head(kHeartbeat)
-	h.Promise = uint32((w.by - n.now) / ms)
-	if w.e.deal().met {
-		n.send(w.e.Member, h)
+	h.Promise = uint32((next - n.now) / ms)
+	if w.deal().promised = next; w.deal().met {
+		n.send(w.Member, h)
 	} else {
-		n.post(w.e.Member, h, nil, w.by-n.now)
+		n.post(w.Member, h, nil, next-n.now)
 	}
 }
 
@@ -177,20 +163,19 @@ func (r *ring) beat(n *node, w *bond) {
 func (r *ring) step(n *node) {
 	if len(r.watchers) > 0 {
 		if n.now >= r.nextBeat {
-			w := slices.MinFunc(r.watchers, func(a, b *bond) int { return cmp.Compare(a.by, b.by) })
-			w.by = n.now + time.Duration(len(r.watchers))*beatEvery
-			r.beat(n, w)
+			w := slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.deal().promised, b.deal().promised) })
+			r.beat(n, w, n.now+time.Duration(len(r.watchers))*beatEvery)
 			r.nextBeat = max(r.nextBeat+beatEvery, n.now+beatEvery/2)
 		}
 		n.wakeAt(r.nextBeat)
 	}
-	for _, w := range r.watched {
-		switch {
-		case n.detector.probeOf(w.e) != nil:
-		case n.now >= w.by:
-			n.detector.judge(n, w.e.Member, w.e)
+	for _, e := range r.watched {
+		switch due := e.deal().due; {
+		case n.detector.probeOf(e) != nil:
+		case n.now >= due:
+			n.detector.judge(n, e.Member, e)
 		default:
-			n.wakeAt(w.by)
+			n.wakeAt(due)
 		}
 	}
 	if r.linkAt != 0 && n.now >= r.linkAt {
@@ -200,25 +185,16 @@ func (r *ring) step(n *node) {
 	}
 }
 
-// expect puts off when e is overdue.
-func (r *ring) expect(e *entry, by time.Duration) {
-	for _, w := range r.watched {
-		if w.e == e {
-			w.by = by
-		}
-	}
-}
-
 // reached notes a sign of life of e that promises nothing: what it promised before holds, or a whole cycle may pass.
 func (r *ring) reached(n *node, e *entry) {
-	if i := slices.IndexFunc(r.watched, func(w *bond) bool { return w.e == e }); i >= 0 && r.watched[i].by <= n.now {
-		r.watched[i].by = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
+	if d := e.deal(); d.due <= n.now {
+		d.due = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
 	}
 }
 
 // met is told that e has answered for the first time: a watcher can be linked to now.
 func (r *ring) met(n *node, e *entry) {
-	if slices.ContainsFunc(r.watchers, func(w *bond) bool { return w.e == e }) {
+	if slices.Contains(r.watchers, e) {
 		r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 	}
 }
@@ -241,8 +217,8 @@ func (r *ring) missed(n *node, e *entry, h head) {
 func (r *ring) link(n *node) {
 	n.out.links, r.linkAt = []Member{}, 0
 	for _, w := range r.watchers {
-		if len(n.out.links) < linkCount && w.e.deal().met {
-			n.out.links = append(n.out.links, w.e.Member)
+		if len(n.out.links) < linkCount && w.deal().met {
+			n.out.links = append(n.out.links, w.Member)
 		}
 	}
 }

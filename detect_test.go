@@ -165,7 +165,7 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
 	e := l.n.t.get("b")
 	e.deal().stalled, e.deal().tcpOnly = time.Second, 1
-	l.n.ring.expect(e, l.n.now+100*ms)
+	e.deal().due = l.n.now + 100*ms
 	again := labMember(1)
 	again.Incarnation, again.Tags = 11, "k=v"
 	l.udp(2, head{Kind: kFlood}, claimed(again, statusAlive))
@@ -204,7 +204,7 @@ func TestFirstPromisesAreSpreadOverTheCycle(t *testing.T) {
 	l := newLab(t, 5)
 	promises := make(map[time.Duration]bool)
 	for _, w := range l.n.ring.watchers {
-		promises[(w.by-l.n.now)/beatEvery] = true
+		promises[(w.deal().promised-l.n.now)/beatEvery] = true
 	}
 	if len(promises) != 4 {
 		t.Errorf("four watchers are promised %v", promises)

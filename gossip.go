@@ -405,6 +405,8 @@ func (qs *questions) step(n *node) {
 type dealings struct {
 	datagrams window
 	met       bool          // it has answered: somebody lives at its address
+	promised  time.Duration // when it gets the next heartbeat, if it watches me
+	due       time.Duration // when it is overdue, if I watch it
 	reminded  time.Duration // when it was last told what is believed of it
 	stalled   time.Duration // since when it accepts without answering; 0: it does not
 	tcpOnly   int           // probes in a row that only TCP answered
@@ -541,7 +543,7 @@ func (n *node) contact(e *entry, h head) {
 	}
 	e.deal().tcpOnly = 0
 	if h.Promise > 0 {
-		n.ring.expect(e, n.now+min(time.Duration(h.Promise)*ms, time.Minute)+overdueAfter)
+		e.deal().due = n.now + min(time.Duration(h.Promise)*ms, time.Minute) + overdueAfter
 		n.detector.answered(n, e.Member, e.Born)
 	}
 	if e.lost {
@@ -592,8 +594,8 @@ func (s *spread) flush(n *node) {
 	for len(s.queue) > 0 && n.now >= s.flushAt && s.rate.tokens >= 0 {
 		one, rest := batch(s.queue)
 		for _, w := range n.ring.watchers {
-			if w.e.deal().met {
-				n.send(w.e.Member, n.head(kFlood), one...)
+			if w.deal().met {
+				n.send(w.Member, n.head(kFlood), one...)
 				s.rate.tokens--
 			}
 		}
@@ -1016,8 +1018,7 @@ func (o *ownName) claimed(n *node, m Member, via string) {
 		o.raise(n, m.Incarnation+1)
 	}
 	e := n.t.get(via)
-	flooded := slices.ContainsFunc(n.ring.watchers, func(b *bond) bool { return b.e == e && e.deal().met })
-	if e != nil && e != n.self && (old || !flooded) {
+	if e != nil && e != n.self && (old || !e.deal().met || !slices.Contains(n.ring.watchers, e)) { // else the flood tells it
 		n.inform(e.Member, n.claim(n.self))
 	}
 }
@@ -1112,7 +1113,7 @@ func (n *node) startLeave() {
 	}
 	n.own.leaving, n.questions.open = n.now+leaveFor, nil
 	for _, w := range n.ring.watchers {
-		n.post(w.e.Member, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
+		n.post(w.Member, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
 	}
 }
 

@@ -213,7 +213,7 @@ func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 		  log [DEBUG] refuting what is said of this node, incarnation 11
 	`)
 	l.n.ring.watchers = l.n.ring.watchers[:1] // the other one is on the far side of a split
-	far := map[string]int{"b": 2, "c": 1}[l.n.ring.watchers[0].e.Name]
+	far := map[string]int{"b": 2, "c": 1}[l.n.ring.watchers[0].Name]
 	me.Member.Incarnation = 11
 	l.after(10 * ms)
 	l.text.Reset()
@@ -338,10 +338,10 @@ func TestADatagramCountsOnce(t *testing.T) {
 	beat := l.head(1, head{Kind: kHeartbeat, Promise: 500})
 	b := wire.encode(nil, &beat)
 	l.raw(1, b)
-	due := l.n.ring.watched[0].by
+	due := l.n.ring.watched[0].deal().due
 	l.after(300 * ms)
 	l.raw(1, b)
-	if got := l.n.ring.watched[0].by; got != due {
+	if got := l.n.ring.watched[0].deal().due; got != due {
 		t.Errorf("a recorded heartbeat moves the deadline from %v to %v", due, got)
 	}
 	var w window
@@ -863,7 +863,7 @@ func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
 func BenchmarkHeartbeat(b *testing.B) {
 	n := benchNode(1000)
 	w := n.ring.watched[0]
-	h := head{From: w.e.Name, Incarnation: w.e.Incarnation, Digest: n.digest(), Promise: 2000, Number: 1000}
+	h := head{From: w.Name, Incarnation: w.Incarnation, Digest: n.digest(), Promise: 2000, Number: 1000}
 	data := wire.encode(nil, &h)
 	b.Run("encode", func(b *testing.B) {
 		for b.Loop() {
@@ -881,8 +881,8 @@ func BenchmarkHeartbeat(b *testing.B) {
 	})
 	b.Run("handle", func(b *testing.B) {
 		for b.Loop() {
-			w.e.deal().datagrams = window{}
-			if err := n.datagram(w.e.Addr, data, false); err != nil || w.e.deal().datagrams.top != h.Number {
+			w.deal().datagrams = window{}
+			if err := n.datagram(w.Addr, data, false); err != nil || w.deal().datagrams.top != h.Number {
 				b.Fatal("the heartbeat was not taken", err)
 			}
 		}
@@ -950,7 +950,7 @@ func benchMember(i int) Member {
 // benchTick ticks as if everybody had been heard of just now.
 func benchTick(n *node, after time.Duration) outputs {
 	for _, w := range n.ring.watched {
-		w.by = n.now + time.Minute
+		w.deal().due = n.now + time.Minute
 	}
 	n.detector.heard = n.now
 	return n.tick(n.real + after)

@@ -723,14 +723,14 @@ func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T
 	}
 	r.mode = [rigPeers]peerMode{} // nobody answers any more
 	for _, w := range r.n.ring.watched {
-		w.by = r.n.now
+		w.deal().due = r.n.now
 	}
 	if r.settle(); len(r.n.ring.watched) == 0 {
 		t.Fatal("the node watches nobody")
 	}
 	for _, w := range r.n.ring.watched {
-		if r.n.detector.probeOf(w.e) == nil {
-			t.Errorf("%s is overdue and not probed", w.e.Name)
+		if r.n.detector.probeOf(w) == nil {
+			t.Errorf("%s is overdue and not probed", w.Name)
 		}
 	}
 	r.pass(2 * time.Second) // counts the wake-ups

@@ -1767,7 +1767,7 @@ func TestASplitHeals(t *testing.T) {
 func TestOneWayLossBetweenAPairFailsNobody(t *testing.T) {
 	cases(t, []int{3, 5, 10, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		a := ps[0]
-		b := s.byBirth[lifetime{a.n.ring.watchers[0].e.Name, a.n.ring.watchers[0].e.Born}]
+		b := s.byBirth[lifetime{a.n.ring.watchers[0].Name, a.n.ring.watchers[0].Born}]
 		s.oneWay[[2]int{a.host.i, b.host.i}] = true
 		s.run(40 * time.Second)
 		delete(s.oneWay, [2]int{a.host.i, b.host.i})
