@@ -619,8 +619,10 @@ func batch(queue []news) (one [][]byte, rest []news) {
 	return one, queue[len(one):]
 }
 
-// check says what is wrong with a claim from outside.
+// check says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
+// length.
 func (n *node) check(u *update) error {
+	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
 	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
 	if !m.valid() || !n.plausible(m.Incarnation, n.t.highest) {

@@ -775,6 +775,9 @@ func TestAStrangersTableThatTellsOfANamesakeMakesTheNodeJoinNobody(t *testing.T)
 
 func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	r := newRig(t, []byte{2 << 2})
+	failed := r.n.t.get("b").with(statusFailed) // of which b itself is told
+	table := r.from("a", head{Kind: kTable}, update{Member: failed, Payload: make([]byte, 9000)})
+	r.table(&exchange{with: Member{Name: "a", Born: 1000}}, table)
 	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Born: 9, Status: statusAlive}
 	r.flood(update{Member: m, Payload: make([]byte, 1201)})
 	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Event: "deploy", LTime: 1})
