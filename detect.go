@@ -132,17 +132,28 @@ func (r *ring) refresh(n *node) {
 			d.due = n.now + grace
 		}
 	}
-	if slices.ContainsFunc(r.watchers, func(e *entry) bool { return e.deal().promised == 0 || !slices.Contains(watchers, e) }) {
-		r.greet(n)
+	for _, e := range r.watchers {
+		if !slices.Contains(watchers, e) {
+			e.deal().promised = 0
+		}
 	}
+	r.greet(n)
 	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 }
 
-// greet tells all watchers anew when one of them is new. Their promises follow one another: were all told to wait
-// for a whole cycle, nobody would notice before its end that a host vanished right after it had joined.
+// greet sends new watchers their first heartbeat. Each is promised the first beat that nobody else has been
+// promised: were all told to wait for a whole cycle, nobody would notice before its end that a host vanished right
+// after it had joined.
 func (r *ring) greet(n *node) {
-	for i, w := range r.watchers {
-		r.beat(n, w, max(r.nextBeat, n.now)+time.Duration(i)*beatEvery)
+	for _, w := range r.watchers {
+		next := max(r.nextBeat, n.now)
+		taken := func(o *entry) bool { return (o.deal().promised - next).Abs() < beatEvery/2 }
+		for slices.ContainsFunc(r.watchers, taken) {
+			next += beatEvery
+		}
+		if w.deal().promised == 0 {
+			r.beat(n, w, next)
+		}
 	}
 }
 
@@ -504,9 +515,7 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 	}
 	p.mine = v
 	switch {
-	case p.asker != nil && v == vRefused: // it may yet answer
-		d.vote(n, p)
-	case (p.asker != nil || p.e == nil) && v == vAlive, p.e == nil && v == vRefused:
+	case (p.asker != nil || p.e == nil) && (v == vAlive || v == vRefused):
 		d.conclude(n, p)
 	case v == vAlive && p.udp:
 		d.acquit(n, p)
