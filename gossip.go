@@ -2,7 +2,7 @@
 //
 // A node takes the time and what arrived, and gives back outputs: packets, what it wants done over TCP, events,
 // log lines, and when it wants to be woken. It reads no clock, socket or global random source, starts no
-// goroutine and holds no lock. It is made of parts: letters, spread, repair, joining, the own name and queries
+// goroutine and holds no lock. It is made of parts: questions, spread, repair, joining, the own name and queries
 // here, the clock, the ring and the detector in detect.go. Parts change the table or ask the node for one of its
 // verbs: ping, look, inform, post, declare, exchange. Below the line is the loop, with UDP. Which claim wins is
 // decided in members.go; how bytes are made, and how TCP works, is rpc.go's affair.
