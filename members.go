@@ -376,6 +376,9 @@ func (t *table) announce(e *entry) {
 		was = e.told.with(e.shown)
 	}
 	is := e.with(e.visible())
+	if was.Status == statusLeft && is.Status == statusFailed {
+		is.Status = statusLeft // no event tells of it, or it would leave twice
+	}
 	if was == is {
 		return
 	}

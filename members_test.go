@@ -71,6 +71,7 @@ func TestEventsOfOneMemberAlternate(t *testing.T) {
 		{"failed, then pruned", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusFailed), testMember("a", 10, statusPruned)}, "join failed leave reap"},
 		{"left, then pruned", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusLeft), testMember("a", 10, statusPruned)}, "join leave reap"},
 		{"a stranger that had failed before is not news", []Member{testMember("a", 10, statusFailed)}, ""},
+		{"left, called failed, and left again is one leave", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusLeft), testMember("a", 20, statusFailed), testMember("a", 20, statusLeft)}, "join leave"},
 		{"left and back", []Member{testMember("a", 10, statusAlive), testMember("a", 10, statusLeft), restarted}, "join leave join"},
 	} {
 		tb := &table{}
