@@ -146,14 +146,15 @@ func (r *ring) refresh(n *node) {
 // after it had joined.
 func (r *ring) greet(n *node) {
 	for _, w := range r.watchers {
+		if w.deal().promised != 0 {
+			continue
+		}
 		next := max(r.nextBeat, n.now)
 		taken := func(o *entry) bool { return (o.deal().promised - next).Abs() < beatEvery/2 }
 		for slices.ContainsFunc(r.watchers, taken) {
 			next += beatEvery
 		}
-		if w.deal().promised == 0 {
-			r.beat(n, w, next)
-		}
+		r.beat(n, w, next)
 	}
 }
 
@@ -486,15 +487,14 @@ func (n *node) saw(s sight) {
 	if e := n.t.get(s.m.Name); right && e != nil && e != n.self && e.Born == s.born {
 		n.met(e)
 	}
-	v := s.v
-	if !right && v == vAlive {
-		v = vRefused // another process lives at its address
+	if !right && s.v == vAlive {
+		s.v = vRefused // another process lives at its address
 	}
 	for _, p := range d.of(s.m) {
-		if p.mine == vSilent && (v == vRefused || v == vNone) {
+		if p.mine == vSilent && (s.v == vRefused || s.v == vNone) {
 			p.mine = vNone // it did not stall: it hung up, or has gone
 		}
-		d.observed(n, p, v)
+		d.observed(n, p, s.v)
 	}
 }
 

@@ -384,7 +384,7 @@ func (qs *questions) step(n *node) {
 	for i := range qs.open {
 		q := &qs.open[i]
 		if q.letter && n.now >= q.at && n.now < q.until && qs.rate.take() {
-			if e := n.t.get(q.m.Name); e == nil || (run{e, q.m.Born}).over() {
+			if n.t.over(q.m) {
 				q.until = n.now
 				continue
 			}
@@ -567,7 +567,6 @@ type spread struct {
 type news struct {
 	key  string // a newer claim about a name replaces the older
 	data []byte
-	at   time.Duration
 }
 
 // flood has everybody told of e.
@@ -577,7 +576,7 @@ func (n *node) flood(e *entry) {
 }
 
 func (s *spread) add(n *node, u *update) {
-	o := news{u.key(), wire.encode(nil, u), n.now}
+	o := news{u.key(), wire.encode(nil, u)}
 	if i := slices.IndexFunc(s.queue, func(q news) bool { return q.key == o.key }); i >= 0 {
 		s.queue[i] = o
 		return
@@ -592,14 +591,14 @@ func (s *spread) flush(n *node) {
 	}
 	s.rate.fill(n.now, floodRate, floodRate/5)
 	for len(s.queue) > 0 && n.now >= s.flushAt && s.rate.tokens >= 0 {
-		one, rest := batch(s.queue)
+		var one [][]byte
+		one, s.queue = batch(s.queue)
 		for _, w := range n.ring.watchers {
 			if w.deal().met {
 				n.send(w.Member, n.head(kFlood), one...)
 				s.rate.tokens--
 			}
 		}
-		s.queue = rest
 	}
 	if s.flushAt <= n.now {
 		s.flushAt = n.now + floodBatch + time.Duration(max(0, -s.rate.tokens)/floodRate*float64(time.Second))
@@ -809,10 +808,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 // records yields all updates of the table, then those of the remembered events, whose keys follow after.
 func (n *node) records(after string) func(yield func(*update) bool) {
 	return func(yield func(*update) bool) {
-		at, found := n.t.find(after)
-		if found {
-			at++
-		}
+		at, _ := n.t.find(after + "\x00") // the least name that is greater
 		for _, e := range n.t.ordered[at:] {
 			u := n.claim(e)
 			if !e.reaped && (e != n.self || n.detector.probeOf(nil) == nil) && !yield(&u) {
@@ -829,13 +825,16 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 	}
 }
 
-// piece is the next frame of my table. Whoever dialled me and had what I have now needs nothing of it.
+// piece is the next frame of my table: an empty one, if whoever dialled me had just what I have now.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
+	if !x.dialled && x.digest == n.digest() {
+		return wire.encode(nil, &h), false
+	}
 	var body []byte
 	for u := range n.records(x.after) {
 		b := wire.encode(body, u)
-		if h.More = len(b) > maxFrame-512; h.More || !x.dialled && x.digest == n.digest() {
+		if h.More = len(b) > maxFrame-512; h.More {
 			break
 		}
 		body, x.after = b, u.key()

@@ -966,16 +966,16 @@ func (a *agent) run([]string) error {
 		return err
 	}
 	defer ln.Close()
-	rpcAddr := *ln.Addr().(*net.TCPAddr)
-	if a.gossip.rpcPort = uint16(rpcAddr.Port); rpcAddr.IP.IsUnspecified() {
-		rpcAddr.IP = net.IPv4(127, 0, 0, 1) // where handlers reach it
+	here := *ln.Addr().(*net.TCPAddr) // where handlers reach the RPC
+	if a.gossip.rpcPort = uint16(here.Port); here.IP.IsUnspecified() {
+		here.IP = net.IPv4(127, 0, 0, 1)
 	}
 	var g *gossip
 	started := make(chan struct{}) // g is there
 	a.handlers.env = func() []string {
 		<-started
 		self, alone := g.me()
-		return handlerEnv(self, alone, rpcAddr.String(), a.rpcAuth)
+		return handlerEnv(self, alone, here.String(), a.rpcAuth)
 	}
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {

@@ -283,6 +283,12 @@ func (t *table) get(name string) *entry {
 	return nil
 }
 
+// over reports whether m's run is believed to have ended.
+func (t *table) over(m Member) bool {
+	e := t.get(m.Name)
+	return e == nil || e.Born != m.Born || e.Status.dead()
+}
+
 // apply takes claim m into the table when it wins over what is there, and returns its entry then, else nil.
 // age is how long a dead member has been dead.
 func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {

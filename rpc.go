@@ -251,8 +251,8 @@ func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, an
 	return data, anyRun, err
 }
 
-// window tells which of the numbers that a run gives its datagrams have counted: none counts
-// twice (RFC 4303, section 3.4.3). What is windowSize behind the highest counts for nothing.
+// window tells which of the numbers that a run gives its datagrams have counted: none counts twice (RFC 4303,
+// section 3.4.3). What is windowSize behind the highest counts for nothing.
 type window struct {
 	top  uint64
 	seen uint64 // a bit for each number, from top down
@@ -786,7 +786,7 @@ func (g *gossip) serveLink(s *session, m Member) error {
 			return nil
 		}
 		s.err = g.do(func(n *node) error {
-			if e := n.t.get(m.Name); e == nil || (run{e, m.Born}).over() {
+			if n.t.over(m) {
 				return errHungUp
 			}
 			return nil
