@@ -468,7 +468,8 @@ func TestWhoStaysAwayIsToldOnceAndWhoReturnsIsNot(t *testing.T) {
 	}
 	eventually(t, "all are members", func() bool { return len(watched.members()) == 8 })
 
-	var scripts []*missing // each with other tools
+	var scripts []*missing // each with other tools, and with one clock
+	hold := filepath.Join(t.TempDir(), "hold")
 	for shell, awk := range map[string]string{"sh": "awk", "dash": "mawk", "bash": "gawk", "busybox": "busybox"} {
 		dir := t.TempDir()
 		shellPath, err := exec.LookPath(shell)
@@ -481,6 +482,7 @@ func TestWhoStaysAwayIsToldOnceAndWhoReturnsIsNot(t *testing.T) {
 		if err := errors.Join(os.Symlink(shellPath, shell), os.Symlink(awkPath, filepath.Join(dir, "awk"))); err != nil {
 			t.Fatal(err)
 		}
+		writeScript(t, filepath.Join(dir, "sleep"), "while [ -e '"+hold+"' ]; do /bin/sleep 0.1; done; exec /bin/sleep $1")
 		scripts = append(scripts, startMissing(t, shell, append(exampleEnv(t, dir), "SERF_RPC_ADDR="+rpc)))
 	}
 	told := func(names ...string) {
@@ -494,12 +496,17 @@ func TestWhoStaysAwayIsToldOnceAndWhoReturnsIsNot(t *testing.T) {
 		}
 	}
 	peers["gone"].kill()
-	told("gone") // so they all listen
+	told("gone")                                           // so they all listen
+	if err := os.WriteFile(hold, nil, 0o644); err != nil { // until it is back, however busy this machine is
+		t.Fatal(err)
+	}
 	for _, name := range []string{"returns", hostile, tick} {
 		peers[name].kill()
 	}
 	watched.waitStatus("returns", "failed")
 	back := startAgent(t, "-node=returns", "-join", hub.advertised)
+	watched.waitStatus("returns", "alive")
+	os.Remove(hold)
 	peers["leaves"].int()
 	told(hostile, tick)
 	watched.kill()
