@@ -421,7 +421,7 @@ func (d *detector) asked(n *node, by *entry, h head) {
 		running := d.of(e.Member)
 		p := d.begin(n, e.Member, e)
 		p.asker, p.check = by, h.Seq
-		if len(running) > 0 { // one look will do for all
+		if len(running) > 0 && running[0].pings > 0 { // one look will do for all
 			p.pings = 2
 			d.observed(n, p, running[0].mine)
 		}

@@ -128,6 +128,27 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 	}
 }
 
+func TestWhoIsAskedBetweenTwoRoundsLooksAnew(t *testing.T) {
+	l := newLab(t, 3)
+	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
+	l.breaks(1)
+	l.sees(1, vSilent)
+	l.after(probeFor + 10*ms) // it is stalled, and the next round begins later
+	l.text.Reset()
+	l.udp(2, head{Kind: kCheck, Seq: 7, Target: "b"})
+	l.sees(1, vSilent)
+	l.after(helpFor + 10*ms)
+	l.want(`
+		c says check b
+		  to b: ping b
+		  looks at b
+		look at b: accepted
+		360ms pass
+		  to b: ping b
+		  to c: vote b accepted [b alive 10]
+	`)
+}
+
 func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
 	l := newLab(t, 3)
 	l.udp(1, head{Kind: kCheck, Seq: 1, Target: "stranger"})
