@@ -545,6 +545,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	h.working = true // by this test
 	for _, ev := range []Event{
 		userEventOf("deploy", "1", 1, true), joinOf("a"), userEventOf("deploy", "2", 2, false), userEventOf("other", "3", 3, true),
 		userEventOf("deploy", "5", 5, true), joinOf("b"), userEventOf("deploy", "4", 4, true), failOf("a"), failOf("b"),
@@ -552,7 +553,6 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	} {
 		h.enqueue(delivery{Event: ev})
 	}
-	h.closed = true
 	var got []string
 	for batch := h.take(); batch != nil; batch = h.take() {
 		s := batch[0].kind.String()
