@@ -1086,9 +1086,10 @@ func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Born = max(birth(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Born
-	n.self.told, n.self.shown = &claim{Member: m}, statusAlive
 	n.logf("[INFO] this node has the address %s now and advertises it", ip)
+	events := n.t.events
 	n.declare(m)
+	n.t.events = events // it has neither failed nor joined for itself
 }
 
 // setTags sets the tags in set, then drops those that drop names.

@@ -232,8 +232,7 @@ type claim struct {
 // entry is what the table holds about one name.
 type entry struct {
 	*claim
-	told  *claim // what events last said; nil: nothing yet
-	shown Status // and as which status
+	shown Status // as which events last showed it; 0: not yet, or not any more
 	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	lost bool
@@ -342,7 +341,7 @@ func (t *table) change(e *entry, f func()) {
 			t.shrunk = t.version
 		}
 	}
-	t.announce(e)
+	t.announce(e, was.with(e.shown))
 }
 
 // count adds e to the sums over the table, or takes it out.
@@ -374,21 +373,14 @@ func (t *table) makeRoom() bool {
 	return oldest != nil
 }
 
-// announce tells the events that lead from what was told last to what is visible now. Per member they
+// announce tells the events that lead from what was shown last to what is visible now. Per member they
 // alternate: nobody joins twice without an end.
-func (t *table) announce(e *entry) {
-	var was Member
-	if e.told != nil {
-		was = e.told.with(e.shown)
-	}
+func (t *table) announce(e *entry, was Member) {
 	is := e.with(e.visible())
 	if was.Status == statusLeft && is.Status == statusFailed {
 		is.Status = statusLeft // no event tells of it, or it would leave twice
 	}
-	if was == is {
-		return
-	}
-	e.told, e.shown = e.claim, is.Status
+	e.shown = is.Status
 	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, Member: m}) }
 	if was.Status == statusAlive && is.Status == statusAlive && was.Born != is.Born { // nobody noticed the end
 		was.Status = statusFailed
