@@ -332,8 +332,14 @@ func (t *table) change(e *entry, f func()) {
 	t.count(e, -1)
 	f()
 	t.count(e, +1)
-	if on := !e.Status.dead(); on == was.Status.dead() {
-		t.setOnRings(e, on)
+	if e.Status.dead() != was.Status.dead() {
+		for i, ring := range t.ring {
+			if at, on := t.place(i, e); on {
+				t.ring[i] = slices.Delete(ring, at, at+1)
+			} else {
+				t.ring[i] = slices.Insert(ring, at, e)
+			}
+		}
 	}
 	if e.Status != was.Status || e.Born != was.Born || e.lost != was.lost { // walks over the rings may end elsewhere
 		t.version++
@@ -427,23 +433,11 @@ func (t *table) list(after string, limit int) (ms []Member) {
 // alive counts the members on the rings, oneself included.
 func (t *table) alive() int { return len(t.ring[0]) }
 
-func (t *table) setOnRings(e *entry, on bool) {
-	for i := range t.ring {
-		at := t.place(i, e)
-		if on {
-			t.ring[i] = slices.Insert(t.ring[i], at, e)
-		} else {
-			t.ring[i] = slices.Delete(t.ring[i], at, at+1)
-		}
-	}
-}
-
-// place is where e stands on ring i, or would stand.
-func (t *table) place(i int, e *entry) int {
-	at, _ := slices.BinarySearchFunc(t.ring[i], e, func(a, b *entry) int {
+// place is where e stands on ring i, or would stand, and whether it does.
+func (t *table) place(i int, e *entry) (int, bool) {
+	return slices.BinarySearchFunc(t.ring[i], e, func(a, b *entry) int {
 		return cmp.Or(cmp.Compare(a.pos[i], b.pos[i]), strings.Compare(a.Name, b.Name))
 	})
-	return at
 }
 
 // watchers returns the members that watch e: on each ring the next neighbour that no earlier ring has given,
@@ -463,33 +457,31 @@ func (t *table) watchers(e *entry) []*entry {
 }
 
 // watched returns the members whose watcher e is. Suspects are among them: who accuses may die before the
-// verdict. A watcher stands at most rings places behind the one it watches, not counting those that are
-// walked over.
+// verdict.
 func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
-		seen := 0
 		for p := range t.neighbours(i, e, -1) {
 			if !p.lost && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
 				ps = append(ps, p)
-			}
-			if !p.skipped() {
-				seen++
-			}
-			if seen == rings {
-				break
 			}
 		}
 	}
 	return ps
 }
 
-// neighbours yields the others on ring i, from e on in direction dir, but not too many of them.
+// neighbours yields the others on ring i, from e on in direction dir, as far as a watcher of e may stand, or a
+// member that e watches: rings places, not counting those that are walked over, of which there may be many.
 func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	return func(yield func(*entry) bool) {
-		ring, at := t.ring[i], t.place(i, e)
-		for step := 1; step <= min(len(ring), maxWalk); step++ {
-			if o := ring[((at+dir*step)%len(ring)+len(ring))%len(ring)]; o != e && !yield(o) {
+		ring, left := t.ring[i], rings
+		at, _ := t.place(i, e)
+		for step := 1; step < len(ring) && step <= maxWalk && left > 0; step++ {
+			o := ring[(at+dir*step+len(ring))%len(ring)]
+			if !yield(o) {
 				return
+			}
+			if !o.skipped() {
+				left--
 			}
 		}
 	}
