@@ -48,14 +48,6 @@ func (s Status) String() string { return statusNames[s] }
 // dead reports whether the member is believed to be gone.
 func (s Status) dead() bool { return s >= statusFailed }
 
-// settled takes a suspect as alive: suspicion is short, and settles itself.
-func (s Status) settled() Status {
-	if s == statusSuspect {
-		return statusAlive
-	}
-	return s
-}
-
 // Tags are a member's key=value pairs, sorted by key and joined by NUL, so that a Member stays comparable and
 // goes flat on the wire.
 type Tags string
@@ -250,8 +242,10 @@ func (e *entry) visible() Status {
 		return 0
 	case e.lost && !e.Status.dead():
 		return statusFailed
+	case e.Status == statusSuspect: // that is short, and settles itself
+		return statusAlive
 	}
-	return e.Status.settled()
+	return e.Status
 }
 
 // skipped members are walked over on the rings: nobody there would pass on what it is told.
@@ -487,9 +481,9 @@ func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	}
 }
 
-// digest is this entry's part of the table's digest. A suspicion is not worth a repair.
+// digest is this entry's part of the table's digest. A suspicion is not worth a repair: it counts as alive does.
 func (e *entry) digest() uint64 {
-	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(e.Status.settled())<<60))
+	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(max(e.Status, statusSuspect))<<60))
 }
 
 // ringHash places a name on a ring. FNV alone leaves similar names (web1, web2) near each other on every
