@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -409,7 +410,7 @@ func stdinFor(batch []delivery) string {
 	for _, ev := range batch {
 		m := ev.Member
 		fmt.Fprintf(&b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
-			escape(m.Tags.asMap()["role"]), escape(strings.Join(m.Tags.pairs(), ",")))
+			escape(m.Tags.asMap()["role"]), escape(strings.Join(list(m.Tags), ",")))
 	}
 	return b.String()
 }
@@ -439,14 +440,10 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		"SERF_RPC_AUTH=" + rpcAuth,
 		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
 	}
-	for k, v := range self.Tags.all() {
-		name := strings.Map(func(r rune) rune {
-			if r < '0' || r > '9' && r < 'A' || r > 'Z' {
-				return '_'
-			}
-			return r
-		}, strings.ToUpper(k))
-		env = append(env, "SERF_TAG_"+name+"="+v)
+	odd := regexp.MustCompile("[^0-9A-Z]") // in the name of a variable
+	for _, tag := range list(self.Tags) {
+		k, v, _ := strings.Cut(tag, "=")
+		env = append(env, "SERF_TAG_"+odd.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
 	}
 	return env
 }

@@ -68,36 +68,23 @@ func makeTags(kv map[string]string) (Tags, error) {
 	return t, nil
 }
 
-// valid reports whether makeTags could have made t.
-func (t Tags) valid() bool {
-	same, err := makeTags(t.asMap())
-	return err == nil && same == t
-}
-
-// pairs returns the tags as "key=value", sorted by key.
-func (t Tags) pairs() []string { return list(string(t)) }
-
-// list splits what NUL separates.
-func list(s string) []string {
+// list splits what NUL separates: of Tags it is "key=value", sorted by key.
+func list[S ~string](s S) []string {
 	if s == "" {
 		return nil
 	}
-	return strings.Split(s, "\x00")
-}
-
-// all yields the tags, sorted by key.
-func (t Tags) all() iter.Seq2[string, string] {
-	return func(yield func(k, v string) bool) {
-		for _, p := range t.pairs() {
-			if k, v, _ := strings.Cut(p, "="); !yield(k, v) {
-				return
-			}
-		}
-	}
+	return strings.Split(string(s), "\x00")
 }
 
 // asMap returns the tags as a map; it is never nil.
-func (t Tags) asMap() map[string]string { return maps.Collect(t.all()) }
+func (t Tags) asMap() map[string]string {
+	kv := make(map[string]string)
+	for _, tag := range list(t) {
+		k, v, _ := strings.Cut(tag, "=")
+		kv[k] = v
+	}
+	return kv
+}
 
 // Member is one claim about one member.
 type Member struct {
@@ -154,7 +141,8 @@ func validName(s string) error {
 // valid reports whether a claim from outside can be one about a member.
 func (m Member) valid() bool {
 	ip := m.Addr.Addr()
-	return validName(m.Name) == nil && m.Tags.valid() &&
+	tags, err := makeTags(m.Tags.asMap())
+	return err == nil && tags == m.Tags && validName(m.Name) == nil &&
 		ip.IsValid() && m.Addr.Port() != 0 && !ip.IsUnspecified() && !ip.IsMulticast() && validName("%"+ip.Zone()) == nil &&
 		m.Status != 0 && m.Status != statusLeaving && m.Status <= statusPruned && m.Born <= m.Incarnation
 }

@@ -304,7 +304,7 @@ func TestNamesAndTagsHaveLimits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{"a=x=y", "role=web"}, tags.pairs()); diff != "" {
+	if diff := cmp.Diff([]string{"a=x=y", "role=web"}, list(tags)); diff != "" {
 		t.Error(diff)
 	}
 	if diff := cmp.Diff(map[string]string{"role": "web", "a": "x=y"}, tags.asMap()); diff != "" {
