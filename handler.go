@@ -332,15 +332,11 @@ func groupLives(pgid int) bool {
 		return false
 	}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, f := range stats {
+	runs := regexp.MustCompile(fmt.Sprintf(`\) [^ZX] \d+ %d `, pgid)) // state, parent, group
+	return len(stats) == 0 || slices.ContainsFunc(stats, func(f string) bool {
 		b, _ := os.ReadFile(f)
-		stat := string(b)
-		fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:]) // state, parent, group
-		if len(fields) > 2 && fields[2] == fmt.Sprint(pgid) && !strings.Contains("ZX", fields[0]) {
-			return true
-		}
-	}
-	return len(stats) == 0
+		return runs.Match(b)
+	})
 }
 
 // capture keeps the first and the last bytes written to it, and their number.
