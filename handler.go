@@ -286,18 +286,12 @@ func (h *handler) execute(batch []delivery, printed, answer *capture) (status st
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env, cmd.Stdin = h.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
-	stderr, err := printed.open()
-	stdout := stderr
+	stdout, err := printed, printed.open()
 	if batch[0].answer != nil && err == nil {
-		stdout, err = answer.open()
+		stdout, err = answer, answer.open()
 	}
-	if cmd.Stdout, cmd.Stderr = stdout, stderr; err == nil {
-		err = cmd.Start()
-	}
-	stdout.Close()
-	stderr.Close()
-	if err == nil {
-		err = cmd.Wait()
+	if cmd.Stdout, cmd.Stderr = stdout.w, printed.w; err == nil {
+		err = cmd.Run()
 	}
 	printed.close()
 	answer.close()
@@ -343,27 +337,28 @@ func groupLives(pgid int) bool {
 type capture struct {
 	first, last []byte
 	size        int
-	pipe        *os.File
-	copying     sync.WaitGroup // from the pipe
+	r, w        *os.File       // a pipe
+	copying     sync.WaitGroup // from it
 }
 
 // open makes a pipe for a script to print to.
-func (c *capture) open() (w *os.File, err error) {
-	c.pipe, w, err = os.Pipe()
-	c.copying.Go(func() { c.pipe.WriteTo(c) })
-	return w, err
+func (c *capture) open() (err error) {
+	c.r, c.w, err = os.Pipe()
+	c.copying.Go(func() { c.r.WriteTo(c) })
+	return err
 }
 
 // close waits, after the script has ended, until all is read: not for a child in the background that holds the
 // pipe open, but in looks and not by the clock, as this agent may be kept from running where it has a small share
 // of a processor.
 func (c *capture) close() {
+	c.w.Close()
 	for range 10 {
 		if waitAtMost(pipesFor/10, c.copying.Wait) {
 			break
 		}
 	}
-	c.pipe.Close()
+	c.r.Close()
 	c.copying.Wait()
 }
 
@@ -413,8 +408,7 @@ func stdinFor(batch []delivery) string {
 
 // environ is the environment of a run about ev; of doubles, the last counts.
 func (h *handler) environ(ev Event) []string {
-	env := append(os.Environ(), h.of.env()...)
-	env = append(env, "SERF_EVENT="+ev.kind.String())
+	env := slices.Concat(os.Environ(), h.of.env(), []string{"SERF_EVENT=" + ev.kind.String()})
 	name := strings.ReplaceAll(ev.name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
 	case eventUser:
