@@ -157,14 +157,17 @@ func commandLine(shell, script string) ([]string, error) {
 // deliver queues ev for every handler that wants it. It never blocks. The first handler that a query finds is the
 // one that answers it; where there is none, that is the answer.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
-	d := delivery{Event: ev, until: time.Now().Add(ev.within), answer: answer}
+	d := delivery{Event: ev}
+	if ev.kind == eventQuery {
+		d.until, d.answer = time.Now().Add(ev.within), answer
+	}
 	for _, h := range hs.all {
 		if hs.ending.Err() == nil && wants(h.events, ev.kind, ev.name) {
 			h.enqueue(d)
 			d.answer = nil
 		}
 	}
-	if ev.kind == eventQuery && d.answer != nil {
+	if d.answer != nil {
 		go answer(replyNothing, nil)
 	}
 }

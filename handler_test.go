@@ -866,6 +866,18 @@ func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
 	}
 }
 
+// The gossip hands a way to answer in with every event. A member event that had one
+// logged what went to stdout before all that went to stderr.
+func TestOnlyAQueryIsAnswered(t *testing.T) {
+	hs, logged := startHandlers(t, handlerConfig{}, "echo first >&2; echo second; exit 1")
+	for _, ev := range []Event{joinOf("a"), userEventOf("e", "", 1, false)} {
+		hs.deliver(ev, func(reply, []byte) { t.Errorf("%s is answered", ev.kind) })
+	}
+	logged.waitFor(t, "script output: first\nsecond\n", 2)
+	logged.waitFor(t, "ms: second\n", 2)
+	hs.close()
+}
+
 // ---- the end
 
 func TestCloseLetsRunningHandlersEnd(t *testing.T) {
