@@ -264,19 +264,16 @@ func (h *handler) run(batch []delivery) {
 	h.mu.Unlock()
 	output := string(answer.last) + string(printed.last)
 	h.of.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
+	r, text, size := replyDone, string(answer.first), answer.size
 	if status != "" {
 		what := strings.TrimSuffix(event.kind.String()+":"+event.name, ":")
 		lines := strings.Split(strings.TrimSpace(output), "\n")
 		h.of.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.name, oneLine(what), end,
 			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
+		r, text, size = replyFailed, status+"\n"+text+string(printed.first), len(status)+1+size+printed.size
 	}
-	switch {
-	case event.answer == nil:
-	case status == "":
-		event.answer(replyDone, cut(string(answer.first), answer.size))
-	default:
-		text := status + "\n" + string(answer.first) + string(printed.first)
-		event.answer(replyFailed, cut(text, len(status)+1+answer.size+printed.size))
+	if event.answer != nil {
+		event.answer(r, cut(text, size))
 	}
 }
 
