@@ -686,20 +686,16 @@ func (n *node) learnEvent(u *update, replay bool) error {
 	if validName(name) != nil || !n.sound(u) {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
-	// Only what belongs to an event goes on: the rest may be of any length.
-	ev := Event{kind: eventUser, Member: Member{Name: name}, name: u.Event, payload: u.Payload, lTime: u.LTime, coalesce: u.Coalesce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(userEvent{ev, u.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
+	// Only what belongs to an event goes on: the rest may be of any length.
+	*u = update{Member: Member{Name: name}, Event: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
+	if !s.events.add(userEvent{*u, u.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
-	n.out.events = append(n.out.events, ev)
-	again := updateOf(ev)
-	s.add(n, &again)
+	n.out.events = append(n.out.events,
+		Event{kind: eventUser, Member: u.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, coalesce: u.Coalesce})
+	s.add(n, u)
 	return nil
-}
-
-func updateOf(ev Event) update {
-	return update{Member: Member{Name: ev.Member.Name}, Event: ev.name, Payload: ev.payload, LTime: ev.lTime, Coalesce: ev.coalesce}
 }
 
 // before reports whether what name sent then was sent before my time: before I knew the sender, who was in
@@ -816,7 +812,7 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 			}
 		}
 		for _, ev := range n.spread.events.recent {
-			u := updateOf(ev.Event)
+			u := ev.update
 			u.Age = uint64((n.real - ev.sent) / ms)
 			if ev.key > after && !yield(&u) {
 				return
@@ -1086,9 +1082,10 @@ func (n *node) moved(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Born = max(birth(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Born
-	n.self.told, n.self.shown = &claim{Member: m}, statusAlive
 	n.logf("[INFO] this node has the address %s now and advertises it", ip)
+	events := n.t.events
 	n.declare(m)
+	n.t.events = events // it has neither failed nor joined for itself
 }
 
 // setTags sets the tags in set, then drops those that drop names.

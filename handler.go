@@ -1,7 +1,7 @@
 // handler.go: scripts that run on events.
 //
-// A handler is one -event-handler spec with a queue and a goroutine of its own: events wait in order, and one run
-// at a time takes what waited together. Scripts are strangers: one may hang, fork, print for ever or ignore TERM,
+// A handler is one -event-handler spec with a queue of its own: events wait in order, and one run at a time takes
+// what waited together. Scripts are strangers: one may hang, fork, print for ever or ignore TERM,
 // and costs nobody but itself. It knows nothing of the protocol.
 
 package main
@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -47,23 +48,22 @@ type handlerConfig struct {
 
 // handlers are all handlers of one agent.
 type handlers struct {
-	cfg     handlerConfig
+	handlerConfig
 	all     []*handler
-	ending  context.Context // done: what still runs is ended
+	ending  context.Context // done: what still runs is ended, and nothing new is taken
 	end     context.CancelCauseFunc
 	workers sync.WaitGroup
 }
 
 type handler struct {
-	cfg    handlerConfig
-	ending context.Context // that of all handlers
-	name   string          // the spec, for the log
+	of     *handlers
+	name   string // the spec, for the log
 	events []string
 	script string
 	argv   []string
 
-	more    *sync.Cond // something was queued, or closed; its lock guards what follows
-	closed  bool       // nothing new is taken
+	mu      sync.Mutex // guards what follows
+	working bool       // somebody takes what is queued
 	queue   []delivery
 	dropped int    // since the last run
 	lost    int    // in all
@@ -79,20 +79,17 @@ type delivery struct {
 
 // ---- specs ----
 
-// newHandlers parses the specs and starts a queue for each.
+// newHandlers parses the specs.
 func newHandlers(cfg handlerConfig) (*handlers, error) {
-	hs := &handlers{cfg: cfg}
+	hs := &handlers{handlerConfig: cfg}
 	hs.ending, hs.end = context.WithCancelCause(context.Background())
 	for _, spec := range cfg.specs {
 		h, err := newHandler(spec, cmp.Or(cfg.shell, "/bin/sh"))
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
-		h.cfg, h.ending = cfg, hs.ending
+		h.of = hs
 		hs.all = append(hs.all, h)
-	}
-	for _, h := range hs.all {
-		hs.workers.Go(h.work)
 	}
 	return hs, nil
 }
@@ -112,7 +109,6 @@ func newHandler(spec, shell string) (*handler, error) {
 		return nil, errors.New("the script is empty")
 	}
 	h := &handler{name: oneLine(spec), events: strings.Split(events, ","), script: script}
-	h.more = sync.NewCond(&sync.Mutex{})
 	err := checkEvents(h.events)
 	if err == nil {
 		h.argv, err = commandLine(shell, script)
@@ -161,27 +157,30 @@ func commandLine(shell, script string) ([]string, error) {
 // deliver queues ev for every handler that wants it. It never blocks. The first handler that a query finds is the
 // one that answers it; where there is none, that is the answer.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
-	d := delivery{Event: ev, until: time.Now().Add(ev.within), answer: answer}
+	d := delivery{Event: ev}
+	if ev.kind == eventQuery {
+		d.until, d.answer = time.Now().Add(ev.within), answer
+	}
 	for _, h := range hs.all {
-		if wants(h.events, ev.kind, ev.name) {
+		if hs.ending.Err() == nil && wants(h.events, ev.kind, ev.name) {
 			h.enqueue(d)
 			d.answer = nil
 		}
 	}
-	if ev.kind == eventQuery && d.answer != nil {
+	if d.answer != nil {
 		go answer(replyNothing, nil)
 	}
 }
 
 func (h *handler) enqueue(d delivery) {
-	h.more.L.Lock()
-	defer h.more.L.Unlock()
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	i := -1
 	if d.coalesce {
 		i = slices.IndexFunc(h.queue, func(q delivery) bool { return q.coalesce && q.name == d.name })
 	}
 	switch {
-	case h.closed, i >= 0 && h.queue[i].lTime > d.lTime: // floods overtake each other: the last is the last one sent
+	case i >= 0 && h.queue[i].lTime > d.lTime: // floods overtake each other: the last is the last one sent
 		return
 	case i >= 0:
 		h.queue = slices.Delete(h.queue, i, i+1)
@@ -189,26 +188,26 @@ func (h *handler) enqueue(d delivery) {
 		h.queue = h.queue[1:]
 		h.lost++
 		if h.dropped++; h.dropped == 1 {
-			h.cfg.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.name, queueLimit)
+			h.of.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.name, queueLimit)
 		}
 	}
-	h.queue = append(h.queue, d)
-	h.more.Signal()
+	if h.queue = append(h.queue, d); !h.working {
+		h.working = true
+		h.of.workers.Go(h.work)
+	}
 }
 
-// take waits for what the next run is about, and removes it: consecutive member events of one kind, one user
-// event, or one query. It is nothing once the handler is closed and all is done.
+// take removes what the next run is about: consecutive member events of one kind, one user event, or one query.
+// Where nothing waits it is nothing, and whoever works has to stop.
 func (h *handler) take() []delivery {
-	h.more.L.Lock()
-	defer h.more.L.Unlock()
-	for len(h.queue) == 0 {
-		if h.queue = nil; h.closed { // nil lets go of what a burst has taken
-			return nil
-		}
-		h.more.Wait()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.working = len(h.queue) > 0; !h.working {
+		h.queue = nil // lets go of what a burst has taken
+		return nil
 	}
 	if h.dropped > 0 {
-		h.cfg.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.name, h.dropped)
+		h.of.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.name, h.dropped)
 		h.dropped = 0
 	}
 	n, kind := 1, h.queue[0].kind
@@ -222,13 +221,12 @@ func (h *handler) take() []delivery {
 
 // state is how many events wait, how many were dropped, and how the last run ended.
 func (h *handler) state() (waiting, lost int, last string) {
-	h.more.L.Lock()
-	defer h.more.L.Unlock()
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	return len(h.queue), h.lost, cmp.Or(h.last, "never")
 }
 
-// work runs what comes, and at the end what is left: close decides what that is. Late, nobody wants the answer to
-// a query.
+// work runs what is queued, until that is nothing. Late, nobody wants the answer to a query.
 func (h *handler) work() {
 	for batch := h.take(); batch != nil; batch = h.take() {
 		if first := batch[0]; first.kind != eventQuery || time.Now().Before(first.until) {
@@ -241,20 +239,16 @@ func (h *handler) work() {
 // ended. Whatever else waits is dropped.
 func (hs *handlers) close(last ...Event) {
 	for _, h := range hs.all {
-		h.more.L.Lock()
-		h.queue, h.closed = nil, true
-		for _, ev := range last {
-			if wants(h.events, ev.kind, ev.name) {
-				h.queue = append(h.queue, delivery{Event: ev})
-			}
-		}
-		h.more.Signal()
-		h.more.L.Unlock()
+		h.mu.Lock()
+		h.queue = nil
+		h.mu.Unlock()
 	}
-	if !waitAtMost(hs.cfg.grace, hs.workers.Wait) {
-		hs.end(errors.New("ended with the agent"))
-		waitAtMost(5*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
+	for _, ev := range last {
+		hs.deliver(ev, nil)
 	}
+	waitAtMost(hs.grace, hs.workers.Wait)
+	hs.end(errors.New("ended with the agent"))
+	waitAtMost(5*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 }
 
 // ---- runs ----
@@ -265,48 +259,39 @@ func (h *handler) run(batch []delivery) {
 	var printed, answer capture // answer: what a query's handler prints to stdout
 	status := h.execute(batch, &printed, &answer)
 	end := fmt.Sprintf("%s after %v", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond))
-	h.more.L.Lock()
+	h.mu.Lock()
 	h.last = end + ", " + started.Format(time.DateTime)
-	h.more.L.Unlock()
+	h.mu.Unlock()
 	output := string(answer.last) + string(printed.last)
-	h.cfg.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
+	h.of.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
+	r, text, size := replyDone, string(answer.first), answer.size
 	if status != "" {
 		what := strings.TrimSuffix(event.kind.String()+":"+event.name, ":")
 		lines := strings.Split(strings.TrimSpace(output), "\n")
-		h.cfg.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.name, oneLine(what), end,
+		h.of.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.name, oneLine(what), end,
 			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
+		r, text, size = replyFailed, status+"\n"+text+string(printed.first), len(status)+1+size+printed.size
 	}
-	switch {
-	case event.answer == nil:
-	case status == "":
-		event.answer(replyDone, cut(string(answer.first), answer.size))
-	default:
-		text := status + "\n" + string(answer.first) + string(printed.first)
-		event.answer(replyFailed, cut(text, len(status)+1+answer.size+printed.size))
+	if event.answer != nil {
+		event.answer(r, cut(text, size))
 	}
 }
 
 // execute runs the script in a process group of its own. The status says what was wrong with its end, if anything.
 func (h *handler) execute(batch []delivery, printed, answer *capture) (status string) {
-	ctx, cancel := context.WithTimeoutCause(h.ending, cmp.Or(h.cfg.timeout, math.MaxInt64), errors.New("timed out"))
+	ctx, cancel := context.WithTimeoutCause(h.of.ending, cmp.Or(h.of.timeout, math.MaxInt64), errors.New("timed out"))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
-	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.ending); return nil }
+	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.of.ending); return nil }
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env, cmd.Stdin = h.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
-	stderr, err := printed.open()
-	stdout := stderr
+	stdout, err := printed, printed.open()
 	if batch[0].answer != nil && err == nil {
-		stdout, err = answer.open()
+		stdout, err = answer, answer.open()
 	}
-	if cmd.Stdout, cmd.Stderr = stdout, stderr; err == nil {
-		err = cmd.Start()
-	}
-	stdout.Close()
-	stderr.Close()
-	if err == nil {
-		err = cmd.Wait()
+	if cmd.Stdout, cmd.Stderr = stdout.w, printed.w; err == nil {
+		err = cmd.Run()
 	}
 	printed.close()
 	answer.close()
@@ -341,42 +326,39 @@ func groupLives(pgid int) bool {
 		return false
 	}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, f := range stats {
+	runs := regexp.MustCompile(fmt.Sprintf(`\) [^ZX] \d+ %d `, pgid)) // state, parent, group
+	return len(stats) == 0 || slices.ContainsFunc(stats, func(f string) bool {
 		b, _ := os.ReadFile(f)
-		stat := string(b)
-		fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:]) // state, parent, group
-		if len(fields) > 2 && fields[2] == fmt.Sprint(pgid) && !strings.Contains("ZX", fields[0]) {
-			return true
-		}
-	}
-	return len(stats) == 0
+		return runs.Match(b)
+	})
 }
 
 // capture keeps the first and the last bytes written to it, and their number.
 type capture struct {
 	first, last []byte
 	size        int
-	pipe        *os.File
-	copying     sync.WaitGroup // from the pipe
+	r, w        *os.File       // a pipe
+	copying     sync.WaitGroup // from it
 }
 
 // open makes a pipe for a script to print to.
-func (c *capture) open() (w *os.File, err error) {
-	c.pipe, w, err = os.Pipe()
-	c.copying.Go(func() { c.pipe.WriteTo(c) })
-	return w, err
+func (c *capture) open() (err error) {
+	c.r, c.w, err = os.Pipe()
+	c.copying.Go(func() { c.r.WriteTo(c) })
+	return err
 }
 
 // close waits, after the script has ended, until all is read: not for a child in the background that holds the
 // pipe open, but in looks and not by the clock, as this agent may be kept from running where it has a small share
 // of a processor.
 func (c *capture) close() {
+	c.w.Close()
 	for range 10 {
 		if waitAtMost(pipesFor/10, c.copying.Wait) {
 			break
 		}
 	}
-	c.pipe.Close()
+	c.r.Close()
 	c.copying.Wait()
 }
 
@@ -419,15 +401,14 @@ func stdinFor(batch []delivery) string {
 	for _, ev := range batch {
 		m := ev.Member
 		fmt.Fprintf(&b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
-			escape(m.Tags.asMap()["role"]), escape(strings.Join(m.Tags.pairs(), ",")))
+			escape(m.Tags.asMap()["role"]), escape(strings.Join(list(m.Tags), ",")))
 	}
 	return b.String()
 }
 
 // environ is the environment of a run about ev; of doubles, the last counts.
 func (h *handler) environ(ev Event) []string {
-	env := append(os.Environ(), h.cfg.env()...)
-	env = append(env, "SERF_EVENT="+ev.kind.String())
+	env := slices.Concat(os.Environ(), h.of.env(), []string{"SERF_EVENT=" + ev.kind.String()})
 	name := strings.ReplaceAll(ev.name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
 	case eventUser:
@@ -449,14 +430,10 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		"SERF_RPC_AUTH=" + rpcAuth,
 		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
 	}
-	for k, v := range self.Tags.all() {
-		name := strings.Map(func(r rune) rune {
-			if r < '0' || r > '9' && r < 'A' || r > 'Z' {
-				return '_'
-			}
-			return r
-		}, strings.ToUpper(k))
-		env = append(env, "SERF_TAG_"+name+"="+v)
+	odd := regexp.MustCompile("[^0-9A-Z]") // in the name of a variable
+	for _, tag := range list(self.Tags) {
+		k, v, _ := strings.Cut(tag, "=")
+		env = append(env, "SERF_TAG_"+odd.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
 	}
 	return env
 }

@@ -545,6 +545,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	h.working = true // by this test
 	for _, ev := range []Event{
 		userEventOf("deploy", "1", 1, true), joinOf("a"), userEventOf("deploy", "2", 2, false), userEventOf("other", "3", 3, true),
 		userEventOf("deploy", "5", 5, true), joinOf("b"), userEventOf("deploy", "4", 4, true), failOf("a"), failOf("b"),
@@ -552,7 +553,6 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	} {
 		h.enqueue(delivery{Event: ev})
 	}
-	h.closed = true
 	var got []string
 	for batch := h.take(); batch != nil; batch = h.take() {
 		s := batch[0].kind.String()
@@ -864,6 +864,18 @@ func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
 			t.Errorf("%s: %d bytes, the end is %q", script, len(text), text[max(0, len(text)-30):])
 		}
 	}
+}
+
+// The gossip hands a way to answer in with every event. A member event that had one
+// logged what went to stdout before all that went to stderr.
+func TestOnlyAQueryIsAnswered(t *testing.T) {
+	hs, logged := startHandlers(t, handlerConfig{}, "echo first >&2; echo second; exit 1")
+	for _, ev := range []Event{joinOf("a"), userEventOf("e", "", 1, false)} {
+		hs.deliver(ev, func(reply, []byte) { t.Errorf("%s is answered", ev.kind) })
+	}
+	logged.waitFor(t, "script output: first\nsecond\n", 2)
+	logged.waitFor(t, "ms: second\n", 2)
+	hs.close()
 }
 
 // ---- the end

@@ -540,7 +540,7 @@ func (f filter) set(prefix string) func(string) error {
 
 func (f filter) matches(m Member) bool {
 	fields := map[string]string{"name": m.Name, "status": m.Status.String()}
-	for k, v := range m.Tags.all() {
+	for k, v := range m.Tags.asMap() {
 		fields["tag "+k] = v
 	}
 	for field, re := range f {
@@ -604,7 +604,7 @@ func membersText(ms []Member) string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
 	for _, m := range ms {
-		tags := printable(strings.Join(m.Tags.pairs(), ","), "")
+		tags := printable(strings.Join(list(m.Tags), ","), "")
 		fmt.Fprintf(w, "%s\t%s\t%-6s\t%s\n", printable(m.Name, ""), m.Addr, m.Status, tags)
 	}
 	w.Flush()
@@ -621,7 +621,8 @@ func membersJSON(ms []Member) string {
 }
 
 func tagPairs(m Member) (kv pairs) {
-	for k, v := range m.Tags.all() {
+	for _, tag := range list(m.Tags) {
+		k, v, _ := strings.Cut(tag, "=")
 		kv = append(kv, k, v)
 	}
 	return kv
@@ -683,7 +684,7 @@ func (q *ask) line(a answer, u update) string {
 	what := fmt.Sprintf("%s %s", u.Event, u.Payload)
 	if a.Kind < eventUser {
 		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
-		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(m.Tags.pairs(), ","))
+		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(list(m.Tags), ","))
 	}
 	if q.json {
 		return toJSON(append(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String()}, fields...), "") + "\n"

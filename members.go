@@ -48,14 +48,6 @@ func (s Status) String() string { return statusNames[s] }
 // dead reports whether the member is believed to be gone.
 func (s Status) dead() bool { return s >= statusFailed }
 
-// settled takes a suspect as alive: suspicion is short, and settles itself.
-func (s Status) settled() Status {
-	if s == statusSuspect {
-		return statusAlive
-	}
-	return s
-}
-
 // Tags are a member's key=value pairs, sorted by key and joined by NUL, so that a Member stays comparable and
 // goes flat on the wire.
 type Tags string
@@ -76,36 +68,23 @@ func makeTags(kv map[string]string) (Tags, error) {
 	return t, nil
 }
 
-// valid reports whether makeTags could have made t.
-func (t Tags) valid() bool {
-	same, err := makeTags(t.asMap())
-	return err == nil && same == t
-}
-
-// pairs returns the tags as "key=value", sorted by key.
-func (t Tags) pairs() []string { return list(string(t)) }
-
-// list splits what NUL separates.
-func list(s string) []string {
+// list splits what NUL separates: of Tags it is "key=value", sorted by key.
+func list[S ~string](s S) []string {
 	if s == "" {
 		return nil
 	}
-	return strings.Split(s, "\x00")
-}
-
-// all yields the tags, sorted by key.
-func (t Tags) all() iter.Seq2[string, string] {
-	return func(yield func(k, v string) bool) {
-		for _, p := range t.pairs() {
-			if k, v, _ := strings.Cut(p, "="); !yield(k, v) {
-				return
-			}
-		}
-	}
+	return strings.Split(string(s), "\x00")
 }
 
 // asMap returns the tags as a map; it is never nil.
-func (t Tags) asMap() map[string]string { return maps.Collect(t.all()) }
+func (t Tags) asMap() map[string]string {
+	kv := make(map[string]string)
+	for _, tag := range list(t) {
+		k, v, _ := strings.Cut(tag, "=")
+		kv[k] = v
+	}
+	return kv
+}
 
 // Member is one claim about one member.
 type Member struct {
@@ -162,7 +141,8 @@ func validName(s string) error {
 // valid reports whether a claim from outside can be one about a member.
 func (m Member) valid() bool {
 	ip := m.Addr.Addr()
-	return validName(m.Name) == nil && m.Tags.valid() &&
+	tags, err := makeTags(m.Tags.asMap())
+	return err == nil && tags == m.Tags && validName(m.Name) == nil &&
 		ip.IsValid() && m.Addr.Port() != 0 && !ip.IsUnspecified() && !ip.IsMulticast() && validName("%"+ip.Zone()) == nil &&
 		m.Status != 0 && m.Status != statusLeaving && m.Status <= statusPruned && m.Born <= m.Incarnation
 }
@@ -232,8 +212,7 @@ type claim struct {
 // entry is what the table holds about one name.
 type entry struct {
 	*claim
-	told  *claim // what events last said; nil: nothing yet
-	shown Status // and as which status
+	shown Status // as which events last showed it; 0: not yet, or not any more
 	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	lost bool
@@ -251,8 +230,10 @@ func (e *entry) visible() Status {
 		return 0
 	case e.lost && !e.Status.dead():
 		return statusFailed
+	case e.Status == statusSuspect: // that is short, and settles itself
+		return statusAlive
 	}
-	return e.Status.settled()
+	return e.Status
 }
 
 // skipped members are walked over on the rings: nobody there would pass on what it is told.
@@ -333,8 +314,14 @@ func (t *table) change(e *entry, f func()) {
 	t.count(e, -1)
 	f()
 	t.count(e, +1)
-	if on := !e.Status.dead(); on == was.Status.dead() {
-		t.setOnRings(e, on)
+	if e.Status.dead() != was.Status.dead() {
+		for i, ring := range t.ring {
+			if at, on := t.place(i, e); on {
+				t.ring[i] = slices.Delete(ring, at, at+1)
+			} else {
+				t.ring[i] = slices.Insert(ring, at, e)
+			}
+		}
 	}
 	if e.Status != was.Status || e.Born != was.Born || e.lost != was.lost { // walks over the rings may end elsewhere
 		t.version++
@@ -342,7 +329,7 @@ func (t *table) change(e *entry, f func()) {
 			t.shrunk = t.version
 		}
 	}
-	t.announce(e)
+	t.announce(e, was.with(e.shown))
 }
 
 // count adds e to the sums over the table, or takes it out.
@@ -374,21 +361,14 @@ func (t *table) makeRoom() bool {
 	return oldest != nil
 }
 
-// announce tells the events that lead from what was told last to what is visible now. Per member they
+// announce tells the events that lead from what was shown last to what is visible now. Per member they
 // alternate: nobody joins twice without an end.
-func (t *table) announce(e *entry) {
-	var was Member
-	if e.told != nil {
-		was = e.told.with(e.shown)
-	}
+func (t *table) announce(e *entry, was Member) {
 	is := e.with(e.visible())
 	if was.Status == statusLeft && is.Status == statusFailed {
 		is.Status = statusLeft // no event tells of it, or it would leave twice
 	}
-	if was == is {
-		return
-	}
-	e.told, e.shown = e.claim, is.Status
+	e.shown = is.Status
 	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, Member: m}) }
 	if was.Status == statusAlive && is.Status == statusAlive && was.Born != is.Born { // nobody noticed the end
 		was.Status = statusFailed
@@ -435,23 +415,11 @@ func (t *table) list(after string, limit int) (ms []Member) {
 // alive counts the members on the rings, oneself included.
 func (t *table) alive() int { return len(t.ring[0]) }
 
-func (t *table) setOnRings(e *entry, on bool) {
-	for i := range t.ring {
-		at := t.place(i, e)
-		if on {
-			t.ring[i] = slices.Insert(t.ring[i], at, e)
-		} else {
-			t.ring[i] = slices.Delete(t.ring[i], at, at+1)
-		}
-	}
-}
-
-// place is where e stands on ring i, or would stand.
-func (t *table) place(i int, e *entry) int {
-	at, _ := slices.BinarySearchFunc(t.ring[i], e, func(a, b *entry) int {
+// place is where e stands on ring i, or would stand, and whether it does.
+func (t *table) place(i int, e *entry) (int, bool) {
+	return slices.BinarySearchFunc(t.ring[i], e, func(a, b *entry) int {
 		return cmp.Or(cmp.Compare(a.pos[i], b.pos[i]), strings.Compare(a.Name, b.Name))
 	})
-	return at
 }
 
 // watchers returns the members that watch e: on each ring the next neighbour that no earlier ring has given,
@@ -471,41 +439,39 @@ func (t *table) watchers(e *entry) []*entry {
 }
 
 // watched returns the members whose watcher e is. Suspects are among them: who accuses may die before the
-// verdict. A watcher stands at most rings places behind the one it watches, not counting those that are
-// walked over.
+// verdict.
 func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
-		seen := 0
 		for p := range t.neighbours(i, e, -1) {
 			if !p.lost && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
 				ps = append(ps, p)
-			}
-			if !p.skipped() {
-				seen++
-			}
-			if seen == rings {
-				break
 			}
 		}
 	}
 	return ps
 }
 
-// neighbours yields the others on ring i, from e on in direction dir, but not too many of them.
+// neighbours yields the others on ring i, from e on in direction dir, as far as a watcher of e may stand, or a
+// member that e watches: rings places, not counting those that are walked over, of which there may be many.
 func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	return func(yield func(*entry) bool) {
-		ring, at := t.ring[i], t.place(i, e)
-		for step := 1; step <= min(len(ring), maxWalk); step++ {
-			if o := ring[((at+dir*step)%len(ring)+len(ring))%len(ring)]; o != e && !yield(o) {
+		ring, left := t.ring[i], rings
+		at, _ := t.place(i, e)
+		for step := 1; step < len(ring) && step <= maxWalk && left > 0; step++ {
+			o := ring[(at+dir*step+len(ring))%len(ring)]
+			if !yield(o) {
 				return
+			}
+			if !o.skipped() {
+				left--
 			}
 		}
 	}
 }
 
-// digest is this entry's part of the table's digest. A suspicion is not worth a repair.
+// digest is this entry's part of the table's digest. A suspicion is not worth a repair: it counts as alive does.
 func (e *entry) digest() uint64 {
-	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(e.Status.settled())<<60))
+	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(max(e.Status, statusSuspect))<<60))
 }
 
 // ringHash places a name on a ring. FNV alone leaves similar names (web1, web2) near each other on every
@@ -522,9 +488,9 @@ func mix(x uint64) uint64 {
 	return hi ^ lo
 }
 
-// userEvent is one remembered user event. Its key orders it, see update.key.
+// userEvent is one remembered user event, as it travels. Its key orders it, see update.key.
 type userEvent struct {
-	Event
+	update
 	key  string
 	sent time.Duration // on the caller's clock, as far as is known
 }
@@ -539,7 +505,7 @@ type memory struct {
 
 // add remembers ev; false: it was heard before, or is too old to be told from one that was.
 func (m *memory) add(ev userEvent) bool {
-	m.lamport = max(m.lamport, ev.lTime)
+	m.lamport = max(m.lamport, ev.LTime)
 	at, heard := slices.BinarySearchFunc(m.recent, ev.key, func(o userEvent, key string) int { return strings.Compare(o.key, key) })
 	if heard || at == 0 && len(m.recent) == maxEvents {
 		return false
