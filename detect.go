@@ -132,35 +132,24 @@ func (r *ring) refresh(n *node) {
 			d.due = n.now + grace
 		}
 	}
-	for _, e := range r.watchers {
-		if !slices.Contains(watchers, e) {
-			e.deal().promised = 0
+	for _, w := range r.watchers {
+		if w.deal().promised == 0 || !slices.Contains(watchers, w) {
+			r.beat(n, w)
 		}
 	}
-	r.greet(n)
 	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 }
 
-// greet sends new watchers their first heartbeat. Each is promised the first beat that nobody else has been
-// promised: were all told to wait for a whole cycle, nobody would notice before its end that a host vanished right
-// after it had joined.
-func (r *ring) greet(n *node) {
-	for _, w := range r.watchers {
-		if w.deal().promised != 0 {
-			continue
-		}
-		next := max(r.nextBeat, n.now)
-		taken := func(o *entry) bool { return (o.deal().promised - next).Abs() < beatEvery/2 }
-		for slices.ContainsFunc(r.watchers, taken) {
-			next += beatEvery
-		}
-		r.beat(n, w, next)
+// beat sends w a heartbeat. It promises the first beat that nobody else has been promised: were all new watchers
+// told to wait for a whole cycle, nobody would notice before its end that a host vanished right after it had joined.
+// From whoever has not answered yet it wants an answer: before that it gets no floods, which it would not take, if
+// it has not heard of this node.
+func (r *ring) beat(n *node, w *entry) {
+	next := max(r.nextBeat, n.now)
+	taken := func(o *entry) bool { return o != w && (o.deal().promised-next).Abs() < beatEvery/2 }
+	for slices.ContainsFunc(r.watchers, taken) {
+		next += beatEvery
 	}
-}
-
-// beat sends w a heartbeat that promises the next one. From whoever has not answered yet it wants an answer:
-// before that it gets no floods, which it would not take, if it has not heard of this node.
-func (r *ring) beat(n *node, w *entry, next time.Duration) {
 	h := n.head(kHeartbeat)
 	h.Promise = uint32((next - n.now) / ms)
 	if w.deal().promised = next; w.deal().met {
@@ -175,19 +164,16 @@ func (r *ring) beat(n *node, w *entry, next time.Duration) {
 func (r *ring) step(n *node) {
 	if len(r.watchers) > 0 {
 		if n.now >= r.nextBeat {
-			w := slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.deal().promised, b.deal().promised) })
-			r.beat(n, w, n.now+time.Duration(len(r.watchers))*beatEvery)
 			r.nextBeat = max(r.nextBeat+beatEvery, n.now+beatEvery/2)
+			r.beat(n, slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.deal().promised, b.deal().promised) }))
 		}
 		n.wakeAt(r.nextBeat)
 	}
 	for _, e := range r.watched {
-		switch due := e.deal().due; {
-		case n.detector.probeOf(e) != nil:
-		case n.now >= due:
-			n.detector.judge(n, e.Member, e)
-		default:
+		if due := e.deal().due; n.now < due {
 			n.wakeAt(due)
+		} else {
+			n.detector.judge(n, e.Member, e)
 		}
 	}
 	if r.linkAt != 0 && n.now >= r.linkAt {
