@@ -176,8 +176,13 @@ func (r *ring) step(n *node) {
 			n.detector.judge(n, e.Member, e)
 		}
 	}
-	if r.linkAt != 0 && n.now >= r.linkAt {
-		r.link(n)
+	if r.linkAt != 0 && n.now >= r.linkAt { // watch links to the first watchers that have answered
+		n.out.links, r.linkAt = []Member{}, 0
+		for _, w := range r.watchers {
+			if len(n.out.links) < linkCount && w.deal().met {
+				n.out.links = append(n.out.links, w.Member)
+			}
+		}
 	} else if r.linkAt != 0 {
 		n.wakeAt(r.linkAt)
 	}
@@ -187,13 +192,6 @@ func (r *ring) step(n *node) {
 func (r *ring) reached(n *node, e *entry) {
 	if d := e.deal(); d.due <= n.now {
 		d.due = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
-	}
-}
-
-// met is told that e has answered for the first time: a watcher can be linked to now.
-func (r *ring) met(n *node, e *entry) {
-	if slices.Contains(r.watchers, e) {
-		r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 	}
 }
 
@@ -208,16 +206,6 @@ func (r *ring) missed(n *node, e *entry, h head) {
 	if o := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e.deal().met }); o != nil {
 		r.missedAt = n.now
 		n.exchange(o.Member)
-	}
-}
-
-// link asks for a watch link to the first watchers that have answered.
-func (r *ring) link(n *node) {
-	n.out.links, r.linkAt = []Member{}, 0
-	for _, w := range r.watchers {
-		if len(n.out.links) < linkCount && w.deal().met {
-			n.out.links = append(n.out.links, w.Member)
-		}
 	}
 }
 

@@ -526,7 +526,7 @@ func (n *node) acked(h head) {
 func (n *node) met(e *entry) {
 	if d := e.deal(); !d.met {
 		d.met = true
-		n.ring.met(n, e)
+		n.ring.linkAt = cmp.Or(n.ring.linkAt, n.now+linkAfter) // if it watches me
 	}
 	n.detector.notAlone(n, e)
 	if e.lost {
