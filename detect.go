@@ -9,6 +9,7 @@ package main
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 )
@@ -26,7 +27,6 @@ const (
 	askOnce     = 300 * ms // more: those that have not voted
 	helpFor     = 350 * ms // a helper's vote
 	probeFor    = 600 * ms // the end of a round
-	voteAge     = 3 * time.Second
 	suspectFor  = 1500 * ms
 	stallFor    = 10 * time.Second
 	stallRound  = time.Second
@@ -225,26 +225,19 @@ type detector struct {
 // probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
 // asked.
 type probe struct {
-	m      Member // whom, as it was believed
-	e      *entry // nil: a namesake of mine, whom no entry describes
-	asker  *entry // who wants a vote of mine, in the probe check; nil: nobody
-	check  uint32
-	start  time.Duration // of the round
-	last   bool          // the target is suspect, and this round decides
-	seq    uint32        // of the checks of this probe
-	pings  int           // of this round, as are the checks
-	checks int
-	mine   verdict
-	udp    bool // it answered by UDP
-	ended  bool // a watch link ended: TCP did work, so a refusal means that nobody is there
-	votes  []vote
-	asked  []*entry
-}
-
-type vote struct {
-	by   string
-	v    verdict
-	when time.Duration
+	m     Member // whom, as it was believed
+	e     *entry // nil: a namesake of mine, whom no entry describes
+	asker *entry // who wants a vote of mine, in the probe check; nil: nobody
+	check uint32
+	start time.Duration // of the round
+	last  bool          // the target is suspect, and this round decides
+	seq   uint32        // of the checks of this probe
+	stage int           // of the round: what comes next
+	mine  verdict
+	udp   bool // it answered by UDP
+	ended bool // a watch link ended: TCP did work, so a refusal means that nobody is there
+	votes map[string]verdict
+	asked []*entry // who has not voted yet
 }
 
 // find returns the probe for which is holds, or nil.
@@ -272,7 +265,7 @@ func (d *detector) probeOf(e *entry) *probe {
 
 func (d *detector) begin(n *node, m Member, e *entry) *probe {
 	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: e, start: n.now, seq: n.nonce()}
+	p := &probe{m: m, e: e, start: n.now, seq: n.nonce(), votes: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
 	n.wakeAt(n.now)
 	return p
@@ -324,47 +317,51 @@ func (d *detector) stepProbe(n *node, p *probe) {
 		d.end(p)
 		return
 	}
-	age, end := n.now-p.start, probeFor
+	due := [...]time.Duration{0, askAfter, askOnce, probeFor}
+	if p.mine == vRefused {
+		due[1] = 0
+	}
 	if p.asker != nil {
-		end = helpFor
+		due[3] = helpFor
 	}
-	again := age >= askAfter || p.mine == vRefused
-	if p.pings == 0 && age >= 0 {
-		n.look(p.m)
-	}
-	if p.pings == 0 && age >= 0 || p.pings == 1 && again {
-		p.pings++
-		n.ping(p.m)
-	}
-	if p.e != nil && p.asker == nil && (p.checks == 0 && again || p.checks == 1 && age >= askOnce) {
-		p.checks++
-		d.check(n, p)
-	}
-	if age >= end {
-		d.conclude(n, p)
-		return
-	}
-	for _, at := range []time.Duration{0, askAfter, askOnce, end} {
-		if age < at {
-			n.wakeAt(p.start + at)
+	for ; n.now >= p.start+due[p.stage]; p.stage++ {
+		switch p.stage {
+		case 0:
+			p.asked = n.helpers(p)
+			n.look(p.m)
+			n.ping(p.m)
+		case 1:
+			n.ping(p.m)
+			d.check(n, p)
+		case 2:
+			d.check(n, p)
+		default:
+			d.conclude(n, p)
+			return
 		}
 	}
+	n.wakeAt(p.start + due[p.stage])
 }
 
-// check asks the target's other watchers and one random member to look, and again those that have not voted.
-func (d *detector) check(n *node, p *probe) {
-	if p.checks == 1 {
-		p.asked = slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
-		if r := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e != p.e && !slices.Contains(p.asked, e) }); r != nil {
-			p.asked = append(p.asked, r)
-		}
+// helpers are the target's other watchers and one random member. A helper asks nobody, and of a namesake nobody else
+// can tell.
+func (n *node) helpers(p *probe) []*entry {
+	if p.asker != nil || p.e == nil {
+		return nil
 	}
+	hs := slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
+	if r := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e != p.e && !slices.Contains(hs, e) }); r != nil {
+		hs = append(hs, r)
+	}
+	return hs
+}
+
+// check asks the helpers that have not voted in this round.
+func (d *detector) check(n *node, p *probe) {
 	h := n.head(kCheck)
 	h.Seq, h.Target = p.seq, p.m.Name
 	for _, w := range p.asked {
-		if !slices.ContainsFunc(p.votes, func(v vote) bool { return v.by == w.Name && v.when >= p.start }) {
-			n.send(w.Member, h)
-		}
+		n.send(w.Member, h)
 	}
 }
 
@@ -396,7 +393,7 @@ func (d *detector) asked(n *node, by *entry, h head) {
 		p := d.begin(n, e.Member, e)
 		p.asker, p.check = by, h.Seq
 		if len(running) > 0 { // one look will do for all
-			p.pings = 2
+			p.stage = 3
 			d.observed(n, p, running[0].mine)
 		}
 	}
@@ -425,15 +422,16 @@ func (d *detector) voted(n *node, by *entry, h head, us []update) {
 // count counts v, by whom; nothing if there is no probe.
 func (d *detector) count(n *node, p *probe, by string, v verdict) {
 	if p != nil {
-		p.votes = append(slices.DeleteFunc(p.votes, func(o vote) bool { return o.by == by }), vote{by, v, n.now})
+		p.votes[by] = v
+		p.asked = slices.DeleteFunc(p.asked, func(w *entry) bool { return w.Name == by })
 		d.refused(n, p)
 	}
 }
 
-// seen counts the observers whose verdict lies between lo and hi, me included.
-func (p *probe) seen(lo, hi verdict) (c int) {
-	for _, v := range append(slices.Clip(p.votes), vote{v: p.mine}) {
-		if v.v >= lo && v.v <= hi {
+// seen counts the observers that saw v, me included.
+func (p *probe) seen(v verdict) (c int) {
+	for _, o := range append(slices.Collect(maps.Values(p.votes)), p.mine) {
+		if o == v {
 			c++
 		}
 	}
@@ -500,7 +498,7 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 
 // refused fails a target that refuses two observers, nobody contradicting, at once: a watch link showed that TCP works.
 func (d *detector) refused(n *node, p *probe) {
-	if p.mine <= vRefused && p.ended && p.seen(vRefused, vRefused) >= 2 && p.seen(vAlive, vAlive) == 0 {
+	if p.mine <= vRefused && p.ended && p.seen(vRefused) >= 2 && p.seen(vAlive) == 0 {
 		d.fail(n, p)
 	}
 }
@@ -516,8 +514,6 @@ func (d *detector) conclude(n *node, p *probe) {
 		n.own.found(n, p.m, p.mine == vAlive)
 		return
 	}
-	p.mine = max(p.mine, vUnreachable)
-	p.votes = slices.DeleteFunc(p.votes, func(v vote) bool { return n.now-v.when > voteAge })
 	deal := p.e.deal()
 	switch {
 	case p.mine == vAlive: // by TCP alone, or a heartbeat would have acquitted it
@@ -526,17 +522,17 @@ func (d *detector) conclude(n *node, p *probe) {
 		}
 		n.exchange(p.e.Member) // no flood reaches it
 		d.acquit(n, p)
-	case p.seen(vAlive, vAlive) > 0:
+	case p.seen(vAlive) > 0:
 		d.acquit(n, p)
-	case p.seen(vSilent, vSilent) > 0:
+	case p.seen(vSilent) > 0:
 		d.stalled(n, p)
-	case p.mine == vRefused, p.seen(vRefused, vRefused) >= 2:
+	case p.mine == vRefused, p.seen(vRefused) >= 2:
 		d.fail(n, p)
 	case p.last && n.t.alive() > 2 && n.now-d.heard > probeFor:
 		d.round(p, n.now+askAfter) // I hear nobody at all: it may be me
 	case p.last:
 		d.fail(n, p)
-	case p.seen(vUnreachable, vRefused) >= 2, n.t.alive() <= 2:
+	case len(p.votes) > 0, n.t.alive() <= 2: // nobody else reaches it either
 		d.suspect(n, p)
 	default: // nobody else could say
 		d.round(p, n.now)
@@ -545,7 +541,7 @@ func (d *detector) conclude(n *node, p *probe) {
 
 // round looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
 func (d *detector) round(p *probe, start time.Duration) {
-	p.start, p.pings, p.checks, p.mine, p.udp, p.ended = start, 0, 0, vNone, false, false
+	p.start, p.stage, p.mine, p.udp, p.ended = start, 0, vNone, false, false
 }
 
 // acquit ends a probe of a member that somebody reached.
@@ -571,7 +567,7 @@ func (d *detector) stalled(n *node, p *probe) {
 		return
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
-	p.votes = nil
+	clear(p.votes)
 	d.round(p, max(n.now, min(n.now+stallRound-probeFor, deal.stalled+stallFor-probeFor)))
 	n.wakeAt(p.start)
 }
