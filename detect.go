@@ -234,7 +234,6 @@ type probe struct {
 	seq   uint32        // of the checks of this probe
 	stage int           // of the round: what comes next
 	mine  verdict
-	udp   bool // it answered by UDP
 	ended bool // a watch link ended: TCP did work, so a refusal means that nobody is there
 	votes map[string]verdict
 	asked []*entry // who has not voted yet
@@ -440,57 +439,43 @@ func (p *probe) seen(v verdict) (c int) {
 
 // ---- what is seen, and verdicts ----
 
-// sight is what a look by TCP has seen: first perhaps that the kernel accepts (vSilent), then vRefused,
-// vAlive, or that it hung up (vNone).
-type sight struct {
-	m    Member
-	v    verdict
-	name string // vAlive: who answered
-	born uint64
-}
-
-// saw takes what a look has seen.
-func (n *node) saw(s sight) {
-	d := &n.detector
-	if s.m.Addr != n.self.Addr {
-		d.heard = n.now
+// saw takes what a look by TCP has seen: first perhaps that the kernel accepts (vSilent), then vRefused, that it hung
+// up (vNone), or vAlive and w, the welcome of who is there.
+func (n *node) saw(m Member, v verdict, w head) {
+	if m.Addr != n.self.Addr {
+		n.detector.heard = n.now
 	}
-	right := s.v == vAlive && s.name == s.m.Name && s.born == s.m.Born
-	if e := n.t.get(s.m.Name); right && e != nil && e != n.self && e.Born == s.born {
+	if v == vAlive && (w.From != m.Name || w.born() != m.Born) {
+		v = vRefused // another process lives at its address
+	}
+	if e := n.t.get(m.Name); v == vAlive && e != nil && e != n.self && e.Born == m.Born {
 		n.met(e)
 	}
-	if !right && s.v == vAlive {
-		s.v = vRefused // another process lives at its address
-	}
-	for _, p := range d.of(s.m) {
-		if p.mine == vSilent && (s.v == vRefused || s.v == vNone) {
-			p.mine = vNone // it did not stall: it hung up, or has gone
-		}
-		d.observed(n, p, s.v)
+	for _, p := range n.detector.of(m) {
+		n.detector.observed(n, p, v)
 	}
 }
 
-// answered is told that m was heard of by UDP just now: the run born.
-func (d *detector) answered(n *node, m Member, born uint64) {
+// answered is told that m was heard of by UDP just now.
+func (d *detector) answered(n *node, m Member) {
 	for _, p := range d.of(m) {
-		if born == m.Born {
-			p.udp = true
+		if p.asker != nil || p.e == nil {
 			d.observed(n, p, vAlive)
+		} else {
+			d.acquit(n, p)
 		}
 	}
 }
 
-// observed notes what I saw myself.
+// observed notes what I saw myself. What accepts in silence did not stall when it hangs up then, or has gone.
 func (d *detector) observed(n *node, p *probe, v verdict) {
-	if v < p.mine || v == p.mine && v != vAlive {
+	if v <= p.mine && p.mine != vSilent {
 		return
 	}
 	p.mine = v
 	switch {
 	case (p.asker != nil || p.e == nil) && (v == vAlive || v == vRefused):
 		d.conclude(n, p)
-	case v == vAlive && p.udp:
-		d.acquit(n, p)
 	case v == vRefused:
 		d.refused(n, p)
 	}
@@ -541,7 +526,7 @@ func (d *detector) conclude(n *node, p *probe) {
 
 // round looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
 func (d *detector) round(p *probe, start time.Duration) {
-	p.start, p.stage, p.mine, p.udp, p.ended = start, 0, vNone, false, false
+	p.start, p.stage, p.mine, p.ended = start, 0, vNone, false
 }
 
 // acquit ends a probe of a member that somebody reached.

@@ -117,7 +117,7 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 		l.after(50 * ms)
 		if k, ok := l.looks["b"]; ok {
 			delete(l.looks, "b")
-			l.tell("", func(n *node) { n.saw(sight{m: k, v: vSilent}) })
+			l.tell("", func(n *node) { n.saw(k, vSilent, head{}) })
 		}
 		if l.n.t.get("b").Status == statusFailed {
 			died = l.now

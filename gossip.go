@@ -504,8 +504,8 @@ func (n *node) acked(h head) {
 	}
 	e := n.t.get(q.m.Name)
 	switch {
-	case e == n.self: // a namesake
-		n.detector.answered(n, q.m, h.born())
+	case e == n.self && h.born() == q.m.Born: // a namesake
+		n.detector.answered(n, q.m)
 	case e == nil || e.Born != q.m.Born:
 	case h.born() != q.m.Born:
 		if e.Status == statusFailed { // it has restarted, and may know nobody to join
@@ -517,7 +517,7 @@ func (n *node) acked(h head) {
 			n.queries.answered(n, e, head{Query: q.h.Query, Reply: replyHeard}, nil)
 		}
 		n.met(e)
-		n.detector.answered(n, q.m, q.m.Born)
+		n.detector.answered(n, q.m)
 		n.contact(e, h)
 	}
 }
@@ -544,7 +544,7 @@ func (n *node) contact(e *entry, h head) {
 	e.deal().tcpOnly = 0
 	if h.Promise > 0 {
 		e.deal().due = n.now + min(time.Duration(h.Promise)*ms, time.Minute) + overdueAfter
-		n.detector.answered(n, e.Member, e.Born)
+		n.detector.answered(n, e.Member)
 	}
 	if e.lost {
 		n.ping(e.Member) // I hear it; does it hear me?
