@@ -173,7 +173,7 @@ func (r *ring) step(n *node) {
 		if due := e.deal().due; n.now < due {
 			n.wakeAt(due)
 		} else {
-			n.detector.judge(n, e.Member, e)
+			n.detector.judge(n, e.Member)
 		}
 	}
 	if r.linkAt != 0 && n.now >= r.linkAt { // watch links to the first watchers that have answered
@@ -225,26 +225,17 @@ type detector struct {
 // probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
 // asked.
 type probe struct {
-	m     Member // whom, as it was believed
-	e     *entry // nil: a namesake of mine, whom no entry describes
-	asker *entry // who wants a vote of mine, in the probe check; nil: nobody
-	check uint32
+	m     Member        // whom, as it was believed
+	e     *entry        // of that name; my own: a namesake of mine, whom no entry describes
+	asker *entry        // who wants a vote of mine; nil: nobody
 	start time.Duration // of the round
 	last  bool          // the target is suspect, and this round decides
-	seq   uint32        // of the checks of this probe
+	seq   uint32        // of the checks: mine, or what the asker wrote
 	stage int           // of the round: what comes next
 	mine  verdict
 	ended bool // a watch link ended: TCP did work, so a refusal means that nobody is there
 	votes map[string]verdict
 	asked []*entry // who has not voted yet
-}
-
-// find returns the probe for which is holds, or nil.
-func (d *detector) find(is func(*probe) bool) *probe {
-	if i := slices.IndexFunc(d.probes, is); i >= 0 {
-		return d.probes[i]
-	}
-	return nil
 }
 
 // of is all probes of one run of a member.
@@ -257,26 +248,30 @@ func (d *detector) of(m Member) (ps []*probe) {
 	return ps
 }
 
-// probeOf is the probe of e, or (nil) of a namesake, for a verdict of mine.
+// probeOf is the probe of e for a verdict of mine, or nil.
 func (d *detector) probeOf(e *entry) *probe {
-	return d.find(func(p *probe) bool { return p.e == e && p.asker == nil })
+	for _, p := range d.probes {
+		if p.e == e && p.asker == nil {
+			return p
+		}
+	}
+	return nil
 }
 
 func (d *detector) begin(n *node, m Member, e *entry) *probe {
 	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
 	p := &probe{m: m, e: e, start: n.now, seq: n.nonce(), votes: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
-	n.wakeAt(n.now)
 	return p
 }
 
-// judge probes m, which e describes (nil: a namesake), for a verdict of mine. Where there are too many probes it
-// has to wait: nil.
-func (d *detector) judge(n *node, m Member, e *entry) *probe {
+// judge probes m for a verdict of mine. Where there are too many probes it has to wait: nil.
+func (d *detector) judge(n *node, m Member) *probe {
+	e := n.t.get(m.Name)
 	if p := d.probeOf(e); p != nil {
 		return p
 	}
-	if e == n.self || m.Status.dead() || len(d.probes) >= maxProbes {
+	if m.Status.dead() || len(d.probes) >= maxProbes {
 		n.wakeAt(n.now + askAfter)
 		return nil
 	}
@@ -287,13 +282,13 @@ func (d *detector) judge(n *node, m Member, e *entry) *probe {
 // row that none could be had. It is evidence that starts a probe, never a verdict.
 func (n *node) linkEnded(m Member, tries int, refused bool) {
 	e := n.t.get(m.Name)
-	if e == nil || e.Born != m.Born || e.lost || n.own.leaving != 0 {
+	if e == nil || e == n.self || e.Born != m.Born || e.lost || n.own.leaving != 0 {
 		return
 	}
 	if tries == 4 {
 		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
-	if p := n.detector.judge(n, e.Member, e); p != nil {
+	if p := n.detector.judge(n, e.Member); p != nil {
 		p.ended = p.ended || tries == 0
 		if refused {
 			n.detector.observed(n, p, vRefused)
@@ -311,7 +306,7 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
-	if p.e != nil && (p.e.Born != p.m.Born || p.e.Status.dead()) ||
+	if p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()) ||
 		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation) { // it has refuted
 		d.end(p)
 		return
@@ -345,7 +340,7 @@ func (d *detector) stepProbe(n *node, p *probe) {
 // helpers are the target's other watchers and one random member. A helper asks nobody, and of a namesake nobody else
 // can tell.
 func (n *node) helpers(p *probe) []*entry {
-	if p.asker != nil || p.e == nil {
+	if p.asker != nil || p.e == n.self {
 		return nil
 	}
 	hs := slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
@@ -382,15 +377,15 @@ func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
 // looked at, at the address that I know.
 func (d *detector) asked(n *node, by *entry, h head) {
 	e := n.t.get(h.Target)
-	again := func(p *probe) bool { return p.asker == by && p.check == h.Seq }
+	again := func(p *probe) bool { return p.asker == by && p.seq == h.Seq }
 	switch {
-	case e == nil || e == n.self || by.Status.dead() || d.find(again) != nil:
+	case e == nil || e == n.self || by.Status.dead() || slices.ContainsFunc(d.probes, again):
 	case e.Status.dead(): // the asker has missed it, and may have nobody else to ask
-		d.vote(n, &probe{m: e.Member, asker: by, check: h.Seq})
+		d.vote(n, &probe{m: e.Member, asker: by, seq: h.Seq})
 	case len(d.probes) < maxProbes/2: // I have my own to look at
 		running := d.of(e.Member)
 		p := d.begin(n, e.Member, e)
-		p.asker, p.check = by, h.Seq
+		p.asker, p.seq = by, h.Seq
 		if len(running) > 0 { // one look will do for all
 			p.stage = 3
 			d.observed(n, p, running[0].mine)
@@ -402,15 +397,15 @@ func (d *detector) asked(n *node, by *entry, h head) {
 // one for ever.
 func (d *detector) vote(n *node, p *probe) {
 	h := n.head(kVote)
-	h.Seq, h.Target, h.Verdict = p.check, p.m.Name, max(p.mine, vUnreachable)
+	h.Seq, h.Target, h.Verdict = p.seq, p.m.Name, max(p.mine, vUnreachable)
 	n.send(p.asker.Member, h, wire.encode(nil, &update{Member: p.m}))
 }
 
 // voted takes a helper's answer, if it is one to a probe that still runs. One about another run is news of that.
 func (d *detector) voted(n *node, by *entry, h head, us []update) {
-	p := d.find(func(p *probe) bool { return p.seq == h.Seq && p.m.Name == h.Target })
+	p := d.probeOf(n.t.get(h.Target))
 	switch {
-	case p == nil || len(us) != 1 || us[0].Member.Name != h.Target || by == p.e || by.Status.dead():
+	case p == nil || p.seq != h.Seq || len(us) != 1 || us[0].Member.Name != h.Target || by == p.e || by.Status.dead():
 	case us[0].Member.Born == p.m.Born:
 		d.count(n, p, by.Name, min(h.Verdict, vAlive))
 	case !us[0].Member.Status.dead():
@@ -459,7 +454,7 @@ func (n *node) saw(m Member, v verdict, w head) {
 // answered is told that m was heard of by UDP just now.
 func (d *detector) answered(n *node, m Member) {
 	for _, p := range d.of(m) {
-		if p.asker != nil || p.e == nil {
+		if p.asker != nil || p.e == n.self {
 			d.observed(n, p, vAlive)
 		} else {
 			d.acquit(n, p)
@@ -474,7 +469,7 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 	}
 	p.mine = v
 	switch {
-	case (p.asker != nil || p.e == nil) && (v == vAlive || v == vRefused):
+	case (p.asker != nil || p.e == n.self) && (v == vAlive || v == vRefused):
 		d.conclude(n, p)
 	case v == vRefused:
 		d.refused(n, p)
@@ -494,7 +489,7 @@ func (d *detector) conclude(n *node, p *probe) {
 		d.end(p)
 		d.vote(n, p)
 		return
-	} else if p.e == nil {
+	} else if p.e == n.self {
 		d.end(p)
 		n.own.found(n, p.m, p.mine == vAlive)
 		return

@@ -788,7 +788,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	case e.Born == h.born():
 		n.met(e)
 	case e.visible() == statusAlive && e.Addr != x.with.Addr:
-		n.detector.judge(n, e.Member, e)
+		n.detector.judge(n, e.Member)
 		return taken(e.Member)
 	}
 	for i := range about {
@@ -811,7 +811,7 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 		at, _ := n.t.find(after + "\x00") // the least name that is greater
 		for _, e := range n.t.ordered[at:] {
 			u := n.claim(e)
-			if !e.reaped && (e != n.self || n.detector.probeOf(nil) == nil) && !yield(&u) {
+			if !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) && !yield(&u) {
 				return
 			}
 		}
@@ -886,7 +886,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		// told, which settles it, and looked at; once it is dead the claim may come again. (Who dials me has
 		// met the holder itself.)
 		n.inform(e.Member, u)
-		n.detector.judge(n, e.Member, e)
+		n.detector.judge(n, e.Member)
 		if first {
 			return taken(e.Member)
 		}
@@ -899,7 +899,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		// looked at.
 		n.inform(e.Member, u)
 		n.t.apply(n.now, m.with(statusAlive), 0)
-		n.detector.count(n, n.detector.judge(n, e.Member, e), x.with.Name, vUnreachable)
+		n.detector.count(n, n.detector.judge(n, e.Member), x.with.Name, vUnreachable)
 		return nil
 	}
 	n.adopt(&u)
@@ -1013,7 +1013,7 @@ func (o *ownName) claimed(n *node, m Member, via string) {
 	case o.leaving != 0 || m == n.self.Member:
 		return
 	case o.rivals(n, m):
-		n.detector.judge(n, m, nil)
+		n.detector.judge(n, m)
 		return
 	case !old:
 		o.raise(n, m.Incarnation+1)
@@ -1037,7 +1037,7 @@ func (o *ownName) settle(n *node, m Member, via string) error {
 		return taken(o.holder)
 	case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
 	case o.rivals(n, m):
-		n.detector.judge(n, m, nil)
+		n.detector.judge(n, m)
 		return errWait
 	default: // perhaps a clock went back
 		o.claimed(n, m, via)
@@ -1051,7 +1051,7 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 	m.Incarnation = incarnation
 	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
 	n.t.apply(n.now, m, 0)
-	if n.joining.since != 0 || n.detector.probeOf(nil) == nil {
+	if n.joining.since != 0 || n.detector.probeOf(n.self) == nil {
 		n.flood(n.self)
 	}
 }
