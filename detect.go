@@ -32,7 +32,7 @@ const (
 	stallRound  = time.Second
 	aloneAfter  = 3 * time.Second
 	lastCallGap = 150 * ms
-	lastCalls   = 6
+	lastCallFor = 900 * ms
 	retryRate   = 2.0 // pings a second, times the failed share of the table
 	maxProbes   = 256
 )
@@ -215,8 +215,7 @@ func (r *ring) missed(n *node, e *entry, h head) {
 type detector struct {
 	probes    []*probe
 	heard     time.Duration // last sign of anybody
-	calls     int           // last-call rounds made
-	callAt    time.Duration
+	callAt    time.Duration // the next last call
 	alone     bool
 	retry     bucket
 	strangers bucket // what those get who have never answered
@@ -578,55 +577,38 @@ func (d *detector) fail(n *node, p *probe) {
 
 // stepAlone decides whether I am the one who is cut off. What is then believed of the others stays with me.
 func (d *detector) stepAlone(n *node) {
-	e := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() })
-	if e == nil { // only suspects are left to call
-		e = n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.lost })
-	}
-	switch {
-	case e == nil:
-		d.calls = 0
-	case n.now-d.heard < aloneAfter:
-		d.calls = 0
+	silent := n.now - d.heard
+	if silent < aloneAfter {
 		n.wakeAt(d.heard + aloneAfter)
-	case d.calls > 0 && n.now < d.callAt:
-		n.wakeAt(d.callAt)
-	case d.calls < lastCalls:
-		d.calls++
-		d.callAt = n.now + lastCallGap
-		n.wakeAt(d.callAt)
-		n.ping(e.Member)
-		n.look(e.Member)
-	default:
-		d.calls, d.alone = 0, true
+		return
+	}
+	switch e := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.lost }); {
+	case e == nil:
+	case silent >= aloneAfter+lastCallFor:
+		d.alone = true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.t.ordered {
 			n.t.setLost(e, e.lost || e != n.self && !e.Status.dead())
 		}
-	}
-}
-
-// notAlone is told that e has answered.
-func (d *detector) notAlone(n *node, e *entry) {
-	if d.alone {
-		d.alone = false
-		n.logf("[INFO] %s answers again", e.Name)
+	case n.now >= d.callAt:
+		d.callAt = n.now + lastCallGap
+		n.ping(e.Member)
+		n.look(e.Member)
+		fallthrough
+	default:
+		n.wakeAt(d.callAt)
 	}
 }
 
 // stepRetry pings the failed members, so that a split heals by itself.
 func (d *detector) stepRetry(n *node) {
-	if n.t.failed == 0 {
-		d.retry = bucket{}
-		return
-	}
 	rate := retryRate * float64(n.t.failed) / float64(n.t.total)
-	if d.retry.at == 0 {
-		d.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
-	}
 	if d.retry.fill(n.now, rate, 2).take() {
 		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.Status == statusFailed || e.lost }); e != nil {
 			n.ping(e.Member)
 		}
 	}
-	n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
+	if rate > 0 {
+		n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
+	}
 }

@@ -197,6 +197,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self.known = now // what a former run of this name has sent is over
 	n.ring.nextBeat = n.now + n.jitter(beatEvery)
 	n.detector.heard = n.now
+	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	return n
 }
 
@@ -528,7 +529,10 @@ func (n *node) met(e *entry) {
 		d.met = true
 		n.ring.linkAt = cmp.Or(n.ring.linkAt, n.now+linkAfter) // if it watches me
 	}
-	n.detector.notAlone(n, e)
+	if n.detector.alone {
+		n.detector.alone = false
+		n.logf("[INFO] %s answers again", e.Name)
+	}
 	if e.lost {
 		n.t.setLost(e, false)
 		n.exchange(e.Member)
