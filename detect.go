@@ -188,13 +188,6 @@ func (r *ring) step(n *node) {
 	}
 }
 
-// reached notes a sign of life of e that promises nothing: what it promised before holds, or a whole cycle may pass.
-func (r *ring) reached(n *node, e *entry) {
-	if d := e.deal(); d.due <= n.now {
-		d.due = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
-	}
-}
-
 // missed is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
 // watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
 // of them for a second: as nothing of theirs counts, they never meet me, and flood nothing to me. Repair's one
@@ -224,17 +217,18 @@ type detector struct {
 // probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
 // asked.
 type probe struct {
-	m     Member        // whom, as it was believed
-	e     *entry        // of that name; my own: a namesake of mine, whom no entry describes
-	asker *entry        // who wants a vote of mine; nil: nobody
-	start time.Duration // of the round
-	last  bool          // the target is suspect, and this round decides
-	seq   uint32        // of the checks: mine, or what the asker wrote
-	stage int           // of the round: what comes next
-	mine  verdict
-	ended bool // a watch link ended: TCP did work, so a refusal means that nobody is there
-	votes map[string]verdict
-	asked []*entry // who has not voted yet
+	m       Member        // whom, as it was believed
+	e       *entry        // of that name; my own: a namesake of mine, whom no entry describes
+	asker   *entry        // who wants a vote of mine; nil: nobody
+	start   time.Duration // of the round
+	last    bool          // the target is suspect, and this round decides
+	seq     uint32        // of the checks: mine, or what the asker wrote
+	stage   int           // of the round: what comes next
+	mine    verdict
+	stalled time.Duration // since when it accepts without answering; 0: it does not
+	ended   bool          // a watch link ended: TCP did work, so a refusal means that nobody is there
+	votes   map[string]verdict
+	asked   []*entry // who has not voted yet
 }
 
 // of is all probes of one run of a member.
@@ -508,26 +502,29 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.mine == vRefused, p.seen(vRefused) >= 2:
 		d.fail(n, p)
 	case p.last && n.t.alive() > 2 && n.now-d.heard > probeFor:
-		d.round(p, n.now+askAfter) // I hear nobody at all: it may be me
+		d.round(n, p, n.now+askAfter) // I hear nobody at all: it may be me
 	case p.last:
 		d.fail(n, p)
 	case len(p.votes) > 0, n.t.alive() <= 2: // nobody else reaches it either
 		d.suspect(n, p)
 	default: // nobody else could say
-		d.round(p, n.now)
+		d.round(n, p, n.now)
 	}
 }
 
 // round looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
-func (d *detector) round(p *probe, start time.Duration) {
+func (d *detector) round(n *node, p *probe, start time.Duration) {
+	n.wakeAt(start)
 	p.start, p.stage, p.mine, p.ended = start, 0, vNone, false
 }
 
 // acquit ends a probe of a member that somebody reached.
 func (d *detector) acquit(n *node, p *probe) {
 	d.end(p)
-	n.ring.reached(n, p.e)
-	p.e.deal().stalled = 0
+	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
+	if deal := p.e.deal(); deal.due <= n.now {
+		deal.due = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
+	}
 	if p.e.Status == statusSuspect {
 		n.remind(p.e)
 	}
@@ -536,19 +533,18 @@ func (d *detector) acquit(n *node, p *probe) {
 // stalled handles a member whose kernel accepts while the process is silent. Every busy machine stalls for
 // seconds; only ten count as death.
 func (d *detector) stalled(n *node, p *probe) {
-	deal := p.e.deal()
-	if deal.stalled == 0 {
+	if p.stalled == 0 {
 		n.logf("[DEBUG] %s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
-		deal.stalled = p.start
+		p.stalled = p.start
 	}
-	if n.now-deal.stalled >= stallFor {
+	end := p.stalled + stallFor
+	if n.now >= end {
 		d.fail(n, p)
 		return
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
 	clear(p.votes)
-	d.round(p, max(n.now, min(n.now+stallRound-probeFor, deal.stalled+stallFor-probeFor)))
-	n.wakeAt(p.start)
+	d.round(n, p, max(n.now, min(n.now+stallRound, end)-probeFor))
 }
 
 func (d *detector) end(p *probe) {
@@ -561,8 +557,7 @@ func (d *detector) suspect(n *node, p *probe) {
 	p.m, p.last = p.e.Member, true
 	n.declare(p.m.with(statusSuspect))
 	n.inform(p.m, n.claim(p.e))
-	d.round(p, n.now+suspectFor-probeFor)
-	n.wakeAt(p.start)
+	d.round(n, p, n.now+suspectFor-probeFor)
 }
 
 // fail is the verdict: the target has failed, and everybody shall know.

@@ -409,7 +409,6 @@ type dealings struct {
 	promised  time.Duration // when it gets the next heartbeat, if it watches me
 	due       time.Duration // when it is overdue, if I watch it
 	reminded  time.Duration // when it was last told what is believed of it
-	stalled   time.Duration // since when it accepts without answering; 0: it does not
 	tcpOnly   int           // probes in a row that only TCP answered
 	compared  uint64        // both digests after the last comparison of tables
 }
