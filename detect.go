@@ -9,6 +9,7 @@ package main
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 )
@@ -26,13 +27,12 @@ const (
 	askOnce     = 300 * ms // more: those that have not voted
 	helpFor     = 350 * ms // a helper's vote
 	probeFor    = 600 * ms // the end of a round
-	voteAge     = 3 * time.Second
 	suspectFor  = 1500 * ms
 	stallFor    = 10 * time.Second
 	stallRound  = time.Second
 	aloneAfter  = 3 * time.Second
 	lastCallGap = 150 * ms
-	lastCalls   = 6
+	lastCallFor = 900 * ms
 	retryRate   = 2.0 // pings a second, times the failed share of the table
 	maxProbes   = 256
 )
@@ -132,35 +132,24 @@ func (r *ring) refresh(n *node) {
 			d.due = n.now + grace
 		}
 	}
-	for _, e := range r.watchers {
-		if !slices.Contains(watchers, e) {
-			e.deal().promised = 0
+	for _, w := range r.watchers {
+		if w.deal().promised == 0 || !slices.Contains(watchers, w) {
+			r.beat(n, w)
 		}
 	}
-	r.greet(n)
 	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 }
 
-// greet sends new watchers their first heartbeat. Each is promised the first beat that nobody else has been
-// promised: were all told to wait for a whole cycle, nobody would notice before its end that a host vanished right
-// after it had joined.
-func (r *ring) greet(n *node) {
-	for _, w := range r.watchers {
-		if w.deal().promised != 0 {
-			continue
-		}
-		next := max(r.nextBeat, n.now)
-		taken := func(o *entry) bool { return (o.deal().promised - next).Abs() < beatEvery/2 }
-		for slices.ContainsFunc(r.watchers, taken) {
-			next += beatEvery
-		}
-		r.beat(n, w, next)
+// beat sends w a heartbeat. It promises the first beat that nobody else has been promised: were all new watchers
+// told to wait for a whole cycle, nobody would notice before its end that a host vanished right after it had joined.
+// From whoever has not answered yet it wants an answer: before that it gets no floods, which it would not take, if
+// it has not heard of this node.
+func (r *ring) beat(n *node, w *entry) {
+	next := max(r.nextBeat, n.now)
+	taken := func(o *entry) bool { return o != w && (o.deal().promised-next).Abs() < beatEvery/2 }
+	for slices.ContainsFunc(r.watchers, taken) {
+		next += beatEvery
 	}
-}
-
-// beat sends w a heartbeat that promises the next one. From whoever has not answered yet it wants an answer:
-// before that it gets no floods, which it would not take, if it has not heard of this node.
-func (r *ring) beat(n *node, w *entry, next time.Duration) {
 	h := n.head(kHeartbeat)
 	h.Promise = uint32((next - n.now) / ms)
 	if w.deal().promised = next; w.deal().met {
@@ -175,39 +164,27 @@ func (r *ring) beat(n *node, w *entry, next time.Duration) {
 func (r *ring) step(n *node) {
 	if len(r.watchers) > 0 {
 		if n.now >= r.nextBeat {
-			w := slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.deal().promised, b.deal().promised) })
-			r.beat(n, w, n.now+time.Duration(len(r.watchers))*beatEvery)
 			r.nextBeat = max(r.nextBeat+beatEvery, n.now+beatEvery/2)
+			r.beat(n, slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.deal().promised, b.deal().promised) }))
 		}
 		n.wakeAt(r.nextBeat)
 	}
 	for _, e := range r.watched {
-		switch due := e.deal().due; {
-		case n.detector.probeOf(e) != nil:
-		case n.now >= due:
-			n.detector.judge(n, e.Member, e)
-		default:
+		if due := e.deal().due; n.now < due {
 			n.wakeAt(due)
+		} else {
+			n.detector.judge(n, e.Member)
 		}
 	}
-	if r.linkAt != 0 && n.now >= r.linkAt {
-		r.link(n)
+	if r.linkAt != 0 && n.now >= r.linkAt { // watch links to the first watchers that have answered
+		n.out.links, r.linkAt = []Member{}, 0
+		for _, w := range r.watchers {
+			if len(n.out.links) < linkCount && w.deal().met {
+				n.out.links = append(n.out.links, w.Member)
+			}
+		}
 	} else if r.linkAt != 0 {
 		n.wakeAt(r.linkAt)
-	}
-}
-
-// reached notes a sign of life of e that promises nothing: what it promised before holds, or a whole cycle may pass.
-func (r *ring) reached(n *node, e *entry) {
-	if d := e.deal(); d.due <= n.now {
-		d.due = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
-	}
-}
-
-// met is told that e has answered for the first time: a watcher can be linked to now.
-func (r *ring) met(n *node, e *entry) {
-	if slices.Contains(r.watchers, e) {
-		r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
 	}
 }
 
@@ -225,24 +202,13 @@ func (r *ring) missed(n *node, e *entry, h head) {
 	}
 }
 
-// link asks for a watch link to the first watchers that have answered.
-func (r *ring) link(n *node) {
-	n.out.links, r.linkAt = []Member{}, 0
-	for _, w := range r.watchers {
-		if len(n.out.links) < linkCount && w.deal().met {
-			n.out.links = append(n.out.links, w.Member)
-		}
-	}
-}
-
 // ---- probes ----
 
 // detector is all probes that run, and whether this node hears anybody.
 type detector struct {
 	probes    []*probe
 	heard     time.Duration // last sign of anybody
-	calls     int           // last-call rounds made
-	callAt    time.Duration
+	callAt    time.Duration // the next last call
 	alone     bool
 	retry     bucket
 	strangers bucket // what those get who have never answered
@@ -251,34 +217,18 @@ type detector struct {
 // probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
 // asked.
 type probe struct {
-	m      Member // whom, as it was believed
-	e      *entry // nil: a namesake of mine, whom no entry describes
-	asker  *entry // who wants a vote of mine, in the probe check; nil: nobody
-	check  uint32
-	start  time.Duration // of the round
-	last   bool          // the target is suspect, and this round decides
-	seq    uint32        // of the checks of this probe
-	pings  int           // of this round, as are the checks
-	checks int
-	mine   verdict
-	udp    bool // it answered by UDP
-	ended  bool // a watch link ended: TCP did work, so a refusal means that nobody is there
-	votes  []vote
-	asked  []*entry
-}
-
-type vote struct {
-	by   string
-	v    verdict
-	when time.Duration
-}
-
-// find returns the probe for which is holds, or nil.
-func (d *detector) find(is func(*probe) bool) *probe {
-	if i := slices.IndexFunc(d.probes, is); i >= 0 {
-		return d.probes[i]
-	}
-	return nil
+	m       Member        // whom, as it was believed
+	e       *entry        // of that name; my own: a namesake of mine, whom no entry describes
+	asker   *entry        // who wants a vote of mine; nil: nobody
+	start   time.Duration // of the round
+	last    bool          // the target is suspect, and this round decides
+	seq     uint32        // of the checks: mine, or what the asker wrote
+	stage   int           // of the round: what comes next
+	mine    verdict
+	stalled time.Duration // since when it accepts without answering; 0: it does not
+	ended   bool          // a watch link ended: TCP did work, so a refusal means that nobody is there
+	votes   map[string]verdict
+	asked   []*entry // who has not voted yet
 }
 
 // of is all probes of one run of a member.
@@ -291,26 +241,30 @@ func (d *detector) of(m Member) (ps []*probe) {
 	return ps
 }
 
-// probeOf is the probe of e, or (nil) of a namesake, for a verdict of mine.
+// probeOf is the probe of e for a verdict of mine, or nil.
 func (d *detector) probeOf(e *entry) *probe {
-	return d.find(func(p *probe) bool { return p.e == e && p.asker == nil })
+	for _, p := range d.probes {
+		if p.e == e && p.asker == nil {
+			return p
+		}
+	}
+	return nil
 }
 
 func (d *detector) begin(n *node, m Member, e *entry) *probe {
 	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: e, start: n.now, seq: n.nonce()}
+	p := &probe{m: m, e: e, start: n.now, seq: n.nonce(), votes: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
-	n.wakeAt(n.now)
 	return p
 }
 
-// judge probes m, which e describes (nil: a namesake), for a verdict of mine. Where there are too many probes it
-// has to wait: nil.
-func (d *detector) judge(n *node, m Member, e *entry) *probe {
+// judge probes m for a verdict of mine. Where there are too many probes it has to wait: nil.
+func (d *detector) judge(n *node, m Member) *probe {
+	e := n.t.get(m.Name)
 	if p := d.probeOf(e); p != nil {
 		return p
 	}
-	if e == n.self || m.Status.dead() || len(d.probes) >= maxProbes {
+	if m.Status.dead() || len(d.probes) >= maxProbes {
 		n.wakeAt(n.now + askAfter)
 		return nil
 	}
@@ -321,13 +275,13 @@ func (d *detector) judge(n *node, m Member, e *entry) *probe {
 // row that none could be had. It is evidence that starts a probe, never a verdict.
 func (n *node) linkEnded(m Member, tries int, refused bool) {
 	e := n.t.get(m.Name)
-	if e == nil || e.Born != m.Born || e.lost || n.own.leaving != 0 {
+	if e == nil || e == n.self || e.Born != m.Born || e.lost || n.own.leaving != 0 {
 		return
 	}
 	if tries == 4 {
 		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
-	if p := n.detector.judge(n, e.Member, e); p != nil {
+	if p := n.detector.judge(n, e.Member); p != nil {
 		p.ended = p.ended || tries == 0
 		if refused {
 			n.detector.observed(n, p, vRefused)
@@ -345,52 +299,56 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
-	if p.e != nil && (p.e.Born != p.m.Born || p.e.Status.dead()) ||
+	if p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()) ||
 		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation) { // it has refuted
 		d.end(p)
 		return
 	}
-	age, end := n.now-p.start, probeFor
+	due := [...]time.Duration{0, askAfter, askOnce, probeFor}
+	if p.mine == vRefused {
+		due[1] = 0
+	}
 	if p.asker != nil {
-		end = helpFor
+		due[3] = helpFor
 	}
-	again := age >= askAfter || p.mine == vRefused
-	if p.pings == 0 && age >= 0 {
-		n.look(p.m)
-	}
-	if p.pings == 0 && age >= 0 || p.pings == 1 && again {
-		p.pings++
-		n.ping(p.m)
-	}
-	if p.e != nil && p.asker == nil && (p.checks == 0 && again || p.checks == 1 && age >= askOnce) {
-		p.checks++
-		d.check(n, p)
-	}
-	if age >= end {
-		d.conclude(n, p)
-		return
-	}
-	for _, at := range []time.Duration{0, askAfter, askOnce, end} {
-		if age < at {
-			n.wakeAt(p.start + at)
+	for ; n.now >= p.start+due[p.stage]; p.stage++ {
+		switch p.stage {
+		case 0:
+			p.asked = n.helpers(p)
+			n.look(p.m)
+			n.ping(p.m)
+		case 1:
+			n.ping(p.m)
+			d.check(n, p)
+		case 2:
+			d.check(n, p)
+		default:
+			d.conclude(n, p)
+			return
 		}
 	}
+	n.wakeAt(p.start + due[p.stage])
 }
 
-// check asks the target's other watchers and one random member to look, and again those that have not voted.
-func (d *detector) check(n *node, p *probe) {
-	if p.checks == 1 {
-		p.asked = slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
-		if r := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e != p.e && !slices.Contains(p.asked, e) }); r != nil {
-			p.asked = append(p.asked, r)
-		}
+// helpers are the target's other watchers and one random member. A helper asks nobody, and of a namesake nobody else
+// can tell.
+func (n *node) helpers(p *probe) []*entry {
+	if p.asker != nil || p.e == n.self {
+		return nil
 	}
+	hs := slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
+	if r := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e != p.e && !slices.Contains(hs, e) }); r != nil {
+		hs = append(hs, r)
+	}
+	return hs
+}
+
+// check asks the helpers that have not voted in this round.
+func (d *detector) check(n *node, p *probe) {
 	h := n.head(kCheck)
 	h.Seq, h.Target = p.seq, p.m.Name
 	for _, w := range p.asked {
-		if !slices.ContainsFunc(p.votes, func(v vote) bool { return v.by == w.Name && v.when >= p.start }) {
-			n.send(w.Member, h)
-		}
+		n.send(w.Member, h)
 	}
 }
 
@@ -412,17 +370,17 @@ func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
 // looked at, at the address that I know.
 func (d *detector) asked(n *node, by *entry, h head) {
 	e := n.t.get(h.Target)
-	again := func(p *probe) bool { return p.asker == by && p.check == h.Seq }
+	again := func(p *probe) bool { return p.asker == by && p.seq == h.Seq }
 	switch {
-	case e == nil || e == n.self || by.Status.dead() || d.find(again) != nil:
+	case e == nil || e == n.self || by.Status.dead() || slices.ContainsFunc(d.probes, again):
 	case e.Status.dead(): // the asker has missed it, and may have nobody else to ask
-		d.vote(n, &probe{m: e.Member, asker: by, check: h.Seq})
+		d.vote(n, &probe{m: e.Member, asker: by, seq: h.Seq})
 	case len(d.probes) < maxProbes/2: // I have my own to look at
 		running := d.of(e.Member)
 		p := d.begin(n, e.Member, e)
-		p.asker, p.check = by, h.Seq
-		if len(running) > 0 && running[0].pings > 0 { // one look will do for all
-			p.pings = 2
+		p.asker, p.seq = by, h.Seq
+		if len(running) > 0 && running[0].stage > 0 { // one look will do for all
+			p.stage = 3
 			d.observed(n, p, running[0].mine)
 		}
 	}
@@ -432,15 +390,15 @@ func (d *detector) asked(n *node, by *entry, h head) {
 // one for ever.
 func (d *detector) vote(n *node, p *probe) {
 	h := n.head(kVote)
-	h.Seq, h.Target, h.Verdict = p.check, p.m.Name, max(p.mine, vUnreachable)
+	h.Seq, h.Target, h.Verdict = p.seq, p.m.Name, max(p.mine, vUnreachable)
 	n.send(p.asker.Member, h, wire.encode(nil, &update{Member: p.m}))
 }
 
 // voted takes a helper's answer, if it is one to a probe that still runs. One about another run is news of that.
 func (d *detector) voted(n *node, by *entry, h head, us []update) {
-	p := d.find(func(p *probe) bool { return p.seq == h.Seq && p.m.Name == h.Target })
+	p := d.probeOf(n.t.get(h.Target))
 	switch {
-	case p == nil || len(us) != 1 || us[0].Member.Name != h.Target || by == p.e || by.Status.dead():
+	case p == nil || p.seq != h.Seq || len(us) != 1 || us[0].Member.Name != h.Target || by == p.e || by.Status.dead():
 	case us[0].Member.Born == p.m.Born:
 		d.count(n, p, by.Name, min(h.Verdict, vAlive))
 	case !us[0].Member.Status.dead():
@@ -451,15 +409,16 @@ func (d *detector) voted(n *node, by *entry, h head, us []update) {
 // count counts v, by whom; nothing if there is no probe.
 func (d *detector) count(n *node, p *probe, by string, v verdict) {
 	if p != nil {
-		p.votes = append(slices.DeleteFunc(p.votes, func(o vote) bool { return o.by == by }), vote{by, v, n.now})
+		p.votes[by] = v
+		p.asked = slices.DeleteFunc(p.asked, func(w *entry) bool { return w.Name == by })
 		d.refused(n, p)
 	}
 }
 
-// seen counts the observers whose verdict lies between lo and hi, me included.
-func (p *probe) seen(lo, hi verdict) (c int) {
-	for _, v := range append(slices.Clip(p.votes), vote{v: p.mine}) {
-		if v.v >= lo && v.v <= hi {
+// seen counts the observers that saw v, me included.
+func (p *probe) seen(v verdict) (c int) {
+	for _, o := range append(slices.Collect(maps.Values(p.votes)), p.mine) {
+		if o == v {
 			c++
 		}
 	}
@@ -468,57 +427,43 @@ func (p *probe) seen(lo, hi verdict) (c int) {
 
 // ---- what is seen, and verdicts ----
 
-// sight is what a look by TCP has seen: first perhaps that the kernel accepts (vSilent), then vRefused,
-// vAlive, or that it hung up (vNone).
-type sight struct {
-	m    Member
-	v    verdict
-	name string // vAlive: who answered
-	born uint64
-}
-
-// saw takes what a look has seen.
-func (n *node) saw(s sight) {
-	d := &n.detector
-	if s.m.Addr != n.self.Addr {
-		d.heard = n.now
+// saw takes what a look by TCP has seen: first perhaps that the kernel accepts (vSilent), then vRefused, that it hung
+// up (vNone), or vAlive and w, the welcome of who is there.
+func (n *node) saw(m Member, v verdict, w head) {
+	if m.Addr != n.self.Addr {
+		n.detector.heard = n.now
 	}
-	right := s.v == vAlive && s.name == s.m.Name && s.born == s.m.Born
-	if e := n.t.get(s.m.Name); right && e != nil && e != n.self && e.Born == s.born {
+	if v == vAlive && (w.From != m.Name || w.born() != m.Born) {
+		v = vRefused // another process lives at its address
+	}
+	if e := n.t.get(m.Name); v == vAlive && e != nil && e != n.self && e.Born == m.Born {
 		n.met(e)
 	}
-	if !right && s.v == vAlive {
-		s.v = vRefused // another process lives at its address
-	}
-	for _, p := range d.of(s.m) {
-		if p.mine == vSilent && (s.v == vRefused || s.v == vNone) {
-			p.mine = vNone // it did not stall: it hung up, or has gone
-		}
-		d.observed(n, p, s.v)
+	for _, p := range n.detector.of(m) {
+		n.detector.observed(n, p, v)
 	}
 }
 
-// answered is told that m was heard of by UDP just now: the run born.
-func (d *detector) answered(n *node, m Member, born uint64) {
+// answered is told that m was heard of by UDP just now.
+func (d *detector) answered(n *node, m Member) {
 	for _, p := range d.of(m) {
-		if born == m.Born {
-			p.udp = true
+		if p.asker != nil || p.e == n.self {
 			d.observed(n, p, vAlive)
+		} else {
+			d.acquit(n, p)
 		}
 	}
 }
 
-// observed notes what I saw myself.
+// observed notes what I saw myself. What accepts in silence did not stall when it hangs up then, or has gone.
 func (d *detector) observed(n *node, p *probe, v verdict) {
-	if v < p.mine || v == p.mine && v != vAlive {
+	if v <= p.mine && p.mine != vSilent {
 		return
 	}
 	p.mine = v
 	switch {
-	case (p.asker != nil || p.e == nil) && (v == vAlive || v == vRefused):
+	case (p.asker != nil || p.e == n.self) && (v == vAlive || v == vRefused):
 		d.conclude(n, p)
-	case v == vAlive && p.udp:
-		d.acquit(n, p)
 	case v == vRefused:
 		d.refused(n, p)
 	}
@@ -526,7 +471,7 @@ func (d *detector) observed(n *node, p *probe, v verdict) {
 
 // refused fails a target that refuses two observers, nobody contradicting, at once: a watch link showed that TCP works.
 func (d *detector) refused(n *node, p *probe) {
-	if p.mine <= vRefused && p.ended && p.seen(vRefused, vRefused) >= 2 && p.seen(vAlive, vAlive) == 0 {
+	if p.mine <= vRefused && p.ended && p.seen(vRefused) >= 2 && p.seen(vAlive) == 0 {
 		d.fail(n, p)
 	}
 }
@@ -537,13 +482,11 @@ func (d *detector) conclude(n *node, p *probe) {
 		d.end(p)
 		d.vote(n, p)
 		return
-	} else if p.e == nil {
+	} else if p.e == n.self {
 		d.end(p)
 		n.own.found(n, p.m, p.mine == vAlive)
 		return
 	}
-	p.mine = max(p.mine, vUnreachable)
-	p.votes = slices.DeleteFunc(p.votes, func(v vote) bool { return n.now-v.when > voteAge })
 	deal := p.e.deal()
 	switch {
 	case p.mine == vAlive: // by TCP alone, or a heartbeat would have acquitted it
@@ -552,33 +495,36 @@ func (d *detector) conclude(n *node, p *probe) {
 		}
 		n.exchange(p.e.Member) // no flood reaches it
 		d.acquit(n, p)
-	case p.seen(vAlive, vAlive) > 0:
+	case p.seen(vAlive) > 0:
 		d.acquit(n, p)
-	case p.seen(vSilent, vSilent) > 0:
+	case p.seen(vSilent) > 0:
 		d.stalled(n, p)
-	case p.mine == vRefused, p.seen(vRefused, vRefused) >= 2:
+	case p.mine == vRefused, p.seen(vRefused) >= 2:
 		d.fail(n, p)
 	case p.last && n.t.alive() > 2 && n.now-d.heard > probeFor:
-		d.round(p, n.now+askAfter) // I hear nobody at all: it may be me
+		d.round(n, p, n.now+askAfter) // I hear nobody at all: it may be me
 	case p.last:
 		d.fail(n, p)
-	case p.seen(vUnreachable, vRefused) >= 2, n.t.alive() <= 2:
+	case len(p.votes) > 0, n.t.alive() <= 2: // nobody else reaches it either
 		d.suspect(n, p)
 	default: // nobody else could say
-		d.round(p, n.now)
+		d.round(n, p, n.now)
 	}
 }
 
 // round looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
-func (d *detector) round(p *probe, start time.Duration) {
-	p.start, p.pings, p.checks, p.mine, p.udp, p.ended = start, 0, 0, vNone, false, false
+func (d *detector) round(n *node, p *probe, start time.Duration) {
+	n.wakeAt(start)
+	p.start, p.stage, p.mine, p.ended = start, 0, vNone, false
 }
 
 // acquit ends a probe of a member that somebody reached.
 func (d *detector) acquit(n *node, p *probe) {
 	d.end(p)
-	n.ring.reached(n, p.e)
-	p.e.deal().stalled = 0
+	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
+	if deal := p.e.deal(); deal.due <= n.now {
+		deal.due = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
+	}
 	if p.e.Status == statusSuspect {
 		n.remind(p.e)
 	}
@@ -587,19 +533,18 @@ func (d *detector) acquit(n *node, p *probe) {
 // stalled handles a member whose kernel accepts while the process is silent. Every busy machine stalls for
 // seconds; only ten count as death.
 func (d *detector) stalled(n *node, p *probe) {
-	deal := p.e.deal()
-	if deal.stalled == 0 {
+	if p.stalled == 0 {
 		n.logf("[DEBUG] %s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
-		deal.stalled = p.start
+		p.stalled = p.start
 	}
-	if n.now-deal.stalled >= stallFor {
+	end := p.stalled + stallFor
+	if n.now >= end {
 		d.fail(n, p)
 		return
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
-	p.votes = nil
-	d.round(p, max(n.now, min(n.now+stallRound-probeFor, deal.stalled+stallFor-probeFor)))
-	n.wakeAt(p.start)
+	clear(p.votes)
+	d.round(n, p, max(n.now, min(n.now+stallRound, end)-probeFor))
 }
 
 func (d *detector) end(p *probe) {
@@ -612,8 +557,7 @@ func (d *detector) suspect(n *node, p *probe) {
 	p.m, p.last = p.e.Member, true
 	n.declare(p.m.with(statusSuspect))
 	n.inform(p.m, n.claim(p.e))
-	d.round(p, n.now+suspectFor-probeFor)
-	n.wakeAt(p.start)
+	d.round(n, p, n.now+suspectFor-probeFor)
 }
 
 // fail is the verdict: the target has failed, and everybody shall know.
@@ -628,55 +572,38 @@ func (d *detector) fail(n *node, p *probe) {
 
 // stepAlone decides whether I am the one who is cut off. What is then believed of the others stays with me.
 func (d *detector) stepAlone(n *node) {
-	e := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() })
-	if e == nil { // only suspects are left to call
-		e = n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.lost })
-	}
-	switch {
-	case e == nil:
-		d.calls = 0
-	case n.now-d.heard < aloneAfter:
-		d.calls = 0
+	silent := n.now - d.heard
+	if silent < aloneAfter {
 		n.wakeAt(d.heard + aloneAfter)
-	case d.calls > 0 && n.now < d.callAt:
-		n.wakeAt(d.callAt)
-	case d.calls < lastCalls:
-		d.calls++
-		d.callAt = n.now + lastCallGap
-		n.wakeAt(d.callAt)
-		n.ping(e.Member)
-		n.look(e.Member)
-	default:
-		d.calls, d.alone = 0, true
+		return
+	}
+	switch e := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.lost }); {
+	case e == nil:
+	case silent >= aloneAfter+lastCallFor:
+		d.alone = true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.t.ordered {
 			n.t.setLost(e, e.lost || e != n.self && !e.Status.dead())
 		}
-	}
-}
-
-// notAlone is told that e has answered.
-func (d *detector) notAlone(n *node, e *entry) {
-	if d.alone {
-		d.alone = false
-		n.logf("[INFO] %s answers again", e.Name)
+	case n.now >= d.callAt:
+		d.callAt = n.now + lastCallGap
+		n.ping(e.Member)
+		n.look(e.Member)
+		fallthrough
+	default:
+		n.wakeAt(d.callAt)
 	}
 }
 
 // stepRetry pings the failed members, so that a split heals by itself.
 func (d *detector) stepRetry(n *node) {
-	if n.t.failed == 0 {
-		d.retry = bucket{}
-		return
-	}
 	rate := retryRate * float64(n.t.failed) / float64(n.t.total)
-	if d.retry.at == 0 {
-		d.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
-	}
 	if d.retry.fill(n.now, rate, 2).take() {
 		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.Status == statusFailed || e.lost }); e != nil {
 			n.ping(e.Member)
 		}
 	}
-	n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
+	if rate > 0 {
+		n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
+	}
 }

@@ -117,7 +117,7 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 		l.after(50 * ms)
 		if k, ok := l.looks["b"]; ok {
 			delete(l.looks, "b")
-			l.tell("", func(n *node) { n.saw(sight{m: k, v: vSilent}) })
+			l.tell("", func(n *node) { n.saw(k, vSilent, head{}) })
 		}
 		if l.n.t.get("b").Status == statusFailed {
 			died = l.now
@@ -185,12 +185,12 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 	l := newLab(t, 3)
 	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
 	e := l.n.t.get("b")
-	e.deal().stalled, e.deal().tcpOnly = time.Second, 1
+	e.deal().tcpOnly = 1
 	e.deal().due = l.n.now + 100*ms
 	again := labMember(1)
 	again.Incarnation, again.Tags = 11, "k=v"
 	l.udp(2, head{Kind: kFlood}, claimed(again, statusAlive))
-	if d := e.deal(); d.stalled == 0 || d.tcpOnly == 0 || !d.met {
+	if d := e.deal(); d.tcpOnly == 0 || !d.met {
 		t.Errorf("what was known of this run is gone: %+v", d)
 	}
 	l.text.Reset()
@@ -200,7 +200,7 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 	}
 	again.Born, again.Incarnation = 20, 20
 	l.udp(2, head{Kind: kFlood}, claimed(again, statusAlive))
-	if d := e.deal(); d.stalled != 0 || d.met {
+	if d := e.deal(); d.tcpOnly != 0 || d.met {
 		t.Errorf("what was seen of a former run is held against this one: %+v", d)
 	}
 }

@@ -197,6 +197,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self.known = now // what a former run of this name has sent is over
 	n.ring.nextBeat = n.now + n.jitter(beatEvery)
 	n.detector.heard = n.now
+	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	return n
 }
 
@@ -408,7 +409,6 @@ type dealings struct {
 	promised  time.Duration // when it gets the next heartbeat, if it watches me
 	due       time.Duration // when it is overdue, if I watch it
 	reminded  time.Duration // when it was last told what is believed of it
-	stalled   time.Duration // since when it accepts without answering; 0: it does not
 	tcpOnly   int           // probes in a row that only TCP answered
 	compared  uint64        // both digests after the last comparison of tables
 }
@@ -504,8 +504,8 @@ func (n *node) acked(h head) {
 	}
 	e := n.t.get(q.m.Name)
 	switch {
-	case e == n.self: // a namesake
-		n.detector.answered(n, q.m, h.born())
+	case e == n.self && h.born() == q.m.Born: // a namesake
+		n.detector.answered(n, q.m)
 	case e == nil || e.Born != q.m.Born:
 	case h.born() != q.m.Born:
 		if e.Status == statusFailed { // it has restarted, and may know nobody to join
@@ -517,7 +517,7 @@ func (n *node) acked(h head) {
 			n.queries.answered(n, e, head{Query: q.h.Query, Reply: replyHeard}, nil)
 		}
 		n.met(e)
-		n.detector.answered(n, q.m, q.m.Born)
+		n.detector.answered(n, q.m)
 		n.contact(e, h)
 	}
 }
@@ -526,9 +526,12 @@ func (n *node) acked(h head) {
 func (n *node) met(e *entry) {
 	if d := e.deal(); !d.met {
 		d.met = true
-		n.ring.met(n, e)
+		n.ring.linkAt = cmp.Or(n.ring.linkAt, n.now+linkAfter) // if it watches me
 	}
-	n.detector.notAlone(n, e)
+	if n.detector.alone {
+		n.detector.alone = false
+		n.logf("[INFO] %s answers again", e.Name)
+	}
 	if e.lost {
 		n.t.setLost(e, false)
 		n.exchange(e.Member)
@@ -544,7 +547,7 @@ func (n *node) contact(e *entry, h head) {
 	e.deal().tcpOnly = 0
 	if h.Promise > 0 {
 		e.deal().due = n.now + min(time.Duration(h.Promise)*ms, time.Minute) + overdueAfter
-		n.detector.answered(n, e.Member, e.Born)
+		n.detector.answered(n, e.Member)
 	}
 	if e.lost {
 		n.ping(e.Member) // I hear it; does it hear me?
@@ -784,7 +787,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	case e.Born == h.born():
 		n.met(e)
 	case e.visible() == statusAlive && e.Addr != x.with.Addr:
-		n.detector.judge(n, e.Member, e)
+		n.detector.judge(n, e.Member)
 		return taken(e.Member)
 	}
 	for i := range about {
@@ -807,7 +810,7 @@ func (n *node) records(after string) func(yield func(*update) bool) {
 		at, _ := n.t.find(after + "\x00") // the least name that is greater
 		for _, e := range n.t.ordered[at:] {
 			u := n.claim(e)
-			if !e.reaped && (e != n.self || n.detector.probeOf(nil) == nil) && !yield(&u) {
+			if !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) && !yield(&u) {
 				return
 			}
 		}
@@ -882,7 +885,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		// told, which settles it, and looked at; once it is dead the claim may come again. (Who dials me has
 		// met the holder itself.)
 		n.inform(e.Member, u)
-		n.detector.judge(n, e.Member, e)
+		n.detector.judge(n, e.Member)
 		if first {
 			return taken(e.Member)
 		}
@@ -895,7 +898,7 @@ func (n *node) mergeOne(x *exchange, u update) error {
 		// looked at.
 		n.inform(e.Member, u)
 		n.t.apply(n.now, m.with(statusAlive), 0)
-		n.detector.count(n, n.detector.judge(n, e.Member, e), x.with.Name, vUnreachable)
+		n.detector.count(n, n.detector.judge(n, e.Member), x.with.Name, vUnreachable)
 		return nil
 	}
 	n.adopt(&u)
@@ -1009,7 +1012,7 @@ func (o *ownName) claimed(n *node, m Member, via string) {
 	case o.leaving != 0 || m == n.self.Member:
 		return
 	case o.rivals(n, m):
-		n.detector.judge(n, m, nil)
+		n.detector.judge(n, m)
 		return
 	case !old:
 		o.raise(n, m.Incarnation+1)
@@ -1033,7 +1036,7 @@ func (o *ownName) settle(n *node, m Member, via string) error {
 		return taken(o.holder)
 	case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
 	case o.rivals(n, m):
-		n.detector.judge(n, m, nil)
+		n.detector.judge(n, m)
 		return errWait
 	default: // perhaps a clock went back
 		o.claimed(n, m, via)
@@ -1047,7 +1050,7 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 	m.Incarnation = incarnation
 	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
 	n.t.apply(n.now, m, 0)
-	if n.joining.since != 0 || n.detector.probeOf(nil) == nil {
+	if n.joining.since != 0 || n.detector.probeOf(n.self) == nil {
 		n.flood(n.self)
 	}
 }

@@ -102,11 +102,8 @@ func (l *lab) raw(from int, b []byte) {
 // sees tells the node what its look at a member has seen.
 func (l *lab) sees(whom int, v verdict) {
 	m := labMember(whom)
-	s := sight{m: l.looks[m.Name], v: v}
-	if v == vAlive {
-		s.name, s.born = m.Name, m.Born
-	}
-	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.saw(s) })
+	w := head{From: m.Name, Incarnation: m.Born}
+	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.saw(l.looks[m.Name], v, w) })
 }
 
 // check is the number of the checks that the node has sent about a member.

@@ -286,8 +286,9 @@ func (r *rig) step() {
 		}
 	case 9:
 		if len(r.looks) > 0 {
-			s := sight{m: r.looks[r.pick(len(r.looks))], v: []verdict{vNone, vRefused, vSilent, vAlive}[r.pick(4)], name: r.name(), born: 1000}
-			r.tell(func(n *node) { n.saw(s) })
+			m, v := r.looks[r.pick(len(r.looks))], []verdict{vNone, vRefused, vSilent, vAlive}[r.pick(4)]
+			w := head{From: r.name(), Incarnation: 1000}
+			r.tell(func(n *node) { n.saw(m, v, w) })
 		}
 	case 10:
 		r.mode[1+r.pick(rigPeers-1)] = peerMode(r.byte() % 4)
@@ -496,18 +497,18 @@ func (r *rig) react(o outputs) {
 	}
 	for _, l := range o.looks {
 		r.looks = append(r.looks[max(0, len(r.looks)-64):], l)
-		s := sight{m: l, name: l.Name, born: l.Born}
+		v := vNone
 		switch r.mode[rigPeer(l.Addr)] {
 		case peerAnswers:
-			s.v = vAlive
+			v = vAlive
 		case peerSilent:
-			s.v = vSilent
+			v = vSilent
 		case peerRefuses:
-			s.v = vRefused
+			v = vRefused
 		default:
 			continue
 		}
-		r.todo = append(r.todo, func() { r.tell(func(n *node) { n.saw(s) }) })
+		r.todo = append(r.todo, func() { r.tell(func(n *node) { n.saw(l, v, head{From: l.Name, Incarnation: l.Born}) }) })
 	}
 	for _, ev := range o.events {
 		if ev.kind == eventQuery && r.byte()&1 > 0 {

@@ -608,7 +608,7 @@ func (g *gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) 
 func (g *gossip) look(m Member) {
 	ctx, cancel := context.WithTimeout(g.ctx, probeFor)
 	defer cancel()
-	tell := func(v verdict, w head) { g.call(func(n *node) { n.saw(sight{m, v, w.From, w.born()}) }) }
+	tell := func(v verdict, w head) { g.call(func(n *node) { n.saw(m, v, w) }) }
 	for range 4 {
 		c, err := g.connect(ctx, m.Addr, false, 150*ms, 150*ms)
 		if errors.Is(err, syscall.ECONNREFUSED) {

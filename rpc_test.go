@@ -410,7 +410,7 @@ func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint
 	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: statusAlive}
 	g.do(func(n *node) error {
 		p := n.detector.begin(n, m, &entry{claim: &claim{Member: m}})
-		p.pings, p.start = 1, n.now+time.Hour
+		p.start = n.now + time.Hour
 		return nil
 	})
 	done := make(chan struct{})

@@ -749,10 +749,10 @@ func (c *simSession) meet(k kind, then func(n *node, w head, about []update)) {
 func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
 	s.dial(p, m.Addr, deadline, func(c *simSession, err error) {
 		if err == nil {
-			p.tell(func(n *node) { n.saw(sight{m, vSilent, "", 0}) })
+			p.tell(func(n *node) { n.saw(m, vSilent, head{}) })
 			c.failed = func(end int, err error) {
 				if end == 0 && s.now < deadline {
-					p.tell(func(n *node) { n.saw(sight{m, vNone, "", 0}) })
+					p.tell(func(n *node) { n.saw(m, vNone, head{}) })
 					if tries > 1 {
 						s.look(p, m, tries-1, deadline)
 					}
@@ -761,10 +761,10 @@ func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
 			s.after(deadline-s.now, c.close)
 			c.meet(kLook, func(n *node, w head, _ []update) {
 				c.close()
-				n.saw(sight{m, vAlive, w.From, w.born()})
+				n.saw(m, vAlive, w)
 			})
 		} else if err == syscall.ECONNREFUSED {
-			p.tell(func(n *node) { n.saw(sight{m, vRefused, "", 0}) })
+			p.tell(func(n *node) { n.saw(m, vRefused, head{}) })
 		}
 	}, 150*ms, 150*ms)
 }
