@@ -219,7 +219,7 @@ func (r *rig) message(h head) []byte {
 	for range how % 4 {
 		us = append(us, r.update())
 	}
-	b := wire.encodeAll(&h, us)
+	b := wire.encode(nil, &h, us...)
 	if how>>4 == 15 {
 		r.damage(b)
 	}
@@ -375,7 +375,7 @@ func (r *rig) from(name string, h head, us ...update) []byte {
 	}
 	r.numbers[name]++
 	h.Number = r.numbers[name]
-	return wire.encodeAll(&h, us)
+	return wire.encode(nil, &h, us...)
 }
 
 // claims: where a member is said to live it may be asked, also if another claim of

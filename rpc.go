@@ -62,7 +62,7 @@ type codec struct {
 	enc *gob.Encoder
 	in  bytes.Reader
 	dec *gob.Decoder
-	ids map[reflect.Type][]byte // the type ids as they stand in a message
+	ids map[reflect.Type][]byte // the type ids as they stand in a message: two bytes, for those of 64 to 127
 }
 
 // wire is the process's codec. gob's type ids depend on the order in which the process touches types, so it
@@ -73,36 +73,26 @@ func newCodec(messages ...any) *codec {
 	c := &codec{ids: make(map[reflect.Type][]byte)}
 	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
 	for _, m := range messages {
-		c.buf.Reset()
-		c.enc.Encode(m) // the first time with the type's definition
-		c.in.Reset(c.buf.Bytes())
+		c.in.Reset(c.encode(nil, m)) // the first time with the type's definition
 		c.dec.Decode(m)
-		b := c.encode(nil, m)
-		_, n, _ := gobUint(b) // length, then id
-		_, k, _ := gobUint(b[n:])
-		c.ids[reflect.TypeOf(m)] = b[n : n+k]
+		c.ids[reflect.TypeOf(m)] = c.encode(nil, m)[1:3] // length, then id
 	}
 	return c
 }
 
-// encode appends the encoding of m, a pointer to a message, to dst.
-func (c *codec) encode(dst []byte, m any) []byte {
+// encode appends the encoding of m, a pointer to a message, and of the updates that follow it to dst.
+func (c *codec) encode(dst []byte, m any, us ...update) []byte {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.buf.Reset()
 	if err := c.enc.Encode(m); err != nil {
 		panic(err) // flat structs always encode
 	}
-	return append(dst, c.buf.Bytes()...)
-}
-
-// encodeAll encodes a message and the updates that follow it.
-func (c *codec) encodeAll(m any, us []update) []byte {
-	b := c.encode(nil, m)
+	dst = append(dst, c.buf.Bytes()...)
+	c.mu.Unlock()
 	for i := range us {
-		b = c.encode(b, &us[i])
+		dst = c.encode(dst, &us[i])
 	}
-	return b
+	return dst
 }
 
 // decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
@@ -116,16 +106,23 @@ func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 			err = fmt.Errorf("%w: %v", errMalformed, r)
 		}
 	}()
-	size, n, err := gobUint(b)
-	if err != nil || size > uint64(len(b)-n) || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
+	size, n := 0, 0 // n: of the length itself, as gob writes it
+	switch {
+	case len(b) > 0 && b[0] < 128:
+		size, n = int(b[0]), 1
+	case len(b) > 1 && b[0] == 0xff:
+		size, n = int(b[1]), 2
+	case len(b) > 2 && b[0] == 0xfe: // more than a frame holds
+		size, n = int(binary.BigEndian.Uint16(b[1:])), 3
+	}
+	if n == 0 || size > len(b)-n || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
 		return nil, errMalformed
 	}
-	end := n + int(size)
-	c.in.Reset(b[:end])
+	c.in.Reset(b[:n+size])
 	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
 		return nil, errMalformed
 	}
-	return b[end:], nil
+	return b[n+size:], nil
 }
 
 // decodeAll decodes updates up to the end of b.
@@ -136,21 +133,6 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 		us = append(us, u)
 	}
 	return us, err
-}
-
-// gobUint reads gob's unsigned integer: a byte below 128, or the negated count of the big-endian bytes after it.
-func gobUint(b []byte) (v uint64, n int, err error) {
-	if len(b) > 0 && b[0] < 128 {
-		return uint64(b[0]), 1, nil
-	}
-	if len(b) == 0 || int8(b[0]) < -8 || len(b) < 1-int(int8(b[0])) {
-		return 0, 0, errMalformed
-	}
-	n = -int(int8(b[0]))
-	for _, x := range b[1 : 1+n] {
-		v = v<<8 | uint64(x)
-	}
-	return v, 1 + n, nil
 }
 
 // ---- the seal ----
@@ -375,7 +357,7 @@ func (d *door) meet(c net.Conn, dialled bool) *session {
 }
 
 // write sends one frame: a message, and what may follow it.
-func (s *session) write(message any, us ...update) { s.writeBytes(wire.encodeAll(message, us)) }
+func (s *session) write(message any, us ...update) { s.writeBytes(wire.encode(nil, message, us...)) }
 
 func (s *session) writeBytes(data []byte) {
 	if s.err != nil {
@@ -855,7 +837,7 @@ func callRPC(addr, token string, req request, timeout time.Duration, each func(a
 	}
 	defer c.Close()
 	c.SetDeadline(deadline)
-	b := wire.encodeAll(&req, nil)
+	b := wire.encode(nil, &req)
 	if len(b) > maxFrame {
 		return trouble("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
 	}
