@@ -941,7 +941,7 @@ func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	}
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	return c, (&door{&seal{}, gossipPort, 0}).meet(c, true)
+	return c, (&door{&seal{}, gossipPort, 0}).meet(&session{Conn: c, dialled: true})
 }
 
 func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
@@ -1060,7 +1060,7 @@ func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	s := (&door{&seal{}, gossipPort, 0}).meet(c, true)
+	s := (&door{&seal{}, gossipPort, 0}).meet(&session{Conn: c, dialled: true})
 	s.write(&head{Kind: kExchange, From: "x", Digest: 1})
 	s.read(&head{})
 	for i := 0; s.err == nil; i++ {

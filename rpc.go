@@ -320,6 +320,8 @@ func (d *door) check(b []byte, dialled bool) error {
 // before it. After the first error, err, nothing is sent or read any more.
 type session struct {
 	net.Conn
+	proven    atomic.Bool // a frame has opened
+	gone      atomic.Bool // it is over, for the one who has accepted it
 	seal      *seal
 	context   string // both challenges
 	dialled   bool
@@ -329,30 +331,27 @@ type session struct {
 }
 
 // meet exchanges hellos: the dialler's comes first. Whoever has not answered a challenge gets nothing else.
-func (d *door) meet(c net.Conn, dialled bool) *session {
+// What cannot be written is noticed by the next that is read.
+func (d *door) meet(s *session) *session {
 	mine, theirs := d.hello(), make([]byte, helloSize)
-	s := &session{Conn: c, seal: d.seal, dialled: dialled}
-	if dialled {
-		_, s.err = c.Write(mine)
+	if s.dialled {
+		s.Write(mine)
 	}
-	n, err := io.ReadFull(c, theirs)
+	n, err := io.ReadFull(s, theirs)
 	switch {
-	case s.err != nil:
-	case n > 0 && (n < 7 || string(theirs[:7]) != helloLine[:7]):
+	case n > 0 && !bytes.HasPrefix(theirs, []byte(helloLine[:7])):
 		s.err = fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
-	case n == 0 && dialled && !timedOut(err):
+	case n == 0 && s.dialled && !timedOut(err):
 		s.err = errSilent
 	case err != nil:
 		s.err = err
-	case !dialled:
-		_, s.err = c.Write(mine)
+	case s.dialled:
+		s.err, s.context = d.check(theirs, true), string(mine)+string(theirs)
+	default:
+		s.Write(mine)
+		s.err, s.context = d.check(theirs, false), string(theirs)+string(mine)
 	}
-	if s.err == nil {
-		s.err = d.check(theirs, dialled)
-	}
-	if s.context = string(mine) + string(theirs); !dialled {
-		s.context = string(theirs) + string(mine)
-	}
+	s.seal = d.seal
 	return s
 }
 
@@ -398,6 +397,7 @@ func (s *session) read(message any) (us []update) {
 		s.Write(make([]byte, 4))
 	}
 	if s.err == nil {
+		s.proven.Store(true)
 		if b, s.err = wire.decode(b, message); s.err == nil {
 			us, s.err = wire.decodeAll(b)
 		}
@@ -424,23 +424,16 @@ func plain(err error) error {
 
 // ---- who may come in ----
 
-// guests bounds the accepted connections. When there are too many, the oldest that has proven nothing goes,
-// so that strangers who hold connections open keep nobody out.
+// guests are those who come in at a port, and all that is under way there. When there are too many connections,
+// the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
 type guests struct {
-	limit  int
-	served sync.WaitGroup
-	ctx    context.Context // of all connections
-	close  context.CancelFunc
-}
-
-type guest struct {
-	net.Conn
-	proven, gone atomic.Bool // proven: it has answered a challenge
-}
-
-func newGuests(limit int) *guests {
-	ctx, cancel := context.WithCancel(context.Background())
-	return &guests{limit: limit, ctx: ctx, close: cancel}
+	door    *door
+	tcp     net.Listener
+	limit   int
+	strange strangers
+	wg      sync.WaitGroup
+	ctx     context.Context // of all connections
+	quit    context.CancelFunc
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
@@ -450,35 +443,43 @@ func guestLimit() int {
 	return int(min(maxInbound, max(r.Cur/2, 8)))
 }
 
-// accept serves what comes in at ln until it is closed.
-func (gs *guests) accept(ln net.Listener, strange *strangers, serve func(*guest) error) {
-	var here []*guest // oldest first
+// close takes nobody in any more, and waits a second at most for what is under way: a peer may read too slowly.
+func (gs *guests) close() {
+	gs.tcp.Close()
+	waitAtMost(time.Second, gs.wg.Wait)
+	gs.quit()
+}
+
+// accept serves what comes in until the port is closed.
+func (gs *guests) accept(serve func(*session) error) {
+	var here []*session // oldest first
 	for {
-		c, err := ln.Accept()
+		c, err := gs.tcp.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", ln.Addr(), err))
+			gs.strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
-		here = slices.DeleteFunc(here, func(g *guest) bool { return g.gone.Load() })
+		here = slices.DeleteFunc(here, func(s *session) bool { return s.gone.Load() })
 		if len(here) >= gs.limit {
-			i := max(0, slices.IndexFunc(here, func(g *guest) bool { return !g.proven.Load() }))
+			i := max(0, slices.IndexFunc(here, func(s *session) bool { return !s.proven.Load() }))
 			here[i].Close()
 			here = slices.Delete(here, i, i+1)
 		}
 		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
 		c.SetDeadline(time.Now().Add(helloFor))
-		g := &guest{Conn: c}
-		here = append(here, g)
-		gs.served.Go(func() {
-			defer g.gone.Store(true)
+		s := &session{Conn: c}
+		here = append(here, s)
+		gs.wg.Go(func() {
+			defer s.gone.Store(true)
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
+			gs.door.meet(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
-			if err := serve(g); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
-				strange.seen(remote(c), plain(err))
+			if err := serve(s); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
+				gs.strange.seen(remote(c), plain(err))
 			}
 		})
 	}
@@ -521,12 +522,6 @@ func (s *strangers) seen(who netip.Addr, err error) {
 }
 
 // ---- sessions of agents ----
-
-type sessions struct {
-	wg     sync.WaitGroup
-	guests *guests
-	tables chan struct{} // a place for each exchange that others have dialled
-}
 
 // connect dials to, for sessionFor at most, and gives the session as long. A lost SYN costs a second in the
 // kernel, so it dials anew after each of waits; joins: for a join.
@@ -574,7 +569,7 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 
 // begin opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
 func (g *gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
-	s = g.door.meet(c, true)
+	s = g.door.meet(&session{Conn: c, dialled: true})
 	var h head
 	g.doFor(s, func(n *node) error { h = n.head(k); return nil })
 	s.write(&h)
@@ -722,16 +717,14 @@ func (g *gossip) hear(s *session, x *exchange) {
 }
 
 // serve answers one agent that has dialled.
-func (g *gossip) serve(c *guest) error {
+func (g *gossip) serve(s *session) error {
 	var h, w head
 	var about []update
-	s := g.door.meet(c, false)
 	if s.read(&h); s.err != nil {
 		return s.err
 	} else if validName(h.From) != nil || h.Kind < kLook || h.Kind > kExchange {
 		return errMalformed
 	}
-	c.proven.Store(true)
 	if h.Kind == kExchange {
 		select {
 		case g.tables <- struct{}{}:
@@ -841,7 +834,7 @@ func callRPC(addr, token string, req request, timeout time.Duration, each func(a
 	if len(b) > maxFrame {
 		return trouble("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
 	}
-	s := rpcDoor(token, 0).meet(c, true)
+	s := rpcDoor(token, 0).meet(&session{Conn: c, dialled: true})
 	s.writeBytes(b)
 	for {
 		var a answer
@@ -899,37 +892,26 @@ func rpcDoor(token string, gossip uint16) *door {
 
 // rpcServer answers commands about an agent.
 type rpcServer struct {
-	*door
-	ln      net.Listener
-	g       *gossip
-	info    func() []string // as text, and as JSON
-	strange strangers
-	guests  *guests
+	guests
+	g    *gossip
+	info func() []string // as text, and as JSON
 }
 
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *rpcServer {
 	self, _ := g.me()
-	r := &rpcServer{door: rpcDoor(token, self.Addr.Port()), ln: ln, g: g, info: info, strange: strangers{log: g.cfg.log},
-		guests: newGuests(maxRPCConns)}
-	r.guests.served.Go(func() { r.guests.accept(ln, &r.strange, r.serve) })
+	r := &rpcServer{g: g, info: info, guests: guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns,
+		strange: strangers{log: g.cfg.log}}}
+	r.ctx, r.quit = context.WithCancel(context.Background())
+	r.wg.Go(func() { r.accept(r.serve) })
 	return r
 }
 
-// close takes no more requests and waits a second at most for the answers under way.
-func (r *rpcServer) close() {
-	r.ln.Close()
-	waitAtMost(time.Second, r.guests.served.Wait)
-	r.guests.close()
-}
-
-func (r *rpcServer) serve(c *guest) error {
+func (r *rpcServer) serve(s *session) error {
 	var req request
-	s := r.door.meet(c, false)
 	if s.read(&req); s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
-	c.proven.Store(true)
-	c.SetDeadline(time.Time{})
+	s.SetDeadline(time.Time{})
 	a, err := r.do(s, req)
 	if err != nil {
 		a.Error = err.Error()
@@ -951,7 +933,7 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 		}
 	case "leave":
 		g.cfg.log.Print("[INFO] told to leave the cluster")
-		r.ln.Close() // who reads the answer may start the next agent at once
+		r.tcp.Close() // who reads the answer may start the next agent at once
 		err = g.leave()
 	case "force-leave":
 		err = g.do(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })

@@ -173,8 +173,8 @@ func pipe(t *testing.T, d, a *door) (dialler, acceptor *session, wires [2]net.Co
 	x, y := net.Pipe()
 	t.Cleanup(func() { x.Close(); y.Close() })
 	done := make(chan *session)
-	go func() { done <- a.meet(y, false) }()
-	dialler = d.meet(x, true)
+	go func() { done <- a.meet(&session{Conn: y}) }()
+	dialler = d.meet(&session{Conn: x, dialled: true})
 	return dialler, <-done, [2]net.Conn{x, y}
 }
 
@@ -295,7 +295,7 @@ func FuzzHello(f *testing.F) {
 	f.Add([]byte("GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"), false)
 	f.Fuzz(func(t *testing.T, in []byte, dialled bool) {
 		var out bytes.Buffer
-		s := keyed.meet(writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled)
+		s := keyed.meet(&session{Conn: writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled: dialled})
 		if out.Len() > helloSize {
 			t.Fatalf("%d bytes are said", out.Len())
 		}
@@ -627,7 +627,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 		up, bye := make(chan bool), make(chan bool)
 		go func() {
 			c, _ := ln.Accept()
-			s := blue.door.meet(c, false)
+			s := blue.door.meet(&session{Conn: c})
 			s.read(&head{})
 			s.write(&head{Kind: kWelcome, From: "green", Incarnation: 7})
 			close(up)
@@ -941,7 +941,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 		}
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(8 * time.Second))
-		d.meet(c, true).write(&request{Op: "members"})
+		d.meet(&session{Conn: c, dialled: true}).write(&request{Op: "members"})
 	}
 	time.Sleep(500 * ms)
 	if grown := heapInUse() - before; grown > 64<<20 {
@@ -1069,7 +1069,7 @@ func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d.meet(c, true).write(&request{Op: "watch"})
+		d.meet(&session{Conn: c, dialled: true}).write(&request{Op: "watch"})
 		defer c.Close()
 	}
 	eventually(t, "all watch", func() bool { return feeds() == watchers+5 })
