@@ -699,7 +699,7 @@ func (n *node) learnEvent(u *update, replay bool) error {
 }
 
 func updateOf(ev Event) update {
-	return update{Member: Member{Name: ev.Member.Name}, Event: ev.name, Payload: ev.payload, LTime: ev.lTime, Coalesce: ev.coalesce}
+	return update{Member: ev.Member, Event: ev.name, Payload: ev.payload, LTime: ev.lTime, Coalesce: ev.coalesce}
 }
 
 // before reports whether what name sent then was sent before my time: before I knew the sender, who was in

@@ -479,13 +479,13 @@ func (gs *guests) accept(serve func(*session) error) {
 			gs.door.meet(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
-				gs.strange.seen(remote(c), plain(err))
+				gs.strange.seen(addrOf(c.RemoteAddr()), plain(err))
 			}
 		})
 	}
 }
 
-func remote(c net.Conn) netip.Addr { return c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() }
+func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
 // strangers logs what unwelcome peers do: one line per peer a minute, at most ten lines a minute in all, and
 // counts the rest. Safe for concurrent use.
@@ -524,7 +524,8 @@ func (s *strangers) seen(who netip.Addr, err error) {
 // ---- sessions of agents ----
 
 // connect dials to, for sessionFor at most, and gives the session as long. A lost SYN costs a second in the
-// kernel, so it dials anew after each of waits; joins: for a join.
+// kernel, so it dials anew after each of waits; joins: for a join. It tells the node from which address the dial
+// went out, where it may take another one.
 func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, waits ...time.Duration) (c net.Conn, err error) {
 	dialer, ip := net.Dialer{KeepAlive: -1, Deadline: time.Now().Add(sessionFor)}, g.cfg.bind.Addr()
 	if !ip.IsUnspecified() {
@@ -538,26 +539,19 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 	switch {
 	case err == nil:
 		c.SetDeadline(time.Now().Add(sessionFor))
-		return c, g.dialledFrom(c, joins)
+		if from := addrOf(c.LocalAddr()); g.cfg.moves && usable(from, ip) {
+			g.call(func(n *node) {
+				own := n.self.Addr.Addr()
+				n.moved(from, from != own && !isMine(own), joins, uint64(time.Now().UnixMilli()))
+			})
+		}
+		return c, nil
 	case !ip.IsUnspecified() && ip.Is4() != to.Addr().Is4():
 		err = fmt.Errorf("this agent is bound to %s, an address of another kind", ip)
 	case ip.IsLoopback() && !to.Addr().IsLoopback():
 		err = fmt.Errorf("this agent is bound to %s, from where no other machine can be reached (-bind sets another address)", ip)
 	}
 	return nil, plain(err)
-}
-
-// dialledFrom tells the node from which address a dial went out, where it may take another one.
-func (g *gossip) dialledFrom(c net.Conn, joins bool) error {
-	ip, now := c.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(), uint64(time.Now().UnixMilli())
-	if !g.cfg.moves || !usable(ip, g.cfg.bind.Addr()) {
-		return nil
-	}
-	return g.do(func(n *node) error {
-		own := n.self.Addr.Addr()
-		n.moved(ip, ip != own && !isMine(own), joins, now)
-		return nil
-	})
 }
 
 // doFor has the loop run f for a session, unless it has ended; an error of f ends it.
@@ -709,7 +703,7 @@ func (g *gossip) hear(s *session, x *exchange) {
 		g.doFor(s, func(n *node) (err error) {
 			bad := 0
 			if more, bad, err = n.merge(x, h, us); bad > 0 {
-				g.strange.seen(remote(s), fmt.Errorf("sent %d bad records in a table", bad))
+				g.strange.seen(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 			}
 			return err
 		})
@@ -749,13 +743,10 @@ func (g *gossip) serve(s *session) error {
 // serveLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
 func (g *gossip) serveLink(s *session, m Member) error {
 	for wait := helloFor; s.err == nil; wait = linkLook {
-		var h head
 		s.SetReadDeadline(time.Now().Add(wait))
-		switch s.read(&h); {
-		case s.err == nil && h.Kind == kBye:
+		switch s.read(&head{}); {
+		case s.err == nil: // a bye
 			return nil
-		case s.err == nil:
-			return errMalformed
 		case !timedOut(s.err):
 			g.call(func(n *node) { n.linkEnded(m, 0, false) })
 			return nil
@@ -960,9 +951,8 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "watch":
 		f := &feed{events: make(chan *queued, maxWatch)}
 		err = g.do(func(*node) error { g.feeds[f] = true; return nil })
-		r.members(s)
 		s.patient = true
-		s.SetWriteDeadline(time.Time{})
+		r.members(s)
 		r.stream(s, f)
 	default:
 		err = fmt.Errorf("this agent knows no request %q", req.Op)
@@ -1022,9 +1012,7 @@ func (r *rpcServer) stream(s *session, f *feed) {
 			if ev.kind == eventAnswer && ev.reply == replyNone {
 				return
 			}
-			u := updateOf(ev.Event)
-			u.Member = ev.Member
-			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, u)
+			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, updateOf(ev.Event))
 		case <-gone:
 			return
 		case <-r.g.done:
