@@ -1282,12 +1282,10 @@ func (qs *queries) step(n *node) {
 // bound one, its port 0 the bound port.
 type gossipConfig struct {
 	nodeConfig
-	bind    netip.AddrPort // UDP and TCP; port 0 takes a free one
-	moves   bool           // the address was not chosen by the user: it may change
-	rpcPort uint16         // for who comes to the wrong one
-	keys    [][]byte       // of 32 bytes: the first seals, any opens
-	cluster string
-	log     *log.Logger
+	door
+	bind  netip.AddrPort // UDP and TCP; port 0 takes a free one
+	moves bool           // the address was not chosen by the user: it may change
+	log   *log.Logger
 	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
 	events func(ev Event, answer func(r reply, text []byte))
 }
@@ -1322,7 +1320,8 @@ type owned struct {
 func startGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), tables: make(chan struct{}, maxTables),
 		ended: make(chan struct{}), done: make(chan struct{}),
-		guests: guests{door: &door{&seal{cfg.cluster, cfg.keys}, gossipPort, cfg.rpcPort}, limit: guestLimit(), strange: strangers{log: cfg.log}}}
+		guests: guests{limit: guestLimit(), strange: strangers{log: cfg.log}}}
+	g.door, g.cfg.kind = &g.cfg.door, gossipPort
 	if err := g.listen(); err != nil {
 		return nil, err
 	}

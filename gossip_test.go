@@ -771,7 +771,7 @@ func TestAHeartbeatHasTheseBytes(t *testing.T) {
 	if got != want {
 		t.Errorf("heartbeat\n%s\nwant\n%s", got, want)
 	}
-	if s := (&seal{}); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
+	if s := (&door{}); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
 		t.Errorf("a heartbeat of %d bytes", len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)))
 	}
 }
@@ -803,8 +803,8 @@ func TestMessagesComeBackInAnyOrder(t *testing.T) {
 }
 
 func FuzzDatagram(f *testing.F) {
-	s := &seal{cluster: "c"}
-	k := &seal{"c", [][]byte{bytes.Repeat([]byte{7}, keySize)}}
+	s := &door{cluster: "c"}
+	k := &door{cluster: "c", keys: [][]byte{bytes.Repeat([]byte{7}, keySize)}}
 	h := head{Kind: kFlood, From: "b", Incarnation: 10, Number: 1}
 	f.Add(s.closeDatagram(wire.encode(nil, &h, update{Member: labMember(1)}), "a", 10), uint64(10))
 	f.Add(k.closeDatagram(wire.encode(nil, &h), "a", 10), uint64(10))

@@ -157,44 +157,46 @@ func xaes(key, nonce []byte) cipher.AEAD {
 	return aead
 }
 
-// seal closes and opens what travels. With keys everything is authenticated before anything is decoded, together
-// with for whom it is, so that what was said to one run of a member cannot be played to another.
-type seal struct {
+// door closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
+// is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
+type door struct {
 	cluster string
 	keys    [][]byte // of 32 bytes: the first one seals, any opens
+	kind    byte
+	other   uint16 // the agent's port of the other kind
 }
 
-func (s *seal) keyed() bool { return len(s.keys) > 0 }
+func (d *door) keyed() bool { return len(d.keys) > 0 }
 
 // tag tells in clear for whom something is, by a hash.
-func (s *seal) tag(whom string) []byte {
+func (d *door) tag(whom string) []byte {
 	h := fnv.New32a()
-	io.WriteString(h, s.cluster+"\x00"+whom)
+	io.WriteString(h, d.cluster+"\x00"+whom)
 	return h.Sum(nil)
 }
 
 // close appends to dst what data becomes for whom; open undoes that.
-func (s *seal) close(dst, data []byte, whom string) []byte {
-	if dst = append(dst, s.tag(whom)...); !s.keyed() {
+func (d *door) close(dst, data []byte, whom string) []byte {
+	if dst = append(dst, d.tag(whom)...); !d.keyed() {
 		return append(dst, data...)
 	}
 	var nonce [xaesNonce]byte
 	rand.Read(nonce[:]) // never fails
-	return xaes(s.keys[0], nonce[:]).Seal(append(dst, nonce[:]...), nonce[xaesNonce/2:], data, []byte(whom+"\x00"+s.cluster))
+	return xaes(d.keys[0], nonce[:]).Seal(append(dst, nonce[:]...), nonce[xaesNonce/2:], data, []byte(whom+"\x00"+d.cluster))
 }
 
-func (s *seal) open(b []byte, whom string) ([]byte, error) {
-	if len(b) < 4 || !bytes.Equal(b[:4], s.tag(whom)) {
+func (d *door) open(b []byte, whom string) ([]byte, error) {
+	if len(b) < 4 || !bytes.Equal(b[:4], d.tag(whom)) {
 		return nil, errNotForMe
 	}
-	if b = b[4:]; !s.keyed() {
+	if b = b[4:]; !d.keyed() {
 		return b, nil
 	}
 	if len(b) < xaesNonce {
 		return nil, errOtherKey
 	}
-	for _, k := range s.keys {
-		if out, err := xaes(k, b).Open(nil, b[xaesNonce/2:xaesNonce], b[xaesNonce:], []byte(whom+"\x00"+s.cluster)); err == nil {
+	for _, k := range d.keys {
+		if out, err := xaes(k, b).Open(nil, b[xaesNonce/2:xaesNonce], b[xaesNonce:], []byte(whom+"\x00"+d.cluster)); err == nil {
 			return out, nil
 		}
 	}
@@ -211,16 +213,16 @@ func datagramFor(name string, born uint64) string {
 }
 
 // closeDatagram makes a datagram of data for that run of name, or (born 0) any.
-func (s *seal) closeDatagram(data []byte, name string, born uint64) []byte {
+func (d *door) closeDatagram(data []byte, name string, born uint64) []byte {
 	flags := byte(protocolVersion)
 	if born == 0 {
 		flags |= flagAnyRun
 	}
-	return s.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
+	return d.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
 }
 
 // openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
+func (d *door) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
 	if len(b) < 5 || b[0]&^flagAnyRun != protocolVersion {
 		return nil, false, errVersion
 	} else if len(b) > maxDatagram {
@@ -229,7 +231,7 @@ func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, an
 	if anyRun = b[0]&flagAnyRun != 0; anyRun {
 		born = 0
 	}
-	data, err = s.open(b[1:], datagramFor(name, born))
+	data, err = d.open(b[1:], datagramFor(name, born))
 	return data, anyRun, err
 }
 
@@ -282,13 +284,6 @@ const (
 	gossipPort, rpcPort byte = 'g', 'r'
 )
 
-// door is how connections to ports of one kind begin.
-type door struct {
-	*seal
-	kind  byte
-	other uint16 // the agent's port of the other kind
-}
-
 func (d *door) hello() []byte {
 	b := append([]byte(helloLine), d.kind, byte(min(len(d.keys), 1)), byte(d.other>>8), byte(d.other))
 	return append(append(b, d.tag("")...), rand.Text()[:16]...) // 80 bits
@@ -322,7 +317,7 @@ type session struct {
 	net.Conn
 	proven    atomic.Bool // a frame has opened
 	gone      atomic.Bool // it is over, for the one who has accepted it
-	seal      *seal
+	door      *door
 	context   string // both challenges
 	dialled   bool
 	patient   bool // its reader may pause for as long as it likes
@@ -351,7 +346,7 @@ func (d *door) meet(s *session) *session {
 		s.Write(mine)
 		s.err, s.context = d.check(theirs, false), string(theirs)+string(mine)
 	}
-	s.seal = d.seal
+	s.door = d
 	return s
 }
 
@@ -362,7 +357,7 @@ func (s *session) writeBytes(data []byte) {
 	if s.err != nil {
 		return
 	}
-	b := s.seal.close(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.context))
+	b := s.door.close(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.context))
 	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
 	s.sent++
 	if !s.patient {
@@ -392,7 +387,7 @@ func (s *session) read(message any) (us []update) {
 	if s.err != nil {
 		return nil
 	}
-	b, s.err = s.seal.open(b, fmt.Sprint("frame ", !s.dialled, s.got, s.context))
+	b, s.err = s.door.open(b, fmt.Sprint("frame ", !s.dialled, s.got, s.context))
 	if s.got++; s.err != nil && !s.dialled {
 		s.Write(make([]byte, 4))
 	}
@@ -873,12 +868,12 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 
 // rpcDoor is that of a token, which is a key: it never travels.
 func rpcDoor(token string, gossip uint16) *door {
-	s := &seal{cluster: "RPC"}
+	d := &door{cluster: "RPC", kind: rpcPort, other: gossip}
 	if token != "" {
 		key := sha256.Sum256([]byte(token))
-		s.keys = [][]byte{key[:]}
+		d.keys = [][]byte{key[:]}
 	}
-	return &door{s, rpcPort, gossip}
+	return d
 }
 
 // rpcServer answers commands about an agent.
