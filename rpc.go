@@ -739,18 +739,16 @@ func (g *gossip) serve(s *session) error {
 func (g *gossip) serveLink(s *session, m Member) error {
 	for wait := helloFor; s.err == nil; wait = linkLook {
 		s.SetReadDeadline(time.Now().Add(wait))
-		switch s.read(&head{}); {
-		case s.err == nil: // a bye
-			return nil
-		case !timedOut(s.err):
-			g.call(func(n *node) { n.linkEnded(m, 0, false) })
-			return nil
+		if s.read(&head{}); s.err == nil {
+			return nil // a bye
 		}
+		quiet := timedOut(s.err)
 		s.err = g.do(func(n *node) error {
-			if n.t.over(m) {
-				return errHungUp
+			if quiet && !n.t.over(m) {
+				return nil
 			}
-			return nil
+			n.linkEnded(m, 0, false) // of a run that is over this is no news
+			return errHungUp
 		})
 	}
 	return s.err
