@@ -93,7 +93,7 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	moved := labMember(1)
 	moved.Born, moved.Incarnation, moved.Addr = 20, 20, labMember(9).Addr
 	h := l.head(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
-	l.raw(2, wire.encodeAll(&h, []update{{Member: moved}}))
+	l.raw(2, wire.encode(nil, &h, update{Member: moved}))
 	if e := l.n.t.get("b"); e.Addr != moved.Addr || e.Born != 20 {
 		t.Errorf("it believes %v, want %v", e.Member, moved)
 	}
@@ -104,7 +104,7 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	former := labMember(1)
 	former.Born, former.Incarnation = 5, 5
 	h = l.head(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
-	l.raw(2, wire.encodeAll(&h, []update{{Member: former}}))
+	l.raw(2, wire.encode(nil, &h, update{Member: former}))
 	if p := l.n.detector.probeOf(l.n.t.get("b")); p == nil || len(p.votes) > 0 || l.n.t.get("b").Born != 10 {
 		t.Errorf("the probe has ended, or has a vote")
 	}

@@ -1282,32 +1282,26 @@ func (qs *queries) step(n *node) {
 // bound one, its port 0 the bound port.
 type gossipConfig struct {
 	nodeConfig
-	bind    netip.AddrPort // UDP and TCP; port 0 takes a free one
-	moves   bool           // the address was not chosen by the user: it may change
-	rpcPort uint16         // for who comes to the wrong one
-	keys    [][]byte       // of 32 bytes: the first seals, any opens
-	cluster string
-	log     *log.Logger
+	door
+	bind  netip.AddrPort // UDP and TCP; port 0 takes a free one
+	moves bool           // the address was not chosen by the user: it may change
+	log   *log.Logger
 	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
 	events func(ev Event, answer func(r reply, text []byte))
 }
 
 // gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
 type gossip struct {
-	cfg     gossipConfig
-	door    door // of TCP, with the seal of both
-	udp     *net.UDPConn
-	tcp     net.Listener
-	start   time.Time
-	self    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
-	alone   atomic.Bool
-	inputs  chan func(*node) // what the loop shall do
-	ended   chan struct{}    // the loop; done: also all that it has started
-	ctx     context.Context
-	quit    context.CancelFunc
-	done    chan struct{} // all has ended: err and last may be read
-	strange strangers
-	sessions
+	cfg    gossipConfig
+	guests // at the TCP port, with the seal of both, and all else that is under way
+	udp    *net.UDPConn
+	start  time.Time
+	self   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
+	alone  atomic.Bool
+	inputs chan func(*node) // what the loop shall do
+	tables chan struct{}    // a place for each exchange that others have dialled
+	ended  chan struct{}    // the loop; done: also all that it has started
+	done   chan struct{}    // all has ended: err and last may be read
 	owned
 }
 
@@ -1324,9 +1318,10 @@ type owned struct {
 
 // startGossip binds the sockets, starts the loop, and begins to join the seeds.
 func startGossip(cfg gossipConfig) (*gossip, error) {
-	g := &gossip{cfg: cfg, door: door{&seal{cfg.cluster, cfg.keys}, gossipPort, cfg.rpcPort}, start: time.Now(), ended: make(chan struct{}), done: make(chan struct{}),
-		inputs: make(chan func(*node), maxInputs), strange: strangers{log: cfg.log},
-		sessions: sessions{guests: newGuests(guestLimit()), tables: make(chan struct{}, maxTables)}}
+	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), tables: make(chan struct{}, maxTables),
+		ended: make(chan struct{}), done: make(chan struct{}),
+		guests: guests{limit: guestLimit(), strange: strangers{log: cfg.log}}}
+	g.door, g.cfg.kind = &g.cfg.door, gossipPort
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
@@ -1343,7 +1338,7 @@ func startGossip(cfg gossipConfig) (*gossip, error) {
 	g.self.Store(g.node.self.claim)
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
-	g.wg.Go(func() { g.guests.accept(g.tcp, &g.strange, g.serve) })
+	g.wg.Go(func() { g.accept(g.serve) })
 	go g.run()
 	return g, nil
 }
@@ -1394,9 +1389,7 @@ func (g *gossip) run() {
 	}
 	close(g.ended)
 	g.udp.Close()
-	g.tcp.Close()
 	g.guests.close()
-	waitAtMost(time.Second, func() { g.wg.Wait(); g.guests.served.Wait() }) // a peer may read too slowly for my last words
 	close(g.done)
 }
 

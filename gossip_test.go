@@ -88,7 +88,7 @@ func (l *lab) udp(from int, h head, updates ...update) {
 	if h.Kind == kVote {
 		updates = append(updates, update{Member: labMember(int(h.Target[0] - 'a'))})
 	}
-	l.raw(from, wire.encodeAll(&h, updates))
+	l.raw(from, wire.encode(nil, &h, updates...))
 }
 
 func (l *lab) raw(from int, b []byte) {
@@ -768,7 +768,7 @@ func TestAHeartbeatHasTheseBytes(t *testing.T) {
 	if got != want {
 		t.Errorf("heartbeat\n%s\nwant\n%s", got, want)
 	}
-	if s := (&seal{}); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
+	if s := (&door{}); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
 		t.Errorf("a heartbeat of %d bytes", len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)))
 	}
 }
@@ -786,7 +786,7 @@ func TestMessagesComeBackInAnyOrder(t *testing.T) {
 	u := update{Member: labMember(3), Age: 3}
 	ev := update{Member: Member{Name: "b"}, Event: "deploy", Payload: []byte{0, 255}, LTime: 9, Coalesce: true}
 	for range 3 {
-		b := wire.encodeAll(&h, []update{ev, u})
+		b := wire.encode(nil, &h, ev, u)
 		var got head
 		rest, err := wire.decode(b, &got)
 		us, uerr := wire.decodeAll(rest)
@@ -800,11 +800,11 @@ func TestMessagesComeBackInAnyOrder(t *testing.T) {
 }
 
 func FuzzDatagram(f *testing.F) {
-	s := &seal{cluster: "c"}
-	k := &seal{"c", [][]byte{bytes.Repeat([]byte{7}, keySize)}}
+	s := &door{cluster: "c"}
+	k := &door{cluster: "c", keys: [][]byte{bytes.Repeat([]byte{7}, keySize)}}
 	h := head{Kind: kFlood, From: "b", Incarnation: 10, Number: 1}
-	f.Add(s.closeDatagram(wire.encodeAll(&h, []update{{Member: labMember(1)}}), "a", 10), uint64(10))
-	f.Add(k.closeDatagram(wire.encodeAll(&h, nil), "a", 10), uint64(10))
+	f.Add(s.closeDatagram(wire.encode(nil, &h, update{Member: labMember(1)}), "a", 10), uint64(10))
+	f.Add(k.closeDatagram(wire.encode(nil, &h), "a", 10), uint64(10))
 	f.Add(s.closeDatagram([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}, "a", 0), uint64(10)) // a million elements
 	f.Fuzz(func(t *testing.T, b []byte, born uint64) {
 		k.openDatagram(b, "a", born)

@@ -219,7 +219,7 @@ func (r *rig) message(h head) []byte {
 	for range how % 4 {
 		us = append(us, r.update())
 	}
-	b := wire.encodeAll(&h, us)
+	b := wire.encode(nil, &h, us...)
 	if how>>4 == 15 {
 		r.damage(b)
 	}
@@ -376,7 +376,7 @@ func (r *rig) from(name string, h head, us ...update) []byte {
 	}
 	r.numbers[name]++
 	h.Number = r.numbers[name]
-	return wire.encodeAll(&h, us)
+	return wire.encode(nil, &h, us...)
 }
 
 // claims: where a member is said to live it may be asked, also if another claim of
@@ -942,7 +942,7 @@ func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	}
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	return c, (&door{&seal{}, gossipPort, 0}).meet(c, true)
+	return c, (&door{kind: gossipPort}).meet(&session{Conn: c, dialled: true})
 }
 
 func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
@@ -975,7 +975,7 @@ func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
 
 // A recorded first frame of 93 bytes was answered with the whole table.
 func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
-	g, _ := startTestGossip(t, "red", gossipConfig{keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}})
+	g, _ := startTestGossip(t, "red", gossipConfig{door: door{keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}}})
 	self, _ := g.me()
 	recorded := &bytes.Buffer{} // what a member says
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -996,7 +996,7 @@ func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
 		io.Copy(io.MultiWriter(recorded, to), c)
 		to.Close()
 	}()
-	other, _ := startTestGossip(t, "green", gossipConfig{keys: g.cfg.keys})
+	other, _ := startTestGossip(t, "green", gossipConfig{door: door{keys: g.cfg.keys}})
 	if n, err := joined(other, ln.Addr().String()); n != 1 {
 		t.Fatal(err)
 	}
@@ -1061,7 +1061,7 @@ func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	s := (&door{&seal{}, gossipPort, 0}).meet(c, true)
+	s := (&door{kind: gossipPort}).meet(&session{Conn: c, dialled: true})
 	s.write(&head{Kind: kExchange, From: "x", Digest: 1})
 	s.read(&head{})
 	for i := 0; s.err == nil; i++ {

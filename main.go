@@ -968,7 +968,7 @@ func (a *agent) run([]string) error {
 	}
 	defer ln.Close()
 	here := *ln.Addr().(*net.TCPAddr) // where handlers reach the RPC
-	if a.gossip.rpcPort = uint16(here.Port); here.IP.IsUnspecified() {
+	if a.gossip.other = uint16(here.Port); here.IP.IsUnspecified() {
 		here.IP = net.IPv4(127, 0, 0, 1)
 	}
 	var g *gossip

@@ -62,7 +62,7 @@ type codec struct {
 	enc *gob.Encoder
 	in  bytes.Reader
 	dec *gob.Decoder
-	ids map[reflect.Type][]byte // the type ids as they stand in a message
+	ids map[reflect.Type][]byte // the type ids as they stand in a message: two bytes, for those of 64 to 127
 }
 
 // wire is the process's codec. gob's type ids depend on the order in which the process touches types, so it
@@ -73,36 +73,26 @@ func newCodec(messages ...any) *codec {
 	c := &codec{ids: make(map[reflect.Type][]byte)}
 	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
 	for _, m := range messages {
-		c.buf.Reset()
-		c.enc.Encode(m) // the first time with the type's definition
-		c.in.Reset(c.buf.Bytes())
+		c.in.Reset(c.encode(nil, m)) // the first time with the type's definition
 		c.dec.Decode(m)
-		b := c.encode(nil, m)
-		_, n, _ := gobUint(b) // length, then id
-		_, k, _ := gobUint(b[n:])
-		c.ids[reflect.TypeOf(m)] = b[n : n+k]
+		c.ids[reflect.TypeOf(m)] = c.encode(nil, m)[1:3] // length, then id
 	}
 	return c
 }
 
-// encode appends the encoding of m, a pointer to a message, to dst.
-func (c *codec) encode(dst []byte, m any) []byte {
+// encode appends the encoding of m, a pointer to a message, and of the updates that follow it to dst.
+func (c *codec) encode(dst []byte, m any, us ...update) []byte {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.buf.Reset()
 	if err := c.enc.Encode(m); err != nil {
 		panic(err) // flat structs always encode
 	}
-	return append(dst, c.buf.Bytes()...)
-}
-
-// encodeAll encodes a message and the updates that follow it.
-func (c *codec) encodeAll(m any, us []update) []byte {
-	b := c.encode(nil, m)
+	dst = append(dst, c.buf.Bytes()...)
+	c.mu.Unlock()
 	for i := range us {
-		b = c.encode(b, &us[i])
+		dst = c.encode(dst, &us[i])
 	}
-	return b
+	return dst
 }
 
 // decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
@@ -116,16 +106,23 @@ func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 			err = fmt.Errorf("%w: %v", errMalformed, r)
 		}
 	}()
-	size, n, err := gobUint(b)
-	if err != nil || size > uint64(len(b)-n) || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
+	size, n := 0, 0 // n: of the length itself, as gob writes it
+	switch {
+	case len(b) > 0 && b[0] < 128:
+		size, n = int(b[0]), 1
+	case len(b) > 1 && b[0] == 0xff:
+		size, n = int(b[1]), 2
+	case len(b) > 2 && b[0] == 0xfe: // more than a frame holds
+		size, n = int(binary.BigEndian.Uint16(b[1:])), 3
+	}
+	if n == 0 || size > len(b)-n || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
 		return nil, errMalformed
 	}
-	end := n + int(size)
-	c.in.Reset(b[:end])
+	c.in.Reset(b[:n+size])
 	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
 		return nil, errMalformed
 	}
-	return b[end:], nil
+	return b[n+size:], nil
 }
 
 // decodeAll decodes updates up to the end of b.
@@ -136,21 +133,6 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 		us = append(us, u)
 	}
 	return us, err
-}
-
-// gobUint reads gob's unsigned integer: a byte below 128, or the negated count of the big-endian bytes after it.
-func gobUint(b []byte) (v uint64, n int, err error) {
-	if len(b) > 0 && b[0] < 128 {
-		return uint64(b[0]), 1, nil
-	}
-	if len(b) == 0 || int8(b[0]) < -8 || len(b) < 1-int(int8(b[0])) {
-		return 0, 0, errMalformed
-	}
-	n = -int(int8(b[0]))
-	for _, x := range b[1 : 1+n] {
-		v = v<<8 | uint64(x)
-	}
-	return v, 1 + n, nil
 }
 
 // ---- the seal ----
@@ -175,44 +157,46 @@ func xaes(key, nonce []byte) cipher.AEAD {
 	return aead
 }
 
-// seal closes and opens what travels. With keys everything is authenticated before anything is decoded, together
-// with for whom it is, so that what was said to one run of a member cannot be played to another.
-type seal struct {
+// door closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
+// is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
+type door struct {
 	cluster string
 	keys    [][]byte // of 32 bytes: the first one seals, any opens
+	kind    byte
+	other   uint16 // the agent's port of the other kind
 }
 
-func (s *seal) keyed() bool { return len(s.keys) > 0 }
+func (d *door) keyed() bool { return len(d.keys) > 0 }
 
 // tag tells in clear for whom something is, by a hash.
-func (s *seal) tag(whom string) []byte {
+func (d *door) tag(whom string) []byte {
 	h := fnv.New32a()
-	io.WriteString(h, s.cluster+"\x00"+whom)
+	io.WriteString(h, d.cluster+"\x00"+whom)
 	return h.Sum(nil)
 }
 
 // close appends to dst what data becomes for whom; open undoes that.
-func (s *seal) close(dst, data []byte, whom string) []byte {
-	if dst = append(dst, s.tag(whom)...); !s.keyed() {
+func (d *door) close(dst, data []byte, whom string) []byte {
+	if dst = append(dst, d.tag(whom)...); !d.keyed() {
 		return append(dst, data...)
 	}
 	var nonce [xaesNonce]byte
 	rand.Read(nonce[:]) // never fails
-	return xaes(s.keys[0], nonce[:]).Seal(append(dst, nonce[:]...), nonce[xaesNonce/2:], data, []byte(whom+"\x00"+s.cluster))
+	return xaes(d.keys[0], nonce[:]).Seal(append(dst, nonce[:]...), nonce[xaesNonce/2:], data, []byte(whom+"\x00"+d.cluster))
 }
 
-func (s *seal) open(b []byte, whom string) ([]byte, error) {
-	if len(b) < 4 || !bytes.Equal(b[:4], s.tag(whom)) {
+func (d *door) open(b []byte, whom string) ([]byte, error) {
+	if len(b) < 4 || !bytes.Equal(b[:4], d.tag(whom)) {
 		return nil, errNotForMe
 	}
-	if b = b[4:]; !s.keyed() {
+	if b = b[4:]; !d.keyed() {
 		return b, nil
 	}
 	if len(b) < xaesNonce {
 		return nil, errOtherKey
 	}
-	for _, k := range s.keys {
-		if out, err := xaes(k, b).Open(nil, b[xaesNonce/2:xaesNonce], b[xaesNonce:], []byte(whom+"\x00"+s.cluster)); err == nil {
+	for _, k := range d.keys {
+		if out, err := xaes(k, b).Open(nil, b[xaesNonce/2:xaesNonce], b[xaesNonce:], []byte(whom+"\x00"+d.cluster)); err == nil {
 			return out, nil
 		}
 	}
@@ -229,16 +213,16 @@ func datagramFor(name string, born uint64) string {
 }
 
 // closeDatagram makes a datagram of data for that run of name, or (born 0) any.
-func (s *seal) closeDatagram(data []byte, name string, born uint64) []byte {
+func (d *door) closeDatagram(data []byte, name string, born uint64) []byte {
 	flags := byte(protocolVersion)
 	if born == 0 {
 		flags |= flagAnyRun
 	}
-	return s.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
+	return d.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
 }
 
 // openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
+func (d *door) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
 	if len(b) < 5 || b[0]&^flagAnyRun != protocolVersion {
 		return nil, false, errVersion
 	} else if len(b) > maxDatagram {
@@ -247,7 +231,7 @@ func (s *seal) openDatagram(b []byte, name string, born uint64) (data []byte, an
 	if anyRun = b[0]&flagAnyRun != 0; anyRun {
 		born = 0
 	}
-	data, err = s.open(b[1:], datagramFor(name, born))
+	data, err = d.open(b[1:], datagramFor(name, born))
 	return data, anyRun, err
 }
 
@@ -300,13 +284,6 @@ const (
 	gossipPort, rpcPort byte = 'g', 'r'
 )
 
-// door is how connections to ports of one kind begin.
-type door struct {
-	*seal
-	kind  byte
-	other uint16 // the agent's port of the other kind
-}
-
 func (d *door) hello() []byte {
 	b := append([]byte(helloLine), d.kind, byte(min(len(d.keys), 1)), byte(d.other>>8), byte(d.other))
 	return append(append(b, d.tag("")...), rand.Text()[:16]...) // 80 bits
@@ -338,7 +315,9 @@ func (d *door) check(b []byte, dialled bool) error {
 // before it. After the first error, err, nothing is sent or read any more.
 type session struct {
 	net.Conn
-	seal      *seal
+	proven    atomic.Bool // a frame has opened
+	gone      atomic.Bool // it is over, for the one who has accepted it
+	door      *door
 	context   string // both challenges
 	dialled   bool
 	patient   bool // its reader may pause for as long as it likes
@@ -347,41 +326,38 @@ type session struct {
 }
 
 // meet exchanges hellos: the dialler's comes first. Whoever has not answered a challenge gets nothing else.
-func (d *door) meet(c net.Conn, dialled bool) *session {
+// What cannot be written is noticed by the next that is read.
+func (d *door) meet(s *session) *session {
 	mine, theirs := d.hello(), make([]byte, helloSize)
-	s := &session{Conn: c, seal: d.seal, dialled: dialled}
-	if dialled {
-		_, s.err = c.Write(mine)
+	if s.dialled {
+		s.Write(mine)
 	}
-	n, err := io.ReadFull(c, theirs)
+	n, err := io.ReadFull(s, theirs)
 	switch {
-	case s.err != nil:
-	case n > 0 && (n < 7 || string(theirs[:7]) != helloLine[:7]):
+	case n > 0 && !bytes.HasPrefix(theirs, []byte(helloLine[:7])):
 		s.err = fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
-	case n == 0 && dialled && !timedOut(err):
+	case n == 0 && s.dialled && !timedOut(err):
 		s.err = errSilent
 	case err != nil:
 		s.err = err
-	case !dialled:
-		_, s.err = c.Write(mine)
+	case s.dialled:
+		s.err, s.context = d.check(theirs, true), string(mine)+string(theirs)
+	default:
+		s.Write(mine)
+		s.err, s.context = d.check(theirs, false), string(theirs)+string(mine)
 	}
-	if s.err == nil {
-		s.err = d.check(theirs, dialled)
-	}
-	if s.context = string(mine) + string(theirs); !dialled {
-		s.context = string(theirs) + string(mine)
-	}
+	s.door = d
 	return s
 }
 
 // write sends one frame: a message, and what may follow it.
-func (s *session) write(message any, us ...update) { s.writeBytes(wire.encodeAll(message, us)) }
+func (s *session) write(message any, us ...update) { s.writeBytes(wire.encode(nil, message, us...)) }
 
 func (s *session) writeBytes(data []byte) {
 	if s.err != nil {
 		return
 	}
-	b := s.seal.close(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.context))
+	b := s.door.close(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.context))
 	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
 	s.sent++
 	if !s.patient {
@@ -411,11 +387,12 @@ func (s *session) read(message any) (us []update) {
 	if s.err != nil {
 		return nil
 	}
-	b, s.err = s.seal.open(b, fmt.Sprint("frame ", !s.dialled, s.got, s.context))
+	b, s.err = s.door.open(b, fmt.Sprint("frame ", !s.dialled, s.got, s.context))
 	if s.got++; s.err != nil && !s.dialled {
 		s.Write(make([]byte, 4))
 	}
 	if s.err == nil {
+		s.proven.Store(true)
 		if b, s.err = wire.decode(b, message); s.err == nil {
 			us, s.err = wire.decodeAll(b)
 		}
@@ -442,23 +419,16 @@ func plain(err error) error {
 
 // ---- who may come in ----
 
-// guests bounds the accepted connections. When there are too many, the oldest that has proven nothing goes,
-// so that strangers who hold connections open keep nobody out.
+// guests are those who come in at a port, and all that is under way there. When there are too many connections,
+// the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
 type guests struct {
-	limit  int
-	served sync.WaitGroup
-	ctx    context.Context // of all connections
-	close  context.CancelFunc
-}
-
-type guest struct {
-	net.Conn
-	proven, gone atomic.Bool // proven: it has answered a challenge
-}
-
-func newGuests(limit int) *guests {
-	ctx, cancel := context.WithCancel(context.Background())
-	return &guests{limit: limit, ctx: ctx, close: cancel}
+	door    *door
+	tcp     net.Listener
+	limit   int
+	strange strangers
+	wg      sync.WaitGroup
+	ctx     context.Context // of all connections
+	quit    context.CancelFunc
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
@@ -468,41 +438,49 @@ func guestLimit() int {
 	return int(min(maxInbound, max(r.Cur/2, 8)))
 }
 
-// accept serves what comes in at ln until it is closed.
-func (gs *guests) accept(ln net.Listener, strange *strangers, serve func(*guest) error) {
-	var here []*guest // oldest first
+// close takes nobody in any more, and waits a second at most for what is under way: a peer may read too slowly.
+func (gs *guests) close() {
+	gs.tcp.Close()
+	waitAtMost(time.Second, gs.wg.Wait)
+	gs.quit()
+}
+
+// accept serves what comes in until the port is closed.
+func (gs *guests) accept(serve func(*session) error) {
+	var here []*session // oldest first
 	for {
-		c, err := ln.Accept()
+		c, err := gs.tcp.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", ln.Addr(), err))
+			gs.strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
-		here = slices.DeleteFunc(here, func(g *guest) bool { return g.gone.Load() })
+		here = slices.DeleteFunc(here, func(s *session) bool { return s.gone.Load() })
 		if len(here) >= gs.limit {
-			i := max(0, slices.IndexFunc(here, func(g *guest) bool { return !g.proven.Load() }))
+			i := max(0, slices.IndexFunc(here, func(s *session) bool { return !s.proven.Load() }))
 			here[i].Close()
 			here = slices.Delete(here, i, i+1)
 		}
 		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
 		c.SetDeadline(time.Now().Add(helloFor))
-		g := &guest{Conn: c}
-		here = append(here, g)
-		gs.served.Go(func() {
-			defer g.gone.Store(true)
+		s := &session{Conn: c}
+		here = append(here, s)
+		gs.wg.Go(func() {
+			defer s.gone.Store(true)
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
+			gs.door.meet(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
-			if err := serve(g); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
-				strange.seen(remote(c), plain(err))
+			if err := serve(s); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
+				gs.strange.seen(addrOf(c.RemoteAddr()), plain(err))
 			}
 		})
 	}
 }
 
-func remote(c net.Conn) netip.Addr { return c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() }
+func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
 // strangers logs what unwelcome peers do: one line per peer a minute, at most ten lines a minute in all, and
 // counts the rest. Safe for concurrent use.
@@ -540,14 +518,9 @@ func (s *strangers) seen(who netip.Addr, err error) {
 
 // ---- sessions of agents ----
 
-type sessions struct {
-	wg     sync.WaitGroup
-	guests *guests
-	tables chan struct{} // a place for each exchange that others have dialled
-}
-
 // connect dials to, for sessionFor at most, and gives the session as long. A lost SYN costs a second in the
-// kernel, so it dials anew after each of waits; joins: for a join.
+// kernel, so it dials anew after each of waits; joins: for a join. It tells the node from which address the dial
+// went out, where it may take another one.
 func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, waits ...time.Duration) (c net.Conn, err error) {
 	dialer, ip := net.Dialer{KeepAlive: -1, Deadline: time.Now().Add(sessionFor)}, g.cfg.bind.Addr()
 	if !ip.IsUnspecified() {
@@ -561,26 +534,19 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 	switch {
 	case err == nil:
 		c.SetDeadline(time.Now().Add(sessionFor))
-		return c, g.dialledFrom(c, joins)
+		if from := addrOf(c.LocalAddr()); g.cfg.moves && usable(from, ip) {
+			g.call(func(n *node) {
+				own := n.self.Addr.Addr()
+				n.moved(from, from != own && !isMine(own), joins, uint64(time.Now().UnixMilli()))
+			})
+		}
+		return c, nil
 	case !ip.IsUnspecified() && ip.Is4() != to.Addr().Is4():
 		err = fmt.Errorf("this agent is bound to %s, an address of another kind", ip)
 	case ip.IsLoopback() && !to.Addr().IsLoopback():
 		err = fmt.Errorf("this agent is bound to %s, from where no other machine can be reached (-bind sets another address)", ip)
 	}
 	return nil, plain(err)
-}
-
-// dialledFrom tells the node from which address a dial went out, where it may take another one.
-func (g *gossip) dialledFrom(c net.Conn, joins bool) error {
-	ip, now := c.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(), uint64(time.Now().UnixMilli())
-	if !g.cfg.moves || !usable(ip, g.cfg.bind.Addr()) {
-		return nil
-	}
-	return g.do(func(n *node) error {
-		own := n.self.Addr.Addr()
-		n.moved(ip, ip != own && !isMine(own), joins, now)
-		return nil
-	})
 }
 
 // doFor has the loop run f for a session, unless it has ended; an error of f ends it.
@@ -592,7 +558,7 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 
 // begin opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
 func (g *gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
-	s = g.door.meet(c, true)
+	s = g.door.meet(&session{Conn: c, dialled: true})
 	var h head
 	g.doFor(s, func(n *node) error { h = n.head(k); return nil })
 	s.write(&h)
@@ -732,7 +698,7 @@ func (g *gossip) hear(s *session, x *exchange) {
 		g.doFor(s, func(n *node) (err error) {
 			bad := 0
 			if more, bad, err = n.merge(x, h, us); bad > 0 {
-				g.strange.seen(remote(s), fmt.Errorf("sent %d bad records in a table", bad))
+				g.strange.seen(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 			}
 			return err
 		})
@@ -740,16 +706,14 @@ func (g *gossip) hear(s *session, x *exchange) {
 }
 
 // serve answers one agent that has dialled.
-func (g *gossip) serve(c *guest) error {
+func (g *gossip) serve(s *session) error {
 	var h, w head
 	var about []update
-	s := g.door.meet(c, false)
 	if s.read(&h); s.err != nil {
 		return s.err
 	} else if validName(h.From) != nil || h.Kind < kLook || h.Kind > kExchange {
 		return errMalformed
 	}
-	c.proven.Store(true)
 	if h.Kind == kExchange {
 		select {
 		case g.tables <- struct{}{}:
@@ -774,22 +738,17 @@ func (g *gossip) serve(c *guest) error {
 // serveLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
 func (g *gossip) serveLink(s *session, m Member) error {
 	for wait := helloFor; s.err == nil; wait = linkLook {
-		var h head
 		s.SetReadDeadline(time.Now().Add(wait))
-		switch s.read(&h); {
-		case s.err == nil && h.Kind == kBye:
-			return nil
-		case s.err == nil:
-			return errMalformed
-		case !timedOut(s.err):
-			g.call(func(n *node) { n.linkEnded(m, 0, false) })
-			return nil
+		if s.read(&head{}); s.err == nil {
+			return nil // a bye
 		}
+		quiet := timedOut(s.err)
 		s.err = g.do(func(n *node) error {
-			if n.t.over(m) {
-				return errHungUp
+			if quiet && !n.t.over(m) {
+				return nil
 			}
-			return nil
+			n.linkEnded(m, 0, false) // of a run that is over this is no news
+			return errHungUp
 		})
 	}
 	return s.err
@@ -855,11 +814,11 @@ func callRPC(addr, token string, req request, timeout time.Duration, each func(a
 	}
 	defer c.Close()
 	c.SetDeadline(deadline)
-	b := wire.encodeAll(&req, nil)
+	b := wire.encode(nil, &req)
 	if len(b) > maxFrame {
 		return trouble("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
 	}
-	s := rpcDoor(token, 0).meet(c, true)
+	s := rpcDoor(token, 0).meet(&session{Conn: c, dialled: true})
 	s.writeBytes(b)
 	for {
 		var a answer
@@ -907,47 +866,36 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 
 // rpcDoor is that of a token, which is a key: it never travels.
 func rpcDoor(token string, gossip uint16) *door {
-	s := &seal{cluster: "RPC"}
+	d := &door{cluster: "RPC", kind: rpcPort, other: gossip}
 	if token != "" {
 		key := sha256.Sum256([]byte(token))
-		s.keys = [][]byte{key[:]}
+		d.keys = [][]byte{key[:]}
 	}
-	return &door{s, rpcPort, gossip}
+	return d
 }
 
 // rpcServer answers commands about an agent.
 type rpcServer struct {
-	*door
-	ln      net.Listener
-	g       *gossip
-	info    func() []string // as text, and as JSON
-	strange strangers
-	guests  *guests
+	guests
+	g    *gossip
+	info func() []string // as text, and as JSON
 }
 
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *rpcServer {
 	self, _ := g.me()
-	r := &rpcServer{door: rpcDoor(token, self.Addr.Port()), ln: ln, g: g, info: info, strange: strangers{log: g.cfg.log},
-		guests: newGuests(maxRPCConns)}
-	r.guests.served.Go(func() { r.guests.accept(ln, &r.strange, r.serve) })
+	r := &rpcServer{g: g, info: info, guests: guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns,
+		strange: strangers{log: g.cfg.log}}}
+	r.ctx, r.quit = context.WithCancel(context.Background())
+	r.wg.Go(func() { r.accept(r.serve) })
 	return r
 }
 
-// close takes no more requests and waits a second at most for the answers under way.
-func (r *rpcServer) close() {
-	r.ln.Close()
-	waitAtMost(time.Second, r.guests.served.Wait)
-	r.guests.close()
-}
-
-func (r *rpcServer) serve(c *guest) error {
+func (r *rpcServer) serve(s *session) error {
 	var req request
-	s := r.door.meet(c, false)
 	if s.read(&req); s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
-	c.proven.Store(true)
-	c.SetDeadline(time.Time{})
+	s.SetDeadline(time.Time{})
 	a, err := r.do(s, req)
 	if err != nil {
 		a.Error = err.Error()
@@ -969,7 +917,7 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 		}
 	case "leave":
 		g.cfg.log.Print("[INFO] told to leave the cluster")
-		r.ln.Close() // who reads the answer may start the next agent at once
+		r.tcp.Close() // who reads the answer may start the next agent at once
 		err = g.leave()
 	case "force-leave":
 		err = g.do(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
@@ -996,9 +944,8 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "watch":
 		f := &feed{events: make(chan *queued, maxWatch)}
 		err = g.do(func(*node) error { g.feeds[f] = true; return nil })
-		r.members(s)
 		s.patient = true
-		s.SetWriteDeadline(time.Time{})
+		r.members(s)
 		r.stream(s, f)
 	default:
 		err = fmt.Errorf("this agent knows no request %q", req.Op)

@@ -96,7 +96,7 @@ func eventually(t testing.TB, what string, cond func() bool) {
 func testKey(b byte) [][]byte { return [][]byte{bytes.Repeat([]byte{b}, keySize)} }
 
 func testDoor(cluster string, keys [][]byte, kind byte) *door {
-	return &door{&seal{cluster, keys}, kind, 4242}
+	return &door{cluster, keys, kind, 4242}
 }
 
 // ---- the seal ----
@@ -120,11 +120,11 @@ func TestXAESGivesThePublishedVectors(t *testing.T) {
 
 func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	for name, keys := range map[string][][]byte{"with a key": testKey(1), "without": nil} {
-		s, other := &seal{"c", keys}, &seal{"d", keys}
+		s, other := &door{cluster: "c", keys: keys}, &door{cluster: "d", keys: keys}
 		b, ping := s.closeDatagram([]byte("hello"), "web1", 77), s.closeDatagram([]byte("hello"), "web1", 0)
 		for _, tt := range []struct {
 			fact  string
-			s     *seal
+			s     *door
 			b     []byte
 			name  string
 			born  uint64
@@ -143,13 +143,13 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 			}
 		}
 	}
-	plain, keyed, wrong := &seal{}, &seal{keys: testKey(1)}, &seal{keys: testKey(3)}
-	both := &seal{keys: append(testKey(2), testKey(1)...)}
+	plain, keyed, wrong := &door{}, &door{keys: testKey(1)}, &door{keys: testKey(3)}
+	both := &door{keys: append(testKey(2), testKey(1)...)}
 	b := keyed.closeDatagram([]byte("a secret"), "a", 1)
 	if data, _, err := plain.openDatagram(b, "a", 1); err == nil && bytes.Contains(data, []byte("secret")) {
 		t.Error("who has no key reads it")
 	}
-	for want, s := range map[error]*seal{nil: both, errOtherKey: wrong} {
+	for want, s := range map[error]*door{nil: both, errOtherKey: wrong} {
 		if _, _, err := s.openDatagram(b, "a", 1); !errors.Is(err, want) {
 			t.Errorf("got %v, want %v", err, want)
 		}
@@ -173,8 +173,8 @@ func pipe(t *testing.T, d, a *door) (dialler, acceptor *session, wires [2]net.Co
 	x, y := net.Pipe()
 	t.Cleanup(func() { x.Close(); y.Close() })
 	done := make(chan *session)
-	go func() { done <- a.meet(y, false) }()
-	dialler = d.meet(x, true)
+	go func() { done <- a.meet(&session{Conn: y}) }()
+	dialler = d.meet(&session{Conn: x, dialled: true})
 	return dialler, <-done, [2]net.Conn{x, y}
 }
 
@@ -210,7 +210,7 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 	d := testDoor("", testKey(1), gossipPort)
 	record := func() (context string, frames [][]byte) {
 		var b bytes.Buffer
-		s := &session{Conn: writeOnly{w: &b}, seal: d.seal, context: fmt.Sprint(time.Now()), dialled: true}
+		s := &session{Conn: writeOnly{w: &b}, door: d, context: fmt.Sprint(time.Now()), dialled: true}
 		for i := range 3 {
 			b.Reset()
 			s.write(&head{Kind: kTable, Seq: uint32(i)})
@@ -231,7 +231,7 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 		{"one twice", [][]byte{f[0], f[0]}, 1},
 		{"one of another stream", [][]byte{f[0], g[1]}, 1},
 	} {
-		s := &session{Conn: writeOnly{Reader: bytes.NewReader(slices.Concat(tt.frames...)), w: io.Discard}, seal: d.seal, context: context}
+		s := &session{Conn: writeOnly{Reader: bytes.NewReader(slices.Concat(tt.frames...)), w: io.Discard}, door: d, context: context}
 		taken := 0
 		for s.err == nil {
 			if s.read(&head{}); s.err == nil {
@@ -242,7 +242,7 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 			t.Errorf("%s: %d frames are taken, want %d", tt.fact, taken, tt.taken)
 		}
 	}
-	back := &session{Conn: writeOnly{Reader: bytes.NewReader(f[0]), w: io.Discard}, seal: d.seal, context: context, dialled: true}
+	back := &session{Conn: writeOnly{Reader: bytes.NewReader(f[0]), w: io.Discard}, door: d, context: context, dialled: true}
 	if back.read(&head{}); back.err == nil {
 		t.Error("a frame is taken by the side that sent it")
 	}
@@ -273,13 +273,13 @@ func TestAWriterThatIsNotReadGivesUp(t *testing.T) {
 func FuzzFrames(f *testing.F) {
 	d := testDoor("", nil, gossipPort)
 	var b bytes.Buffer
-	s := &session{Conn: writeOnly{w: &b}, seal: d.seal, dialled: true}
+	s := &session{Conn: writeOnly{w: &b}, door: d, dialled: true}
 	s.write(&head{Kind: kExchange, From: "a"})
 	s.write(&head{Kind: kTable}, update{Member: labMember(1)})
 	f.Add(b.Bytes())
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 1, 2, 3})
 	f.Fuzz(func(t *testing.T, in []byte) {
-		s := &session{Conn: writeOnly{Reader: bytes.NewReader(in), w: io.Discard}, seal: d.seal}
+		s := &session{Conn: writeOnly{Reader: bytes.NewReader(in), w: io.Discard}, door: d}
 		for i := 0; s.err == nil; i++ {
 			if s.read(&head{}); i > len(in) {
 				t.Fatal("more frames than bytes")
@@ -295,7 +295,7 @@ func FuzzHello(f *testing.F) {
 	f.Add([]byte("GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"), false)
 	f.Fuzz(func(t *testing.T, in []byte, dialled bool) {
 		var out bytes.Buffer
-		s := keyed.meet(writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled)
+		s := keyed.meet(&session{Conn: writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled: dialled})
 		if out.Len() > helloSize {
 			t.Fatalf("%d bytes are said", out.Len())
 		}
@@ -332,9 +332,9 @@ func TestAJoinTellsBothOfAllOthers(t *testing.T) {
 
 func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	plain, plainLog := startTestGossip(t, "plain", gossipConfig{})
-	keyed, keyedLog := startTestGossip(t, "keyed", gossipConfig{keys: testKey(1)})
-	other, _ := startTestGossip(t, "other", gossipConfig{keys: testKey(2)})
-	apart, _ := startTestGossip(t, "apart", gossipConfig{cluster: "elsewhere"})
+	keyed, keyedLog := startTestGossip(t, "keyed", gossipConfig{door: door{keys: testKey(1)}})
+	other, _ := startTestGossip(t, "other", gossipConfig{door: door{keys: testKey(2)}})
+	apart, _ := startTestGossip(t, "apart", gossipConfig{door: door{cluster: "elsewhere"}})
 	rpc := startTestRPC(t, plain, "")
 	web := &http.Server{Handler: http.NotFoundHandler()}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -627,7 +627,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 		up, bye := make(chan bool), make(chan bool)
 		go func() {
 			c, _ := ln.Accept()
-			s := blue.door.meet(c, false)
+			s := blue.door.meet(&session{Conn: c})
 			s.read(&head{})
 			s.write(&head{Kind: kWelcome, From: "green", Incarnation: 7})
 			close(up)
@@ -858,7 +858,7 @@ func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
 	addr := startTestRPC(t, g, "")
 	for name, in := range map[string]string{
 		"nothing": "", "HTTP": "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", "TLS": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-		"hello only": helloLine, "random": strings.Repeat("\x9c\x01\xff", 3000), "a huge frame": string((&door{g.door.seal, rpcPort, 0}).hello()) + "\x7f\xff\xff\xff",
+		"hello only": helloLine, "random": strings.Repeat("\x9c\x01\xff", 3000), "a huge frame": string((&door{kind: rpcPort}).hello()) + "\x7f\xff\xff\xff",
 	} {
 		c, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -941,7 +941,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 		}
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(8 * time.Second))
-		d.meet(c, true).write(&request{Op: "members"})
+		d.meet(&session{Conn: c, dialled: true}).write(&request{Op: "members"})
 	}
 	time.Sleep(500 * ms)
 	if grown := heapInUse() - before; grown > 64<<20 {
@@ -1069,7 +1069,7 @@ func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d.meet(c, true).write(&request{Op: "watch"})
+		d.meet(&session{Conn: c, dialled: true}).write(&request{Op: "watch"})
 		defer c.Close()
 	}
 	eventually(t, "all watch", func() bool { return feeds() == watchers+5 })
