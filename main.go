@@ -1125,29 +1125,20 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 			switch {
 			case s == syscall.SIGHUP: // Serf would read its configuration again
 				log.Print("[INFO] hangup: there is no configuration to reload, carrying on")
-			case told.IsZero():
-				told = time.Now()
-				a.stop(g, s)
-			case time.Since(told) > sameSignal:
+			case !told.IsZero() && time.Since(told) > sameSignal:
 				return trouble("", "%v while stopping: ended at once", s)
+			case !told.IsZero():
+			case s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate:
+				log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+				told = time.Now()
+				go g.leave()
+			default:
+				log.Printf("[INFO] %v: ending without leaving", s)
+				told = time.Now()
+				go g.close() // peers notice at once; handlers get their grace
 			}
 		}
 	}
-}
-
-// stop has the agent end as the signal wants it.
-func (a *agent) stop(g *gossip, s os.Signal) {
-	if s != os.Interrupt && (s != syscall.SIGTERM || !a.leaveOnTerminate) {
-		log.Printf("[INFO] %v: ending without leaving", s)
-		g.close() // peers notice at once; handlers get their grace
-		return
-	}
-	log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
-	go func() {
-		if err := g.leave(); err != nil {
-			log.Printf("[WARN] leave: %v", err)
-		}
-	}()
 }
 
 // waitAtMost reports whether wait returned within d.
