@@ -953,7 +953,6 @@ func (a *agent) run([]string) error {
 		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
 	logs := newLogWriter(level)
-	defer logs.flush()
 	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
 	signals := prepareProcess()
@@ -991,7 +990,8 @@ func (a *agent) run([]string) error {
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 	}
-	logs.start()
+	go logs.pump()
+	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
 	ended := make(chan struct{})
 	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
@@ -1324,19 +1324,16 @@ func isMine(ip netip.Addr) bool {
 var logLevels = []string{"trace", "debug", "info", "warn", "err"}
 
 // logWriter writes log lines of a level and above. It never blocks: a terminal that was halted must not halt the
-// agent. Until start, lines wait.
+// agent. Until pump runs, lines wait.
 type logWriter struct {
 	level int
 	lines chan string // "" is the end
 	lost  atomic.Int64
-	start func()
 	done  chan struct{}
 }
 
 func newLogWriter(level int) *logWriter {
-	w := &logWriter{level: level, lines: make(chan string, 1024), done: make(chan struct{})}
-	w.start = sync.OnceFunc(func() { go w.pump() })
-	return w
+	return &logWriter{level: level, lines: make(chan string, 1024), done: make(chan struct{})}
 }
 
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
@@ -1367,6 +1364,5 @@ func (w *logWriter) pump() {
 
 // flush writes what is left, for two seconds at most.
 func (w *logWriter) flush() {
-	w.start()
 	waitAtMost(2*time.Second, func() { w.lines <- ""; <-w.done })
 }
