@@ -118,7 +118,7 @@ type command struct {
 	name, args, short string
 	examples          string // {} stands for the program's name
 	options           options
-	run               func(args []string) error
+	run               func(*flag.FlagSet) error
 }
 
 type options []func(*flag.FlagSet)
@@ -129,13 +129,13 @@ func newCommands() []*command {
 		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
 	}, q.shows(), q.acts(), []*command{
 		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
-			func([]string) error {
+			func(*flag.FlagSet) error {
 				key := make([]byte, keySize)
 				rand.Read(key) // never fails
 				return output(base64.StdEncoding.EncodeToString(key) + "\n")
 			}},
 		{"version", "", "prints the version", "  {} version\n", nil,
-			func([]string) error {
+			func(*flag.FlagSet) error {
 				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
 			}},
 	})
@@ -162,7 +162,7 @@ func (c *command) execute(args []string) error {
 		signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
 		go func() { <-quit; os.Exit(128 + int(syscall.SIGQUIT)) }()
 	}
-	return c.run(fs.Args())
+	return c.run(fs)
 }
 
 // checkArgs compares the arguments with what the command takes: WORD, [WORD] or WORD...
@@ -453,8 +453,8 @@ func (q *ask) acts() []*command {
   {} event -coalesce=false log "$(uptime)"
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
-		}}, func(args []string) error {
-			q.Name, q.Payload = args[0], []byte(strings.Join(args[1:], ""))
+		}}, func(fs *flag.FlagSet) error {
+			q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
 			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(q.Name, ""), q.Merge)
 			return q.do("event", rpcTimeout, done)
 		}},
@@ -463,7 +463,7 @@ func (q *ask) acts() []*command {
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
 		}}, q.join},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach}, func([]string) error {
+		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach}, func(*flag.FlagSet) error {
 			return q.do("leave", slowTimeout, "Graceful leave complete\n")
 		}},
 		{"force-leave", "NAME", "turns a failed member into one that left",
@@ -471,8 +471,8 @@ func (q *ask) acts() []*command {
   {} force-leave -prune web3    it vanishes from the list
 `, options{q.reach, func(fs *flag.FlagSet) {
 				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
-			}}, func(args []string) error {
-				q.Name = args[0]
+			}}, func(fs *flag.FlagSet) error {
+				q.Name = fs.Arg(0)
 				return q.do("force-leave", rpcTimeout, "")
 			}},
 	}
@@ -491,11 +491,11 @@ func (q *ask) do(op string, timeout time.Duration, done string) error {
 	return q.call(op, timeout, func(answer, []update) error { return output(done) })
 }
 
-func (q *ask) join(addrs []string) error {
-	if err := checkAddrs(addrs); err != nil {
+func (q *ask) join(fs *flag.FlagSet) error {
+	if err := checkAddrs(fs.Args()); err != nil {
 		return misuse("", "join: %v", err)
 	}
-	q.Args = strings.Join(addrs, "\x00")
+	q.Args = strings.Join(fs.Args(), "\x00")
 	return q.call("join", slowTimeout, func(a answer, _ []update) error {
 		return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
 	})
@@ -509,7 +509,7 @@ func (q *ask) deleteTag(key string) error {
 	return nil
 }
 
-func (q *ask) setTags([]string) error {
+func (q *ask) setTags(*flag.FlagSet) error {
 	tags, err := makeTags(q.tags)
 	if q.Args = string(tags); err != nil {
 		return misuse("", "-set: %v", err)
@@ -568,7 +568,7 @@ func (q *ask) chosen(timeout time.Duration) (ms []Member, living []string, err e
 	return ms, living, err
 }
 
-func (q *ask) members([]string) error {
+func (q *ask) members(*flag.FlagSet) error {
 	switch status := q.filter["status"]; {
 	case q.timeout > 0 && q.count == 0:
 		return misuse("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
@@ -628,7 +628,7 @@ func tagPairs(m Member) (kv pairs) {
 }
 
 // info shows what the agent says of itself, as text and as JSON.
-func (q *ask) info([]string) error {
+func (q *ask) info(*flag.FlagSet) error {
 	return q.call("info", rpcTimeout, func(a answer, _ []update) error {
 		text, json, _ := strings.Cut(a.Text, "\x00")
 		if q.json {
@@ -638,7 +638,7 @@ func (q *ask) info([]string) error {
 	})
 }
 
-func (q *ask) watch([]string) error {
+func (q *ask) watch(*flag.FlagSet) error {
 	kinds, there := strings.Split(q.events, ","), eventNames[0]
 	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
 	switch {
@@ -692,7 +692,7 @@ func (q *ask) line(a answer, u update) string {
 }
 
 // query asks the members that are meant; with neither filter nor nodes that is all of them.
-func (q *ask) query(args []string) error {
+func (q *ask) query(fs *flag.FlagSet) error {
 	who := q.nodes
 	if len(q.filter) > 0 {
 		_, living, err := q.chosen(rpcTimeout)
@@ -700,7 +700,7 @@ func (q *ask) query(args []string) error {
 			return cmp.Or(err, errNobody)
 		}
 	}
-	q.Name, q.Payload, q.Args = args[0], []byte(strings.Join(args[1:], "")), strings.Join(who, "\x00")
+	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
 	t, began := &tally{ask: q, silent: who, acks: []any{}}, time.Now()
 	if err := q.call("query", rpcTimeout, t.hear); err != nil {
 		return err
@@ -779,7 +779,6 @@ func (t *tally) sum() string {
 
 // agent is what the agent's options say; some need checking as the user wrote them.
 type agent struct {
-	flags                      *flag.FlagSet
 	gossip                     gossipConfig
 	handlers                   handlerConfig
 	bind, advertise, iface     string
@@ -807,7 +806,7 @@ SIGHUP does nothing.
 
 func (a *agent) options(fs *flag.FlagSet) {
 	g, h := &a.gossip, &a.handlers
-	a.flags, g.reapAfter, h.timeout, h.grace = fs, 24*time.Hour, 10*time.Minute, handlerGrace
+	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, handlerGrace
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
 	fs.Func("role", "the same as -tag role=`ROLE`", a.tags.set("role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", a.tags.set(""))
@@ -844,14 +843,14 @@ func (a *agent) seed(s string) error {
 }
 
 // environment sets the options that were not given from their variables, and names the variables of none.
-func (a *agent) environment() (unknown []string, err error) {
+func environment(fs *flag.FlagSet) (unknown []string, err error) {
 	given := make(map[string]bool)
-	a.flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, kv := range os.Environ() {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
-		switch f := a.flags.Lookup(name); {
+		switch f := fs.Lookup(name); {
 		case !ours:
 		case f == nil:
 			unknown = append(unknown, variable)
@@ -940,11 +939,11 @@ func parseKeys(list []string) (keys [][]byte, err error) {
 	return keys, nil
 }
 
-func (a *agent) run([]string) error {
+func (a *agent) run(fs *flag.FlagSet) error {
 	if os.Getpid() == 1 {
 		os.Exit(runAsInit())
 	}
-	unknown, err := a.environment()
+	unknown, err := environment(fs)
 	if err != nil {
 		return wrongUsage("agent", err)
 	}
