@@ -914,9 +914,13 @@ func (a *agent) check() (why string, err error) {
 	if cfg.member.Tags, err = makeTags(a.tags); err != nil {
 		return "", misuse("", "-tag: %v", err)
 	}
-	if cfg.bind, err = parseBind(a.bind); err != nil {
-		return "", misuse("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946", "-bind: %v", err)
+	host, port, _ := hostPort(a.bind, defaultPort)
+	bind, err := netip.ParseAddrPort(net.JoinHostPort(cmp.Or(host, "0.0.0.0"), port)) // which takes no empty port
+	if err != nil || bind.Addr().IsMulticast() {
+		return "", misuse("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946",
+			"-bind: %q is not an IP address and a port", a.bind)
 	}
+	cfg.bind = netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port())
 	if cfg.keys, err = parseKeys(a.keys); err != nil {
 		return "", misuse(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
@@ -1189,25 +1193,16 @@ func rpcAddr(s string) (string, error) {
 	return net.JoinHostPort(host, port), err
 }
 
-func parseBind(s string) (netip.AddrPort, error) {
-	host, port, err := hostPort(s, defaultPort)
-	bind, perr := netip.ParseAddrPort(net.JoinHostPort(cmp.Or(host, "0.0.0.0"), port))
-	if err != nil || perr != nil || bind.Addr().IsMulticast() {
-		return bind, fmt.Errorf("%q is not an IP address and a port", s)
-	}
-	return netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port()), nil
-}
-
-// resolve looks up all addresses of all hosts at the same time; a host without a port means 7946. What takes
+// resolve looks up all addresses of all hosts at the same time; port stands in for a missing one. What takes
 // longer than 1.5 s counts as failed.
-func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs []string) {
+func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.AddrPort, errs []string) {
 	ctx, cancel := context.WithTimeout(ctx, resolveFor)
 	defer cancel()
 	found, failed := make([][]net.IPAddr, len(hosts)), make([]error, len(hosts))
 	var all sync.WaitGroup
 	for i, s := range hosts {
 		all.Go(func() {
-			host, _, err := hostPort(s, defaultPort)
+			host, _, err := hostPort(s, port)
 			if failed[i] = err; err == nil {
 				found[i], failed[i] = net.DefaultResolver.LookupIPAddr(ctx, host) // LookupNetIP would lose a zone
 			}
@@ -1218,7 +1213,7 @@ func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs 
 		if failed[i] != nil {
 			errs = append(errs, fmt.Sprintf("%s: %v", s, failed[i]))
 		}
-		_, port, _ := hostPort(s, defaultPort)
+		_, port, _ := hostPort(s, port)
 		for _, ip := range found[i] {
 			a := netip.MustParseAddrPort(net.JoinHostPort(ip.String(), port))
 			if a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port()); !slices.Contains(addrs, a) {
@@ -1244,11 +1239,7 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	case a.advertise != "" && a.iface != "":
 		return addr, "", misuse("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
 	case a.advertise != "":
-		host := a.advertise
-		if h, port, err := hostPort(host, fmt.Sprint(bind.Port())); err == nil {
-			host = net.JoinHostPort(h, port)
-		}
-		found, errs := resolve(context.Background(), []string{host})
+		found, errs := resolve(context.Background(), []string{a.advertise}, fmt.Sprint(bind.Port()))
 		for _, ap := range found {
 			if ip := ap.Addr(); !ip.IsUnspecified() && !ip.IsMulticast() && fits(ip, bind.Addr()) {
 				return ap, "set with -advertise", nil
@@ -1259,7 +1250,7 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	case a.iface == "" && !bind.Addr().IsUnspecified():
 		return bind, "the bound address", nil
 	case a.iface == "":
-		seeds, _ := resolve(context.Background(), a.gossip.seeds)
+		seeds, _ := resolve(context.Background(), a.gossip.seeds, defaultPort)
 		for _, seed := range seeds {
 			try(sourceTo(seed.Addr()), fmt.Sprintf("source address of the route to %s", seed.Addr()))
 		}
@@ -1282,10 +1273,9 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	case a.iface != "":
 		return addr, "", misuse("-iface takes the name of an interface",
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
-	case bind.Addr().Is4():
-		return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), bind.Port()), noAddress, nil
 	}
-	return netip.AddrPortFrom(netip.IPv6Loopback(), bind.Port()), noAddress, nil
+	loopback := map[bool]string{true: "127.0.0.1", false: "::1"}[bind.Addr().Is4()]
+	return netip.AddrPortFrom(netip.MustParseAddr(loopback), bind.Port()), noAddress, nil
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
