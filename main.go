@@ -79,10 +79,8 @@ func main() {
 
 // exit tells err, and ends the program.
 func exit(err error) {
-	f, ok := errors.AsType[*failure](err)
-	if !ok {
-		f = &failure{msg: err.Error(), code: 1}
-	}
+	f, _ := errors.AsType[*failure](err)
+	f = cmp.Or(f, &failure{msg: err.Error(), code: 1})
 	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(f.msg, "\n\t"))
 	if f.hint != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", printable(f.hint, "\n\t"))
@@ -988,8 +986,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
 	close(started)
-	self, _ := g.me()
-	a.banner(self, why, ln.Addr())
+	a.banner(g, why, ln.Addr())
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 	}
@@ -1042,11 +1039,9 @@ func startFailure(what, option, addr string, err error) error {
 }
 
 // banner tells how the agent can be reached, and warns of what is hardly meant.
-func (a *agent) banner(self Member, why string, rpc net.Addr) {
-	bind, keyed := a.gossip.bind, len(a.gossip.keys) > 0
-	if bind.Port() == 0 {
-		bind = netip.AddrPortFrom(bind.Addr(), self.Addr.Port())
-	}
+func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
+	self, _ := g.me()
+	keyed := len(a.gossip.keys) > 0
 	fmt.Printf(`==> Starting hamlet agent...
 ==> Starting hamlet agent RPC...
 ==> hamlet agent running!
@@ -1055,7 +1050,7 @@ func (a *agent) banner(self Member, why string, rpc net.Addr) {
     Advertise: '%s' (%s)
      RPC addr: '%s'
     Encrypted: %v
-`, self.Name, bind, self.Addr, why, rpc, keyed)
+`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, keyed)
 	switch ip := self.Addr.Addr(); {
 	case why == noAddress:
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
