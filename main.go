@@ -699,16 +699,11 @@ func (q *ask) query(fs *flag.FlagSet) error {
 		}
 	}
 	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
-	t, began := &tally{ask: q, silent: who, acks: []any{}}, time.Now()
-	if err := q.call("query", rpcTimeout, t.hear); err != nil {
-		return err
-	}
-	if err := output(t.sum()); err != nil {
-		return err
-	}
+	t, began := &tally{ask: q, said: make(map[reply]pairs)}, time.Now()
+	err := q.call("query", rpcTimeout, t.hear)
 	switch silent := strings.Join(t.silent, ", "); {
-	case silent == "":
-		return nil
+	case err != nil || silent == "":
+		return err
 	case time.Since(began) < q.Within:
 		return trouble("'members' shows who is alive", "no answer from %s: not there, or not any more", silent)
 	default:
@@ -719,17 +714,17 @@ func (q *ask) query(fs *flag.FlagSet) error {
 // tally is what has come of a query.
 type tally struct {
 	*ask
-	silent              []string // asked, and no answer yet
-	acks                []any
-	responses, failures pairs
+	silent []string // asked, and no answer yet
+	acks   []any
+	said   map[reply]pairs // the output of handlers that did well, and of those that failed
 }
 
-// hear takes an answer in, and shows it to people, who want to see each as it comes.
+// hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
 func (t *tally) hear(a answer, us []update) error {
 	text := ""
 	if a.Text != "" { // who is asked
 		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = append(t.silent, list(a.Text)...)
+		t.silent = append(list(a.Text), list(t.Args)...)
 		slices.Sort(t.silent)
 		t.silent = slices.Compact(t.silent) // who was named and is there is in both
 	}
@@ -739,38 +734,31 @@ func (t *tally) hear(a answer, us []update) error {
 			t.acks = append(t.acks, from)
 			text += fmt.Sprintf("Ack from '%s'\n", from)
 		}
-		switch plain := strings.TrimSuffix(said, "\n"); {
-		case a.Reply == replyDone:
-			t.responses = append(t.responses, from, said)
-			text += fmt.Sprintf("Response from '%s': %s\n", from, plain)
-		case a.Reply == replyFailed:
-			t.failures = append(t.failures, from, said)
-			text += fmt.Sprintf("Failed on '%s': %s\n", from, plain)
+		form := map[reply]string{replyDone: "Response from '%s': %s\n", replyFailed: "Failed on '%s': %s\n"}[a.Reply]
+		if form != "" {
+			t.said[a.Reply] = append(t.said[a.Reply], from, said)
+			text += fmt.Sprintf(form, from, strings.TrimSuffix(said, "\n"))
 		}
 		if a.Reply != replyHeard {
 			t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
 		}
 	}
-	if t.json {
+	switch done, failed := t.said[replyDone], t.said[replyFailed]; {
+	case t.json && a.More:
 		return nil
+	case t.json:
+		result := pairs{"Acks", t.acks, "Responses", done}
+		if len(failed) > 0 {
+			result = append(result, "Failures", failed)
+		}
+		text = toJSON(result, "\n") + "\n"
+	case !a.More:
+		if !t.noAck {
+			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
+		}
+		text += fmt.Sprintf("Total Responses: %d\n", len(done)/2)
 	}
 	return output(printable(text, "\n\t"))
-}
-
-// sum is the end of the output.
-func (t *tally) sum() string {
-	if t.json {
-		result := pairs{"Acks", t.acks, "Responses", t.responses}
-		if len(t.failures) > 0 {
-			result = append(result, "Failures", t.failures)
-		}
-		return toJSON(result, "\n") + "\n"
-	}
-	text := fmt.Sprintf("Total Responses: %d\n", len(t.responses)/2)
-	if !t.noAck {
-		text = fmt.Sprintf("Total Acks: %d\n", len(t.acks)) + text
-	}
-	return text
 }
 
 // ---- the agent ----
