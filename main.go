@@ -1198,8 +1198,9 @@ func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.Ad
 		}
 		_, port, _ := hostPort(s, port)
 		for _, ip := range found[i] {
-			a := netip.MustParseAddrPort(net.JoinHostPort(ip.String(), port))
-			if a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port()); !slices.Contains(addrs, a) {
+			addr, _ := netip.AddrFromSlice(ip.IP) // only IPv6 has zones
+			a := netip.MustParseAddrPort(net.JoinHostPort(addr.Unmap().WithZone(ip.Zone).String(), port))
+			if !slices.Contains(addrs, a) {
 				addrs = append(addrs, a)
 			}
 		}
