@@ -574,11 +574,10 @@ func (q *ask) members(*flag.FlagSet) error {
 		return misuse("", "-wait counts the living, and -status leaves them out")
 	}
 	const pause = 100 * ms
-	start, timeout := time.Now(), cmp.Or(q.timeout, math.MaxInt64)
+	deadline := time.Now().Add(cmp.Or(q.timeout, math.MaxInt64))
 	for few := error(nil); ; time.Sleep(pause) { // few is what the last answer lacked
-		ms, living, err := q.chosen(min(rpcTimeout, max(timeout-time.Since(start), pause)))
-		f, ok := errors.AsType[*failure](err)
-		late := timeout-time.Since(start) <= pause
+		ms, living, err := q.chosen(min(rpcTimeout, max(time.Until(deadline), pause)))
+		f, _ := errors.AsType[*failure](err)
 		switch {
 		case err == nil && len(living) >= q.count && q.json:
 			return output(membersJSON(ms))
@@ -587,10 +586,10 @@ func (q *ask) members(*flag.FlagSet) error {
 		case err == nil:
 			few = trouble("", "%d of %d members alive after %v: %s", len(living), q.count, q.timeout,
 				cmp.Or(strings.Join(living, ", "), "none"))
-		case q.count == 0 || !ok || !f.again:
+		case q.count == 0 || f == nil || !f.again:
 			return err
 		}
-		if late {
+		if time.Until(deadline) <= pause {
 			return cmp.Or(few, err)
 		}
 	}
