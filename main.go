@@ -214,7 +214,6 @@ func serfWord(word string) error {
 	return nil
 }
 
-// help is about all commands.
 func help() string {
 	text := `  {} agent                     start a node on this machine
   {} agent -join 10.0.2.15     start one that joins the cluster of that host
@@ -401,7 +400,6 @@ func (q *ask) queries(fs *flag.FlagSet) {
 	fs.BoolVar(&q.noAck, "no-ack", false, "do not show who has the query")
 }
 
-// shows are the commands that show something.
 func (q *ask) shows() []*command {
 	return []*command{
 		{"members", "", "lists the members of the cluster", `  {} members                                list all members
@@ -437,14 +435,19 @@ func (q *ask) shows() []*command {
 	}
 }
 
-// acts are the commands that have something done.
 func (q *ask) acts() []*command {
 	return []*command{
 		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
   {} tags -set health=ok -set zone=b -delete state
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", q.tags.set(""))
-			fs.Func("delete", "remove the tag `KEY`; repeatable", q.deleteTag)
+			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+				if key == "" || strings.Contains(key, "=") {
+					return errors.New("want KEY, such as state")
+				}
+				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
+				return nil
+			})
 		}}, q.setTags},
 		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
   {} event deploy 3f2c1aa       with a payload, the handlers' input
@@ -497,14 +500,6 @@ func (q *ask) join(fs *flag.FlagSet) error {
 	return q.call("join", slowTimeout, func(a answer, _ []update) error {
 		return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
 	})
-}
-
-func (q *ask) deleteTag(key string) error {
-	if key == "" || strings.Contains(key, "=") {
-		return errors.New("want KEY, such as state")
-	}
-	q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
-	return nil
 }
 
 func (q *ask) setTags(*flag.FlagSet) error {
@@ -624,7 +619,6 @@ func tagPairs(m Member) (kv pairs) {
 	return kv
 }
 
-// info shows what the agent says of itself, as text and as JSON.
 func (q *ask) info(*flag.FlagSet) error {
 	return q.call("info", rpcTimeout, func(a answer, _ []update) error {
 		text, json, _ := strings.Cut(a.Text, "\x00")
@@ -673,7 +667,6 @@ func (q *ask) watch(*flag.FlagSet) error {
 	return err
 }
 
-// line is one event.
 func (q *ask) line(a answer, u update) string {
 	at, m := time.Unix(0, a.At), u.Member
 	fields := pairs{"name", u.Event, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
