@@ -37,7 +37,7 @@ import (
 
 var version = "0.1.0" // the Makefile sets it
 
-var prog = "hamlet" // the name that the program was called by
+var prog = filepath.Base(os.Args[0]) // the name that the program was called by
 
 const (
 	defaultPort    = "7946"
@@ -71,7 +71,6 @@ func misuse(hint, format string, args ...any) error {
 }
 
 func main() {
-	prog = filepath.Base(os.Args[0])
 	if err := execute(append(os.Args[1:], "")[0], os.Args[min(2, len(os.Args)):]); err != nil {
 		exit(err)
 	}
@@ -80,8 +79,8 @@ func main() {
 // exit tells err, and ends the program.
 func exit(err error) {
 	f, _ := errors.AsType[*failure](err)
-	f = cmp.Or(f, &failure{msg: err.Error(), code: 1})
-	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(f.msg, "\n\t"))
+	f = cmp.Or(f, &failure{code: 1})
+	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(err.Error(), "\n\t"))
 	if f.hint != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", printable(f.hint, "\n\t"))
 	}
@@ -1095,9 +1094,6 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 	for {
 		select {
 		case <-ended:
-			if errors.Is(g.err, errTaken) {
-				return trouble("choose another name with -node", "%v", g.err)
-			}
 			return g.err
 		case s := <-signals:
 			switch {
