@@ -621,10 +621,7 @@ func tagPairs(m Member) (kv pairs) {
 func (q *ask) info(*flag.FlagSet) error {
 	return q.call("info", rpcTimeout, func(a answer, _ []update) error {
 		text, json, _ := strings.Cut(a.Text, "\x00")
-		if q.json {
-			text = json
-		}
-		return output(printable(text, "\n\t"))
+		return output(printable(map[bool]string{false: text, true: json}[q.json], "\n\t"))
 	})
 }
 
@@ -862,10 +859,7 @@ func setFrom(variable, text string, f *flag.Flag) error {
 // split takes a list apart at its commas, or at its newlines if there are any. The events in
 // member-join,user:x=script stay with their script.
 func split(text string) (items []string) {
-	sep := ","
-	if strings.Contains(text, "\n") {
-		sep = "\n"
-	}
+	sep := map[bool]string{false: ",", true: "\n"}[strings.Contains(text, "\n")]
 	for item := range strings.SplitSeq(text, sep) {
 		last := len(items) - 1
 		switch item = strings.TrimSpace(item); {
@@ -995,11 +989,9 @@ func listenRPC(addr string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	network := "tcp"
-	if ap, err := netip.ParseAddrPort(addr); err == nil && ap.Addr().Is4() {
-		network = "tcp4" // or 0.0.0.0 would take IPv6 as well
-	}
-	ln, err := net.Listen(network, addr)
+	ap, _ := netip.ParseAddrPort(addr)
+	only4 := map[bool]string{true: "4"}[ap.Addr().Is4()] // or 0.0.0.0 would take IPv6 as well
+	ln, err := net.Listen("tcp"+only4, addr)
 	if err != nil {
 		err = startFailure("the RPC", "-rpc-addr", addr, err)
 	}
