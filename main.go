@@ -206,7 +206,7 @@ var serfWords = map[string]string{
 // serfWord is the error for a word of Serf's; nil: it is none.
 func serfWord(word string) error {
 	for words, advice := range serfWords {
-		if word != "" && slices.Contains(strings.Fields(words), word) {
+		if slices.Contains(strings.Fields(words), word) {
 			return misuse("", "%s has no %s: %s", prog, word, advice)
 		}
 	}
@@ -1012,7 +1012,6 @@ func startFailure(what, option, addr string, err error) error {
 // banner tells how the agent can be reached, and warns of what is hardly meant.
 func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	self, _ := g.me()
-	keyed := len(a.gossip.keys) > 0
 	fmt.Printf(`==> Starting hamlet agent...
 ==> Starting hamlet agent RPC...
 ==> hamlet agent running!
@@ -1021,11 +1020,11 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Advertise: '%s' (%s)
      RPC addr: '%s'
     Encrypted: %v
-`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, keyed)
+`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, len(a.gossip.keys) > 0)
 	switch ip := self.Addr.Addr(); {
 	case why == noAddress:
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
-	case !keyed && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+	case len(a.gossip.keys) == 0 && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
