@@ -963,7 +963,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 	}
-	go logs.pump()
+	logs.pumping.Go(logs.pump)
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
 	ended := make(chan struct{})
@@ -1278,14 +1278,14 @@ var logLevels = []string{"trace", "debug", "info", "warn", "err"}
 // logWriter writes log lines of a level and above. It never blocks: a terminal that was halted must not halt the
 // agent. Until pump runs, lines wait.
 type logWriter struct {
-	level int
-	lines chan string // "" is the end
-	lost  atomic.Int64
-	done  chan struct{}
+	level   int
+	lines   chan string // "" is the end
+	lost    atomic.Int64
+	pumping sync.WaitGroup
 }
 
 func newLogWriter(level int) *logWriter {
-	return &logWriter{level: level, lines: make(chan string, 1024), done: make(chan struct{})}
+	return &logWriter{level: level, lines: make(chan string, 1024)}
 }
 
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
@@ -1305,7 +1305,6 @@ func (w *logWriter) Write(p []byte) (int, error) {
 }
 
 func (w *logWriter) pump() {
-	defer close(w.done)
 	for line := <-w.lines; line != ""; line = <-w.lines {
 		os.Stderr.WriteString(line)
 		if n := w.lost.Swap(0); n > 0 {
@@ -1316,5 +1315,5 @@ func (w *logWriter) pump() {
 
 // flush writes what is left, for two seconds at most.
 func (w *logWriter) flush() {
-	waitAtMost(2*time.Second, func() { w.lines <- ""; <-w.done })
+	waitAtMost(2*time.Second, func() { w.lines <- ""; w.pumping.Wait() })
 }
