@@ -266,7 +266,6 @@ func duration(d *time.Duration) func(string) error {
 	}
 }
 
-// tagMap holds tags.
 type tagMap map[string]string
 
 // set returns the way to take KEY=VALUE, or what is missing of it after a prefix.
@@ -318,10 +317,7 @@ type pairs []any
 // toJSON lays v out as Serf does, where nl is what begins a line, or (nl "") in one line. Not with encoding/json:
 // that leaves DEL and the C1 controls as they are, and a terminal would obey them.
 func toJSON(v any, nl string) string {
-	inner, sep, brackets := nl+"  ", ","+nl+"  ", "[]"
-	if nl == "" {
-		inner, sep = "", ", "
-	}
+	inner, brackets := strings.Replace(nl, "\n", "\n  ", 1), "[]"
 	var items []string
 	switch v := v.(type) {
 	case string:
@@ -341,7 +337,7 @@ func toJSON(v any, nl string) string {
 	if len(items) == 0 {
 		return brackets
 	}
-	return brackets[:1] + inner + strings.Join(items, sep) + nl + brackets[1:]
+	return brackets[:1] + inner + strings.Join(items, ","+cmp.Or(inner, " ")) + nl + brackets[1:]
 }
 
 func jsonString(s string) string {
