@@ -145,14 +145,13 @@ func (c *command) execute(args []string) error {
 	for _, define := range c.options {
 		define(fs)
 	}
-	err := fs.Parse(args)
+	err := cmp.Or(fs.Parse(args), c.checkArgs(fs))
 	_, unknown, _ := strings.Cut(fmt.Sprint(err), "not defined: ")
-	if word := serfWord(unknown); word != nil {
-		return word
-	} else if errors.Is(err, flag.ErrHelp) {
+	switch {
+	case errors.Is(err, flag.ErrHelp):
 		return output(c.help(fs))
-	} else if err = cmp.Or(err, c.checkArgs(fs)); err != nil {
-		return wrongUsage(c.name, err)
+	case err != nil:
+		return cmp.Or(serfWord(unknown), wrongUsage(c.name, err))
 	}
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
