@@ -1023,12 +1023,10 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
-	switch {
-	case rpc.(*net.TCPAddr).IP.IsLoopback():
-	case a.rpcAuth == "":
+	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
 		log.Printf("[WARN] the RPC listens on %s without a token: whoever reaches it controls this agent "+
 			"(-rpc-auth sets one)", rpc)
-	default:
+	} else if !ip.IsLoopback() {
 		log.Printf("[WARN] the RPC listens on %s: whoever has the token controls this agent from elsewhere", rpc)
 	}
 }
