@@ -458,9 +458,8 @@ func (q *ask) acts() []*command {
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
 		}}, q.join},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach}, func(*flag.FlagSet) error {
-			return q.do("leave", slowTimeout, "Graceful leave complete\n")
-		}},
+		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
+			func(*flag.FlagSet) error { return q.do("leave", slowTimeout, "Graceful leave complete\n") }},
 		{"force-leave", "NAME", "turns a failed member into one that left",
 			`  {} force-leave web3           a failed member counts as left, everywhere
   {} force-leave -prune web3    it vanishes from the list
