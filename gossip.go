@@ -62,7 +62,7 @@ var (
 	errMalformed = errors.New("sent a malformed message")
 	errMyself    = errors.New("that is this node itself")
 	errWait      = errors.New("whether the name is taken is being found out")
-	errTaken     = errors.New("is taken")
+	errTaken     = trouble("choose another name with -node", "is taken")
 	errNobody    = errors.New("nobody is asked: no living member is as the query wants it")
 	errStopped   = errors.New("the agent is stopping")
 )

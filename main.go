@@ -37,7 +37,7 @@ import (
 
 var version = "0.1.0" // the Makefile sets it
 
-var prog = "hamlet" // the name that the program was called by
+var prog = filepath.Base(os.Args[0]) // the name that the program was called by
 
 const (
 	defaultPort    = "7946"
@@ -71,7 +71,6 @@ func misuse(hint, format string, args ...any) error {
 }
 
 func main() {
-	prog = filepath.Base(os.Args[0])
 	if err := execute(append(os.Args[1:], "")[0], os.Args[min(2, len(os.Args)):]); err != nil {
 		exit(err)
 	}
@@ -79,11 +78,9 @@ func main() {
 
 // exit tells err, and ends the program.
 func exit(err error) {
-	f, ok := errors.AsType[*failure](err)
-	if !ok {
-		f = &failure{msg: err.Error(), code: 1}
-	}
-	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(f.msg, "\n\t"))
+	f, _ := errors.AsType[*failure](err)
+	f = cmp.Or(f, &failure{code: 1})
+	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(err.Error(), "\n\t"))
 	if f.hint != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", printable(f.hint, "\n\t"))
 	}
@@ -118,7 +115,7 @@ type command struct {
 	name, args, short string
 	examples          string // {} stands for the program's name
 	options           options
-	run               func(args []string) error
+	run               func(*flag.FlagSet) error
 }
 
 type options []func(*flag.FlagSet)
@@ -129,13 +126,13 @@ func newCommands() []*command {
 		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
 	}, q.shows(), q.acts(), []*command{
 		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
-			func([]string) error {
+			func(*flag.FlagSet) error {
 				key := make([]byte, keySize)
 				rand.Read(key) // never fails
 				return output(base64.StdEncoding.EncodeToString(key) + "\n")
 			}},
 		{"version", "", "prints the version", "  {} version\n", nil,
-			func([]string) error {
+			func(*flag.FlagSet) error {
 				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
 			}},
 	})
@@ -148,21 +145,20 @@ func (c *command) execute(args []string) error {
 	for _, define := range c.options {
 		define(fs)
 	}
-	err := fs.Parse(args)
+	err := cmp.Or(fs.Parse(args), c.checkArgs(fs))
 	_, unknown, _ := strings.Cut(fmt.Sprint(err), "not defined: ")
-	if word := serfWord(unknown); word != nil {
-		return word
-	} else if errors.Is(err, flag.ErrHelp) {
+	switch {
+	case errors.Is(err, flag.ErrHelp):
 		return output(c.help(fs))
-	} else if err = cmp.Or(err, c.checkArgs(fs)); err != nil {
-		return wrongUsage(c.name, err)
+	case err != nil:
+		return cmp.Or(serfWord(unknown), wrongUsage(c.name, err))
 	}
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
 		signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
 		go func() { <-quit; os.Exit(128 + int(syscall.SIGQUIT)) }()
 	}
-	return c.run(fs.Args())
+	return c.run(fs)
 }
 
 // checkArgs compares the arguments with what the command takes: WORD, [WORD] or WORD...
@@ -209,14 +205,13 @@ var serfWords = map[string]string{
 // serfWord is the error for a word of Serf's; nil: it is none.
 func serfWord(word string) error {
 	for words, advice := range serfWords {
-		if word != "" && slices.Contains(strings.Fields(words), word) {
+		if slices.Contains(strings.Fields(words), word) {
 			return misuse("", "%s has no %s: %s", prog, word, advice)
 		}
 	}
 	return nil
 }
 
-// help is about all commands.
 func help() string {
 	text := `  {} agent                     start a node on this machine
   {} agent -join 10.0.2.15     start one that joins the cluster of that host
@@ -270,7 +265,6 @@ func duration(d *time.Duration) func(string) error {
 	}
 }
 
-// tagMap holds tags.
 type tagMap map[string]string
 
 // set returns the way to take KEY=VALUE, or what is missing of it after a prefix.
@@ -322,10 +316,7 @@ type pairs []any
 // toJSON lays v out as Serf does, where nl is what begins a line, or (nl "") in one line. Not with encoding/json:
 // that leaves DEL and the C1 controls as they are, and a terminal would obey them.
 func toJSON(v any, nl string) string {
-	inner, sep, brackets := nl+"  ", ","+nl+"  ", "[]"
-	if nl == "" {
-		inner, sep = "", ", "
-	}
+	inner, brackets := strings.Replace(nl, "\n", "\n  ", 1), "[]"
 	var items []string
 	switch v := v.(type) {
 	case string:
@@ -345,7 +336,7 @@ func toJSON(v any, nl string) string {
 	if len(items) == 0 {
 		return brackets
 	}
-	return brackets[:1] + inner + strings.Join(items, sep) + nl + brackets[1:]
+	return brackets[:1] + inner + strings.Join(items, ","+cmp.Or(inner, " ")) + nl + brackets[1:]
 }
 
 func jsonString(s string) string {
@@ -403,7 +394,6 @@ func (q *ask) queries(fs *flag.FlagSet) {
 	fs.BoolVar(&q.noAck, "no-ack", false, "do not show who has the query")
 }
 
-// shows are the commands that show something.
 func (q *ask) shows() []*command {
 	return []*command{
 		{"members", "", "lists the members of the cluster", `  {} members                                list all members
@@ -439,22 +429,27 @@ func (q *ask) shows() []*command {
 	}
 }
 
-// acts are the commands that have something done.
 func (q *ask) acts() []*command {
 	return []*command{
 		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
   {} tags -set health=ok -set zone=b -delete state
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", q.tags.set(""))
-			fs.Func("delete", "remove the tag `KEY`; repeatable", q.deleteTag)
+			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+				if key == "" || strings.Contains(key, "=") {
+					return errors.New("want KEY, such as state")
+				}
+				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
+				return nil
+			})
 		}}, q.setTags},
 		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
   {} event deploy 3f2c1aa       with a payload, the handlers' input
   {} event -coalesce=false log "$(uptime)"
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
-		}}, func(args []string) error {
-			q.Name, q.Payload = args[0], []byte(strings.Join(args[1:], ""))
+		}}, func(fs *flag.FlagSet) error {
+			q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
 			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(q.Name, ""), q.Merge)
 			return q.do("event", rpcTimeout, done)
 		}},
@@ -463,16 +458,15 @@ func (q *ask) acts() []*command {
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
 		}}, q.join},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach}, func([]string) error {
-			return q.do("leave", slowTimeout, "Graceful leave complete\n")
-		}},
+		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
+			func(*flag.FlagSet) error { return q.do("leave", slowTimeout, "Graceful leave complete\n") }},
 		{"force-leave", "NAME", "turns a failed member into one that left",
 			`  {} force-leave web3           a failed member counts as left, everywhere
   {} force-leave -prune web3    it vanishes from the list
 `, options{q.reach, func(fs *flag.FlagSet) {
 				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
-			}}, func(args []string) error {
-				q.Name = args[0]
+			}}, func(fs *flag.FlagSet) error {
+				q.Name = fs.Arg(0)
 				return q.do("force-leave", rpcTimeout, "")
 			}},
 	}
@@ -491,25 +485,17 @@ func (q *ask) do(op string, timeout time.Duration, done string) error {
 	return q.call(op, timeout, func(answer, []update) error { return output(done) })
 }
 
-func (q *ask) join(addrs []string) error {
-	if err := checkAddrs(addrs); err != nil {
+func (q *ask) join(fs *flag.FlagSet) error {
+	if err := checkAddrs(fs.Args()); err != nil {
 		return misuse("", "join: %v", err)
 	}
-	q.Args = strings.Join(addrs, "\x00")
+	q.Args = strings.Join(fs.Args(), "\x00")
 	return q.call("join", slowTimeout, func(a answer, _ []update) error {
 		return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
 	})
 }
 
-func (q *ask) deleteTag(key string) error {
-	if key == "" || strings.Contains(key, "=") {
-		return errors.New("want KEY, such as state")
-	}
-	q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
-	return nil
-}
-
-func (q *ask) setTags([]string) error {
+func (q *ask) setTags(*flag.FlagSet) error {
 	tags, err := makeTags(q.tags)
 	if q.Args = string(tags); err != nil {
 		return misuse("", "-set: %v", err)
@@ -568,7 +554,7 @@ func (q *ask) chosen(timeout time.Duration) (ms []Member, living []string, err e
 	return ms, living, err
 }
 
-func (q *ask) members([]string) error {
+func (q *ask) members(*flag.FlagSet) error {
 	switch status := q.filter["status"]; {
 	case q.timeout > 0 && q.count == 0:
 		return misuse("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
@@ -576,11 +562,10 @@ func (q *ask) members([]string) error {
 		return misuse("", "-wait counts the living, and -status leaves them out")
 	}
 	const pause = 100 * ms
-	start, timeout := time.Now(), cmp.Or(q.timeout, math.MaxInt64)
+	deadline := time.Now().Add(cmp.Or(q.timeout, math.MaxInt64))
 	for few := error(nil); ; time.Sleep(pause) { // few is what the last answer lacked
-		ms, living, err := q.chosen(min(rpcTimeout, max(timeout-time.Since(start), pause)))
-		f, ok := errors.AsType[*failure](err)
-		late := timeout-time.Since(start) <= pause
+		ms, living, err := q.chosen(min(rpcTimeout, max(time.Until(deadline), pause)))
+		f, _ := errors.AsType[*failure](err)
 		switch {
 		case err == nil && len(living) >= q.count && q.json:
 			return output(membersJSON(ms))
@@ -589,10 +574,10 @@ func (q *ask) members([]string) error {
 		case err == nil:
 			few = trouble("", "%d of %d members alive after %v: %s", len(living), q.count, q.timeout,
 				cmp.Or(strings.Join(living, ", "), "none"))
-		case q.count == 0 || !ok || !f.again:
+		case q.count == 0 || f == nil || !f.again:
 			return err
 		}
-		if late {
+		if time.Until(deadline) <= pause {
 			return cmp.Or(few, err)
 		}
 	}
@@ -628,18 +613,14 @@ func tagPairs(m Member) (kv pairs) {
 	return kv
 }
 
-// info shows what the agent says of itself, as text and as JSON.
-func (q *ask) info([]string) error {
+func (q *ask) info(*flag.FlagSet) error {
 	return q.call("info", rpcTimeout, func(a answer, _ []update) error {
 		text, json, _ := strings.Cut(a.Text, "\x00")
-		if q.json {
-			text = json
-		}
-		return output(printable(text, "\n\t"))
+		return output(printable(map[bool]string{false: text, true: json}[q.json], "\n\t"))
 	})
 }
 
-func (q *ask) watch([]string) error {
+func (q *ask) watch(*flag.FlagSet) error {
 	kinds, there := strings.Split(q.events, ","), eventNames[0]
 	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
 	switch {
@@ -677,7 +658,6 @@ func (q *ask) watch([]string) error {
 	return err
 }
 
-// line is one event.
 func (q *ask) line(a answer, u update) string {
 	at, m := time.Unix(0, a.At), u.Member
 	fields := pairs{"name", u.Event, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
@@ -693,7 +673,7 @@ func (q *ask) line(a answer, u update) string {
 }
 
 // query asks the members that are meant; with neither filter nor nodes that is all of them.
-func (q *ask) query(args []string) error {
+func (q *ask) query(fs *flag.FlagSet) error {
 	who := q.nodes
 	if len(q.filter) > 0 {
 		_, living, err := q.chosen(rpcTimeout)
@@ -701,17 +681,12 @@ func (q *ask) query(args []string) error {
 			return cmp.Or(err, errNobody)
 		}
 	}
-	q.Name, q.Payload, q.Args = args[0], []byte(strings.Join(args[1:], "")), strings.Join(who, "\x00")
-	t, began := &tally{ask: q, silent: who, acks: []any{}}, time.Now()
-	if err := q.call("query", rpcTimeout, t.hear); err != nil {
-		return err
-	}
-	if err := output(t.sum()); err != nil {
-		return err
-	}
+	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
+	t, began := &tally{ask: q, said: make(map[reply]pairs)}, time.Now()
+	err := q.call("query", rpcTimeout, t.hear)
 	switch silent := strings.Join(t.silent, ", "); {
-	case silent == "":
-		return nil
+	case err != nil || silent == "":
+		return err
 	case time.Since(began) < q.Within:
 		return trouble("'members' shows who is alive", "no answer from %s: not there, or not any more", silent)
 	default:
@@ -722,17 +697,17 @@ func (q *ask) query(args []string) error {
 // tally is what has come of a query.
 type tally struct {
 	*ask
-	silent              []string // asked, and no answer yet
-	acks                []any
-	responses, failures pairs
+	silent []string // asked, and no answer yet
+	acks   []any
+	said   map[reply]pairs // the output of handlers that did well, and of those that failed
 }
 
-// hear takes an answer in, and shows it to people, who want to see each as it comes.
+// hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
 func (t *tally) hear(a answer, us []update) error {
 	text := ""
 	if a.Text != "" { // who is asked
 		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = append(t.silent, list(a.Text)...)
+		t.silent = append(list(a.Text), list(t.Args)...)
 		slices.Sort(t.silent)
 		t.silent = slices.Compact(t.silent) // who was named and is there is in both
 	}
@@ -742,45 +717,37 @@ func (t *tally) hear(a answer, us []update) error {
 			t.acks = append(t.acks, from)
 			text += fmt.Sprintf("Ack from '%s'\n", from)
 		}
-		switch plain := strings.TrimSuffix(said, "\n"); {
-		case a.Reply == replyDone:
-			t.responses = append(t.responses, from, said)
-			text += fmt.Sprintf("Response from '%s': %s\n", from, plain)
-		case a.Reply == replyFailed:
-			t.failures = append(t.failures, from, said)
-			text += fmt.Sprintf("Failed on '%s': %s\n", from, plain)
+		form := map[reply]string{replyDone: "Response from '%s': %s\n", replyFailed: "Failed on '%s': %s\n"}[a.Reply]
+		if form != "" {
+			t.said[a.Reply] = append(t.said[a.Reply], from, said)
+			text += fmt.Sprintf(form, from, strings.TrimSuffix(said, "\n"))
 		}
 		if a.Reply != replyHeard {
 			t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
 		}
 	}
-	if t.json {
+	switch done, failed := t.said[replyDone], t.said[replyFailed]; {
+	case t.json && a.More:
 		return nil
+	case t.json:
+		result := pairs{"Acks", t.acks, "Responses", done}
+		if len(failed) > 0 {
+			result = append(result, "Failures", failed)
+		}
+		text = toJSON(result, "\n") + "\n"
+	case !a.More:
+		if !t.noAck {
+			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
+		}
+		text += fmt.Sprintf("Total Responses: %d\n", len(done)/2)
 	}
 	return output(printable(text, "\n\t"))
-}
-
-// sum is the end of the output.
-func (t *tally) sum() string {
-	if t.json {
-		result := pairs{"Acks", t.acks, "Responses", t.responses}
-		if len(t.failures) > 0 {
-			result = append(result, "Failures", t.failures)
-		}
-		return toJSON(result, "\n") + "\n"
-	}
-	text := fmt.Sprintf("Total Responses: %d\n", len(t.responses)/2)
-	if !t.noAck {
-		text = fmt.Sprintf("Total Acks: %d\n", len(t.acks)) + text
-	}
-	return text
 }
 
 // ---- the agent ----
 
 // agent is what the agent's options say; some need checking as the user wrote them.
 type agent struct {
-	flags                      *flag.FlagSet
 	gossip                     gossipConfig
 	handlers                   handlerConfig
 	bind, advertise, iface     string
@@ -808,7 +775,7 @@ SIGHUP does nothing.
 
 func (a *agent) options(fs *flag.FlagSet) {
 	g, h := &a.gossip, &a.handlers
-	a.flags, g.reapAfter, h.timeout, h.grace = fs, 24*time.Hour, 10*time.Minute, handlerGrace
+	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, handlerGrace
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
 	fs.Func("role", "the same as -tag role=`ROLE`", a.tags.set("role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", a.tags.set(""))
@@ -845,14 +812,14 @@ func (a *agent) seed(s string) error {
 }
 
 // environment sets the options that were not given from their variables, and names the variables of none.
-func (a *agent) environment() (unknown []string, err error) {
+func environment(fs *flag.FlagSet) (unknown []string, err error) {
 	given := make(map[string]bool)
-	a.flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, kv := range os.Environ() {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
-		switch f := a.flags.Lookup(name); {
+		switch f := fs.Lookup(name); {
 		case !ours:
 		case f == nil:
 			unknown = append(unknown, variable)
@@ -887,10 +854,7 @@ func setFrom(variable, text string, f *flag.Flag) error {
 // split takes a list apart at its commas, or at its newlines if there are any. The events in
 // member-join,user:x=script stay with their script.
 func split(text string) (items []string) {
-	sep := ","
-	if strings.Contains(text, "\n") {
-		sep = "\n"
-	}
+	sep := map[bool]string{false: ",", true: "\n"}[strings.Contains(text, "\n")]
 	for item := range strings.SplitSeq(text, sep) {
 		last := len(items) - 1
 		switch item = strings.TrimSpace(item); {
@@ -916,9 +880,13 @@ func (a *agent) check() (why string, err error) {
 	if cfg.member.Tags, err = makeTags(a.tags); err != nil {
 		return "", misuse("", "-tag: %v", err)
 	}
-	if cfg.bind, err = parseBind(a.bind); err != nil {
-		return "", misuse("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946", "-bind: %v", err)
+	host, port, _ := hostPort(a.bind, defaultPort)
+	bind, err := netip.ParseAddrPort(net.JoinHostPort(cmp.Or(host, "0.0.0.0"), port)) // which takes no empty port
+	if err != nil || bind.Addr().IsMulticast() {
+		return "", misuse("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946",
+			"-bind: %q is not an IP address and a port", a.bind)
 	}
+	cfg.bind = netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port())
 	if cfg.keys, err = parseKeys(a.keys); err != nil {
 		return "", misuse(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
@@ -941,11 +909,11 @@ func parseKeys(list []string) (keys [][]byte, err error) {
 	return keys, nil
 }
 
-func (a *agent) run([]string) error {
+func (a *agent) run(fs *flag.FlagSet) error {
 	if os.Getpid() == 1 {
 		os.Exit(runAsInit())
 	}
-	unknown, err := a.environment()
+	unknown, err := environment(fs)
 	if err != nil {
 		return wrongUsage("agent", err)
 	}
@@ -954,7 +922,6 @@ func (a *agent) run([]string) error {
 		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
 	logs := newLogWriter(level)
-	defer logs.flush()
 	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
 	signals := prepareProcess()
@@ -987,12 +954,12 @@ func (a *agent) run([]string) error {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
 	close(started)
-	self, _ := g.me()
-	a.banner(self, why, ln.Addr())
+	a.banner(g, why, ln.Addr())
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 	}
-	logs.start()
+	logs.pumping.Go(logs.pump)
+	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
 	ended := make(chan struct{})
 	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
@@ -1017,11 +984,9 @@ func listenRPC(addr string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	network := "tcp"
-	if ap, err := netip.ParseAddrPort(addr); err == nil && ap.Addr().Is4() {
-		network = "tcp4" // or 0.0.0.0 would take IPv6 as well
-	}
-	ln, err := net.Listen(network, addr)
+	ap, _ := netip.ParseAddrPort(addr)
+	only4 := map[bool]string{true: "4"}[ap.Addr().Is4()] // or 0.0.0.0 would take IPv6 as well
+	ln, err := net.Listen("tcp"+only4, addr)
 	if err != nil {
 		err = startFailure("the RPC", "-rpc-addr", addr, err)
 	}
@@ -1040,11 +1005,8 @@ func startFailure(what, option, addr string, err error) error {
 }
 
 // banner tells how the agent can be reached, and warns of what is hardly meant.
-func (a *agent) banner(self Member, why string, rpc net.Addr) {
-	bind, keyed := a.gossip.bind, len(a.gossip.keys) > 0
-	if bind.Port() == 0 {
-		bind = netip.AddrPortFrom(bind.Addr(), self.Addr.Port())
-	}
+func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
+	self, _ := g.me()
 	fmt.Printf(`==> Starting hamlet agent...
 ==> Starting hamlet agent RPC...
 ==> hamlet agent running!
@@ -1053,20 +1015,18 @@ func (a *agent) banner(self Member, why string, rpc net.Addr) {
     Advertise: '%s' (%s)
      RPC addr: '%s'
     Encrypted: %v
-`, self.Name, bind, self.Addr, why, rpc, keyed)
+`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, len(a.gossip.keys) > 0)
 	switch ip := self.Addr.Addr(); {
 	case why == noAddress:
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
-	case !keyed && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+	case len(a.gossip.keys) == 0 && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
-	switch {
-	case rpc.(*net.TCPAddr).IP.IsLoopback():
-	case a.rpcAuth == "":
+	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
 		log.Printf("[WARN] the RPC listens on %s without a token: whoever reaches it controls this agent "+
 			"(-rpc-auth sets one)", rpc)
-	default:
+	} else if !ip.IsLoopback() {
 		log.Printf("[WARN] the RPC listens on %s: whoever has the token controls this agent from elsewhere", rpc)
 	}
 }
@@ -1118,37 +1078,25 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 	for {
 		select {
 		case <-ended:
-			if errors.Is(g.err, errTaken) {
-				return trouble("choose another name with -node", "%v", g.err)
-			}
 			return g.err
 		case s := <-signals:
 			switch {
 			case s == syscall.SIGHUP: // Serf would read its configuration again
 				log.Print("[INFO] hangup: there is no configuration to reload, carrying on")
-			case told.IsZero():
-				told = time.Now()
-				a.stop(g, s)
-			case time.Since(told) > sameSignal:
+			case !told.IsZero() && time.Since(told) > sameSignal:
 				return trouble("", "%v while stopping: ended at once", s)
+			case !told.IsZero():
+			case s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate:
+				log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+				told = time.Now()
+				go g.leave()
+			default:
+				log.Printf("[INFO] %v: ending without leaving", s)
+				told = time.Now()
+				go g.close() // peers notice at once; handlers get their grace
 			}
 		}
 	}
-}
-
-// stop has the agent end as the signal wants it.
-func (a *agent) stop(g *gossip, s os.Signal) {
-	if s != os.Interrupt && (s != syscall.SIGTERM || !a.leaveOnTerminate) {
-		log.Printf("[INFO] %v: ending without leaving", s)
-		g.close() // peers notice at once; handlers get their grace
-		return
-	}
-	log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
-	go func() {
-		if err := g.leave(); err != nil {
-			log.Printf("[WARN] leave: %v", err)
-		}
-	}()
 }
 
 // waitAtMost reports whether wait returned within d.
@@ -1200,25 +1148,16 @@ func rpcAddr(s string) (string, error) {
 	return net.JoinHostPort(host, port), err
 }
 
-func parseBind(s string) (netip.AddrPort, error) {
-	host, port, err := hostPort(s, defaultPort)
-	bind, perr := netip.ParseAddrPort(net.JoinHostPort(cmp.Or(host, "0.0.0.0"), port))
-	if err != nil || perr != nil || bind.Addr().IsMulticast() {
-		return bind, fmt.Errorf("%q is not an IP address and a port", s)
-	}
-	return netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port()), nil
-}
-
-// resolve looks up all addresses of all hosts at the same time; a host without a port means 7946. What takes
+// resolve looks up all addresses of all hosts at the same time; port stands in for a missing one. What takes
 // longer than 1.5 s counts as failed.
-func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs []string) {
+func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.AddrPort, errs []string) {
 	ctx, cancel := context.WithTimeout(ctx, resolveFor)
 	defer cancel()
 	found, failed := make([][]net.IPAddr, len(hosts)), make([]error, len(hosts))
 	var all sync.WaitGroup
 	for i, s := range hosts {
 		all.Go(func() {
-			host, _, err := hostPort(s, defaultPort)
+			host, _, err := hostPort(s, port)
 			if failed[i] = err; err == nil {
 				found[i], failed[i] = net.DefaultResolver.LookupIPAddr(ctx, host) // LookupNetIP would lose a zone
 			}
@@ -1229,10 +1168,11 @@ func resolve(ctx context.Context, hosts []string) (addrs []netip.AddrPort, errs 
 		if failed[i] != nil {
 			errs = append(errs, fmt.Sprintf("%s: %v", s, failed[i]))
 		}
-		_, port, _ := hostPort(s, defaultPort)
+		_, port, _ := hostPort(s, port)
 		for _, ip := range found[i] {
-			a := netip.MustParseAddrPort(net.JoinHostPort(ip.String(), port))
-			if a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port()); !slices.Contains(addrs, a) {
+			addr, _ := netip.AddrFromSlice(ip.IP) // only IPv6 has zones
+			a := netip.MustParseAddrPort(net.JoinHostPort(addr.Unmap().WithZone(ip.Zone).String(), port))
+			if !slices.Contains(addrs, a) {
 				addrs = append(addrs, a)
 			}
 		}
@@ -1255,11 +1195,7 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	case a.advertise != "" && a.iface != "":
 		return addr, "", misuse("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
 	case a.advertise != "":
-		host := a.advertise
-		if h, port, err := hostPort(host, fmt.Sprint(bind.Port())); err == nil {
-			host = net.JoinHostPort(h, port)
-		}
-		found, errs := resolve(context.Background(), []string{host})
+		found, errs := resolve(context.Background(), []string{a.advertise}, fmt.Sprint(bind.Port()))
 		for _, ap := range found {
 			if ip := ap.Addr(); !ip.IsUnspecified() && !ip.IsMulticast() && fits(ip, bind.Addr()) {
 				return ap, "set with -advertise", nil
@@ -1270,7 +1206,7 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	case a.iface == "" && !bind.Addr().IsUnspecified():
 		return bind, "the bound address", nil
 	case a.iface == "":
-		seeds, _ := resolve(context.Background(), a.gossip.seeds)
+		seeds, _ := resolve(context.Background(), a.gossip.seeds, defaultPort)
 		for _, seed := range seeds {
 			try(sourceTo(seed.Addr()), fmt.Sprintf("source address of the route to %s", seed.Addr()))
 		}
@@ -1293,10 +1229,9 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	case a.iface != "":
 		return addr, "", misuse("-iface takes the name of an interface",
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
-	case bind.Addr().Is4():
-		return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), bind.Port()), noAddress, nil
 	}
-	return netip.AddrPortFrom(netip.IPv6Loopback(), bind.Port()), noAddress, nil
+	loopback := map[bool]string{true: "127.0.0.1", false: "::1"}[bind.Addr().Is4()]
+	return netip.AddrPortFrom(netip.MustParseAddr(loopback), bind.Port()), noAddress, nil
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
@@ -1334,19 +1269,16 @@ func isMine(ip netip.Addr) bool {
 var logLevels = []string{"trace", "debug", "info", "warn", "err"}
 
 // logWriter writes log lines of a level and above. It never blocks: a terminal that was halted must not halt the
-// agent. Until start, lines wait.
+// agent. Until pump runs, lines wait.
 type logWriter struct {
-	level int
-	lines chan string // "" is the end
-	lost  atomic.Int64
-	start func()
-	done  chan struct{}
+	level   int
+	lines   chan string // "" is the end
+	lost    atomic.Int64
+	pumping sync.WaitGroup
 }
 
 func newLogWriter(level int) *logWriter {
-	w := &logWriter{level: level, lines: make(chan string, 1024), done: make(chan struct{})}
-	w.start = sync.OnceFunc(func() { go w.pump() })
-	return w
+	return &logWriter{level: level, lines: make(chan string, 1024)}
 }
 
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
@@ -1366,7 +1298,6 @@ func (w *logWriter) Write(p []byte) (int, error) {
 }
 
 func (w *logWriter) pump() {
-	defer close(w.done)
 	for line := <-w.lines; line != ""; line = <-w.lines {
 		os.Stderr.WriteString(line)
 		if n := w.lost.Swap(0); n > 0 {
@@ -1377,6 +1308,5 @@ func (w *logWriter) pump() {
 
 // flush writes what is left, for two seconds at most.
 func (w *logWriter) flush() {
-	w.start()
-	waitAtMost(2*time.Second, func() { w.lines <- ""; <-w.done })
+	waitAtMost(2*time.Second, func() { w.lines <- ""; w.pumping.Wait() })
 }

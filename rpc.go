@@ -757,7 +757,7 @@ func (g *gossip) serveLink(s *session, m Member) error {
 // join compares tables with every address of every name in addrs once, all at the same time. It returns the names
 // of those that answered, and what is wrong with the others ("ADDR: reason"); why: the own name is taken.
 func (g *gossip) join(addrs []string, replay bool) (names, errs []string, why error) {
-	ips, errs := resolve(g.ctx, addrs)
+	ips, errs := resolve(g.ctx, addrs, defaultPort)
 	var mu sync.Mutex
 	var all sync.WaitGroup
 	for _, ip := range ips[:min(len(ips), maxDials)] {
