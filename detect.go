@@ -164,7 +164,7 @@ func (r *ring) beat(n *node, w *entry, next time.Duration) {
 	h := n.head(kHeartbeat)
 	h.Promise = uint32((next - n.now) / ms)
 	if w.deal().promised = next; w.deal().met {
-		n.send(w.Member, h)
+		n.send(w.Member, h, nil)
 	} else {
 		n.post(w.Member, h, nil, next-n.now)
 	}
@@ -389,7 +389,7 @@ func (d *detector) check(n *node, p *probe) {
 	h.Seq, h.Target = p.seq, p.m.Name
 	for _, w := range p.asked {
 		if !slices.ContainsFunc(p.votes, func(v vote) bool { return v.by == w.Name && v.when >= p.start }) {
-			n.send(w.Member, h)
+			n.send(w.Member, h, nil)
 		}
 	}
 }

@@ -274,11 +274,11 @@ func (n *node) affords(m Member, k kind) bool {
 }
 
 // send sends h and a body of updates to one run of a member.
-func (n *node) send(to Member, h head, body ...[]byte) {
+func (n *node) send(to Member, h head, body []byte) {
 	if h.Kind == kAck || n.affords(to, h.Kind) {
 		n.number++
 		h.Number = n.number
-		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &h), bytes.Join(body, nil)...)})
+		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &h), body...)})
 	}
 }
 
@@ -288,7 +288,7 @@ func (n *node) ping(m Member) {
 	h.Target, h.Seq = m.Name, n.nonce()
 	n.questions.add(question{m: m, h: h, until: n.now + answerFor})
 	m.Born = 0
-	n.send(m, h)
+	n.send(m, h, nil)
 }
 
 // post sends m a letter.
@@ -489,7 +489,7 @@ func (n *node) answer(to netip.AddrPort, h head, size int) {
 		a.Digest = 0
 	}
 	if len(wire.encode(nil, &a)) <= size {
-		n.send(Member{Name: h.From, Addr: to, Born: h.born()}, a)
+		n.send(Member{Name: h.From, Addr: to, Born: h.born()}, a, nil)
 	}
 }
 
@@ -557,31 +557,20 @@ func (n *node) contact(e *entry, h head) {
 
 // spread is what is to be flooded, and the user events that are remembered.
 type spread struct {
-	queue   []news
+	queue   [][]byte // updates on their way to my watchers
 	flushAt time.Duration
 	rate    bucket
 	events  memory
 }
 
-// news is one update on its way to my watchers.
-type news struct {
-	key  string // a newer claim about a name replaces the older
-	data []byte
-}
-
 // flood has everybody told of e.
 func (n *node) flood(e *entry) {
 	u := n.claim(e)
-	n.spread.add(n, &u)
+	n.spread.add(&u)
 }
 
-func (s *spread) add(n *node, u *update) {
-	o := news{u.key(), wire.encode(nil, u)}
-	if i := slices.IndexFunc(s.queue, func(q news) bool { return q.key == o.key }); i >= 0 {
-		s.queue[i] = o
-		return
-	}
-	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], o) // what overflows is left to repair
+func (s *spread) add(u *update) {
+	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
 }
 
 // flush sends the queue to all watchers: at once when the line was idle, else in batches, floodRate a second.
@@ -591,11 +580,13 @@ func (s *spread) flush(n *node) {
 	}
 	s.rate.fill(n.now, floodRate, floodRate/5)
 	for len(s.queue) > 0 && n.now >= s.flushAt && s.rate.tokens >= 0 {
-		var one [][]byte
-		one, s.queue = batch(s.queue)
+		var one []byte // as much as fits into a datagram
+		for len(s.queue) > 0 && (len(one) == 0 || len(one)+len(s.queue[0]) <= maxDatagram-256) {
+			one, s.queue = append(one, s.queue[0]...), s.queue[1:]
+		}
 		for _, w := range n.ring.watchers {
 			if w.deal().met {
-				n.send(w.Member, n.head(kFlood), one...)
+				n.send(w.Member, n.head(kFlood), one)
 				s.rate.tokens--
 			}
 		}
@@ -606,16 +597,6 @@ func (s *spread) flush(n *node) {
 	if len(s.queue) > 0 {
 		n.wakeAt(s.flushAt)
 	}
-}
-
-// batch takes as much of the queue as fits into one datagram.
-func batch(queue []news) (one [][]byte, rest []news) {
-	for size := 0; len(one) < len(queue); one = append(one, queue[len(one)].data) {
-		if size += len(queue[len(one)].data); size > maxDatagram-256 && len(one) > 0 {
-			break
-		}
-	}
-	return one, queue[len(one):]
 }
 
 // check says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
@@ -694,7 +675,7 @@ func (n *node) learnEvent(u *update, replay bool) error {
 	}
 	n.out.events = append(n.out.events, ev)
 	again := updateOf(ev)
-	s.add(n, &again)
+	s.add(&again)
 	return nil
 }
 
