@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"log"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -28,7 +29,10 @@ import (
 	"time"
 )
 
-const ms = time.Millisecond
+const (
+	ms    = time.Millisecond
+	never = time.Duration(math.MaxInt64)
+)
 
 // The protocol's times and bounds; the detector's are in detect.go. They were settled in simulation: the
 // scenarios in sim_test.go are the measurements.
@@ -286,7 +290,7 @@ func (n *node) send(to Member, h head, body []byte) {
 func (n *node) ping(m Member) {
 	h := n.head(kPing)
 	h.Target, h.Seq = m.Name, n.nonce()
-	n.questions.add(question{m: m, h: h, until: n.now + answerFor})
+	n.questions.add(question{m: m, h: h, until: n.now + answerFor, at: never})
 	m.Born = 0
 	n.send(m, h, nil)
 }
@@ -294,7 +298,7 @@ func (n *node) ping(m Member) {
 // post sends m a letter.
 func (n *node) post(m Member, h head, body []byte, within time.Duration) {
 	h.Seq = n.nonce()
-	n.questions.add(question{m: m, h: h, body: body, until: n.now + within, letter: true})
+	n.questions.add(question{m: m, h: h, body: body, until: n.now + within})
 	n.wakeAt(n.now)
 }
 
@@ -348,55 +352,40 @@ func (n *node) claim(e *entry) update {
 // question is a datagram that wants an answer: a ping, or a letter, which is sent again, less and less often,
 // until its time is over or the run that it is for is gone. It counts for one answer: a recorded one proves nothing.
 type question struct {
-	m      Member // the run that is asked
-	h      head
-	body   []byte
-	until  time.Duration
-	letter bool
-	at     time.Duration // of a letter: when to send it
-	wait   time.Duration // and how long after the last time
+	m     Member // the run that is asked
+	h     head
+	body  []byte
+	until time.Duration
+	at    time.Duration // when to send it, or send it again; a ping: never
+	wait  time.Duration // how long that is after the last time
 }
 
 type questions struct {
-	open []question
+	open []*question
 	rate bucket // of letters
 }
 
 func (qs *questions) add(q question) {
 	if len(qs.open) < maxQuestions {
-		qs.open = append(qs.open, q)
+		qs.open = append(qs.open, &q)
 	}
-}
-
-// take returns the question that h answers, which it closes.
-func (qs *questions) take(h head) (q question, ok bool) {
-	i := slices.IndexFunc(qs.open, func(q question) bool { return q.h.Seq == h.Seq && q.m.Name == h.From })
-	if i < 0 {
-		return question{}, false
-	}
-	q = qs.open[i]
-	qs.open = slices.Delete(qs.open, i, i+1)
-	return q, true
 }
 
 func (qs *questions) step(n *node) {
 	qs.rate.fill(n.now, postRate, postBurst)
-	for i := range qs.open {
-		q := &qs.open[i]
-		if q.letter && n.now >= q.at && n.now < q.until && qs.rate.take() {
-			if n.t.over(q.m) {
-				q.until = n.now
-				continue
-			}
+	qs.open = slices.DeleteFunc(qs.open, func(q *question) bool {
+		due := n.now >= q.at && n.now < q.until && qs.rate.take()
+		if n.now >= q.until || due && n.t.over(q.m) {
+			return true
+		}
+		if due {
 			q.wait = min(max(2*q.wait, resendAfter), time.Second)
 			q.at = n.now + q.wait
 			n.send(q.m, q.h, q.body)
 		}
-		if q.letter {
-			n.wakeAt(max(q.at, n.now+ms))
-		}
-	}
-	qs.open = slices.DeleteFunc(qs.open, func(q question) bool { return n.now >= q.until })
+		n.wakeAt(max(q.at, n.now+ms))
+		return false
+	})
 }
 
 // ---- datagrams in ----
@@ -495,10 +484,13 @@ func (n *node) answer(to netip.AddrPort, h head, size int) {
 
 // acked takes the answer to a question of mine.
 func (n *node) acked(h head) {
-	q, ok := n.questions.take(h)
-	if !ok {
+	qs := &n.questions
+	i := slices.IndexFunc(qs.open, func(q *question) bool { return q.h.Seq == h.Seq && q.m.Name == h.From })
+	if i < 0 {
 		return
 	}
+	q := qs.open[i]
+	qs.open = slices.Delete(qs.open, i, i+1)
 	if q.m.Addr != n.self.Addr {
 		n.detector.heard = n.now
 	}

@@ -2434,7 +2434,7 @@ func TestAQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
 				if p.asked != 1 {
 					t.Errorf("%s was asked %d times", p.name, p.asked)
 				}
-				letter := func(q question) bool { return q.letter && q.h.Kind != kHeartbeat }
+				letter := func(q *question) bool { return q.at < never && q.h.Kind != kHeartbeat }
 				if slices.ContainsFunc(p.n.questions.open, letter) || len(p.n.queries.mine) > 0 {
 					t.Errorf("%s still has letters", p.name)
 				}
