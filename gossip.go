@@ -733,11 +733,12 @@ func (r *repair) step(n *node) {
 // exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type exchange struct {
-	with    Member // who answered or dialled, once known; its Addr is where I dialled
-	dialled bool   // by me
-	replay  bool
-	after   string // the next piece begins after this key
-	digest  uint64 // the other side's, at first
+	with     Member // who answered or dialled, once known; its Addr is where I dialled
+	dialled  bool   // by me
+	namesake *probe // of who has my name there; the exchange waits for it
+	replay   bool
+	after    string // the next piece begins after this key
+	digest   uint64 // the other side's, at first
 }
 
 // welcome answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
@@ -765,13 +766,18 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 		return taken(e.Member)
 	}
 	for i := range about {
+		m := &about[i].Member
 		if h.From == n.self.Name { // a namesake lives here, wherever it says
-			about[i].Member.Addr = x.with.Addr
+			m.Addr = x.with.Addr
 		}
-		if n.check(&about[i]) == nil && about[i].Member.Name == n.self.Name {
-			if err := n.own.settle(n, about[i].Member, h.From); err != nil {
-				return err
-			}
+		switch {
+		case n.check(&about[i]) != nil || m.Name != n.self.Name:
+		case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
+		case x.namesake != nil && x.namesake.mine == vAlive:
+			return taken(x.namesake.m)
+		case n.own.claimed(n, *m, h.From):
+			x.namesake = n.detector.probeOf(nil)
+			return errWait
 		}
 	}
 	n.own.placed = true
@@ -967,10 +973,8 @@ func (n *node) seedsTried(names, errs []string, why error) {
 
 // ownName is what concerns this node's own record.
 type ownName struct {
-	placed  bool   // a seed has answered: it is known which address leads there
-	gone    Member // a namesake, or a former self, that was found gone
-	holder  Member // a namesake that answered, at
-	at      time.Duration
+	placed  bool          // a seed has answered: it is known which address leads there
+	gone    Member        // a namesake, or a former self, that was found gone
 	leaving time.Duration // until when the leave may take; 0: it does not leave
 }
 
@@ -978,16 +982,20 @@ func taken(by Member) error {
 	return fmt.Errorf("the name %q %w: the member at %s has it", by.Name, errTaken, by.Addr)
 }
 
-// claimed handles a claim about this node. A false one is refuted with a higher incarnation: to everybody,
-// and to whoever said so, since a flood stays on its own side of a split.
-func (o *ownName) claimed(n *node, m Member, via string) {
+// claimed handles a claim about this node. Where it may be that of another living agent (rival), that one is looked
+// at. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
+// whoever said so, since a flood stays on its own side of a split.
+func (o *ownName) claimed(n *node, m Member, via string) (rival bool) {
 	old := m.Incarnation < n.self.Incarnation // who says so has missed my refutation
+	// Whoever was found gone and has raised its incarnation since then was only stopped or cut off: two would claim
+	// the name for ever.
+	gone := m.Born == o.gone.Born && m.Incarnation <= o.gone.Incarnation
 	switch {
 	case o.leaving != 0 || m == n.self.Member:
-		return
-	case o.rivals(n, m):
+		return false
+	case m.Born != n.self.Born && !m.Status.dead() && m.Addr != n.self.Addr && !gone:
 		n.detector.judge(n, m, nil)
-		return
+		return true
 	case !old:
 		o.raise(n, m.Incarnation+1)
 	}
@@ -995,27 +1003,7 @@ func (o *ownName) claimed(n *node, m Member, via string) {
 	if e != nil && e != n.self && (old || !e.deal().met || !slices.Contains(n.ring.watchers, e)) { // else the flood tells it
 		n.inform(e.Member, n.claim(n.self))
 	}
-}
-
-// rivals reports whether m may be another living agent of this name. One that was found gone and has raised
-// its incarnation since then was only stopped or cut off: two would claim the name for ever.
-func (o *ownName) rivals(n *node, m Member) bool {
-	return m.Born != n.self.Born && !m.Status.dead() && m.Addr != n.self.Addr && (m.Born != o.gone.Born || m.Incarnation > o.gone.Incarnation)
-}
-
-// settle is asked before this node says more to a cluster that claims m.
-func (o *ownName) settle(n *node, m Member, via string) error {
-	switch {
-	case o.holder.Born == m.Born && n.now-o.at < time.Second:
-		return taken(o.holder)
-	case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
-	case o.rivals(n, m):
-		n.detector.judge(n, m, nil)
-		return errWait
-	default: // perhaps a clock went back
-		o.claimed(n, m, via)
-	}
-	return nil
+	return false
 }
 
 // raise takes a higher incarnation and tells everybody.
@@ -1037,10 +1025,9 @@ func (o *ownName) found(n *node, m Member, alive bool) {
 		if o.gone = m; m.Incarnation >= n.self.Incarnation {
 			o.raise(n, m.Incarnation+1)
 		}
-	case n.joining.since == 0 || n.self.Born > m.Born:
-		if o.holder, o.at = m, n.now; n.joining.since != 0 { // else only the join that met it fails
-			n.out.fatal = taken(m)
-		}
+	case n.joining.since == 0: // only the join that met it fails
+	case n.self.Born > m.Born:
+		n.out.fatal = taken(m)
 	default:
 		o.raise(n, max(m.Incarnation, n.self.Incarnation)+1)
 		n.exchange(m) // it does not count what a stranger sends
