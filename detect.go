@@ -444,7 +444,7 @@ func (d *detector) voted(n *node, by *entry, h head, us []update) {
 	case us[0].Member.Born == p.m.Born:
 		d.count(n, p, by.Name, min(h.Verdict, vAlive))
 	case !us[0].Member.Status.dead():
-		n.learn(&us[0], by.Name)
+		n.learn(&us[0], by.Name, nil)
 	}
 }
 

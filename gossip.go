@@ -462,7 +462,7 @@ func (n *node) message(e *entry, from netip.AddrPort, h head, size int, body []b
 		n.queries.answered(n, e, h, us)
 	case h.Kind == kFlood:
 		for i := range us {
-			if err := n.learn(&us[i], e.Name); err != nil {
+			if err := n.learn(&us[i], e.Name, nil); err != nil {
 				return err
 			}
 		}
@@ -603,26 +603,43 @@ func (n *node) check(u *update) error {
 	return nil
 }
 
-// learn takes one flooded update and passes it on if it is news.
-func (n *node) learn(u *update, via string) error {
+// learn takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
+func (n *node) learn(u *update, via string, x *exchange) error {
 	if u.Event != "" {
-		return n.learnEvent(u, false)
+		return n.learnEvent(u, x != nil && x.replay)
 	}
 	if err := n.check(u); err != nil {
 		return err
 	}
-	m := u.Member
-	if m.Name == n.self.Name {
+	m, e := u.Member, n.t.get(u.Member.Name)
+	switch {
+	case e == n.self:
 		n.own.claimed(n, m, via)
-		return nil
-	}
-	e := n.t.get(m.Name)
-	revived := e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
-	n.adopt(u)
-	if revived && e.Status == statusAlive && n.t.failed > 0 {
-		n.exchange(e.Member) // a split has ended: it knows of many more
+	case x != nil && e != nil && n.doubts(x, m, e):
+		n.inform(e.Member, *u) // so that it can refute that, or settle it, at once
+		if p := n.detector.judge(n, e.Member, e); m.Born == e.Born {
+			n.detector.count(n, p, via, vUnreachable)
+		}
+	default:
+		revived := x == nil && e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
+		n.adopt(u)
+		if revived && e.Status == statusAlive && n.t.failed > 0 {
+			n.exchange(e.Member) // a split has ended: it knows of many more
+		}
 	}
 	return nil
+}
+
+// doubts reports whether m, which another table claims, is not to be believed of e: e is told, and looked at.
+func (n *node) doubts(x *exchange, m Member, e *entry) bool {
+	if m.Born == e.Born {
+		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
+		return m.Status == statusFailed && !e.Status.dead() && !e.lost && m.Incarnation >= e.Incarnation
+	}
+	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
+	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
+	itself := m.Name == x.with.Name && m.Born == x.with.Born
+	return e.visible() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !itself
 }
 
 // adopt believes a claim, if it wins, and passes it on.
@@ -832,9 +849,7 @@ func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err 
 	}
 	n.detector.heard = n.now
 	for _, u := range us {
-		if err := n.mergeOne(x, u); errors.Is(err, errTaken) {
-			return false, bad, err
-		} else if err != nil {
+		if n.learn(&u, x.with.Name, x) != nil {
 			bad++
 		}
 	}
@@ -843,46 +858,6 @@ func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err 
 		n.joining.begin(n)
 	}
 	return h.More, bad, nil
-}
-
-// mergeOne takes one record of another table.
-func (n *node) mergeOne(x *exchange, u update) error {
-	if u.Event != "" {
-		return n.learnEvent(&u, x.replay)
-	}
-	if err := n.check(&u); err != nil {
-		return err
-	}
-	m := u.Member
-	e := n.t.get(m.Name)
-	first := m.Name == x.with.Name && m.Born == x.with.Born // it speaks of itself
-	switch {
-	case m.Name == n.self.Name:
-		n.own.claimed(n, m, x.with.Name)
-		return nil
-	case e != nil && e.visible() == statusAlive && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) && (x.dialled || !first):
-		// Two clusters meet, and a name lives in both: nobody shall be called failed for it. The holder is
-		// told, which settles it, and looked at; once it is dead the claim may come again. (Who dials me has
-		// met the holder itself.)
-		n.inform(e.Member, u)
-		n.detector.judge(n, e.Member, e)
-		if first {
-			return taken(e.Member)
-		}
-		return nil
-	case e != nil && !m.Status.dead() && m.Incarnation >= e.Incarnation:
-		n.t.setLost(e, false) // vouched for by somebody I am connected to
-	case e != nil && m.Status == statusFailed && !e.Status.dead() && !e.lost && m.Born == e.Born && m.Incarnation >= e.Incarnation:
-		// Another table has it as failed. Adopting that undid heals: each side of a split would kill the
-		// other anew with its old verdicts. It is told what is said, so that it can refute at once, and
-		// looked at.
-		n.inform(e.Member, u)
-		n.t.apply(n.now, m.with(statusAlive), 0)
-		n.detector.count(n, n.detector.judge(n, e.Member, e), x.with.Name, vUnreachable)
-		return nil
-	}
-	n.adopt(&u)
-	return nil
 }
 
 // exchanged ends a comparison of tables, of mine, that went well.
