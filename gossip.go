@@ -325,8 +325,7 @@ func (n *node) inform(m Member, u update) { n.send(m, n.head(kFlood), wire.encod
 
 // remind tells e what is believed of it, so that it can refute; not too often.
 func (n *node) remind(e *entry) {
-	if d := e.deal(); d.reminded == 0 || n.now-d.reminded >= remindEvery {
-		d.reminded = n.now
+	if e.deal().reminded.fill(n.now, 1/remindEvery.Seconds(), 1).take() {
 		n.inform(e.Member, n.claim(e))
 	}
 }
@@ -396,7 +395,7 @@ type dealings struct {
 	met       bool          // it has answered: somebody lives at its address
 	promised  time.Duration // when it gets the next heartbeat, if it watches me
 	due       time.Duration // when it is overdue, if I watch it
-	reminded  time.Duration // when it was last told what is believed of it
+	reminded  bucket        // with what is believed of it
 	stalled   time.Duration // since when it accepts without answering; 0: it does not
 	tcpOnly   int           // probes in a row that only TCP answered
 	compared  uint64        // both digests after the last comparison of tables
@@ -555,10 +554,11 @@ type spread struct {
 	events  memory
 }
 
-// flood has everybody told of e.
+// flood has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
 func (n *node) flood(e *entry) {
-	u := n.claim(e)
-	n.spread.add(&u)
+	if u := n.claim(e); n.joining.since != 0 {
+		n.spread.add(&u)
+	}
 }
 
 func (s *spread) add(u *update) {
@@ -660,9 +660,7 @@ func (n *node) adopt(u *update) {
 	case !old.Status.dead() && old.Born != e.Born && old.Addr != e.Addr:
 		n.inform(old, n.claim(e)) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
-	if n.joining.since != 0 {
-		n.flood(e)
-	}
+	n.flood(e)
 }
 
 // sound reports whether u can be a user event or a query.
@@ -878,13 +876,12 @@ func (n *node) exchanged(x *exchange) {
 
 // joining is when to try the seeds. To try is to compare tables with all their addresses at once.
 type joining struct {
-	since   time.Duration // when this node first came in, on the caller's clock; 0: not yet
-	running bool
-	at      time.Duration // when to try next
-	rounds  int           // failed in a row
-	warned  time.Duration
-	names   []string // members that answered at a seed's address
-	errs    []string // of the last round
+	since  time.Duration // when this node first came in, on the caller's clock; 0: not yet
+	at     time.Duration // when to try next; never: that runs
+	rounds int           // failed in a row
+	warned bucket
+	names  []string // members that answered at a seed's address
+	errs   []string // of the last round
 }
 
 // begin notes that this node is in a cluster.
@@ -897,29 +894,25 @@ func (j *joining) begin(n *node) {
 
 // step tries as long as no seed is an alive member: two halves of a cluster would else stay apart for ever.
 func (j *joining) step(n *node) {
-	if len(n.seeds) == 0 || j.running || slices.ContainsFunc(j.names, func(name string) bool {
+	if len(n.seeds) == 0 || slices.ContainsFunc(j.names, func(name string) bool {
 		e := n.t.get(name)
 		return e != nil && e != n.self && e.visible() == statusAlive
 	}) {
 		return
 	}
-	if j.running = n.now >= j.at; j.running {
-		n.out.resolve = true
-	} else {
-		n.wakeAt(j.at)
+	if n.now >= j.at {
+		n.out.resolve, j.at = true, never
 	}
+	n.wakeAt(j.at)
 }
 
 // seedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
 func (n *node) seedsTried(names, errs []string, why error) {
 	j := &n.joining
-	j.running, j.errs = false, errs
+	j.errs = errs
 	text := strings.Join(errs[:min(len(errs), 5)], "; ")
 	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
-	warn := others && (j.warned == 0 || n.now-j.warned >= warnEvery)
-	if warn {
-		j.warned = n.now
-	}
+	warn := others && j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
 	if len(names) > 0 {
 		if j.rounds > 0 {
 			n.logf("[INFO] joined through %s", names[0])
@@ -986,10 +979,7 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 	m := n.self.Member
 	m.Incarnation = incarnation
 	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
-	n.t.apply(n.now, m, 0)
-	if n.joining.since != 0 || n.detector.probeOf(nil) == nil {
-		n.flood(n.self)
-	}
+	n.declare(m)
 }
 
 // found settles what becomes of the name once the probe of namesake m is over. A newcomer never disturbs the
@@ -1098,22 +1088,15 @@ func (n *node) info() []any {
 type queries struct {
 	last      uint32
 	mine      []*query
-	heard     []heard
-	strangers bucket // what those get who have never answered
+	heard     []*query // of others, remembered until their time is over: they may arrive again
+	strangers bucket   // what those get who have never answered
 }
 
-// query is one that this node has asked.
+// query is one that this node has asked, or has heard.
 type query struct {
 	id      uint32
 	until   time.Duration
-	waiting []run // whose answer has not come
-}
-
-// heard is a query of another member, remembered until its time is over: it may arrive again.
-type heard struct {
-	run
-	id    uint32
-	until time.Duration
+	waiting []run // whose answer has not come; of one that was heard: who asked
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
@@ -1156,13 +1139,13 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 	if len(us) != 1 || !n.sound(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, again := us[0], func(o heard) bool { return o.e == e && o.born == e.Born && o.id == h.Query }
+	u, again := us[0], func(q *query) bool { return q.id == h.Query && slices.Contains(q.waiting, runOf(e)) }
 	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
 		return nil
 	}
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
 	ev := Event{kind: eventQuery, Member: e.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, id: h.Query, within: time.Duration(u.Within) * ms}
-	qs.heard = append(qs.heard, heard{runOf(e), ev.id, n.now + ev.within})
+	qs.heard = append(qs.heard, &query{ev.id, n.now + ev.within, []run{runOf(e)}})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -1198,16 +1181,19 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
-	qs.mine = slices.DeleteFunc(qs.mine, func(q *query) bool {
+	over := func(q *query) bool {
 		q.waiting = slices.DeleteFunc(q.waiting, run.over)
-		if len(q.waiting) == 0 || n.now >= q.until {
+		return len(q.waiting) == 0 || n.now >= q.until
+	}
+	qs.heard = slices.DeleteFunc(qs.heard, over)
+	qs.mine = slices.DeleteFunc(qs.mine, func(q *query) bool {
+		if over(q) {
 			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
 			return true
 		}
 		n.wakeAt(q.until)
 		return false
 	})
-	qs.heard = slices.DeleteFunc(qs.heard, func(o heard) bool { return n.now >= o.until || o.over() })
 }
 
 // ---------------------------------------------------------------------------
