@@ -567,23 +567,19 @@ func (s *spread) add(u *update) {
 
 // flush sends the queue to all watchers: at once when the line was idle, else in batches, floodRate a second.
 func (s *spread) flush(n *node) {
-	if len(s.queue) == 0 {
-		return
-	}
-	s.rate.fill(n.now, floodRate, floodRate/5)
-	for len(s.queue) > 0 && n.now >= s.flushAt && s.rate.tokens >= 0 {
-		var one []byte // as much as fits into a datagram
-		for len(s.queue) > 0 && (len(one) == 0 || len(one)+len(s.queue[0]) <= maxDatagram-256) {
-			one, s.queue = append(one, s.queue[0]...), s.queue[1:]
-		}
-		for _, w := range n.ring.watchers {
-			if w.deal().met {
-				n.send(w.Member, n.head(kFlood), one)
-				s.rate.tokens--
+	if s.rate.fill(n.now, floodRate, floodRate/5); len(s.queue) > 0 && n.now >= s.flushAt {
+		for len(s.queue) > 0 && s.rate.tokens >= 0 {
+			var one []byte // as much as fits into a datagram
+			for len(s.queue) > 0 && (len(one) == 0 || len(one)+len(s.queue[0]) <= maxDatagram-256) {
+				one, s.queue = append(one, s.queue[0]...), s.queue[1:]
+			}
+			for _, w := range n.ring.watchers {
+				if w.deal().met {
+					n.send(w.Member, n.head(kFlood), one)
+					s.rate.tokens--
+				}
 			}
 		}
-	}
-	if s.flushAt <= n.now {
 		s.flushAt = n.now + floodBatch + time.Duration(max(0, -s.rate.tokens)/floodRate*float64(time.Second))
 	}
 	if len(s.queue) > 0 {
@@ -644,23 +640,19 @@ func (n *node) doubts(x *exchange, m Member, e *entry) bool {
 
 // adopt believes a claim, if it wins, and passes it on.
 func (n *node) adopt(u *update) {
-	e, age := n.t.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
-	if u.Member.Status.dead() && age >= n.reapAfter && (e == nil || e.Status.dead()) {
+	m, e, age := u.Member, n.t.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
+	if m.Status.dead() && age >= n.reapAfter && (e == nil || e.Status.dead()) {
 		return // whoever forgets later than I do would bring it back again and again
 	}
-	var old Member
-	if e != nil {
-		old = e.Member
+	if e != nil && !e.Status.dead() && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) {
+		n.inform(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
-	switch e = n.t.apply(n.now, u.Member, age); {
-	case e == nil:
-		return
-	case old.Name == "":
-		e.known = n.real // user events go by the caller's clock: time asleep counts
-	case !old.Status.dead() && old.Born != e.Born && old.Addr != e.Addr:
-		n.inform(old, n.claim(e)) // it may live: of two that begin at once, the wrong one may win for a moment
+	if is := n.t.apply(n.now, m, age); is != nil {
+		if e == nil {
+			is.known = n.real // user events go by the caller's clock: time asleep counts
+		}
+		n.flood(is)
 	}
-	n.flood(e)
 }
 
 // sound reports whether u can be a user event or a query.
@@ -1034,10 +1026,7 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 
 // startLeave tells the watchers that this node leaves; it has left when all of them know, or after leaveFor.
 func (n *node) startLeave() {
-	if n.own.leaving != 0 {
-		return
-	}
-	n.own.leaving, n.questions.open = n.now+leaveFor, nil
+	n.own.leaving, n.questions.open = cmp.Or(n.own.leaving, n.now+leaveFor), nil
 	for _, w := range n.ring.watchers {
 		n.post(w.Member, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
 	}
@@ -1049,7 +1038,7 @@ func (n *node) forceLeave(name string, prune bool) error {
 	switch {
 	case e == nil || e.visible() == 0:
 		return fmt.Errorf("no member is called %q", name)
-	case e == n.self || e.visible() == statusAlive:
+	case e.visible() == statusAlive:
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
 	case !e.Status.dead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
@@ -1086,7 +1075,6 @@ func (n *node) info() []any {
 // is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
 // twice or late.
 type queries struct {
-	last      uint32
 	mine      []*query
 	heard     []*query // of others, remembered until their time is over: they may arrive again
 	strangers bucket   // what those get who have never answered
@@ -1109,8 +1097,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if len(qs.mine) >= maxQueries || len(n.questions.open) >= maxQuestions/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.mine))
 	}
-	qs.last++
-	q := &query{id: qs.last, until: n.now + within}
+	q := &query{id: n.nonce(), until: n.now + within}
 	u := update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Within: uint32(within / ms)}
 	h, body := n.head(kQuery), wire.encode(nil, &u)
 	h.Query = q.id
