@@ -791,39 +791,31 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	return nil
 }
 
-// records yields all updates of the table, then those of the remembered events, whose keys follow after.
-func (n *node) records(after string) func(yield func(*update) bool) {
-	return func(yield func(*update) bool) {
-		at, _ := n.t.find(after + "\x00") // the least name that is greater
-		for _, e := range n.t.ordered[at:] {
-			u := n.claim(e)
-			if !e.reaped && (e != n.self || n.detector.probeOf(nil) == nil) && !yield(&u) {
-				return
-			}
-		}
-		for _, ev := range n.spread.events.recent {
-			u := updateOf(ev.Event)
-			u.Age = uint64((n.real - ev.sent) / ms)
-			if ev.key > after && !yield(&u) {
-				return
-			}
-		}
-	}
-}
-
-// piece is the next frame of my table: an empty one, if whoever dialled me had just what I have now.
+// piece is the next frame of my table, members first: an empty one, if whoever dialled me had just what I have now.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
 	if !x.dialled && x.digest == n.digest() {
 		return wire.encode(nil, &h), false
 	}
 	var body []byte
-	for u := range n.records(x.after) {
-		b := wire.encode(body, u)
-		if h.More = len(b) > maxFrame-512; h.More {
-			break
+	add := func(u update) {
+		b := wire.encode(body, &u)
+		if h.More = len(b) > maxFrame-512; !h.More {
+			body, x.after = b, u.key()
 		}
-		body, x.after = b, u.key()
+	}
+	at, _ := n.t.find(x.after + "\x00") // the least name that is greater
+	for _, e := range n.t.ordered[at:] {
+		if !h.More && !e.reaped && (e != n.self || n.detector.probeOf(nil) == nil) {
+			add(n.claim(e))
+		}
+	}
+	for _, ev := range n.spread.events.recent {
+		if !h.More && ev.key > x.after {
+			u := updateOf(ev.Event)
+			u.Age = uint64((n.real - ev.sent) / ms)
+			add(u)
+		}
 	}
 	if h.Target = x.after; !h.More {
 		x.after, h.Target = "", ""
