@@ -1231,11 +1231,7 @@ func startGossip(cfg gossipConfig) (*gossip, error) {
 		return nil, err
 	}
 	self, bound := &cfg.member, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
-	ip, port := self.Addr.Addr(), cmp.Or(self.Addr.Port(), bound.Port())
-	if !ip.IsValid() {
-		ip = bound.Addr().Unmap()
-	}
-	self.Addr = netip.AddrPortFrom(ip, port)
+	self.Addr = netip.AddrPortFrom(cmp.Or(self.Addr.Addr(), bound.Addr().Unmap()), cmp.Or(self.Addr.Port(), bound.Port()))
 	crand.Read(cfg.random[:])
 	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.random[:]))
 	self.Incarnation = self.Born
