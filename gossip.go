@@ -667,19 +667,15 @@ func (n *node) learnEvent(u *update, replay bool) error {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
 	// Only what belongs to an event goes on: the rest may be of any length.
-	ev := Event{kind: eventUser, Member: Member{Name: name}, name: u.Event, payload: u.Payload, lTime: u.LTime, coalesce: u.Coalesce}
+	is := update{Member: Member{Name: name}, Event: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(userEvent{ev, u.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
+	if !s.events.add(userEvent{is, is.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
-	n.out.events = append(n.out.events, ev)
-	again := updateOf(ev)
-	s.add(&again)
+	n.out.events = append(n.out.events, Event{kind: eventUser, Member: is.Member, name: is.Event, payload: is.Payload,
+		lTime: is.LTime, coalesce: is.Coalesce})
+	s.add(&is)
 	return nil
-}
-
-func updateOf(ev Event) update {
-	return update{Member: Member{Name: ev.Member.Name}, Event: ev.name, Payload: ev.payload, LTime: ev.lTime, Coalesce: ev.coalesce}
 }
 
 // before reports whether what name sent then was sent before my time: before I knew the sender, who was in
@@ -812,7 +808,7 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	}
 	for _, ev := range n.spread.events.recent {
 		if !h.More && ev.key > x.after {
-			u := updateOf(ev.Event)
+			u := ev.update
 			u.Age = uint64((n.real - ev.sent) / ms)
 			add(u)
 		}

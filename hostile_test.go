@@ -615,7 +615,7 @@ func (r *rig) checkBounds() {
 	bound("queries", len(n.queries.mine), maxQueries)
 	bound("queries of others", len(n.queries.heard), maxHeard)
 	for _, ev := range n.spread.events.recent {
-		bound("bytes of an event", len(ev.name)+len(ev.payload), maxPayload)
+		bound("bytes of an event", len(ev.Event)+len(ev.Payload), maxPayload)
 	}
 	for _, f := range n.spread.queue {
 		bound("bytes of a flood", len(f), maxPayload+maxName+60)

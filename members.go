@@ -524,7 +524,7 @@ func mix(x uint64) uint64 {
 
 // userEvent is one remembered user event. Its key orders it, see update.key.
 type userEvent struct {
-	Event
+	update
 	key  string
 	sent time.Duration // on the caller's clock, as far as is known
 }
@@ -539,7 +539,7 @@ type memory struct {
 
 // add remembers ev; false: it was heard before, or is too old to be told from one that was.
 func (m *memory) add(ev userEvent) bool {
-	m.lamport = max(m.lamport, ev.lTime)
+	m.lamport = max(m.lamport, ev.LTime)
 	at, heard := slices.BinarySearchFunc(m.recent, ev.key, func(o userEvent, key string) int { return strings.Compare(o.key, key) })
 	if heard || at == 0 && len(m.recent) == maxEvents {
 		return false

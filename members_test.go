@@ -219,7 +219,7 @@ func TestAnEventIsRememberedOnceAndInOrder(t *testing.T) {
 	var a, b memory
 	event := func(ltime uint64) userEvent {
 		u := update{Member: Member{Name: "n"}, Event: "e", LTime: ltime}
-		return userEvent{Event: Event{lTime: ltime}, key: u.key()}
+		return userEvent{update: u, key: u.key()}
 	}
 	for i := range uint64(2 * maxEvents) {
 		if !a.add(event(i+1)) || a.add(event(i+1)) {

@@ -1058,8 +1058,7 @@ func (r *rpcServer) stream(s *session, f *feed) {
 			if ev.kind == eventAnswer && ev.reply == replyNone {
 				return
 			}
-			u := updateOf(ev.Event)
-			u.Member = ev.Member
+			u := update{Member: ev.Member, Event: ev.name, Payload: ev.payload, LTime: ev.lTime}
 			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, u)
 		case <-gone:
 			return
