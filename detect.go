@@ -153,7 +153,7 @@ func (r *ring) beat(n *node, w *entry) {
 	h := n.head(kHeartbeat)
 	h.Promise = uint32((next - n.now) / ms)
 	if w.deal().promised = next; w.deal().met {
-		n.send(w.Member, h)
+		n.send(w.Member, h, nil)
 	} else {
 		n.post(w.Member, h, nil, next-n.now)
 	}
@@ -348,7 +348,7 @@ func (d *detector) check(n *node, p *probe) {
 	h := n.head(kCheck)
 	h.Seq, h.Target = p.seq, p.m.Name
 	for _, w := range p.asked {
-		n.send(w.Member, h)
+		n.send(w.Member, h, nil)
 	}
 }
 
@@ -402,7 +402,7 @@ func (d *detector) voted(n *node, by *entry, h head, us []update) {
 	case us[0].Member.Born == p.m.Born:
 		d.count(n, p, by.Name, min(h.Verdict, vAlive))
 	case !us[0].Member.Status.dead():
-		n.learn(&us[0], by.Name)
+		n.learn(&us[0], by.Name, nil)
 	}
 }
 

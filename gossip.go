@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"log"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -28,7 +29,10 @@ import (
 	"time"
 )
 
-const ms = time.Millisecond
+const (
+	ms    = time.Millisecond
+	never = time.Duration(math.MaxInt64)
+)
 
 // The protocol's times and bounds; the detector's are in detect.go. They were settled in simulation: the
 // scenarios in sim_test.go are the measurements.
@@ -275,11 +279,11 @@ func (n *node) affords(m Member, k kind) bool {
 }
 
 // send sends h and a body of updates to one run of a member.
-func (n *node) send(to Member, h head, body ...[]byte) {
+func (n *node) send(to Member, h head, body []byte) {
 	if h.Kind == kAck || n.affords(to, h.Kind) {
 		n.number++
 		h.Number = n.number
-		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &h), bytes.Join(body, nil)...)})
+		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &h), body...)})
 	}
 }
 
@@ -287,15 +291,15 @@ func (n *node) send(to Member, h head, body ...[]byte) {
 func (n *node) ping(m Member) {
 	h := n.head(kPing)
 	h.Target, h.Seq = m.Name, n.nonce()
-	n.questions.add(question{m: m, h: h, until: n.now + answerFor})
+	n.questions.add(question{m: m, h: h, until: n.now + answerFor, at: never})
 	m.Born = 0
-	n.send(m, h)
+	n.send(m, h, nil)
 }
 
 // post sends m a letter.
 func (n *node) post(m Member, h head, body []byte, within time.Duration) {
 	h.Seq = n.nonce()
-	n.questions.add(question{m: m, h: h, body: body, until: n.now + within, letter: true})
+	n.questions.add(question{m: m, h: h, body: body, until: n.now + within})
 	n.wakeAt(n.now)
 }
 
@@ -322,8 +326,7 @@ func (n *node) inform(m Member, u update) { n.send(m, n.head(kFlood), wire.encod
 
 // remind tells e what is believed of it, so that it can refute; not too often.
 func (n *node) remind(e *entry) {
-	if d := e.deal(); d.reminded == 0 || n.now-d.reminded >= remindEvery {
-		d.reminded = n.now
+	if e.deal().reminded.fill(n.now, 1/remindEvery.Seconds(), 1).take() {
 		n.inform(e.Member, n.claim(e))
 	}
 }
@@ -349,55 +352,40 @@ func (n *node) claim(e *entry) update {
 // question is a datagram that wants an answer: a ping, or a letter, which is sent again, less and less often,
 // until its time is over or the run that it is for is gone. It counts for one answer: a recorded one proves nothing.
 type question struct {
-	m      Member // the run that is asked
-	h      head
-	body   []byte
-	until  time.Duration
-	letter bool
-	at     time.Duration // of a letter: when to send it
-	wait   time.Duration // and how long after the last time
+	m     Member // the run that is asked
+	h     head
+	body  []byte
+	until time.Duration
+	at    time.Duration // when to send it, or send it again; a ping: never
+	wait  time.Duration // how long that is after the last time
 }
 
 type questions struct {
-	open []question
+	open []*question
 	rate bucket // of letters
 }
 
 func (qs *questions) add(q question) {
 	if len(qs.open) < maxQuestions {
-		qs.open = append(qs.open, q)
+		qs.open = append(qs.open, &q)
 	}
-}
-
-// take returns the question that h answers, which it closes.
-func (qs *questions) take(h head) (q question, ok bool) {
-	i := slices.IndexFunc(qs.open, func(q question) bool { return q.h.Seq == h.Seq && q.m.Name == h.From })
-	if i < 0 {
-		return question{}, false
-	}
-	q = qs.open[i]
-	qs.open = slices.Delete(qs.open, i, i+1)
-	return q, true
 }
 
 func (qs *questions) step(n *node) {
 	qs.rate.fill(n.now, postRate, postBurst)
-	for i := range qs.open {
-		q := &qs.open[i]
-		if q.letter && n.now >= q.at && n.now < q.until && qs.rate.take() {
-			if n.t.over(q.m) {
-				q.until = n.now
-				continue
-			}
+	qs.open = slices.DeleteFunc(qs.open, func(q *question) bool {
+		due := n.now >= q.at && n.now < q.until && qs.rate.take()
+		if n.now >= q.until || due && n.t.over(q.m) {
+			return true
+		}
+		if due {
 			q.wait = min(max(2*q.wait, resendAfter), time.Second)
 			q.at = n.now + q.wait
 			n.send(q.m, q.h, q.body)
 		}
-		if q.letter {
-			n.wakeAt(max(q.at, n.now+ms))
-		}
-	}
-	qs.open = slices.DeleteFunc(qs.open, func(q question) bool { return n.now >= q.until })
+		n.wakeAt(max(q.at, n.now+ms))
+		return false
+	})
 }
 
 // ---- datagrams in ----
@@ -408,7 +396,7 @@ type dealings struct {
 	met       bool          // it has answered: somebody lives at its address
 	promised  time.Duration // when it gets the next heartbeat, if it watches me
 	due       time.Duration // when it is overdue, if I watch it
-	reminded  time.Duration // when it was last told what is believed of it
+	reminded  bucket        // with what is believed of it
 	tcpOnly   int           // probes in a row that only TCP answered
 	compared  uint64        // both digests after the last comparison of tables
 }
@@ -473,7 +461,7 @@ func (n *node) message(e *entry, from netip.AddrPort, h head, size int, body []b
 		n.queries.answered(n, e, h, us)
 	case h.Kind == kFlood:
 		for i := range us {
-			if err := n.learn(&us[i], e.Name); err != nil {
+			if err := n.learn(&us[i], e.Name, nil); err != nil {
 				return err
 			}
 		}
@@ -489,16 +477,19 @@ func (n *node) answer(to netip.AddrPort, h head, size int) {
 		a.Digest = 0
 	}
 	if len(wire.encode(nil, &a)) <= size {
-		n.send(Member{Name: h.From, Addr: to, Born: h.born()}, a)
+		n.send(Member{Name: h.From, Addr: to, Born: h.born()}, a, nil)
 	}
 }
 
 // acked takes the answer to a question of mine.
 func (n *node) acked(h head) {
-	q, ok := n.questions.take(h)
-	if !ok {
+	qs := &n.questions
+	i := slices.IndexFunc(qs.open, func(q *question) bool { return q.h.Seq == h.Seq && q.m.Name == h.From })
+	if i < 0 {
 		return
 	}
+	q := qs.open[i]
+	qs.open = slices.Delete(qs.open, i, i+1)
 	if q.m.Addr != n.self.Addr {
 		n.detector.heard = n.now
 	}
@@ -560,65 +551,43 @@ func (n *node) contact(e *entry, h head) {
 
 // spread is what is to be flooded, and the user events that are remembered.
 type spread struct {
-	queue   []news
+	queue   [][]byte // updates on their way to my watchers
 	flushAt time.Duration
 	rate    bucket
 	events  memory
 }
 
-// news is one update on its way to my watchers.
-type news struct {
-	key  string // a newer claim about a name replaces the older
-	data []byte
-}
-
-// flood has everybody told of e.
+// flood has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
 func (n *node) flood(e *entry) {
-	u := n.claim(e)
-	n.spread.add(n, &u)
+	if u := n.claim(e); n.joining.since != 0 {
+		n.spread.add(&u)
+	}
 }
 
-func (s *spread) add(n *node, u *update) {
-	o := news{u.key(), wire.encode(nil, u)}
-	if i := slices.IndexFunc(s.queue, func(q news) bool { return q.key == o.key }); i >= 0 {
-		s.queue[i] = o
-		return
-	}
-	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], o) // what overflows is left to repair
+func (s *spread) add(u *update) {
+	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
 }
 
 // flush sends the queue to all watchers: at once when the line was idle, else in batches, floodRate a second.
 func (s *spread) flush(n *node) {
-	if len(s.queue) == 0 {
-		return
-	}
-	s.rate.fill(n.now, floodRate, floodRate/5)
-	for len(s.queue) > 0 && n.now >= s.flushAt && s.rate.tokens >= 0 {
-		var one [][]byte
-		one, s.queue = batch(s.queue)
-		for _, w := range n.ring.watchers {
-			if w.deal().met {
-				n.send(w.Member, n.head(kFlood), one...)
-				s.rate.tokens--
+	if s.rate.fill(n.now, floodRate, floodRate/5); len(s.queue) > 0 && n.now >= s.flushAt {
+		for len(s.queue) > 0 && s.rate.tokens >= 0 {
+			var one []byte // as much as fits into a datagram
+			for len(s.queue) > 0 && (len(one) == 0 || len(one)+len(s.queue[0]) <= maxDatagram-256) {
+				one, s.queue = append(one, s.queue[0]...), s.queue[1:]
+			}
+			for _, w := range n.ring.watchers {
+				if w.deal().met {
+					n.send(w.Member, n.head(kFlood), one)
+					s.rate.tokens--
+				}
 			}
 		}
-	}
-	if s.flushAt <= n.now {
 		s.flushAt = n.now + floodBatch + time.Duration(max(0, -s.rate.tokens)/floodRate*float64(time.Second))
 	}
 	if len(s.queue) > 0 {
 		n.wakeAt(s.flushAt)
 	}
-}
-
-// batch takes as much of the queue as fits into one datagram.
-func batch(queue []news) (one [][]byte, rest []news) {
-	for size := 0; len(one) < len(queue); one = append(one, queue[len(one)].data) {
-		if size += len(queue[len(one)].data); size > maxDatagram-256 && len(one) > 0 {
-			break
-		}
-	}
-	return one, queue[len(one):]
 }
 
 // check says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
@@ -633,48 +602,59 @@ func (n *node) check(u *update) error {
 	return nil
 }
 
-// learn takes one flooded update and passes it on if it is news.
-func (n *node) learn(u *update, via string) error {
+// learn takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
+func (n *node) learn(u *update, via string, x *exchange) error {
 	if u.Event != "" {
-		return n.learnEvent(u, false)
+		return n.learnEvent(u, x != nil && x.replay)
 	}
 	if err := n.check(u); err != nil {
 		return err
 	}
-	m := u.Member
-	if m.Name == n.self.Name {
+	m, e := u.Member, n.t.get(u.Member.Name)
+	switch {
+	case e == n.self:
 		n.own.claimed(n, m, via)
-		return nil
-	}
-	e := n.t.get(m.Name)
-	revived := e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
-	n.adopt(u)
-	if revived && e.Status == statusAlive && n.t.failed > 0 {
-		n.exchange(e.Member) // a split has ended: it knows of many more
+	case x != nil && e != nil && n.doubts(x, m, e):
+		n.inform(e.Member, *u) // so that it can refute that, or settle it, at once
+		if p := n.detector.judge(n, e.Member); m.Born == e.Born {
+			n.detector.count(n, p, via, vUnreachable)
+		}
+	default:
+		revived := x == nil && e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
+		n.adopt(u)
+		if revived && e.Status == statusAlive && n.t.failed > 0 {
+			n.exchange(e.Member) // a split has ended: it knows of many more
+		}
 	}
 	return nil
 }
 
+// doubts reports whether m, which another table claims, is not to be believed of e: e is told, and looked at.
+func (n *node) doubts(x *exchange, m Member, e *entry) bool {
+	if m.Born == e.Born {
+		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
+		return m.Status == statusFailed && !e.Status.dead() && !e.lost && m.Incarnation >= e.Incarnation
+	}
+	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
+	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
+	itself := m.Name == x.with.Name && m.Born == x.with.Born
+	return e.visible() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !itself
+}
+
 // adopt believes a claim, if it wins, and passes it on.
 func (n *node) adopt(u *update) {
-	e, age := n.t.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
-	if u.Member.Status.dead() && age >= n.reapAfter && (e == nil || e.Status.dead()) {
+	m, e, age := u.Member, n.t.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
+	if m.Status.dead() && age >= n.reapAfter && (e == nil || e.Status.dead()) {
 		return // whoever forgets later than I do would bring it back again and again
 	}
-	var old Member
-	if e != nil {
-		old = e.Member
+	if e != nil && !e.Status.dead() && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) {
+		n.inform(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
-	switch e = n.t.apply(n.now, u.Member, age); {
-	case e == nil:
-		return
-	case old.Name == "":
-		e.known = n.real // user events go by the caller's clock: time asleep counts
-	case !old.Status.dead() && old.Born != e.Born && old.Addr != e.Addr:
-		n.inform(old, n.claim(e)) // it may live: of two that begin at once, the wrong one may win for a moment
-	}
-	if n.joining.since != 0 {
-		n.flood(e)
+	if is := n.t.apply(n.now, m, age); is != nil {
+		if e == nil {
+			is.known = n.real // user events go by the caller's clock: time asleep counts
+		}
+		n.flood(is)
 	}
 }
 
@@ -689,15 +669,15 @@ func (n *node) learnEvent(u *update, replay bool) error {
 	if validName(name) != nil || !n.sound(u) {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
-	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
 	// Only what belongs to an event goes on: the rest may be of any length.
-	*u = update{Member: Member{Name: name}, Event: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
-	if !s.events.add(userEvent{*u, u.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
+	is := update{Member: Member{Name: name}, Event: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
+	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
+	if !s.events.add(userEvent{is, is.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
-	n.out.events = append(n.out.events,
-		Event{kind: eventUser, Member: u.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, coalesce: u.Coalesce})
-	s.add(n, u)
+	n.out.events = append(n.out.events, Event{kind: eventUser, Member: is.Member, name: is.Event, payload: is.Payload,
+		lTime: is.LTime, coalesce: is.Coalesce})
+	s.add(&is)
 	return nil
 }
 
@@ -759,11 +739,12 @@ func (r *repair) step(n *node) {
 // exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type exchange struct {
-	with    Member // who answered or dialled, once known; its Addr is where I dialled
-	dialled bool   // by me
-	replay  bool
-	after   string // the next piece begins after this key
-	digest  uint64 // the other side's, at first
+	with     Member // who answered or dialled, once known; its Addr is where I dialled
+	dialled  bool   // by me
+	namesake *probe // of who has my name there; the exchange waits for it
+	replay   bool
+	after    string // the next piece begins after this key
+	digest   uint64 // the other side's, at first
 }
 
 // welcome answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
@@ -791,52 +772,49 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 		return taken(e.Member)
 	}
 	for i := range about {
+		m := &about[i].Member
 		if h.From == n.self.Name { // a namesake lives here, wherever it says
-			about[i].Member.Addr = x.with.Addr
+			m.Addr = x.with.Addr
 		}
-		if n.check(&about[i]) == nil && about[i].Member.Name == n.self.Name {
-			if err := n.own.settle(n, about[i].Member, h.From); err != nil {
-				return err
-			}
+		switch {
+		case n.check(&about[i]) != nil || m.Name != n.self.Name:
+		case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
+		case x.namesake != nil && x.namesake.mine == vAlive:
+			return taken(x.namesake.m)
+		case n.own.claimed(n, *m, h.From):
+			x.namesake = n.detector.probeOf(n.self)
+			return errWait
 		}
 	}
 	n.own.placed = true
 	return nil
 }
 
-// records yields all updates of the table, then those of the remembered events, whose keys follow after.
-func (n *node) records(after string) func(yield func(*update) bool) {
-	return func(yield func(*update) bool) {
-		at, _ := n.t.find(after + "\x00") // the least name that is greater
-		for _, e := range n.t.ordered[at:] {
-			u := n.claim(e)
-			if !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) && !yield(&u) {
-				return
-			}
-		}
-		for _, ev := range n.spread.events.recent {
-			u := ev.update
-			u.Age = uint64((n.real - ev.sent) / ms)
-			if ev.key > after && !yield(&u) {
-				return
-			}
-		}
-	}
-}
-
-// piece is the next frame of my table: an empty one, if whoever dialled me had just what I have now.
+// piece is the next frame of my table, members first: an empty one, if whoever dialled me had just what I have now.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
 	if !x.dialled && x.digest == n.digest() {
 		return wire.encode(nil, &h), false
 	}
 	var body []byte
-	for u := range n.records(x.after) {
-		b := wire.encode(body, u)
-		if h.More = len(b) > maxFrame-512; h.More {
-			break
+	add := func(u update) {
+		b := wire.encode(body, &u)
+		if h.More = len(b) > maxFrame-512; !h.More {
+			body, x.after = b, u.key()
 		}
-		body, x.after = b, u.key()
+	}
+	at, _ := n.t.find(x.after + "\x00") // the least name that is greater
+	for _, e := range n.t.ordered[at:] {
+		if !h.More && !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) {
+			add(n.claim(e))
+		}
+	}
+	for _, ev := range n.spread.events.recent {
+		if !h.More && ev.key > x.after {
+			u := ev.update
+			u.Age = uint64((n.real - ev.sent) / ms)
+			add(u)
+		}
 	}
 	if h.Target = x.after; !h.More {
 		x.after, h.Target = "", ""
@@ -852,9 +830,7 @@ func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err 
 	}
 	n.detector.heard = n.now
 	for _, u := range us {
-		if err := n.mergeOne(x, u); errors.Is(err, errTaken) {
-			return false, bad, err
-		} else if err != nil {
+		if n.learn(&u, x.with.Name, x) != nil {
 			bad++
 		}
 	}
@@ -863,46 +839,6 @@ func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err 
 		n.joining.begin(n)
 	}
 	return h.More, bad, nil
-}
-
-// mergeOne takes one record of another table.
-func (n *node) mergeOne(x *exchange, u update) error {
-	if u.Event != "" {
-		return n.learnEvent(&u, x.replay)
-	}
-	if err := n.check(&u); err != nil {
-		return err
-	}
-	m := u.Member
-	e := n.t.get(m.Name)
-	first := m.Name == x.with.Name && m.Born == x.with.Born // it speaks of itself
-	switch {
-	case m.Name == n.self.Name:
-		n.own.claimed(n, m, x.with.Name)
-		return nil
-	case e != nil && e.visible() == statusAlive && m.Born != e.Born && m.Addr != e.Addr && m.supersedes(e.Member) && (x.dialled || !first):
-		// Two clusters meet, and a name lives in both: nobody shall be called failed for it. The holder is
-		// told, which settles it, and looked at; once it is dead the claim may come again. (Who dials me has
-		// met the holder itself.)
-		n.inform(e.Member, u)
-		n.detector.judge(n, e.Member)
-		if first {
-			return taken(e.Member)
-		}
-		return nil
-	case e != nil && !m.Status.dead() && m.Incarnation >= e.Incarnation:
-		n.t.setLost(e, false) // vouched for by somebody I am connected to
-	case e != nil && m.Status == statusFailed && !e.Status.dead() && !e.lost && m.Born == e.Born && m.Incarnation >= e.Incarnation:
-		// Another table has it as failed. Adopting that undid heals: each side of a split would kill the
-		// other anew with its old verdicts. It is told what is said, so that it can refute at once, and
-		// looked at.
-		n.inform(e.Member, u)
-		n.t.apply(n.now, m.with(statusAlive), 0)
-		n.detector.count(n, n.detector.judge(n, e.Member), x.with.Name, vUnreachable)
-		return nil
-	}
-	n.adopt(&u)
-	return nil
 }
 
 // exchanged ends a comparison of tables, of mine, that went well.
@@ -923,13 +859,12 @@ func (n *node) exchanged(x *exchange) {
 
 // joining is when to try the seeds. To try is to compare tables with all their addresses at once.
 type joining struct {
-	since   time.Duration // when this node first came in, on the caller's clock; 0: not yet
-	running bool
-	at      time.Duration // when to try next
-	rounds  int           // failed in a row
-	warned  time.Duration
-	names   []string // members that answered at a seed's address
-	errs    []string // of the last round
+	since  time.Duration // when this node first came in, on the caller's clock; 0: not yet
+	at     time.Duration // when to try next; never: that runs
+	rounds int           // failed in a row
+	warned bucket
+	names  []string // members that answered at a seed's address
+	errs   []string // of the last round
 }
 
 // begin notes that this node is in a cluster.
@@ -942,29 +877,25 @@ func (j *joining) begin(n *node) {
 
 // step tries as long as no seed is an alive member: two halves of a cluster would else stay apart for ever.
 func (j *joining) step(n *node) {
-	if len(n.seeds) == 0 || j.running || slices.ContainsFunc(j.names, func(name string) bool {
+	if len(n.seeds) == 0 || slices.ContainsFunc(j.names, func(name string) bool {
 		e := n.t.get(name)
 		return e != nil && e != n.self && e.visible() == statusAlive
 	}) {
 		return
 	}
-	if j.running = n.now >= j.at; j.running {
-		n.out.resolve = true
-	} else {
-		n.wakeAt(j.at)
+	if n.now >= j.at {
+		n.out.resolve, j.at = true, never
 	}
+	n.wakeAt(j.at)
 }
 
 // seedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
 func (n *node) seedsTried(names, errs []string, why error) {
 	j := &n.joining
-	j.running, j.errs = false, errs
+	j.errs = errs
 	text := strings.Join(errs[:min(len(errs), 5)], "; ")
 	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
-	warn := others && (j.warned == 0 || n.now-j.warned >= warnEvery)
-	if warn {
-		j.warned = n.now
-	}
+	warn := others && j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
 	if len(names) > 0 {
 		if j.rounds > 0 {
 			n.logf("[INFO] joined through %s", names[0])
@@ -993,10 +924,8 @@ func (n *node) seedsTried(names, errs []string, why error) {
 
 // ownName is what concerns this node's own record.
 type ownName struct {
-	placed  bool   // a seed has answered: it is known which address leads there
-	gone    Member // a namesake, or a former self, that was found gone
-	holder  Member // a namesake that answered, at
-	at      time.Duration
+	placed  bool          // a seed has answered: it is known which address leads there
+	gone    Member        // a namesake, or a former self, that was found gone
 	leaving time.Duration // until when the leave may take; 0: it does not leave
 }
 
@@ -1004,16 +933,20 @@ func taken(by Member) error {
 	return fmt.Errorf("the name %q %w: the member at %s has it", by.Name, errTaken, by.Addr)
 }
 
-// claimed handles a claim about this node. A false one is refuted with a higher incarnation: to everybody,
-// and to whoever said so, since a flood stays on its own side of a split.
-func (o *ownName) claimed(n *node, m Member, via string) {
+// claimed handles a claim about this node. Where it may be that of another living agent (rival), that one is looked
+// at. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
+// whoever said so, since a flood stays on its own side of a split.
+func (o *ownName) claimed(n *node, m Member, via string) (rival bool) {
 	old := m.Incarnation < n.self.Incarnation // who says so has missed my refutation
+	// Whoever was found gone and has raised its incarnation since then was only stopped or cut off: two would claim
+	// the name for ever.
+	gone := m.Born == o.gone.Born && m.Incarnation <= o.gone.Incarnation
 	switch {
 	case o.leaving != 0 || m == n.self.Member:
-		return
-	case o.rivals(n, m):
+		return false
+	case m.Born != n.self.Born && !m.Status.dead() && m.Addr != n.self.Addr && !gone:
 		n.detector.judge(n, m)
-		return
+		return true
 	case !old:
 		o.raise(n, m.Incarnation+1)
 	}
@@ -1021,27 +954,7 @@ func (o *ownName) claimed(n *node, m Member, via string) {
 	if e != nil && e != n.self && (old || !e.deal().met || !slices.Contains(n.ring.watchers, e)) { // else the flood tells it
 		n.inform(e.Member, n.claim(n.self))
 	}
-}
-
-// rivals reports whether m may be another living agent of this name. One that was found gone and has raised
-// its incarnation since then was only stopped or cut off: two would claim the name for ever.
-func (o *ownName) rivals(n *node, m Member) bool {
-	return m.Born != n.self.Born && !m.Status.dead() && m.Addr != n.self.Addr && (m.Born != o.gone.Born || m.Incarnation > o.gone.Incarnation)
-}
-
-// settle is asked before this node says more to a cluster that claims m.
-func (o *ownName) settle(n *node, m Member, via string) error {
-	switch {
-	case o.holder.Born == m.Born && n.now-o.at < time.Second:
-		return taken(o.holder)
-	case n.joining.since != 0 && m.Born > n.self.Born: // it gives way when it hears of me
-	case o.rivals(n, m):
-		n.detector.judge(n, m)
-		return errWait
-	default: // perhaps a clock went back
-		o.claimed(n, m, via)
-	}
-	return nil
+	return false
 }
 
 // raise takes a higher incarnation and tells everybody.
@@ -1049,10 +962,7 @@ func (o *ownName) raise(n *node, incarnation uint64) {
 	m := n.self.Member
 	m.Incarnation = incarnation
 	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
-	n.t.apply(n.now, m, 0)
-	if n.joining.since != 0 || n.detector.probeOf(n.self) == nil {
-		n.flood(n.self)
-	}
+	n.declare(m)
 }
 
 // found settles what becomes of the name once the probe of namesake m is over. A newcomer never disturbs the
@@ -1063,10 +973,9 @@ func (o *ownName) found(n *node, m Member, alive bool) {
 		if o.gone = m; m.Incarnation >= n.self.Incarnation {
 			o.raise(n, m.Incarnation+1)
 		}
-	case n.joining.since == 0 || n.self.Born > m.Born:
-		if o.holder, o.at = m, n.now; n.joining.since != 0 { // else only the join that met it fails
-			n.out.fatal = taken(m)
-		}
+	case n.joining.since == 0: // only the join that met it fails
+	case n.self.Born > m.Born:
+		n.out.fatal = taken(m)
 	default:
 		o.raise(n, max(m.Incarnation, n.self.Incarnation)+1)
 		n.exchange(m) // it does not count what a stranger sends
@@ -1109,10 +1018,7 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 
 // startLeave tells the watchers that this node leaves; it has left when all of them know, or after leaveFor.
 func (n *node) startLeave() {
-	if n.own.leaving != 0 {
-		return
-	}
-	n.own.leaving, n.questions.open = n.now+leaveFor, nil
+	n.own.leaving, n.questions.open = cmp.Or(n.own.leaving, n.now+leaveFor), nil
 	for _, w := range n.ring.watchers {
 		n.post(w.Member, n.head(kFlood), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveFor)
 	}
@@ -1124,7 +1030,7 @@ func (n *node) forceLeave(name string, prune bool) error {
 	switch {
 	case e == nil || e.visible() == 0:
 		return fmt.Errorf("no member is called %q", name)
-	case e == n.self || e.visible() == statusAlive:
+	case e.visible() == statusAlive:
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
 	case !e.Status.dead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
@@ -1161,24 +1067,16 @@ func (n *node) info() []any {
 // is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
 // twice or late.
 type queries struct {
-	last      uint32
 	mine      []*query
-	heard     []heard
-	strangers bucket // what those get who have never answered
+	heard     []*query // of others, remembered until their time is over: they may arrive again
+	strangers bucket   // what those get who have never answered
 }
 
-// query is one that this node has asked.
+// query is one that this node has asked, or has heard.
 type query struct {
 	id      uint32
 	until   time.Duration
-	waiting []run // whose answer has not come
-}
-
-// heard is a query of another member, remembered until its time is over: it may arrive again.
-type heard struct {
-	run
-	id    uint32
-	until time.Duration
+	waiting []run // whose answer has not come; of one that was heard: who asked
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
@@ -1191,8 +1089,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if len(qs.mine) >= maxQueries || len(n.questions.open) >= maxQuestions/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.mine))
 	}
-	qs.last++
-	q := &query{id: qs.last, until: n.now + within}
+	q := &query{id: n.nonce(), until: n.now + within}
 	u := update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Within: uint32(within / ms)}
 	h, body := n.head(kQuery), wire.encode(nil, &u)
 	h.Query = q.id
@@ -1221,13 +1118,13 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 	if len(us) != 1 || !n.sound(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, again := us[0], func(o heard) bool { return o.e == e && o.born == e.Born && o.id == h.Query }
+	u, again := us[0], func(q *query) bool { return q.id == h.Query && slices.Contains(q.waiting, runOf(e)) }
 	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
 		return nil
 	}
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
 	ev := Event{kind: eventQuery, Member: e.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, id: h.Query, within: time.Duration(u.Within) * ms}
-	qs.heard = append(qs.heard, heard{runOf(e), ev.id, n.now + ev.within})
+	qs.heard = append(qs.heard, &query{ev.id, n.now + ev.within, []run{runOf(e)}})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -1263,16 +1160,19 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
-	qs.mine = slices.DeleteFunc(qs.mine, func(q *query) bool {
+	over := func(q *query) bool {
 		q.waiting = slices.DeleteFunc(q.waiting, run.over)
-		if len(q.waiting) == 0 || n.now >= q.until {
+		return len(q.waiting) == 0 || n.now >= q.until
+	}
+	qs.heard = slices.DeleteFunc(qs.heard, over)
+	qs.mine = slices.DeleteFunc(qs.mine, func(q *query) bool {
+		if over(q) {
 			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
 			return true
 		}
 		n.wakeAt(q.until)
 		return false
 	})
-	qs.heard = slices.DeleteFunc(qs.heard, func(o heard) bool { return n.now >= o.until || o.over() })
 }
 
 // ---------------------------------------------------------------------------
@@ -1326,11 +1226,7 @@ func startGossip(cfg gossipConfig) (*gossip, error) {
 		return nil, err
 	}
 	self, bound := &cfg.member, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
-	ip, port := self.Addr.Addr(), cmp.Or(self.Addr.Port(), bound.Port())
-	if !ip.IsValid() {
-		ip = bound.Addr().Unmap()
-	}
-	self.Addr = netip.AddrPortFrom(ip, port)
+	self.Addr = netip.AddrPortFrom(cmp.Or(self.Addr.Addr(), bound.Addr().Unmap()), cmp.Or(self.Addr.Port(), bound.Port()))
 	crand.Read(cfg.random[:])
 	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.random[:]))
 	self.Incarnation = self.Born

@@ -619,7 +619,7 @@ func (r *rig) checkBounds() {
 		bound("bytes of an event", len(ev.Event)+len(ev.Payload), maxPayload)
 	}
 	for _, f := range n.spread.queue {
-		bound("bytes of a flood", len(f.data), maxPayload+maxName+60)
+		bound("bytes of a flood", len(f), maxPayload+maxName+60)
 	}
 	for _, p := range n.detector.probes {
 		bound("votes", len(p.votes), members+300)
@@ -740,7 +740,7 @@ func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T
 func TestMoreNewsThanCanBeSentIsNotKept(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range 2 * maxQueue {
-		r.n.spread.add(r.n, &update{Member: Member{Name: strconv.Itoa(i)}})
+		r.n.spread.add(&update{Member: Member{Name: strconv.Itoa(i)}})
 	}
 	r.checkBounds()
 }
