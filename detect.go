@@ -261,14 +261,11 @@ func (d *detector) begin(n *node, m Member, e *entry) *probe {
 // judge probes m for a verdict of mine. Where there are too many probes it has to wait: nil.
 func (d *detector) judge(n *node, m Member) *probe {
 	e := n.t.get(m.Name)
-	if p := d.probeOf(e); p != nil {
-		return p
+	p := d.probeOf(e)
+	if p == nil && !m.Status.dead() && len(d.probes) < maxProbes {
+		p = d.begin(n, m, e)
 	}
-	if m.Status.dead() || len(d.probes) >= maxProbes {
-		n.wakeAt(n.now + askAfter)
-		return nil
-	}
-	return d.begin(n, m, e)
+	return p
 }
 
 // linkEnded is told that a watch link with a run of m has ended (tries 0), or for the how manieth time in a
@@ -524,9 +521,6 @@ func (d *detector) acquit(n *node, p *probe) {
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	if deal := p.e.deal(); deal.due <= n.now {
 		deal.due = n.now + time.Duration(min(rings, n.t.alive()-1)+1)*beatEvery + overdueAfter
-	}
-	if p.e.Status == statusSuspect {
-		n.remind(p.e)
 	}
 }
 
