@@ -165,7 +165,8 @@ func (r *ring) step(n *node) {
 	if len(r.watchers) > 0 {
 		if n.now >= r.nextBeat {
 			r.nextBeat = max(r.nextBeat+beatEvery, n.now+beatEvery/2)
-			r.beat(n, slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.deal().promised, b.deal().promised) }))
+			w := slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.deal().promised, b.deal().promised) })
+			r.beat(n, w)
 		}
 		n.wakeAt(r.nextBeat)
 	}
