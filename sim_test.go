@@ -1651,7 +1651,7 @@ func TestTheRestNoticesThatMostHostsAreLost(t *testing.T) {
 			dead = append(dead, ps[i])
 		}
 		s.loseHost(dead...)
-		s.within(12*time.Second+time.Duration(s.loss*float64(100*time.Second)), "all show all dead as failed", s.allFailed(dead))
+		s.within(15*time.Second+time.Duration(s.loss*float64(100*time.Second)), "all show all dead as failed", s.allFailed(dead))
 		s.run(10 * time.Second)
 	})
 }
