@@ -874,42 +874,26 @@ func rpcDoor(token string, gossip uint16) *door {
 	return d
 }
 
-// rpcServer answers commands about an agent.
-type rpcServer struct {
-	guests
-	g    *gossip
-	info func() []string // as text, and as JSON
-}
-
-func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *rpcServer {
+// serveRPC answers commands at ln; info is what the agent knows of itself, as text and as JSON.
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *guests {
 	self, _ := g.me()
-	r := &rpcServer{g: g, info: info, guests: guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns,
-		strange: strangers{log: g.cfg.log}}}
-	r.ctx, r.quit = context.WithCancel(context.Background())
-	r.wg.Go(func() { r.accept(r.serve) })
-	return r
+	gs := &guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, strange: strangers{log: g.cfg.log}}
+	gs.ctx, gs.quit = context.WithCancel(context.Background())
+	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
+	return gs
 }
 
-func (r *rpcServer) serve(s *session) error {
+// command does what a command asks for, and answers it.
+func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
 	var req request
+	var a answer // the last one
 	if s.read(&req); s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
 	s.SetDeadline(time.Time{})
-	a, err := r.do(s, req)
-	if err != nil {
-		a.Error = err.Error()
-	}
-	s.write(&a)
-	return s.err
-}
-
-// do does what the request asks for, and returns the last answer.
-func (r *rpcServer) do(s *session, req request) (a answer, err error) {
-	g := r.g
 	switch req.Op {
 	case "members":
-		r.members(s)
+		g.list(s)
 	case "join":
 		names, errs, _ := g.join(list(req.Args), req.Replay)
 		if a.Count = len(names); a.Count == 0 {
@@ -917,7 +901,7 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 		}
 	case "leave":
 		g.cfg.log.Print("[INFO] told to leave the cluster")
-		r.tcp.Close() // who reads the answer may start the next agent at once
+		ln.Close() // who reads the answer may start the next agent at once
 		err = g.leave()
 	case "force-leave":
 		err = g.do(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
@@ -926,7 +910,7 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "tags":
 		err = g.do(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), list(req.Drop)) })
 	case "info":
-		a.Text = strings.Join(r.info(), "\x00")
+		a.Text = strings.Join(info(), "\x00")
 	case "query":
 		var who []string
 		f := &feed{}
@@ -939,25 +923,29 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 		})
 		if err == nil {
 			s.write(&answer{More: true, Text: strings.Join(who, "\x00")})
-			r.stream(s, f)
+			g.stream(s, f)
 		}
 	case "watch":
 		f := &feed{events: make(chan *queued, maxWatch)}
-		err = g.do(func(*node) error { g.feeds[f] = true; return nil })
+		g.doFor(s, func(*node) error { g.feeds[f] = true; return nil })
 		s.patient = true
-		r.members(s)
-		r.stream(s, f)
+		g.list(s)
+		g.stream(s, f)
 	default:
 		err = fmt.Errorf("this agent knows no request %q", req.Op)
 	}
-	return a, err
+	if err != nil {
+		a.Error = err.Error()
+	}
+	s.write(&a)
+	return s.err
 }
 
-// members sends all members, few at a time: a reader that does not read costs a page, however many they are.
-func (r *rpcServer) members(s *session) {
+// list sends all members, few at a time: a reader that does not read costs a page, however many they are.
+func (g *gossip) list(s *session) {
 	for after, more := "", true; more && s.err == nil; {
 		var us []update
-		r.g.doFor(s, func(n *node) error {
+		g.doFor(s, func(n *node) error {
 			for _, m := range n.members(after, pageSize) {
 				us, after = append(us, update{Member: m}), m.Name
 			}
@@ -995,8 +983,8 @@ func (f *feed) put(ev Event) {
 }
 
 // stream sends what f brings until the reader or the agent has gone, or the query is over.
-func (r *rpcServer) stream(s *session, f *feed) {
-	defer r.g.call(func(*node) { delete(r.g.feeds, f) })
+func (g *gossip) stream(s *session, f *feed) {
+	defer g.call(func(*node) { delete(g.feeds, f) })
 	gone := make(chan struct{})
 	go func() { io.Copy(io.Discard, s.Conn); close(gone) }()
 	for s.err == nil {
@@ -1009,7 +997,7 @@ func (r *rpcServer) stream(s *session, f *feed) {
 			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, u)
 		case <-gone:
 			return
-		case <-r.g.done:
+		case <-g.done:
 			return
 		}
 	}
