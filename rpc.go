@@ -422,13 +422,19 @@ func plain(err error) error {
 // guests are those who come in at a port, and all that is under way there. When there are too many connections,
 // the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
 type guests struct {
-	door    *door
-	tcp     net.Listener
-	limit   int
-	strange strangers
-	wg      sync.WaitGroup
-	ctx     context.Context // of all connections
-	quit    context.CancelFunc
+	door  *door
+	tcp   net.Listener
+	limit int
+	wg    sync.WaitGroup
+	ctx   context.Context // of all connections
+	quit  context.CancelFunc
+
+	log     *log.Logger  // of what unwelcome ones do; see unwelcome
+	dropped atomic.Int64 // packets lost to a full inbox
+	mu      sync.Mutex   // guards what follows
+	minute  time.Time
+	peers   map[netip.Addr]bool // that were logged in this minute
+	more    int                 // that were not
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
@@ -453,7 +459,7 @@ func (gs *guests) accept(serve func(*session) error) {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			gs.strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
+			gs.unwelcome(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
@@ -474,7 +480,7 @@ func (gs *guests) accept(serve func(*session) error) {
 			gs.door.meet(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
-				gs.strange.seen(addrOf(c.RemoteAddr()), plain(err))
+				gs.unwelcome(addrOf(c.RemoteAddr()), plain(err))
 			}
 		})
 	}
@@ -482,38 +488,29 @@ func (gs *guests) accept(serve func(*session) error) {
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
-// strangers logs what unwelcome peers do: one line per peer a minute, at most ten lines a minute in all, and
-// counts the rest. Safe for concurrent use.
-type strangers struct {
-	log     *log.Logger
-	dropped atomic.Int64 // packets lost to a full inbox
-	mu      sync.Mutex
-	minute  time.Time
-	peers   map[netip.Addr]bool
-	more    int
-}
-
-func (s *strangers) seen(who netip.Addr, err error) {
+// unwelcome logs what is wrong with who came from there: one line per peer a minute, at most ten lines a minute in
+// all, and counts the rest.
+func (gs *guests) unwelcome(who netip.Addr, err error) {
 	if err == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if now := time.Now(); now.Sub(s.minute) >= time.Minute {
-		if drops := s.dropped.Swap(0); s.more > 0 || drops > 0 {
-			s.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", s.more, drops)
+	gs.mu.Lock()
+	defer gs.mu.Unlock()
+	if now := time.Now(); now.Sub(gs.minute) >= time.Minute {
+		if drops := gs.dropped.Swap(0); gs.more > 0 || drops > 0 {
+			gs.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", gs.more, drops)
 		}
-		s.minute, s.peers, s.more = now, make(map[netip.Addr]bool), 0
+		gs.minute, gs.peers, gs.more = now, make(map[netip.Addr]bool), 0
 	}
-	if s.peers[who] || len(s.peers) >= 10 {
-		s.more++
+	if gs.peers[who] || len(gs.peers) >= 10 {
+		gs.more++
 		return
 	}
-	s.peers[who] = true
+	gs.peers[who] = true
 	if who.IsValid() {
 		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
 	}
-	s.log.Printf("[WARN] %v", err)
+	gs.log.Printf("[WARN] %v", err)
 }
 
 // ---- sessions of agents ----
@@ -698,7 +695,7 @@ func (g *gossip) hear(s *session, x *exchange) {
 		g.doFor(s, func(n *node) (err error) {
 			bad := 0
 			if more, bad, err = n.merge(x, h, us); bad > 0 {
-				g.strange.seen(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+				g.unwelcome(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 			}
 			return err
 		})
@@ -877,7 +874,7 @@ func rpcDoor(token string, gossip uint16) *door {
 // serveRPC answers commands at ln; info is what the agent knows of itself, as text and as JSON.
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *guests {
 	self, _ := g.me()
-	gs := &guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, strange: strangers{log: g.cfg.log}}
+	gs := &guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
 	return gs
