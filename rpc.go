@@ -10,6 +10,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -45,8 +46,7 @@ const (
 	helloFor    = 2 * time.Second  // for a stranger's hello and first frame
 	frameFor    = 5 * time.Second  // for any other frame
 	sessionFor  = 1800 * ms        // until the other side of a session has answered
-	linkLook    = 30 * time.Second // between looks whether a link's member is still one
-	linkMax     = 30 * time.Second // between tries to have a link
+	linkMax     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
 	busyFor     = time.Second      // until a place for an exchange must be free
 	windowSize  = 64
 	xaesNonce   = 24
@@ -83,16 +83,16 @@ func newCodec(messages ...any) *codec {
 // encode appends the encoding of m, a pointer to a message, and of the updates that follow it to dst.
 func (c *codec) encode(dst []byte, m any, us ...update) []byte {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.buf.Reset()
-	if err := c.enc.Encode(m); err != nil {
+	err := c.enc.Encode(m)
+	for i := range us {
+		err = cmp.Or(err, c.enc.Encode(&us[i]))
+	}
+	if err != nil {
 		panic(err) // flat structs always encode
 	}
-	dst = append(dst, c.buf.Bytes()...)
-	c.mu.Unlock()
-	for i := range us {
-		dst = c.encode(dst, &us[i])
-	}
-	return dst
+	return append(dst, c.buf.Bytes()...)
 }
 
 // decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
@@ -581,15 +581,14 @@ func (g *gossip) look(m Member) {
 			return
 		}
 		tell(vSilent, head{})
-		deadline, _ := ctx.Deadline()
-		c.SetDeadline(deadline)
+		defer context.AfterFunc(ctx, func() { c.Close() })()
 		s, w, _ := g.begin(c, kLook)
 		c.Close()
 		switch {
 		case s.err == nil:
 			tell(vAlive, w)
 			return
-		case ctx.Err() != nil || timedOut(s.err):
+		case ctx.Err() != nil:
 			return // it accepts and is silent
 		}
 		tell(vNone, head{})
@@ -625,10 +624,9 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 		if ctx.Err() == nil {
 			g.call(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
 		}
-		select {
-		case <-time.After(min(time.Second<<min(max(tries-1, 0), 10), linkMax)):
-		case <-ctx.Done():
-		}
+		wait, cancel := context.WithTimeout(ctx, min(time.Second<<min(max(tries-1, 0), 10), linkMax))
+		<-wait.Done()
+		cancel()
 	}
 }
 
@@ -722,31 +720,24 @@ func (g *gossip) serve(s *session) error {
 	g.doFor(s, func(n *node) error { w, about = n.welcome(h); return nil })
 	s.write(&w, about...)
 	from := Member{Name: h.From, Born: h.born()}
-	if h.Kind == kLink {
-		return g.serveLink(s, from)
-	}
-	if x := (&exchange{with: from, digest: h.Digest}); h.Kind == kExchange { // who hangs up now has the same table
-		g.hear(s, x)
-		g.say(s, x)
-	}
-	return s.err
-}
-
-// serveLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
-func (g *gossip) serveLink(s *session, m Member) error {
-	for wait := helloFor; s.err == nil; wait = linkLook {
+	// A link is held while the other one is a member: that of a vanished host would stay for ever.
+	for wait := helloFor; h.Kind == kLink && s.err == nil; wait = linkMax {
 		s.SetReadDeadline(time.Now().Add(wait))
 		if s.read(&head{}); s.err == nil {
 			return nil // a bye
 		}
 		quiet := timedOut(s.err)
 		s.err = g.do(func(n *node) error {
-			if quiet && !n.t.over(m) {
+			if quiet && !n.t.over(from) {
 				return nil
 			}
-			n.linkEnded(m, 0, false) // of a run that is over this is no news
+			n.linkEnded(from, 0, false) // of a run that is over this is no news
 			return errHungUp
 		})
+	}
+	if x := (&exchange{with: from, digest: h.Digest}); h.Kind == kExchange { // who hangs up now has the same table
+		g.hear(s, x)
+		g.say(s, x)
 	}
 	return s.err
 }
