@@ -1220,7 +1220,7 @@ type owned struct {
 func startGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), tables: make(chan struct{}, maxTables),
 		ended: make(chan struct{}), done: make(chan struct{}),
-		guests: guests{limit: guestLimit(), strange: strangers{log: cfg.log}}}
+		guests: guests{limit: guestLimit(), log: cfg.log}}
 	g.door, g.cfg.kind = &g.cfg.door, gossipPort
 	if err := g.listen(); err != nil {
 		return nil, err
@@ -1361,15 +1361,15 @@ func (g *gossip) readUDP() {
 		data, anyRun, err := g.door.openDatagram(buf[:size], self.Name, self.Born)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
-				g.strange.seen(from.Addr(), err)
+				g.unwelcome(from.Addr(), err)
 			}
 			continue
 		}
 		data = bytes.Clone(data)
 		select {
-		case g.inputs <- func(n *node) { g.strange.seen(from.Addr(), n.datagram(from, data, anyRun)) }:
+		case g.inputs <- func(n *node) { g.unwelcome(from.Addr(), n.datagram(from, data, anyRun)) }:
 		default:
-			g.strange.dropped.Add(1)
+			g.dropped.Add(1)
 		}
 	}
 }

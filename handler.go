@@ -97,24 +97,32 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 // newHandler takes "script" or "event[,event...]=script" apart.
 func newHandler(spec, shell string) (*handler, error) {
 	events, script, found := strings.Cut(spec, "=")
-	if !found {
-		// Events alone are a forgotten script, or a list that was cut at its commas; run as a script they would
-		// only fail later.
-		if checkEvents(strings.Split(spec, ",")) == nil {
-			return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
-		}
-		events, script = "*", spec
-	}
-	if strings.TrimSpace(script) == "" {
-		return nil, errors.New("the script is empty")
-	}
 	h := &handler{name: oneLine(spec), events: strings.Split(events, ","), script: script}
-	err := checkEvents(h.events)
-	if err == nil {
-		h.argv, err = commandLine(shell, script)
+	bad := checkEvents(h.events)
+	if !found && bad == nil { // a forgotten script, or a list that was cut at its commas: run, it would only fail later
+		return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
+	} else if !found {
+		h.events, h.script, bad = []string{"*"}, spec, nil
 	}
-	return h, err
+	words := strings.Fields(h.script)
+	switch _, noShell := exec.LookPath(shell); {
+	case len(words) == 0:
+		return nil, errors.New("the script is empty")
+	case bad != nil:
+		return nil, bad
+	case noShell == nil:
+		h.argv = []string{shell, "-c", h.script}
+	case strings.ContainsAny(h.script, shellSyntax) || strings.Contains(words[0], "="):
+		return nil, fmt.Errorf("the script needs a shell, and there is no %s here; "+
+			"only a program with plain arguments can run", shell)
+	default: // an image built from scratch has no shell: there a program with plain arguments must do
+		h.argv = words
+	}
+	return h, nil
 }
+
+// shellSyntax are the characters that would mean something to a shell.
+const shellSyntax = "|&;<>()$`\\\"'*?[]{}~#!\n"
 
 func checkEvents(events []string) error {
 	for _, ev := range events {
@@ -133,23 +141,6 @@ func wants(events []string, kind eventKind, name string) bool {
 	return slices.ContainsFunc(events, func(ev string) bool {
 		return ev == "*" || ev == kind.String() || ev == kind.String()+":"+name
 	})
-}
-
-// shellSyntax are the characters that would mean something to a shell.
-const shellSyntax = "|&;<>()$`\\\"'*?[]{}~#!\n"
-
-// commandLine is what runs script. An image built from scratch has no shell: there a program with plain arguments
-// must do.
-func commandLine(shell, script string) ([]string, error) {
-	if _, err := exec.LookPath(shell); err == nil {
-		return []string{shell, "-c", script}, nil
-	}
-	words := strings.Fields(script)
-	if strings.ContainsAny(script, shellSyntax) || strings.Contains(words[0], "=") {
-		return nil, fmt.Errorf("the script needs a shell, and there is no %s here; "+
-			"only a program with plain arguments can run", shell)
-	}
-	return words, nil
 }
 
 // ---- queues ----
@@ -273,7 +264,10 @@ func (h *handler) run(batch []delivery) {
 		r, text, size = replyFailed, status+"\n"+text+string(printed.first), len(status)+1+size+printed.size
 	}
 	if event.answer != nil {
-		event.answer(r, cut(text, size))
+		if note := fmt.Sprintf("... (cut: %d bytes)\n", size); size > maxPayload {
+			text = text[:maxPayload-len(note)] + note
+		}
+		event.answer(r, []byte(text))
 	}
 }
 
@@ -368,14 +362,6 @@ func (c *capture) Write(p []byte) (int, error) {
 	c.last = append(c.last, p[max(0, len(p)-outputKept):]...)
 	c.last = slices.Delete(c.last, 0, max(0, len(c.last)-outputKept))
 	return len(p), nil
-}
-
-// cut makes an answer of size bytes, which begins with s, fit, and says so.
-func cut(s string, size int) []byte {
-	if note := fmt.Sprintf("... (cut: %d bytes)\n", size); size > maxPayload {
-		s = s[:maxPayload-len(note)] + note
-	}
-	return []byte(s)
 }
 
 // oneLine makes s fit to stand inside a log line.

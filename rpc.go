@@ -10,6 +10,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -45,8 +46,7 @@ const (
 	helloFor    = 2 * time.Second  // for a stranger's hello and first frame
 	frameFor    = 5 * time.Second  // for any other frame
 	sessionFor  = 1800 * ms        // until the other side of a session has answered
-	linkLook    = 30 * time.Second // between looks whether a link's member is still one
-	linkMax     = 30 * time.Second // between tries to have a link
+	linkMax     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
 	busyFor     = time.Second      // until a place for an exchange must be free
 	windowSize  = 64
 	xaesNonce   = 24
@@ -83,16 +83,16 @@ func newCodec(messages ...any) *codec {
 // encode appends the encoding of m, a pointer to a message, and of the updates that follow it to dst.
 func (c *codec) encode(dst []byte, m any, us ...update) []byte {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.buf.Reset()
-	if err := c.enc.Encode(m); err != nil {
+	err := c.enc.Encode(m)
+	for i := range us {
+		err = cmp.Or(err, c.enc.Encode(&us[i]))
+	}
+	if err != nil {
 		panic(err) // flat structs always encode
 	}
-	dst = append(dst, c.buf.Bytes()...)
-	c.mu.Unlock()
-	for i := range us {
-		dst = c.encode(dst, &us[i])
-	}
-	return dst
+	return append(dst, c.buf.Bytes()...)
 }
 
 // decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
@@ -422,13 +422,19 @@ func plain(err error) error {
 // guests are those who come in at a port, and all that is under way there. When there are too many connections,
 // the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
 type guests struct {
-	door    *door
-	tcp     net.Listener
-	limit   int
-	strange strangers
-	wg      sync.WaitGroup
-	ctx     context.Context // of all connections
-	quit    context.CancelFunc
+	door  *door
+	tcp   net.Listener
+	limit int
+	wg    sync.WaitGroup
+	ctx   context.Context // of all connections
+	quit  context.CancelFunc
+
+	log     *log.Logger  // of what unwelcome ones do; see unwelcome
+	dropped atomic.Int64 // packets lost to a full inbox
+	mu      sync.Mutex   // guards what follows
+	minute  time.Time
+	peers   map[netip.Addr]bool // that were logged in this minute
+	more    int                 // that were not
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
@@ -453,7 +459,7 @@ func (gs *guests) accept(serve func(*session) error) {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			gs.strange.seen(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
+			gs.unwelcome(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
@@ -474,7 +480,7 @@ func (gs *guests) accept(serve func(*session) error) {
 			gs.door.meet(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
-				gs.strange.seen(addrOf(c.RemoteAddr()), plain(err))
+				gs.unwelcome(addrOf(c.RemoteAddr()), plain(err))
 			}
 		})
 	}
@@ -482,38 +488,29 @@ func (gs *guests) accept(serve func(*session) error) {
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
-// strangers logs what unwelcome peers do: one line per peer a minute, at most ten lines a minute in all, and
-// counts the rest. Safe for concurrent use.
-type strangers struct {
-	log     *log.Logger
-	dropped atomic.Int64 // packets lost to a full inbox
-	mu      sync.Mutex
-	minute  time.Time
-	peers   map[netip.Addr]bool
-	more    int
-}
-
-func (s *strangers) seen(who netip.Addr, err error) {
+// unwelcome logs what is wrong with who came from there: one line per peer a minute, at most ten lines a minute in
+// all, and counts the rest.
+func (gs *guests) unwelcome(who netip.Addr, err error) {
 	if err == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if now := time.Now(); now.Sub(s.minute) >= time.Minute {
-		if drops := s.dropped.Swap(0); s.more > 0 || drops > 0 {
-			s.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", s.more, drops)
+	gs.mu.Lock()
+	defer gs.mu.Unlock()
+	if now := time.Now(); now.Sub(gs.minute) >= time.Minute {
+		if drops := gs.dropped.Swap(0); gs.more > 0 || drops > 0 {
+			gs.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", gs.more, drops)
 		}
-		s.minute, s.peers, s.more = now, make(map[netip.Addr]bool), 0
+		gs.minute, gs.peers, gs.more = now, make(map[netip.Addr]bool), 0
 	}
-	if s.peers[who] || len(s.peers) >= 10 {
-		s.more++
+	if gs.peers[who] || len(gs.peers) >= 10 {
+		gs.more++
 		return
 	}
-	s.peers[who] = true
+	gs.peers[who] = true
 	if who.IsValid() {
 		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
 	}
-	s.log.Printf("[WARN] %v", err)
+	gs.log.Printf("[WARN] %v", err)
 }
 
 // ---- sessions of agents ----
@@ -584,15 +581,14 @@ func (g *gossip) look(m Member) {
 			return
 		}
 		tell(vSilent, head{})
-		deadline, _ := ctx.Deadline()
-		c.SetDeadline(deadline)
+		defer context.AfterFunc(ctx, func() { c.Close() })()
 		s, w, _ := g.begin(c, kLook)
 		c.Close()
 		switch {
 		case s.err == nil:
 			tell(vAlive, w)
 			return
-		case ctx.Err() != nil || timedOut(s.err):
+		case ctx.Err() != nil:
 			return // it accepts and is silent
 		}
 		tell(vNone, head{})
@@ -628,10 +624,9 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 		if ctx.Err() == nil {
 			g.call(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
 		}
-		select {
-		case <-time.After(min(time.Second<<min(max(tries-1, 0), 10), linkMax)):
-		case <-ctx.Done():
-		}
+		wait, cancel := context.WithTimeout(ctx, min(time.Second<<min(max(tries-1, 0), 10), linkMax))
+		<-wait.Done()
+		cancel()
 	}
 }
 
@@ -698,7 +693,7 @@ func (g *gossip) hear(s *session, x *exchange) {
 		g.doFor(s, func(n *node) (err error) {
 			bad := 0
 			if more, bad, err = n.merge(x, h, us); bad > 0 {
-				g.strange.seen(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+				g.unwelcome(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 			}
 			return err
 		})
@@ -725,31 +720,24 @@ func (g *gossip) serve(s *session) error {
 	g.doFor(s, func(n *node) error { w, about = n.welcome(h); return nil })
 	s.write(&w, about...)
 	from := Member{Name: h.From, Born: h.born()}
-	if h.Kind == kLink {
-		return g.serveLink(s, from)
-	}
-	if x := (&exchange{with: from, digest: h.Digest}); h.Kind == kExchange { // who hangs up now has the same table
-		g.hear(s, x)
-		g.say(s, x)
-	}
-	return s.err
-}
-
-// serveLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
-func (g *gossip) serveLink(s *session, m Member) error {
-	for wait := helloFor; s.err == nil; wait = linkLook {
+	// A link is held while the other one is a member: that of a vanished host would stay for ever.
+	for wait := helloFor; h.Kind == kLink && s.err == nil; wait = linkMax {
 		s.SetReadDeadline(time.Now().Add(wait))
 		if s.read(&head{}); s.err == nil {
 			return nil // a bye
 		}
 		quiet := timedOut(s.err)
 		s.err = g.do(func(n *node) error {
-			if quiet && !n.t.over(m) {
+			if quiet && !n.t.over(from) {
 				return nil
 			}
-			n.linkEnded(m, 0, false) // of a run that is over this is no news
+			n.linkEnded(from, 0, false) // of a run that is over this is no news
 			return errHungUp
 		})
+	}
+	if x := (&exchange{with: from, digest: h.Digest}); h.Kind == kExchange { // who hangs up now has the same table
+		g.hear(s, x)
+		g.say(s, x)
 	}
 	return s.err
 }
@@ -874,42 +862,26 @@ func rpcDoor(token string, gossip uint16) *door {
 	return d
 }
 
-// rpcServer answers commands about an agent.
-type rpcServer struct {
-	guests
-	g    *gossip
-	info func() []string // as text, and as JSON
-}
-
-func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *rpcServer {
+// serveRPC answers commands at ln; info is what the agent knows of itself, as text and as JSON.
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *guests {
 	self, _ := g.me()
-	r := &rpcServer{g: g, info: info, guests: guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns,
-		strange: strangers{log: g.cfg.log}}}
-	r.ctx, r.quit = context.WithCancel(context.Background())
-	r.wg.Go(func() { r.accept(r.serve) })
-	return r
+	gs := &guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs.ctx, gs.quit = context.WithCancel(context.Background())
+	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
+	return gs
 }
 
-func (r *rpcServer) serve(s *session) error {
+// command does what a command asks for, and answers it.
+func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
 	var req request
+	var a answer // the last one
 	if s.read(&req); s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
 	s.SetDeadline(time.Time{})
-	a, err := r.do(s, req)
-	if err != nil {
-		a.Error = err.Error()
-	}
-	s.write(&a)
-	return s.err
-}
-
-// do does what the request asks for, and returns the last answer.
-func (r *rpcServer) do(s *session, req request) (a answer, err error) {
-	g := r.g
 	switch req.Op {
 	case "members":
-		r.members(s)
+		g.list(s)
 	case "join":
 		names, errs, _ := g.join(list(req.Args), req.Replay)
 		if a.Count = len(names); a.Count == 0 {
@@ -917,7 +889,7 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 		}
 	case "leave":
 		g.cfg.log.Print("[INFO] told to leave the cluster")
-		r.tcp.Close() // who reads the answer may start the next agent at once
+		ln.Close() // who reads the answer may start the next agent at once
 		err = g.leave()
 	case "force-leave":
 		err = g.do(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
@@ -926,7 +898,7 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "tags":
 		err = g.do(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), list(req.Drop)) })
 	case "info":
-		a.Text = strings.Join(r.info(), "\x00")
+		a.Text = strings.Join(info(), "\x00")
 	case "query":
 		var who []string
 		f := &feed{}
@@ -939,25 +911,29 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 		})
 		if err == nil {
 			s.write(&answer{More: true, Text: strings.Join(who, "\x00")})
-			r.stream(s, f)
+			g.stream(s, f)
 		}
 	case "watch":
 		f := &feed{events: make(chan *queued, maxWatch)}
-		err = g.do(func(*node) error { g.feeds[f] = true; return nil })
+		g.doFor(s, func(*node) error { g.feeds[f] = true; return nil })
 		s.patient = true
-		r.members(s)
-		r.stream(s, f)
+		g.list(s)
+		g.stream(s, f)
 	default:
 		err = fmt.Errorf("this agent knows no request %q", req.Op)
 	}
-	return a, err
+	if err != nil {
+		a.Error = err.Error()
+	}
+	s.write(&a)
+	return s.err
 }
 
-// members sends all members, few at a time: a reader that does not read costs a page, however many they are.
-func (r *rpcServer) members(s *session) {
+// list sends all members, few at a time: a reader that does not read costs a page, however many they are.
+func (g *gossip) list(s *session) {
 	for after, more := "", true; more && s.err == nil; {
 		var us []update
-		r.g.doFor(s, func(n *node) error {
+		g.doFor(s, func(n *node) error {
 			for _, m := range n.members(after, pageSize) {
 				us, after = append(us, update{Member: m}), m.Name
 			}
@@ -995,8 +971,8 @@ func (f *feed) put(ev Event) {
 }
 
 // stream sends what f brings until the reader or the agent has gone, or the query is over.
-func (r *rpcServer) stream(s *session, f *feed) {
-	defer r.g.call(func(*node) { delete(r.g.feeds, f) })
+func (g *gossip) stream(s *session, f *feed) {
+	defer g.call(func(*node) { delete(g.feeds, f) })
 	gone := make(chan struct{})
 	go func() { io.Copy(io.Discard, s.Conn); close(gone) }()
 	for s.err == nil {
@@ -1009,7 +985,7 @@ func (r *rpcServer) stream(s *session, f *feed) {
 			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, u)
 		case <-gone:
 			return
-		case <-r.g.done:
+		case <-g.done:
 			return
 		}
 	}
