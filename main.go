@@ -616,7 +616,10 @@ func tagPairs(m Member) (kv pairs) {
 func (q *ask) info(*flag.FlagSet) error {
 	return q.call("info", rpcTimeout, func(a answer, _ []update) error {
 		text, json, _ := strings.Cut(a.Text, "\x00")
-		return output(printable(map[bool]string{false: text, true: json}[q.json], "\n\t"))
+		if q.json {
+			text = json
+		}
+		return output(printable(text, "\n\t"))
 	})
 }
 
@@ -854,7 +857,10 @@ func setFrom(variable, text string, f *flag.Flag) error {
 // split takes a list apart at its commas, or at its newlines if there are any. The events in
 // member-join,user:x=script stay with their script.
 func split(text string) (items []string) {
-	sep := map[bool]string{false: ",", true: "\n"}[strings.Contains(text, "\n")]
+	sep := ","
+	if strings.Contains(text, "\n") {
+		sep = "\n"
+	}
 	for item := range strings.SplitSeq(text, sep) {
 		last := len(items) - 1
 		switch item = strings.TrimSpace(item); {
@@ -984,9 +990,11 @@ func listenRPC(addr string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	ap, _ := netip.ParseAddrPort(addr)
-	only4 := map[bool]string{true: "4"}[ap.Addr().Is4()] // or 0.0.0.0 would take IPv6 as well
-	ln, err := net.Listen("tcp"+only4, addr)
+	network := "tcp"
+	if ap, _ := netip.ParseAddrPort(addr); ap.Addr().Is4() {
+		network = "tcp4" // or 0.0.0.0 would take IPv6 as well
+	}
+	ln, err := net.Listen(network, addr)
 	if err != nil {
 		err = startFailure("the RPC", "-rpc-addr", addr, err)
 	}
@@ -1230,8 +1238,11 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 		return addr, "", misuse("-iface takes the name of an interface",
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
 	}
-	loopback := map[bool]string{true: "127.0.0.1", false: "::1"}[bind.Addr().Is4()]
-	return netip.AddrPortFrom(netip.MustParseAddr(loopback), bind.Port()), noAddress, nil
+	loopback := netip.IPv6Loopback()
+	if bind.Addr().Is4() {
+		loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	return netip.AddrPortFrom(loopback, bind.Port()), noAddress, nil
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
