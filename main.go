@@ -939,27 +939,24 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	defer ln.Close()
 	here := *ln.Addr().(*net.TCPAddr) // where handlers reach the RPC
 	if a.gossip.other = uint16(here.Port); here.IP.IsUnspecified() {
 		here.IP = net.IPv4(127, 0, 0, 1)
-	}
-	var g *gossip
-	started := make(chan struct{}) // g is there
-	a.handlers.env = func() []string {
-		<-started
-		self, alone := g.me()
-		return handlerEnv(self, alone, here.String(), a.rpcAuth)
 	}
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
 	a.gossip.events = handlers.deliver
-	if g, err = startGossip(a.gossip); err != nil {
+	g, err := newGossip(a.gossip)
+	if err != nil {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
-	close(started)
+	handlers.env = func() []string {
+		self, alone := g.me()
+		return handlerEnv(self, alone, here.String(), a.rpcAuth)
+	}
+	go g.run()
 	a.banner(g, why, ln.Addr())
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)

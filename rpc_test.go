@@ -62,10 +62,11 @@ func startTestGossip(t testing.TB, name string, cfg gossipConfig) (*gossip, *log
 			}
 		}
 	}
-	g, err := startGossip(cfg)
+	g, err := newGossip(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
+	go g.run()
 	t.Cleanup(g.close)
 	return g, l
 }
