@@ -359,7 +359,6 @@ func jsonString(s string) string {
 type ask struct {
 	request
 	addr, token string // of the agent's RPC
-	json        bool
 	filter      filter
 	tags        tagMap   // to set
 	nodes       []string // to ask
@@ -379,7 +378,7 @@ func (q *ask) reach(fs *flag.FlagSet) {
 
 func (q *ask) format(fs *flag.FlagSet) {
 	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
-		if q.json = s == "json"; !q.json && s != "text" {
+		if q.JSON = s == "json"; !q.JSON && s != "text" {
 			return errors.New("want text or json")
 		}
 		return nil
@@ -425,7 +424,7 @@ func (q *ask) shows() []*command {
   {} query -node web1 -node web2 -timeout 3s -format json health
 `, options{q.reach, q.format, q.queries}, q.query},
 		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-			options{q.reach, q.format}, q.info},
+			options{q.reach, q.format}, func(*flag.FlagSet) error { return q.do("info", rpcTimeout, "") }},
 	}
 }
 
@@ -480,9 +479,9 @@ func (q *ask) call(op string, timeout time.Duration, each func(answer, []update)
 	return callRPC(addr, q.token, q.request, timeout, each)
 }
 
-// do makes a call and says that it is done.
+// do makes a call, and shows the text of the answer or, where there is none, that it is done.
 func (q *ask) do(op string, timeout time.Duration, done string) error {
-	return q.call(op, timeout, func(answer, []update) error { return output(done) })
+	return q.call(op, timeout, func(a answer, _ []update) error { return output(cmp.Or(printable(a.Text, "\n\t"), done)) })
 }
 
 func (q *ask) join(fs *flag.FlagSet) error {
@@ -567,7 +566,7 @@ func (q *ask) members(*flag.FlagSet) error {
 		ms, living, err := q.chosen(min(rpcTimeout, max(time.Until(deadline), pause)))
 		f, _ := errors.AsType[*failure](err)
 		switch {
-		case err == nil && len(living) >= q.count && q.json:
+		case err == nil && len(living) >= q.count && q.JSON:
 			return output(membersJSON(ms))
 		case err == nil && len(living) >= q.count:
 			return output(membersText(ms))
@@ -613,16 +612,6 @@ func tagPairs(m Member) (kv pairs) {
 	return kv
 }
 
-func (q *ask) info(*flag.FlagSet) error {
-	return q.call("info", rpcTimeout, func(a answer, _ []update) error {
-		text, json, _ := strings.Cut(a.Text, "\x00")
-		if q.json {
-			text = json
-		}
-		return output(printable(text, "\n\t"))
-	})
-}
-
 func (q *ask) watch(*flag.FlagSet) error {
 	kinds, there := strings.Split(q.events, ","), eventNames[0]
 	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
@@ -639,7 +628,7 @@ func (q *ask) watch(*flag.FlagSet) error {
 	seen := 0
 	err = q.call("watch", rpcTimeout, func(a answer, us []update) error {
 		text := ""
-		if a.Lost > 0 && q.json {
+		if a.Lost > 0 && q.JSON {
 			text = fmt.Sprintf("{\"lost\": %d}\n", a.Lost)
 		} else if a.Lost > 0 {
 			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Lost)
@@ -669,7 +658,7 @@ func (q *ask) line(a answer, u update) string {
 		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
 		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(list(m.Tags), ","))
 	}
-	if q.json {
+	if q.JSON {
 		return toJSON(append(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String()}, fields...), "") + "\n"
 	}
 	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at.Format("2006/01/02 15:04:05"), a.Kind, printable(what, "")), " ") + "\n"
@@ -730,9 +719,9 @@ func (t *tally) hear(a answer, us []update) error {
 		}
 	}
 	switch done, failed := t.said[replyDone], t.said[replyFailed]; {
-	case t.json && a.More:
+	case t.JSON && a.More:
 		return nil
-	case t.json:
+	case t.JSON:
 		result := pairs{"Acks", t.acks, "Responses", done}
 		if len(failed) > 0 {
 			result = append(result, "Failures", failed)
@@ -963,7 +952,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
-	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
+	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
 	ended := make(chan struct{})
 	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
 	return a.wait(g, ended, signals)
@@ -1036,8 +1025,8 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	}
 }
 
-// info is what the agent knows of itself, as text and as JSON.
-func (a *agent) info(g *gossip, handlers *handlers) []string {
+// info is what the agent knows of itself.
+func (a *agent) info(g *gossip, handlers *handlers, json bool) string {
 	self, _ := g.me()
 	var events, about pairs
 	add := func(key string, value any) {
@@ -1074,7 +1063,10 @@ func (a *agent) info(g *gossip, handlers *handlers) []string {
 			text += fmt.Sprintf("\t%s = %s\n", printable(fact[0].(string), ""), printable(fact[1].(string), ""))
 		}
 	}
-	return []string{text, toJSON(all, "\n") + "\n"}
+	if json {
+		return toJSON(all, "\n") + "\n"
+	}
+	return text
 }
 
 // wait returns when the agent has ended: told by a signal, by the leave command, or by itself.

@@ -789,6 +789,7 @@ type request struct {
 	Payload              []byte
 	Args, Drop           string // both separated by NUL; Drop are the tags to delete
 	Prune, Replay, Merge bool   // Merge: coalesce the event
+	JSON                 bool   // rather than text: what the agent knows of itself
 	Within               time.Duration
 }
 
@@ -878,10 +879,10 @@ func rpcDoor(token string, gossip uint16) *door {
 type rpcServer struct {
 	guests
 	g    *gossip
-	info func() []string // as text, and as JSON
+	info func(json bool) string
 }
 
-func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *rpcServer {
+func serveRPC(ln net.Listener, g *gossip, token string, info func(json bool) string) *rpcServer {
 	self, _ := g.me()
 	r := &rpcServer{g: g, info: info, guests: guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns,
 		strange: strangers{log: g.cfg.log}}}
@@ -926,7 +927,7 @@ func (r *rpcServer) do(s *session, req request) (a answer, err error) {
 	case "tags":
 		err = g.do(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), list(req.Drop)) })
 	case "info":
-		a.Text = strings.Join(r.info(), "\x00")
+		a.Text = r.info(req.JSON)
 	case "query":
 		var who []string
 		f := &feed{}
