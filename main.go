@@ -120,11 +120,84 @@ type command struct {
 
 type options []func(*flag.FlagSet)
 
+// newCommands are all commands, in the order in which help lists them.
 func newCommands() []*command {
 	a, q := &agent{tags: tagMap{}}, &ask{filter: filter{}, tags: tagMap{}}
-	return slices.Concat([]*command{
+	return append([]*command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
-	}, q.shows(), q.acts(), []*command{
+		{"members", "", "lists the members of the cluster", `  {} members                                list all members
+  {} members -status alive -tag role=web    the living ones with a tag
+  {} members -name 'db[0-9]+' -format json
+  {} members -wait 3 -timeout 20s           wait until three are alive
+`, options{q.reach, q.format, func(fs *flag.FlagSet) {
+			fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", q.filter.set("status="))
+			fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", q.filter.set("name="))
+			fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
+			fs.Func("role", "the same as -tag role=`RE`", q.filter.set("tag role="))
+			fs.Bool("detailed", false, "has no effect: it is Serf's")
+			fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+				"exit status 1 if it took too long", number(&q.count))
+			fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&q.timeout))
+		}}, q.members},
+		{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
+  {} watch -event member-failed,user:deploy
+  {} watch -format json      one object a line, for programs
+  {} watch -event user:done -n 1 -timeout 60s   wait for an event
+`, options{q.reach, q.format, func(fs *flag.FlagSet) {
+			fs.StringVar(&q.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
+				"who is there at the start")
+			fs.Func("n", "end after `N` events, not counting who is there at first", number(&q.count))
+			fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&q.timeout))
+		}}, q.watch},
+		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
+  {} query -tag role=db master
+  {} query -node web1 -node web2 -timeout 3s -format json health
+`, options{q.reach, q.format, q.queries}, q.query},
+		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
+			options{q.reach, q.format}, func(*flag.FlagSet) error { return q.do("info", rpcTimeout, "") }},
+		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
+  {} tags -set health=ok -set zone=b -delete state
+`, options{q.reach, func(fs *flag.FlagSet) {
+			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", q.tags.set(""))
+			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+				if key == "" || strings.Contains(key, "=") {
+					return errors.New("want KEY, such as state")
+				}
+				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
+				return nil
+			})
+		}}, q.setTags},
+	}, q.moreCommands()...)
+}
+
+func (q *ask) moreCommands() []*command {
+	return []*command{
+		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
+  {} event deploy 3f2c1aa       with a payload, the handlers' input
+  {} event -coalesce=false log "$(uptime)"
+`, options{q.reach, func(fs *flag.FlagSet) {
+			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
+		}}, func(fs *flag.FlagSet) error {
+			q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
+			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(q.Name, ""), q.Merge)
+			return q.do("event", rpcTimeout, done)
+		}},
+		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
+  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
+`, options{q.reach, func(fs *flag.FlagSet) {
+			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
+		}}, q.join},
+		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
+			func(*flag.FlagSet) error { return q.do("leave", slowTimeout, "Graceful leave complete\n") }},
+		{"force-leave", "NAME", "turns a failed member into one that left",
+			`  {} force-leave web3           a failed member counts as left, everywhere
+  {} force-leave -prune web3    it vanishes from the list
+`, options{q.reach, func(fs *flag.FlagSet) {
+				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
+			}}, func(fs *flag.FlagSet) error {
+				q.Name = fs.Arg(0)
+				return q.do("force-leave", rpcTimeout, "")
+			}},
 		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
 			func(*flag.FlagSet) error {
 				key := make([]byte, keySize)
@@ -135,7 +208,7 @@ func newCommands() []*command {
 			func(*flag.FlagSet) error {
 				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
 			}},
-	})
+	}
 }
 
 // execute sets the options from args, and runs the command.
@@ -391,84 +464,6 @@ func (q *ask) queries(fs *flag.FlagSet) {
 	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
 	fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&q.Within))
 	fs.BoolVar(&q.noAck, "no-ack", false, "do not show who has the query")
-}
-
-func (q *ask) shows() []*command {
-	return []*command{
-		{"members", "", "lists the members of the cluster", `  {} members                                list all members
-  {} members -status alive -tag role=web    the living ones with a tag
-  {} members -name 'db[0-9]+' -format json
-  {} members -wait 3 -timeout 20s           wait until three are alive
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", q.filter.set("status="))
-			fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", q.filter.set("name="))
-			fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
-			fs.Func("role", "the same as -tag role=`RE`", q.filter.set("tag role="))
-			fs.Bool("detailed", false, "has no effect: it is Serf's")
-			fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
-				"exit status 1 if it took too long", number(&q.count))
-			fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&q.timeout))
-		}}, q.members},
-		{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
-  {} watch -event member-failed,user:deploy
-  {} watch -format json      one object a line, for programs
-  {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.StringVar(&q.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-				"who is there at the start")
-			fs.Func("n", "end after `N` events, not counting who is there at first", number(&q.count))
-			fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&q.timeout))
-		}}, q.watch},
-		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
-  {} query -tag role=db master
-  {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{q.reach, q.format, q.queries}, q.query},
-		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-			options{q.reach, q.format}, func(*flag.FlagSet) error { return q.do("info", rpcTimeout, "") }},
-	}
-}
-
-func (q *ask) acts() []*command {
-	return []*command{
-		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
-  {} tags -set health=ok -set zone=b -delete state
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", q.tags.set(""))
-			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
-				if key == "" || strings.Contains(key, "=") {
-					return errors.New("want KEY, such as state")
-				}
-				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
-				return nil
-			})
-		}}, q.setTags},
-		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
-  {} event deploy 3f2c1aa       with a payload, the handlers' input
-  {} event -coalesce=false log "$(uptime)"
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
-		}}, func(fs *flag.FlagSet) error {
-			q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
-			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(q.Name, ""), q.Merge)
-			return q.do("event", rpcTimeout, done)
-		}},
-		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
-  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
-		}}, q.join},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
-			func(*flag.FlagSet) error { return q.do("leave", slowTimeout, "Graceful leave complete\n") }},
-		{"force-leave", "NAME", "turns a failed member into one that left",
-			`  {} force-leave web3           a failed member counts as left, everywhere
-  {} force-leave -prune web3    it vanishes from the list
-`, options{q.reach, func(fs *flag.FlagSet) {
-				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
-			}}, func(fs *flag.FlagSet) error {
-				q.Name = fs.Arg(0)
-				return q.do("force-leave", rpcTimeout, "")
-			}},
-	}
 }
 
 func (q *ask) call(op string, timeout time.Duration, each func(answer, []update) error) error {
