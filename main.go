@@ -911,7 +911,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if level < 0 {
 		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
-	logs := newLogWriter(level)
+	logs := &logWriter{level: level, lines: make(chan string, 1024)}
 	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
 	signals := prepareProcess()
@@ -984,12 +984,11 @@ func listenRPC(addr string) (net.Listener, error) {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	no, _ := errors.AsType[syscall.Errno](err)
-	hint := map[syscall.Errno]string{
+	hint := map[error]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[no]
+	}[reason(err)]
 	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
@@ -1093,14 +1092,10 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 
 // waitAtMost reports whether wait returned within d.
 func waitAtMost(d time.Duration, wait func()) bool {
-	done := make(chan struct{})
-	go func() { wait(); close(done) }()
-	select {
-	case <-done:
-		return true
-	case <-time.After(d):
-		return false
-	}
+	ctx, done := context.WithTimeout(context.Background(), d)
+	go func() { wait(); done() }()
+	<-ctx.Done()
+	return errors.Is(ctx.Err(), context.Canceled)
 }
 
 // ---- addresses ----
@@ -1270,10 +1265,6 @@ type logWriter struct {
 	lines   chan string // "" is the end
 	lost    atomic.Int64
 	pumping sync.WaitGroup
-}
-
-func newLogWriter(level int) *logWriter {
-	return &logWriter{level: level, lines: make(chan string, 1024)}
 }
 
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".

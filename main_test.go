@@ -272,7 +272,7 @@ func TestLinesOfWatch(t *testing.T) {
 }
 
 func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
-	w := newLogWriter(slices.Index(logLevels, "info"))
+	w := &logWriter{level: slices.Index(logLevels, "info"), lines: make(chan string, 1024)}
 	l := log.New(w, "", log.LstdFlags)
 	for _, level := range logLevels {
 		l.Printf("[%s] x\x1b[2Jy\n\tz", strings.ToUpper(level))
