@@ -46,8 +46,6 @@ const (
 	keySize        = 32
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 10 * time.Second // a join or a leave takes the agent itself up to five
-	resolveFor     = 1500 * ms
-	handlerGrace   = 3 * time.Second // for handlers that run when the agent ends
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
 )
@@ -122,7 +120,7 @@ type options []func(*flag.FlagSet)
 
 // newCommands are all commands, in the order in which help lists them.
 func newCommands() []*command {
-	a, q := &agent{tags: tagMap{}}, &ask{filter: filter{}, tags: tagMap{}}
+	a, q := &agent{tags: make(map[string]string)}, &ask{filter: make(filter), tags: make(map[string]string)}
 	return append([]*command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
 		{"members", "", "lists the members of the cluster", `  {} members                                list all members
@@ -154,11 +152,11 @@ func newCommands() []*command {
   {} query -node web1 -node web2 -timeout 3s -format json health
 `, options{q.reach, q.format, q.queries}, q.query},
 		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-			options{q.reach, q.format}, func(*flag.FlagSet) error { return q.do("info", rpcTimeout, "") }},
+			options{q.reach, q.format}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
 		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
   {} tags -set health=ok -set zone=b -delete state
 `, options{q.reach, func(fs *flag.FlagSet) {
-			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", q.tags.set(""))
+			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(q.tags, ""))
 			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
 				if key == "" || strings.Contains(key, "=") {
 					return errors.New("want KEY, such as state")
@@ -178,9 +176,8 @@ func (q *ask) moreCommands() []*command {
 `, options{q.reach, func(fs *flag.FlagSet) {
 			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
 		}}, func(fs *flag.FlagSet) error {
-			q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
-			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(q.Name, ""), q.Merge)
-			return q.do("event", rpcTimeout, done)
+			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), q.Merge)
+			return q.do(fs, rpcTimeout, done)
 		}},
 		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
   {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
@@ -188,16 +185,13 @@ func (q *ask) moreCommands() []*command {
 			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
 		}}, q.join},
 		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
-			func(*flag.FlagSet) error { return q.do("leave", slowTimeout, "Graceful leave complete\n") }},
+			func(fs *flag.FlagSet) error { return q.do(fs, slowTimeout, "Graceful leave complete\n") }},
 		{"force-leave", "NAME", "turns a failed member into one that left",
 			`  {} force-leave web3           a failed member counts as left, everywhere
   {} force-leave -prune web3    it vanishes from the list
 `, options{q.reach, func(fs *flag.FlagSet) {
 				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
-			}}, func(fs *flag.FlagSet) error {
-				q.Name = fs.Arg(0)
-				return q.do("force-leave", rpcTimeout, "")
-			}},
+			}}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
 		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
 			func(*flag.FlagSet) error {
 				key := make([]byte, keySize)
@@ -314,7 +308,7 @@ func (c *command) help(fs *flag.FlagSet) string {
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-// appendTo, number and duration, and set below, make what takes the text of an option.
+// appendTo, number, duration and setTag, and set of a filter, make what takes the text of an option.
 func appendTo(list *[]string) func(string) error {
 	return func(s string) error { *list = append(*list, s); return nil }
 }
@@ -338,18 +332,16 @@ func duration(d *time.Duration) func(string) error {
 	}
 }
 
-type tagMap map[string]string
-
-// set returns the way to take KEY=VALUE, or what is missing of it after a prefix.
-func (t tagMap) set(prefix string) func(string) error {
+// setTag returns the way to take KEY=VALUE, or what is missing of it after a prefix.
+func setTag(tags map[string]string, prefix string) func(string) error {
 	return func(s string) error {
 		k, v, ok := strings.Cut(prefix+s, "=")
 		if !ok {
 			return errors.New("want KEY=VALUE, such as role=web")
-		} else if old := cmp.Or(t[k], v); k == "role" && old != v {
+		} else if old := cmp.Or(tags[k], v); k == "role" && old != v {
 			return fmt.Errorf("the role is %q already", old)
 		}
-		t[k] = v
+		tags[k] = v
 		return nil
 	}
 }
@@ -433,10 +425,10 @@ type ask struct {
 	request
 	addr, token string // of the agent's RPC
 	filter      filter
-	tags        tagMap   // to set
-	nodes       []string // to ask
-	events      string   // to show
-	count       int      // how many members, or events, to wait for
+	tags        map[string]string // to set
+	nodes       []string          // to ask
+	events      string            // to show
+	count       int               // how many members, or events, to wait for
 	timeout     time.Duration
 	noAck       bool
 }
@@ -474,9 +466,13 @@ func (q *ask) call(op string, timeout time.Duration, each func(answer, []update)
 	return callRPC(addr, q.token, q.request, timeout, each)
 }
 
-// do makes a call, and shows the text of the answer or, where there is none, that it is done.
-func (q *ask) do(op string, timeout time.Duration, done string) error {
-	return q.call(op, timeout, func(a answer, _ []update) error { return output(cmp.Or(printable(a.Text, "\n\t"), done)) })
+// do has the agent do what the command is called, and shows the text of the answer or, where there is none, that it
+// is done.
+func (q *ask) do(fs *flag.FlagSet, timeout time.Duration, done string) error {
+	q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
+	return q.call(fs.Name(), timeout, func(a answer, _ []update) error {
+		return output(cmp.Or(printable(a.Text, "\n\t"), done))
+	})
 }
 
 func (q *ask) join(fs *flag.FlagSet) error {
@@ -489,14 +485,14 @@ func (q *ask) join(fs *flag.FlagSet) error {
 	})
 }
 
-func (q *ask) setTags(*flag.FlagSet) error {
+func (q *ask) setTags(fs *flag.FlagSet) error {
 	tags, err := makeTags(q.tags)
 	if q.Args = string(tags); err != nil {
 		return misuse("", "-set: %v", err)
 	} else if q.Args+q.Drop == "" {
 		return misuse("for example: -set state=drain", "nothing to change: give -set or -delete")
 	}
-	return q.do("tags", rpcTimeout, "Successfully updated agent tags\n")
+	return q.do(fs, rpcTimeout, "Successfully updated agent tags\n")
 }
 
 // filter is what members must match, by field: "name", "status", or a tag as "tag KEY".
@@ -740,7 +736,7 @@ type agent struct {
 	bind, advertise, iface     string
 	rpcAddr, rpcAuth, logLevel string
 	keys                       []string
-	tags                       tagMap
+	tags                       map[string]string
 	leaveOnTerminate           bool
 }
 
@@ -762,10 +758,10 @@ SIGHUP does nothing.
 
 func (a *agent) options(fs *flag.FlagSet) {
 	g, h := &a.gossip, &a.handlers
-	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, handlerGrace
+	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, 3*time.Second
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
-	fs.Func("role", "the same as -tag role=`ROLE`", a.tags.set("role="))
-	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", a.tags.set(""))
+	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
+	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
 	fs.StringVar(&a.bind, "bind", "0.0.0.0:"+defaultPort, "`IP:PORT` where to listen for gossip, UDP and TCP")
 	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
 		"from which packets to the first seed go out)")
@@ -1138,7 +1134,7 @@ func rpcAddr(s string) (string, error) {
 // resolve looks up all addresses of all hosts at the same time; port stands in for a missing one. What takes
 // longer than 1.5 s counts as failed.
 func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.AddrPort, errs []string) {
-	ctx, cancel := context.WithTimeout(ctx, resolveFor)
+	ctx, cancel := context.WithTimeout(ctx, 1500*ms)
 	defer cancel()
 	found, failed := make([][]net.IPAddr, len(hosts)), make([]error, len(hosts))
 	var all sync.WaitGroup
@@ -1270,10 +1266,9 @@ type logWriter struct {
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
 func (w *logWriter) Write(p []byte) (int, error) {
 	line := string(p)
-	for _, level := range logLevels[:w.level] {
-		if strings.HasPrefix(line[min(len(line), len("2013/12/08 07:56:48 ")):], "["+strings.ToUpper(level)+"]") {
-			return len(p), nil
-		}
+	word, _, _ := strings.Cut(line[len("2013/12/08 07:56:48 "):], " ")
+	if level := slices.Index(logLevels, strings.ToLower(strings.Trim(word, "[]"))); level >= 0 && level < w.level {
+		return len(p), nil
 	}
 	select {
 	case w.lines <- printable(line, "\n\t"):

@@ -19,7 +19,7 @@ import (
 
 // Most defaults are shown by package flag, which knows them; these are not.
 func TestDefaultsInTheHelpAreTrue(t *testing.T) {
-	a, q := &agent{tags: tagMap{}}, &ask{filter: filter{}}
+	a, q := &agent{tags: make(map[string]string)}, &ask{filter: filter{}}
 	for _, o := range []struct {
 		define func(*flag.FlagSet)
 		name   string
@@ -219,12 +219,12 @@ func TestListsFromTheEnvironment(t *testing.T) {
 	}
 	// What would become two broken parts is told.
 	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
-		a, fs := &agent{tags: tagMap{}}, flag.NewFlagSet("", flag.ContinueOnError)
+		a, fs := &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
 		if err := setFrom("HAMLET_X", in, fs.Lookup(name)); err == nil || !strings.Contains(err.Error(), "newline") {
 			t.Errorf("%s: %q, %v", in, a.handlers.specs, err)
 		}
-		a, fs = &agent{tags: tagMap{}}, flag.NewFlagSet("", flag.ContinueOnError)
+		a, fs = &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
 		err := setFrom("HAMLET_X", in+"\n", fs.Lookup(name))
 		if got := append(a.handlers.specs, "note="+a.tags["note"]); err != nil || got[0] != in {
