@@ -1178,7 +1178,7 @@ func (qs *queries) step(n *node) {
 // ---------------------------------------------------------------------------
 // The loop: one goroutine owns the node and never blocks. UDP is here, too.
 
-// gossipConfig is what startGossip needs to know. The member's address is what others are told: none means the
+// gossipConfig is what newGossip needs to know. The member's address is what others are told: none means the
 // bound one, its port 0 the bound port.
 type gossipConfig struct {
 	nodeConfig
@@ -1216,8 +1216,8 @@ type owned struct {
 	last     []Event // what handlers shall still hear then
 }
 
-// startGossip binds the sockets, starts the loop, and begins to join the seeds.
-func startGossip(cfg gossipConfig) (*gossip, error) {
+// newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
+func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), tables: make(chan struct{}, maxTables),
 		ended: make(chan struct{}), done: make(chan struct{}),
 		guests: guests{limit: guestLimit(), log: cfg.log}}
@@ -1235,7 +1235,6 @@ func startGossip(cfg gossipConfig) (*gossip, error) {
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.accept(g.serve) })
-	go g.run()
 	return g, nil
 }
 

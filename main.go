@@ -46,8 +46,6 @@ const (
 	keySize        = 32
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 10 * time.Second // a join or a leave takes the agent itself up to five
-	resolveFor     = 1500 * ms
-	handlerGrace   = 3 * time.Second // for handlers that run when the agent ends
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
 )
@@ -120,11 +118,80 @@ type command struct {
 
 type options []func(*flag.FlagSet)
 
+// newCommands are all commands, in the order in which help lists them.
 func newCommands() []*command {
-	a, q := &agent{tags: tagMap{}}, &ask{filter: filter{}, tags: tagMap{}}
-	return slices.Concat([]*command{
+	a, q := &agent{tags: make(map[string]string)}, &ask{filter: make(filter), tags: make(map[string]string)}
+	return append([]*command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
-	}, q.shows(), q.acts(), []*command{
+		{"members", "", "lists the members of the cluster", `  {} members                                list all members
+  {} members -status alive -tag role=web    the living ones with a tag
+  {} members -name 'db[0-9]+' -format json
+  {} members -wait 3 -timeout 20s           wait until three are alive
+`, options{q.reach, q.format, func(fs *flag.FlagSet) {
+			fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", q.filter.set("status="))
+			fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", q.filter.set("name="))
+			fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
+			fs.Func("role", "the same as -tag role=`RE`", q.filter.set("tag role="))
+			fs.Bool("detailed", false, "has no effect: it is Serf's")
+			fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+				"exit status 1 if it took too long", number(&q.count))
+			fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&q.timeout))
+		}}, q.members},
+		{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
+  {} watch -event member-failed,user:deploy
+  {} watch -format json      one object a line, for programs
+  {} watch -event user:done -n 1 -timeout 60s   wait for an event
+`, options{q.reach, q.format, func(fs *flag.FlagSet) {
+			fs.StringVar(&q.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
+				"who is there at the start")
+			fs.Func("n", "end after `N` events, not counting who is there at first", number(&q.count))
+			fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&q.timeout))
+		}}, q.watch},
+		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
+  {} query -tag role=db master
+  {} query -node web1 -node web2 -timeout 3s -format json health
+`, options{q.reach, q.format, q.queries}, q.query},
+		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
+			options{q.reach, q.format}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
+		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
+  {} tags -set health=ok -set zone=b -delete state
+`, options{q.reach, func(fs *flag.FlagSet) {
+			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(q.tags, ""))
+			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+				if key == "" || strings.Contains(key, "=") {
+					return errors.New("want KEY, such as state")
+				}
+				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
+				return nil
+			})
+		}}, q.setTags},
+	}, q.moreCommands()...)
+}
+
+func (q *ask) moreCommands() []*command {
+	return []*command{
+		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
+  {} event deploy 3f2c1aa       with a payload, the handlers' input
+  {} event -coalesce=false log "$(uptime)"
+`, options{q.reach, func(fs *flag.FlagSet) {
+			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
+		}}, func(fs *flag.FlagSet) error {
+			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), q.Merge)
+			return q.do(fs, rpcTimeout, done)
+		}},
+		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
+  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
+`, options{q.reach, func(fs *flag.FlagSet) {
+			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
+		}}, q.join},
+		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
+			func(fs *flag.FlagSet) error { return q.do(fs, slowTimeout, "Graceful leave complete\n") }},
+		{"force-leave", "NAME", "turns a failed member into one that left",
+			`  {} force-leave web3           a failed member counts as left, everywhere
+  {} force-leave -prune web3    it vanishes from the list
+`, options{q.reach, func(fs *flag.FlagSet) {
+				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
+			}}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
 		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
 			func(*flag.FlagSet) error {
 				key := make([]byte, keySize)
@@ -135,7 +202,7 @@ func newCommands() []*command {
 			func(*flag.FlagSet) error {
 				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
 			}},
-	})
+	}
 }
 
 // execute sets the options from args, and runs the command.
@@ -241,7 +308,7 @@ func (c *command) help(fs *flag.FlagSet) string {
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-// appendTo, number and duration, and set below, make what takes the text of an option.
+// appendTo, number, duration and setTag, and set of a filter, make what takes the text of an option.
 func appendTo(list *[]string) func(string) error {
 	return func(s string) error { *list = append(*list, s); return nil }
 }
@@ -265,18 +332,16 @@ func duration(d *time.Duration) func(string) error {
 	}
 }
 
-type tagMap map[string]string
-
-// set returns the way to take KEY=VALUE, or what is missing of it after a prefix.
-func (t tagMap) set(prefix string) func(string) error {
+// setTag returns the way to take KEY=VALUE, or what is missing of it after a prefix.
+func setTag(tags map[string]string, prefix string) func(string) error {
 	return func(s string) error {
 		k, v, ok := strings.Cut(prefix+s, "=")
 		if !ok {
 			return errors.New("want KEY=VALUE, such as role=web")
-		} else if old := cmp.Or(t[k], v); k == "role" && old != v {
+		} else if old := cmp.Or(tags[k], v); k == "role" && old != v {
 			return fmt.Errorf("the role is %q already", old)
 		}
-		t[k] = v
+		tags[k] = v
 		return nil
 	}
 }
@@ -359,12 +424,11 @@ func jsonString(s string) string {
 type ask struct {
 	request
 	addr, token string // of the agent's RPC
-	json        bool
 	filter      filter
-	tags        tagMap   // to set
-	nodes       []string // to ask
-	events      string   // to show
-	count       int      // how many members, or events, to wait for
+	tags        map[string]string // to set
+	nodes       []string          // to ask
+	events      string            // to show
+	count       int               // how many members, or events, to wait for
 	timeout     time.Duration
 	noAck       bool
 }
@@ -379,7 +443,7 @@ func (q *ask) reach(fs *flag.FlagSet) {
 
 func (q *ask) format(fs *flag.FlagSet) {
 	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
-		if q.json = s == "json"; !q.json && s != "text" {
+		if q.JSON = s == "json"; !q.JSON && s != "text" {
 			return errors.New("want text or json")
 		}
 		return nil
@@ -394,84 +458,6 @@ func (q *ask) queries(fs *flag.FlagSet) {
 	fs.BoolVar(&q.noAck, "no-ack", false, "do not show who has the query")
 }
 
-func (q *ask) shows() []*command {
-	return []*command{
-		{"members", "", "lists the members of the cluster", `  {} members                                list all members
-  {} members -status alive -tag role=web    the living ones with a tag
-  {} members -name 'db[0-9]+' -format json
-  {} members -wait 3 -timeout 20s           wait until three are alive
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", q.filter.set("status="))
-			fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", q.filter.set("name="))
-			fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
-			fs.Func("role", "the same as -tag role=`RE`", q.filter.set("tag role="))
-			fs.Bool("detailed", false, "has no effect: it is Serf's")
-			fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
-				"exit status 1 if it took too long", number(&q.count))
-			fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&q.timeout))
-		}}, q.members},
-		{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
-  {} watch -event member-failed,user:deploy
-  {} watch -format json      one object a line, for programs
-  {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.StringVar(&q.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-				"who is there at the start")
-			fs.Func("n", "end after `N` events, not counting who is there at first", number(&q.count))
-			fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&q.timeout))
-		}}, q.watch},
-		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
-  {} query -tag role=db master
-  {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{q.reach, q.format, q.queries}, q.query},
-		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-			options{q.reach, q.format}, q.info},
-	}
-}
-
-func (q *ask) acts() []*command {
-	return []*command{
-		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
-  {} tags -set health=ok -set zone=b -delete state
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", q.tags.set(""))
-			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
-				if key == "" || strings.Contains(key, "=") {
-					return errors.New("want KEY, such as state")
-				}
-				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
-				return nil
-			})
-		}}, q.setTags},
-		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
-  {} event deploy 3f2c1aa       with a payload, the handlers' input
-  {} event -coalesce=false log "$(uptime)"
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
-		}}, func(fs *flag.FlagSet) error {
-			q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
-			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(q.Name, ""), q.Merge)
-			return q.do("event", rpcTimeout, done)
-		}},
-		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
-  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
-		}}, q.join},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
-			func(*flag.FlagSet) error { return q.do("leave", slowTimeout, "Graceful leave complete\n") }},
-		{"force-leave", "NAME", "turns a failed member into one that left",
-			`  {} force-leave web3           a failed member counts as left, everywhere
-  {} force-leave -prune web3    it vanishes from the list
-`, options{q.reach, func(fs *flag.FlagSet) {
-				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
-			}}, func(fs *flag.FlagSet) error {
-				q.Name = fs.Arg(0)
-				return q.do("force-leave", rpcTimeout, "")
-			}},
-	}
-}
-
 func (q *ask) call(op string, timeout time.Duration, each func(answer, []update) error) error {
 	addr, err := rpcAddr(q.addr)
 	if q.Op = op; err != nil {
@@ -480,9 +466,13 @@ func (q *ask) call(op string, timeout time.Duration, each func(answer, []update)
 	return callRPC(addr, q.token, q.request, timeout, each)
 }
 
-// do makes a call and says that it is done.
-func (q *ask) do(op string, timeout time.Duration, done string) error {
-	return q.call(op, timeout, func(answer, []update) error { return output(done) })
+// do has the agent do what the command is called, and shows the text of the answer or, where there is none, that it
+// is done.
+func (q *ask) do(fs *flag.FlagSet, timeout time.Duration, done string) error {
+	q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
+	return q.call(fs.Name(), timeout, func(a answer, _ []update) error {
+		return output(cmp.Or(printable(a.Text, "\n\t"), done))
+	})
 }
 
 func (q *ask) join(fs *flag.FlagSet) error {
@@ -495,14 +485,14 @@ func (q *ask) join(fs *flag.FlagSet) error {
 	})
 }
 
-func (q *ask) setTags(*flag.FlagSet) error {
+func (q *ask) setTags(fs *flag.FlagSet) error {
 	tags, err := makeTags(q.tags)
 	if q.Args = string(tags); err != nil {
 		return misuse("", "-set: %v", err)
 	} else if q.Args+q.Drop == "" {
 		return misuse("for example: -set state=drain", "nothing to change: give -set or -delete")
 	}
-	return q.do("tags", rpcTimeout, "Successfully updated agent tags\n")
+	return q.do(fs, rpcTimeout, "Successfully updated agent tags\n")
 }
 
 // filter is what members must match, by field: "name", "status", or a tag as "tag KEY".
@@ -567,7 +557,7 @@ func (q *ask) members(*flag.FlagSet) error {
 		ms, living, err := q.chosen(min(rpcTimeout, max(time.Until(deadline), pause)))
 		f, _ := errors.AsType[*failure](err)
 		switch {
-		case err == nil && len(living) >= q.count && q.json:
+		case err == nil && len(living) >= q.count && q.JSON:
 			return output(membersJSON(ms))
 		case err == nil && len(living) >= q.count:
 			return output(membersText(ms))
@@ -613,13 +603,6 @@ func tagPairs(m Member) (kv pairs) {
 	return kv
 }
 
-func (q *ask) info(*flag.FlagSet) error {
-	return q.call("info", rpcTimeout, func(a answer, _ []update) error {
-		text, json, _ := strings.Cut(a.Text, "\x00")
-		return output(printable(map[bool]string{false: text, true: json}[q.json], "\n\t"))
-	})
-}
-
 func (q *ask) watch(*flag.FlagSet) error {
 	kinds, there := strings.Split(q.events, ","), eventNames[0]
 	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
@@ -636,7 +619,7 @@ func (q *ask) watch(*flag.FlagSet) error {
 	seen := 0
 	err = q.call("watch", rpcTimeout, func(a answer, us []update) error {
 		text := ""
-		if a.Lost > 0 && q.json {
+		if a.Lost > 0 && q.JSON {
 			text = fmt.Sprintf("{\"lost\": %d}\n", a.Lost)
 		} else if a.Lost > 0 {
 			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Lost)
@@ -666,7 +649,7 @@ func (q *ask) line(a answer, u update) string {
 		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
 		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(list(m.Tags), ","))
 	}
-	if q.json {
+	if q.JSON {
 		return toJSON(append(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String()}, fields...), "") + "\n"
 	}
 	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at.Format("2006/01/02 15:04:05"), a.Kind, printable(what, "")), " ") + "\n"
@@ -727,9 +710,9 @@ func (t *tally) hear(a answer, us []update) error {
 		}
 	}
 	switch done, failed := t.said[replyDone], t.said[replyFailed]; {
-	case t.json && a.More:
+	case t.JSON && a.More:
 		return nil
-	case t.json:
+	case t.JSON:
 		result := pairs{"Acks", t.acks, "Responses", done}
 		if len(failed) > 0 {
 			result = append(result, "Failures", failed)
@@ -753,7 +736,7 @@ type agent struct {
 	bind, advertise, iface     string
 	rpcAddr, rpcAuth, logLevel string
 	keys                       []string
-	tags                       tagMap
+	tags                       map[string]string
 	leaveOnTerminate           bool
 }
 
@@ -775,10 +758,10 @@ SIGHUP does nothing.
 
 func (a *agent) options(fs *flag.FlagSet) {
 	g, h := &a.gossip, &a.handlers
-	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, handlerGrace
+	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, 3*time.Second
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
-	fs.Func("role", "the same as -tag role=`ROLE`", a.tags.set("role="))
-	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", a.tags.set(""))
+	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
+	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
 	fs.StringVar(&a.bind, "bind", "0.0.0.0:"+defaultPort, "`IP:PORT` where to listen for gossip, UDP and TCP")
 	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
 		"from which packets to the first seed go out)")
@@ -854,7 +837,10 @@ func setFrom(variable, text string, f *flag.Flag) error {
 // split takes a list apart at its commas, or at its newlines if there are any. The events in
 // member-join,user:x=script stay with their script.
 func split(text string) (items []string) {
-	sep := map[bool]string{false: ",", true: "\n"}[strings.Contains(text, "\n")]
+	sep := ","
+	if strings.Contains(text, "\n") {
+		sep = "\n"
+	}
 	for item := range strings.SplitSeq(text, sep) {
 		last := len(items) - 1
 		switch item = strings.TrimSpace(item); {
@@ -921,7 +907,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if level < 0 {
 		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
-	logs := newLogWriter(level)
+	logs := &logWriter{level: level, lines: make(chan string, 1024)}
 	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
 	signals := prepareProcess()
@@ -933,34 +919,31 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	defer ln.Close()
 	here := *ln.Addr().(*net.TCPAddr) // where handlers reach the RPC
 	if a.gossip.other = uint16(here.Port); here.IP.IsUnspecified() {
 		here.IP = net.IPv4(127, 0, 0, 1)
-	}
-	var g *gossip
-	started := make(chan struct{}) // g is there
-	a.handlers.env = func() []string {
-		<-started
-		self, alone := g.me()
-		return handlerEnv(self, alone, here.String(), a.rpcAuth)
 	}
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
 	a.gossip.events = handlers.deliver
-	if g, err = startGossip(a.gossip); err != nil {
+	g, err := newGossip(a.gossip)
+	if err != nil {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
-	close(started)
+	handlers.env = func() []string {
+		self, alone := g.me()
+		return handlerEnv(self, alone, here.String(), a.rpcAuth)
+	}
+	go g.run()
 	a.banner(g, why, ln.Addr())
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
-	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
+	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
 	ended := make(chan struct{})
 	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
 	return a.wait(g, ended, signals)
@@ -984,9 +967,11 @@ func listenRPC(addr string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	ap, _ := netip.ParseAddrPort(addr)
-	only4 := map[bool]string{true: "4"}[ap.Addr().Is4()] // or 0.0.0.0 would take IPv6 as well
-	ln, err := net.Listen("tcp"+only4, addr)
+	network := "tcp"
+	if ap, _ := netip.ParseAddrPort(addr); ap.Addr().Is4() {
+		network = "tcp4" // or 0.0.0.0 would take IPv6 as well
+	}
+	ln, err := net.Listen(network, addr)
 	if err != nil {
 		err = startFailure("the RPC", "-rpc-addr", addr, err)
 	}
@@ -995,12 +980,11 @@ func listenRPC(addr string) (net.Listener, error) {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	no, _ := errors.AsType[syscall.Errno](err)
-	hint := map[syscall.Errno]string{
+	hint := map[error]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[no]
+	}[reason(err)]
 	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
@@ -1031,8 +1015,8 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	}
 }
 
-// info is what the agent knows of itself, as text and as JSON.
-func (a *agent) info(g *gossip, handlers *handlers) []string {
+// info is what the agent knows of itself.
+func (a *agent) info(g *gossip, handlers *handlers, json bool) string {
 	self, _ := g.me()
 	var events, about pairs
 	add := func(key string, value any) {
@@ -1069,7 +1053,10 @@ func (a *agent) info(g *gossip, handlers *handlers) []string {
 			text += fmt.Sprintf("\t%s = %s\n", printable(fact[0].(string), ""), printable(fact[1].(string), ""))
 		}
 	}
-	return []string{text, toJSON(all, "\n") + "\n"}
+	if json {
+		return toJSON(all, "\n") + "\n"
+	}
+	return text
 }
 
 // wait returns when the agent has ended: told by a signal, by the leave command, or by itself.
@@ -1101,14 +1088,10 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 
 // waitAtMost reports whether wait returned within d.
 func waitAtMost(d time.Duration, wait func()) bool {
-	done := make(chan struct{})
-	go func() { wait(); close(done) }()
-	select {
-	case <-done:
-		return true
-	case <-time.After(d):
-		return false
-	}
+	ctx, done := context.WithTimeout(context.Background(), d)
+	go func() { wait(); done() }()
+	<-ctx.Done()
+	return errors.Is(ctx.Err(), context.Canceled)
 }
 
 // ---- addresses ----
@@ -1151,7 +1134,7 @@ func rpcAddr(s string) (string, error) {
 // resolve looks up all addresses of all hosts at the same time; port stands in for a missing one. What takes
 // longer than 1.5 s counts as failed.
 func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.AddrPort, errs []string) {
-	ctx, cancel := context.WithTimeout(ctx, resolveFor)
+	ctx, cancel := context.WithTimeout(ctx, 1500*ms)
 	defer cancel()
 	found, failed := make([][]net.IPAddr, len(hosts)), make([]error, len(hosts))
 	var all sync.WaitGroup
@@ -1230,8 +1213,11 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 		return addr, "", misuse("-iface takes the name of an interface",
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
 	}
-	loopback := map[bool]string{true: "127.0.0.1", false: "::1"}[bind.Addr().Is4()]
-	return netip.AddrPortFrom(netip.MustParseAddr(loopback), bind.Port()), noAddress, nil
+	loopback := netip.IPv6Loopback()
+	if bind.Addr().Is4() {
+		loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	return netip.AddrPortFrom(loopback, bind.Port()), noAddress, nil
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
@@ -1277,17 +1263,12 @@ type logWriter struct {
 	pumping sync.WaitGroup
 }
 
-func newLogWriter(level int) *logWriter {
-	return &logWriter{level: level, lines: make(chan string, 1024)}
-}
-
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
 func (w *logWriter) Write(p []byte) (int, error) {
 	line := string(p)
-	for _, level := range logLevels[:w.level] {
-		if strings.HasPrefix(line[min(len(line), len("2013/12/08 07:56:48 ")):], "["+strings.ToUpper(level)+"]") {
-			return len(p), nil
-		}
+	word, _, _ := strings.Cut(line[len("2013/12/08 07:56:48 "):], " ")
+	if level := slices.Index(logLevels, strings.ToLower(strings.Trim(word, "[]"))); level >= 0 && level < w.level {
+		return len(p), nil
 	}
 	select {
 	case w.lines <- printable(line, "\n\t"):

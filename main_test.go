@@ -19,7 +19,7 @@ import (
 
 // Most defaults are shown by package flag, which knows them; these are not.
 func TestDefaultsInTheHelpAreTrue(t *testing.T) {
-	a, q := &agent{tags: tagMap{}}, &ask{filter: filter{}}
+	a, q := &agent{tags: make(map[string]string)}, &ask{filter: filter{}}
 	for _, o := range []struct {
 		define func(*flag.FlagSet)
 		name   string
@@ -219,12 +219,12 @@ func TestListsFromTheEnvironment(t *testing.T) {
 	}
 	// What would become two broken parts is told.
 	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
-		a, fs := &agent{tags: tagMap{}}, flag.NewFlagSet("", flag.ContinueOnError)
+		a, fs := &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
 		if err := setFrom("HAMLET_X", in, fs.Lookup(name)); err == nil || !strings.Contains(err.Error(), "newline") {
 			t.Errorf("%s: %q, %v", in, a.handlers.specs, err)
 		}
-		a, fs = &agent{tags: tagMap{}}, flag.NewFlagSet("", flag.ContinueOnError)
+		a, fs = &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
 		err := setFrom("HAMLET_X", in+"\n", fs.Lookup(name))
 		if got := append(a.handlers.specs, "note="+a.tags["note"]); err != nil || got[0] != in {
@@ -265,14 +265,14 @@ func TestLinesOfWatch(t *testing.T) {
 		if got := (&ask{}).line(tt.a, tt.u); got != tt.text {
 			t.Errorf("text: %q, want %q", got, tt.text)
 		}
-		if got := (&ask{json: true}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+		if got := (&ask{request: request{JSON: true}}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
 			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}
 }
 
 func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
-	w := newLogWriter(slices.Index(logLevels, "info"))
+	w := &logWriter{level: slices.Index(logLevels, "info"), lines: make(chan string, 1024)}
 	l := log.New(w, "", log.LstdFlags)
 	for _, level := range logLevels {
 		l.Printf("[%s] x\x1b[2Jy\n\tz", strings.ToUpper(level))

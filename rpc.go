@@ -777,6 +777,7 @@ type request struct {
 	Payload              []byte
 	Args, Drop           string // both separated by NUL; Drop are the tags to delete
 	Prune, Replay, Merge bool   // Merge: coalesce the event
+	JSON                 bool   // rather than text: what the agent knows of itself
 	Within               time.Duration
 }
 
@@ -862,8 +863,8 @@ func rpcDoor(token string, gossip uint16) *door {
 	return d
 }
 
-// serveRPC answers commands at ln; info is what the agent knows of itself, as text and as JSON.
-func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *guests {
+// serveRPC answers commands at ln; info is what the agent knows of itself, as text or as JSON.
+func serveRPC(ln net.Listener, g *gossip, token string, info func(json bool) string) *guests {
 	self, _ := g.me()
 	gs := &guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
@@ -872,7 +873,7 @@ func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *g
 }
 
 // command does what a command asks for, and answers it.
-func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
+func (g *gossip) command(s *session, ln net.Listener, info func(json bool) string) (err error) {
 	var req request
 	var a answer // the last one
 	if s.read(&req); s.err != nil {
@@ -898,7 +899,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "tags":
 		err = g.do(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), list(req.Drop)) })
 	case "info":
-		a.Text = strings.Join(info(), "\x00")
+		a.Text = info(req.JSON)
 	case "query":
 		var who []string
 		f := &feed{}

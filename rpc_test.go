@@ -62,10 +62,11 @@ func startTestGossip(t testing.TB, name string, cfg gossipConfig) (*gossip, *log
 			}
 		}
 	}
-	g, err := startGossip(cfg)
+	g, err := newGossip(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
+	go g.run()
 	t.Cleanup(g.close)
 	return g, l
 }
@@ -685,7 +686,7 @@ func startTestRPC(t testing.TB, g *gossip, token string) (addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(serveRPC(ln, g, token, func() []string { return []string{"agent", "name", "x"} }).close)
+	t.Cleanup(serveRPC(ln, g, token, func(json bool) string { return fmt.Sprint("json: ", json) }).close)
 	return ln.Addr().String()
 }
 
@@ -738,8 +739,10 @@ func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 	if _, us, err := call(addr, "", request{Op: "query", Name: "load", Within: 5 * time.Second}); err != nil || !slices.ContainsFunc(us, func(u update) bool { return u.Member.Name == "red" && string(u.Payload) == "0.5" }) {
 		t.Errorf("query: %+v, %v", us, err)
 	}
-	if a, _, err := call(addr, "", request{Op: "info"}); err != nil || a.Text != "agent\x00name\x00x" {
-		t.Errorf("info: %q, %v", a.Text, err)
+	for _, json := range []bool{false, true} {
+		if a, _, err := call(addr, "", request{Op: "info", JSON: json}); err != nil || a.Text != fmt.Sprint("json: ", json) {
+			t.Errorf("info: %q, %v", a.Text, err)
+		}
 	}
 	if err := callRPC(addr, "", request{Op: "info"}, rpcTimeout, func(answer, []update) error { return io.ErrShortWrite }); err != io.ErrShortWrite {
 		t.Errorf("an answer that cannot be shown: %v", err)
