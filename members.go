@@ -166,20 +166,13 @@ var eventNames = [...]string{"member", "member-join", "member-leave", "member-fa
 
 func (k eventKind) String() string { return eventNames[k] }
 
-// Event is one thing that handlers, the log and watchers are told: something that happened to Member, or
-// (eventUser, eventQuery) what a user sent, whose sender is Member.
+// Event is one thing that handlers, the log and watchers are told: something that happened to Member, what a user
+// sent, whose sender is Member, or (eventAnswer) the Payload that came back from there.
 type Event struct {
-	kind   eventKind
-	Member Member
-
-	name     string // of the user event or query
-	payload  []byte // what was sent, or (eventAnswer) what came back
-	lTime    uint64 // Lamport time at which it was sent
-	coalesce bool   // of several that wait in a queue, the last will do
-
-	id     uint32        // eventQuery: the asker's number of it; eventAnswer: of my query
-	within time.Duration // eventQuery: what is left of its time
-	reply  reply         // eventAnswer
+	kind eventKind
+	update
+	id    uint32 // eventQuery: the asker's number of it; eventAnswer: of my query
+	reply reply  // eventAnswer
 }
 
 // checkPayload returns an error that says why a user event or query is refused.
@@ -369,7 +362,7 @@ func (t *table) announce(e *entry, was Member) {
 		is.Status = statusLeft // no event tells of it, or it would leave twice
 	}
 	e.shown = is.Status
-	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, Member: m}) }
+	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, update: update{Member: m}}) }
 	if was.Status == statusAlive && is.Status == statusAlive && was.Born != is.Born { // nobody noticed the end
 		was.Status = statusFailed
 		tell(eventFailed, was)
