@@ -235,16 +235,13 @@ func (h *handler) work() {
 	}
 }
 
-// close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
-// ended. Whatever else waits is dropped.
-func (hs *handlers) close(last ...Event) {
+// close stops the handlers: what runs, and then those of the agent's own leave, have the grace to end; then their
+// groups are ended. Whatever else waits is dropped.
+func (hs *handlers) close() {
 	for _, h := range hs.all {
 		h.mu.Lock()
-		h.queue = nil
+		h.queue = slices.DeleteFunc(h.queue, func(d delivery) bool { return d.Member.Status != statusLeaving })
 		h.mu.Unlock()
-	}
-	for _, ev := range last {
-		hs.deliver(ev, nil)
 	}
 	waitAtMost(hs.grace, hs.workers.Wait)
 	hs.end(errors.New("ended with the agent"))

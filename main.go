@@ -962,7 +962,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
 	ended := make(chan struct{})
-	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
+	go func() { <-g.done; rpc.close(); handlers.close(); close(ended) }()
 	return a.wait(g, ended, signals)
 }
 
