@@ -1240,10 +1240,7 @@ func startGossip(cfg gossipConfig) (*gossip, error) {
 
 // listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
 func (g *gossip) listen() (err error) {
-	family := ""
-	if g.cfg.bind.Addr().Is4() {
-		family = "4"
-	}
+	family := map[bool]string{true: "4"}[g.cfg.bind.Addr().Is4()] // or 0.0.0.0 would take IPv6 as well
 	for range 10 {
 		lc := net.ListenConfig{KeepAlive: -1}
 		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family, g.cfg.bind.String()); err != nil {
