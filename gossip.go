@@ -1038,12 +1038,16 @@ func (n *node) forceLeave(name string, prune bool) error {
 	return nil
 }
 
-// members is what users see of those whose names follow after, limit at most.
-func (n *node) members(after string, limit int) []Member {
-	ms := n.t.list(after, limit)
-	for i := range ms {
-		if n.own.leaving != 0 && ms[i].Name == n.self.Name {
-			ms[i].Status = statusLeaving
+// members copies what users see of those whose names follow after, sorted by name: limit of them at most.
+func (n *node) members(after string, limit int) (ms []Member) {
+	at, _ := n.t.find(after + "\x00") // the least name that is greater
+	for _, e := range n.t.ordered[at:] {
+		s := e.visible()
+		if e == n.self && n.own.leaving != 0 {
+			s = statusLeaving
+		}
+		if s != 0 && len(ms) < limit {
+			ms = append(ms, e.with(s))
 		}
 	}
 	return ms
