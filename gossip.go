@@ -123,23 +123,23 @@ type head struct {
 
 func (h *head) born() uint64 { return h.Incarnation - h.Raised }
 
-// update is one claim about a member, or (Event set) a user event or query of Member.Name.
+// update is one claim about a member, or (Name set) a user event or query of Member.
 type update struct {
 	Member   Member
 	Age      uint64 // milliseconds since the member died, or the event was sent
-	Event    string
+	Name     string
 	Payload  []byte
-	LTime    uint64
-	Coalesce bool
+	LTime    uint64 // Lamport time at which it was sent
+	Coalesce bool   // of several that wait in a queue, the last will do
 	Within   uint32 // of a query: milliseconds in which it wants answers
 }
 
 // key tells updates apart, and orders them: members by name, then (no name begins so) user events by their time.
 func (u *update) key() string {
-	if u.Event == "" {
+	if u.Name == "" {
 		return u.Member.Name
 	}
-	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Event+"\x00"+string(u.Payload)))
+	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Name+"\x00"+string(u.Payload)))
 }
 
 // ---- the node: inputs and outputs ----
@@ -604,7 +604,7 @@ func (n *node) check(u *update) error {
 
 // learn takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
 func (n *node) learn(u *update, via string, x *exchange) error {
-	if u.Event != "" {
+	if u.Name != "" {
 		return n.learnEvent(u, x != nil && x.replay)
 	}
 	if err := n.check(u); err != nil {
@@ -660,7 +660,7 @@ func (n *node) adopt(u *update) {
 
 // sound reports whether u can be a user event or a query.
 func (n *node) sound(u *update) bool {
-	return checkPayload("", u.Event, u.Payload) == nil && u.LTime != 0 && n.plausible(u.LTime, n.spread.events.lamport)
+	return checkPayload("", u.Name, u.Payload) == nil && u.LTime != 0 && n.plausible(u.LTime, n.spread.events.lamport)
 }
 
 // learnEvent takes a user event; replay: also one from before this agent's time.
@@ -670,13 +670,12 @@ func (n *node) learnEvent(u *update, replay bool) error {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
 	// Only what belongs to an event goes on: the rest may be of any length.
-	is := update{Member: Member{Name: name}, Event: u.Event, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
+	is := update{Member: Member{Name: name}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
 	if !s.events.add(userEvent{is, is.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
-	n.out.events = append(n.out.events, Event{kind: eventUser, Member: is.Member, name: is.Event, payload: is.Payload,
-		lTime: is.LTime, coalesce: is.Coalesce})
+	n.out.events = append(n.out.events, Event{kind: eventUser, update: is})
 	s.add(&is)
 	return nil
 }
@@ -695,7 +694,7 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 	if err := checkPayload("event", name, payload); err != nil {
 		return err
 	}
-	return n.learnEvent(&update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Coalesce: coalesce}, true)
+	return n.learnEvent(&update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.spread.events.lamport + 1, Coalesce: coalesce}, true)
 }
 
 // ---- repair: comparing tables ----
@@ -1039,12 +1038,16 @@ func (n *node) forceLeave(name string, prune bool) error {
 	return nil
 }
 
-// members is what users see of those whose names follow after, limit at most.
-func (n *node) members(after string, limit int) []Member {
-	ms := n.t.list(after, limit)
-	for i := range ms {
-		if n.own.leaving != 0 && ms[i].Name == n.self.Name {
-			ms[i].Status = statusLeaving
+// members copies what users see of those whose names follow after, sorted by name: limit of them at most.
+func (n *node) members(after string, limit int) (ms []Member) {
+	at, _ := n.t.find(after + "\x00") // the least name that is greater
+	for _, e := range n.t.ordered[at:] {
+		s := e.visible()
+		if e == n.self && n.own.leaving != 0 {
+			s = statusLeaving
+		}
+		if s != 0 && len(ms) < limit {
+			ms = append(ms, e.with(s))
 		}
 	}
 	return ms
@@ -1090,7 +1093,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.mine))
 	}
 	q := &query{id: n.nonce(), until: n.now + within}
-	u := update{Member: Member{Name: n.self.Name}, Event: name, Payload: payload, LTime: n.spread.events.lamport + 1, Within: uint32(within / ms)}
+	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.spread.events.lamport + 1, Within: uint32(within / ms)}
 	h, body := n.head(kQuery), wire.encode(nil, &u)
 	h.Query = q.id
 	for _, e := range n.t.ordered {
@@ -1123,8 +1126,9 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 		return nil
 	}
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
-	ev := Event{kind: eventQuery, Member: e.Member, name: u.Event, payload: u.Payload, lTime: u.LTime, id: h.Query, within: time.Duration(u.Within) * ms}
-	qs.heard = append(qs.heard, &query{ev.id, n.now + ev.within, []run{runOf(e)}})
+	ev := Event{kind: eventQuery, update: u, id: h.Query}
+	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
+	qs.heard = append(qs.heard, &query{ev.id, n.now + time.Duration(ev.Within)*ms, []run{runOf(e)}})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -1138,7 +1142,7 @@ func (n *node) replied(ev Event, r reply, text []byte) {
 	case e == n.self:
 		n.queries.answered(n, e, h, []update{u})
 	default:
-		n.post(e.Member, h, wire.encode(nil, &u), min(ev.within, replyFor))
+		n.post(e.Member, h, wire.encode(nil, &u), min(time.Duration(ev.Within)*ms, replyFor))
 	}
 }
 
@@ -1148,12 +1152,12 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 	if i < 0 || h.Reply == replyNone || h.Reply > replyFailed {
 		return
 	}
-	q, ev := qs.mine[i], Event{kind: eventAnswer, id: h.Query, Member: e.Member, reply: h.Reply}
+	q, ev := qs.mine[i], Event{kind: eventAnswer, update: update{Member: e.Member}, id: h.Query, reply: h.Reply}
 	if h.Reply != replyHeard {
 		q.waiting = slices.DeleteFunc(q.waiting, func(r run) bool { return r.e == e })
 	}
 	for _, u := range us {
-		ev.payload = u.Payload[:min(len(u.Payload), maxPayload)]
+		ev.Payload = u.Payload[:min(len(u.Payload), maxPayload)]
 	}
 	n.out.events = append(n.out.events, ev)
 }
@@ -1201,7 +1205,7 @@ type gossip struct {
 	inputs chan func(*node) // what the loop shall do
 	tables chan struct{}    // a place for each exchange that others have dialled
 	ended  chan struct{}    // the loop; done: also all that it has started
-	done   chan struct{}    // all has ended: err and last may be read
+	done   chan struct{}    // all has ended: err may be read
 	owned
 }
 
@@ -1210,10 +1214,9 @@ type owned struct {
 	node     *node
 	links    map[string]context.CancelFunc
 	feeds    map[*feed]bool
-	lines    bucket  // of the log about members
-	unlogged int     // lines that were left out
-	err      error   // why it ended; nil: it was told to
-	last     []Event // what handlers shall still hear then
+	lines    bucket // of the log about members
+	unlogged int    // lines that were left out
+	err      error  // why it ended; nil: it was told to
 }
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
@@ -1240,10 +1243,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 
 // listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
 func (g *gossip) listen() (err error) {
-	family := ""
-	if g.cfg.bind.Addr().Is4() {
-		family = "4"
-	}
+	family := map[bool]string{true: "4"}[g.cfg.bind.Addr().Is4()] // or 0.0.0.0 would take IPv6 as well
 	for range 10 {
 		lc := net.ListenConfig{KeepAlive: -1}
 		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family, g.cfg.bind.String()); err != nil {
@@ -1315,8 +1315,8 @@ func (g *gossip) carryOut(out outputs) {
 		})
 	}
 	if out.fatal != nil || out.left {
-		if g.err = out.fatal; out.left {
-			g.last = []Event{{kind: eventLeave, Member: g.node.self.with(statusLeft)}} // for those that deregister it
+		if g.err = out.fatal; out.left { // for handlers that deregister it
+			g.publish(Event{kind: eventLeave, update: update{Member: g.node.self.with(statusLeaving)}})
 		}
 		g.quit()
 	}
@@ -1327,7 +1327,7 @@ func (g *gossip) publish(ev Event) {
 	for f := range g.feeds {
 		f.put(ev)
 	}
-	m, what := ev.Member, fmt.Sprintf("%s (from %s, %d bytes)", oneLine(ev.name), ev.Member.Name, len(ev.payload))
+	m, what := ev.Member, fmt.Sprintf("%s (from %s, %d bytes)", oneLine(ev.Name), ev.Member.Name, len(ev.Payload))
 	switch {
 	case ev.kind == eventAnswer:
 		return

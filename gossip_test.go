@@ -146,9 +146,9 @@ func (l *lab) say(b []byte) string {
 		case h.Kind == kReply:
 			s += fmt.Sprintf(" %q", u.Payload)
 		case h.Kind == kQuery:
-			s += fmt.Sprintf(" %s %q", u.Event, u.Payload)
-		case u.Event != "":
-			s += fmt.Sprintf(" [event %s %d]", u.Event, u.LTime)
+			s += fmt.Sprintf(" %s %q", u.Name, u.Payload)
+		case u.Name != "":
+			s += fmt.Sprintf(" [event %s %d]", u.Name, u.LTime)
 		default:
 			s += strings.TrimRight(fmt.Sprintf(" [%s %s %d %s", m.Name, statusWords[m.Status], m.Incarnation, m.Tags), " ") + "]"
 		}
@@ -176,9 +176,9 @@ func (l *lab) print(o outputs) {
 	for _, ev := range o.events {
 		switch ev.kind {
 		case eventAnswer:
-			fmt.Fprintf(&l.text, "  answer %s %s %q\n", ev.Member.Name, replyWords[ev.reply], ev.payload)
+			fmt.Fprintf(&l.text, "  answer %s %s %q\n", ev.Member.Name, replyWords[ev.reply], ev.Payload)
 		default:
-			fmt.Fprintf(&l.text, "  event %v %s\n", ev.kind, strings.TrimSpace(ev.Member.Name+" "+ev.name))
+			fmt.Fprintf(&l.text, "  event %v %s\n", ev.kind, strings.TrimSpace(ev.Member.Name+" "+ev.Name))
 		}
 	}
 	for _, s := range o.logs {
@@ -267,7 +267,7 @@ func TestAPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
 
 func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	l := newLab(t, 2)
-	ev := update{Member: Member{Name: "b"}, Event: "deploy", Payload: []byte("1"), LTime: 7}
+	ev := update{Member: Member{Name: "b"}, Name: "deploy", Payload: []byte("1"), LTime: 7}
 	l.udp(1, head{Kind: kFlood}, ev)
 	l.udp(1, head{Kind: kFlood}, ev)
 	l.after(10 * ms)
@@ -292,7 +292,7 @@ func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 // ran "reboot" again. What was only missed is delivered late.
 func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
 	event := func(of string, age time.Duration) update {
-		return update{Member: Member{Name: of}, Event: "reboot", LTime: 7, Age: uint64(age / ms)}
+		return update{Member: Member{Name: of}, Name: "reboot", LTime: 7, Age: uint64(age / ms)}
 	}
 	table := head{Kind: kTable}
 	for _, tt := range []struct {
@@ -398,7 +398,7 @@ func TestNumbersFarAheadOfAllThatIsKnownAreRefused(t *testing.T) {
 		me := claimed(labMember(0), statusFailed)
 		me.Member.Incarnation = far
 		l.udp(1, head{Kind: kFlood}, me)
-		l.udp(1, head{Kind: kFlood}, update{Member: Member{Name: "b"}, Event: "e", LTime: far})
+		l.udp(1, head{Kind: kFlood}, update{Member: Member{Name: "b"}, Name: "e", LTime: far})
 		if got := strings.Count(l.text.String(), "error:"); got != 4 || l.n.self.Incarnation != 10 || l.n.t.get("c").Incarnation != 10 || l.n.spread.events.lamport != 0 {
 			t.Errorf("%d of 4 are refused:\n%s", got, l.text.String())
 		}
@@ -535,7 +535,7 @@ func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 	l.udp(1, head{Kind: kReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
 	l.udp(1, head{Kind: kReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
 	l.udp(2, head{Kind: kReply, Seq: 6, Query: id, Reply: replyNothing}, update{})
-	l.tell("handler", func(n *node) { n.replied(Event{Member: n.self.Member, id: id}, replyDone, []byte("1")) })
+	l.tell("handler", func(n *node) { n.replied(Event{update: update{Member: n.self.Member}, id: id}, replyDone, []byte("1")) })
 	l.udp(1, head{Kind: kFlood}, claimed(labMember(3), statusFailed))
 	l.want(`
 		query
@@ -566,12 +566,12 @@ func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 
 func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 	l := newLab(t, 2)
-	q := update{Member: Member{Name: "b"}, Event: "load", LTime: 3, Within: 1000}
+	q := update{Member: Member{Name: "b"}, Name: "load", LTime: 3, Within: 1000}
 	l.udp(1, head{Kind: kHeartbeat, Promise: 9000})
 	l.udp(1, head{Kind: kQuery, Query: 8, Seq: 1}, q)
 	l.udp(1, head{Kind: kQuery, Query: 8, Seq: 1}, q)
 	l.tell("handler", func(n *node) {
-		n.replied(Event{Member: labMember(1), id: 8, within: time.Second}, replyDone, []byte("x"))
+		n.replied(Event{update: update{Member: labMember(1), Within: 1000}, id: 8}, replyDone, []byte("x"))
 	})
 	l.after(60 * ms)
 	l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
@@ -581,7 +581,7 @@ func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 		t.Errorf("transcript:\n%s", got)
 	}
 	l.text.Reset()
-	l.udp(1, head{Kind: kQuery, Query: 9, Seq: 2}, update{Member: Member{Name: "b"}, Event: "other", LTime: 4, Within: 1000})
+	l.udp(1, head{Kind: kQuery, Query: 9, Seq: 2}, update{Member: Member{Name: "b"}, Name: "other", LTime: 4, Within: 1000})
 	l.want(`
 		b says query other ""
 		  to b: ack
@@ -784,7 +784,7 @@ func readGolden(t *testing.T, name string) []byte {
 func TestMessagesComeBackInAnyOrder(t *testing.T) {
 	h := head{Kind: kVote, From: "a", Incarnation: 5, Raised: 1, Number: 9, Seq: 7, Target: "b", Verdict: vSilent}
 	u := update{Member: labMember(3), Age: 3}
-	ev := update{Member: Member{Name: "b"}, Event: "deploy", Payload: []byte{0, 255}, LTime: 9, Coalesce: true}
+	ev := update{Member: Member{Name: "b"}, Name: "deploy", Payload: []byte{0, 255}, LTime: 9, Coalesce: true}
 	for range 3 {
 		b := wire.encode(nil, &h, ev, u)
 		var got head
@@ -839,7 +839,7 @@ func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
 	publish := func(from, to int) {
 		g.do(func(*node) error {
 			for i := from; i < to; i++ {
-				g.publish(Event{kind: eventJoin, Member: labMember(i % 26)})
+				g.publish(Event{kind: eventJoin, update: update{Member: labMember(i % 26)}})
 			}
 			return nil
 		})

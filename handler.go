@@ -150,10 +150,10 @@ func wants(events []string, kind eventKind, name string) bool {
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	d := delivery{Event: ev}
 	if ev.kind == eventQuery {
-		d.until, d.answer = time.Now().Add(ev.within), answer
+		d.until, d.answer = time.Now().Add(time.Duration(ev.Within)*ms), answer
 	}
 	for _, h := range hs.all {
-		if hs.ending.Err() == nil && wants(h.events, ev.kind, ev.name) {
+		if hs.ending.Err() == nil && wants(h.events, ev.kind, ev.Name) {
 			h.enqueue(d)
 			d.answer = nil
 		}
@@ -167,11 +167,11 @@ func (h *handler) enqueue(d delivery) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	i := -1
-	if d.coalesce {
-		i = slices.IndexFunc(h.queue, func(q delivery) bool { return q.coalesce && q.name == d.name })
+	if d.Coalesce {
+		i = slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name })
 	}
 	switch {
-	case i >= 0 && h.queue[i].lTime > d.lTime: // floods overtake each other: the last is the last one sent
+	case i >= 0 && h.queue[i].LTime > d.LTime: // floods overtake each other: the last is the last one sent
 		return
 	case i >= 0:
 		h.queue = slices.Delete(h.queue, i, i+1)
@@ -226,16 +226,13 @@ func (h *handler) work() {
 	}
 }
 
-// close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
-// ended. Whatever else waits is dropped.
-func (hs *handlers) close(last ...Event) {
+// close stops the handlers: what runs, and then those of the agent's own leave, have the grace to end; then their
+// groups are ended. Whatever else waits is dropped.
+func (hs *handlers) close() {
 	for _, h := range hs.all {
 		h.mu.Lock()
-		h.queue = nil
+		h.queue = slices.DeleteFunc(h.queue, func(d delivery) bool { return d.Member.Status != statusLeaving })
 		h.mu.Unlock()
-	}
-	for _, ev := range last {
-		hs.deliver(ev, nil)
 	}
 	waitAtMost(hs.grace, hs.workers.Wait)
 	hs.end(errors.New("ended with the agent"))
@@ -257,7 +254,7 @@ func (h *handler) run(batch []delivery) {
 	h.of.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
 	r, text, size := replyDone, string(answer.first), answer.size
 	if status != "" {
-		what := strings.TrimSuffix(event.kind.String()+":"+event.name, ":")
+		what := strings.TrimSuffix(event.kind.String()+":"+event.Name, ":")
 		lines := strings.Split(strings.TrimSpace(output), "\n")
 		h.of.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.name, oneLine(what), end,
 			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
@@ -376,7 +373,7 @@ func oneLine(s string) string {
 
 // stdinFor is what a script reads: Serf's line for each member, or the payload.
 func stdinFor(batch []delivery) string {
-	if text := string(batch[0].payload); batch[0].kind >= eventUser {
+	if text := string(batch[0].Payload); batch[0].kind >= eventUser {
 		if text != "" {
 			text = strings.TrimSuffix(text, "\n") + "\n"
 		}
@@ -395,12 +392,12 @@ func stdinFor(batch []delivery) string {
 // environ is the environment of a run about ev; of doubles, the last counts.
 func (h *handler) environ(ev Event) []string {
 	env := slices.Concat(os.Environ(), h.of.env(), []string{"SERF_EVENT=" + ev.kind.String()})
-	name := strings.ReplaceAll(ev.name, "\x00", "") // a NUL would make every start fail
+	name := strings.ReplaceAll(ev.Name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
 	case eventUser:
-		env = append(env, "SERF_USER_EVENT="+name, fmt.Sprint("SERF_USER_LTIME=", ev.lTime))
+		env = append(env, "SERF_USER_EVENT="+name, fmt.Sprint("SERF_USER_LTIME=", ev.LTime))
 	case eventQuery:
-		env = append(env, "SERF_QUERY_NAME="+name, fmt.Sprint("SERF_QUERY_LTIME=", ev.lTime))
+		env = append(env, "SERF_QUERY_NAME="+name, fmt.Sprint("SERF_QUERY_LTIME=", ev.LTime))
 	}
 	return env
 }

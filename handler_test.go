@@ -100,10 +100,14 @@ func handlerMember(name string, pairs ...string) Member {
 	return Member{Name: name, Addr: netip.MustParseAddrPort("172.17.0.20:7946"), Status: statusAlive, Tags: Tags(strings.Join(pairs, "\x00"))}
 }
 
-func joinOf(name string) Event { return Event{kind: eventJoin, Member: handlerMember(name)} }
-func failOf(name string) Event { return Event{kind: eventFailed, Member: handlerMember(name)} }
+func joinOf(name string) Event {
+	return Event{kind: eventJoin, update: update{Member: handlerMember(name)}}
+}
+func failOf(name string) Event {
+	return Event{kind: eventFailed, update: update{Member: handlerMember(name)}}
+}
 func userEventOf(name, payload string, ltime uint64, coalesce bool) Event {
-	return Event{kind: eventUser, name: name, payload: []byte(payload), lTime: ltime, coalesce: coalesce}
+	return Event{kind: eventUser, update: update{Name: name, Payload: []byte(payload), LTime: ltime, Coalesce: coalesce}}
 }
 
 // firstFields returns the first fields of stdin lines.
@@ -356,7 +360,7 @@ func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 
 		m := handlerMember("ünï", "aa=1,2", "role=w\teb", "text=it's \"a\"\n\té\\")
 		m.Addr = netip.MustParseAddrPort("[2001:db8::7]:7946")
-		hs.deliver(Event{kind: eventUpdate, Member: m}, nil)
+		hs.deliver(Event{kind: eventUpdate, update: update{Member: m}}, nil)
 		logged.waitFor(t, "done", 1)
 		if got, want := readFile(dir+"/stdin"), "ünï\t2001:db8::7\tw\\teb\taa=1,2,role=w\\teb,text=it's \"a\"\\n\\té\\\n"; got != want {
 			t.Errorf("stdin %q\nwant  %q", got, want)
@@ -379,7 +383,7 @@ func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 func TestPayloadEndsInOneNewline(t *testing.T) {
 	for payload, want := range map[string]string{"": "", "a": "a\n", "a\n": "a\n", "a\nb": "a\nb\n", "a\n\n": "a\n\n"} {
 		shared := append(make([]byte, 0, 64), payload...)
-		ev := Event{kind: eventUser, payload: shared}
+		ev := Event{kind: eventUser, update: update{Payload: shared}}
 		if got := stdinFor([]delivery{{Event: ev}}); string(got) != want {
 			t.Errorf("%q: %q, want %q", payload, got, want)
 		}
@@ -423,7 +427,7 @@ done
 echo reloaded
 `)
 	hs, logged := startHandlers(t, handlerConfig{env: extraEnv("SERF_SELF_ROLE=lb", "CFG="+cfgFile)}, intro, "member-join="+balancer)
-	hs.deliver(Event{kind: eventJoin, Member: handlerMember("c1fbbfe7c9ea", "role=web")}, nil)
+	hs.deliver(Event{kind: eventJoin, update: update{Member: handlerMember("c1fbbfe7c9ea", "role=web")}}, nil)
 	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: \nNew event: member-join. Data follows...\nc1fbbfe7c9ea\t172.17.0.20\tweb\trole=web\n", 1)
 	logged.waitFor(t, "[DEBUG] Event 'member-join' script output: reloaded\n", 1)
 	if got := readFile(cfgFile); got != "    server c1fbbfe7c9ea 172.17.0.20 check\n" {
@@ -520,7 +524,7 @@ func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
 	hs, _ := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, "*="+script+`a"`, "*="+script+`b"`, "member-failed,member-leave="+script+`c"`)
 	m := handlerMember("m")
 	for _, k := range []eventKind{eventJoin, eventFailed, eventJoin, eventUpdate, eventUpdate, eventLeave, eventReap} {
-		hs.deliver(Event{kind: k, Member: m}, nil)
+		hs.deliver(Event{kind: k, update: update{Member: m}}, nil)
 	}
 	words := func(file string) string {
 		return strings.Join(strings.Fields(strings.ReplaceAll(readFile(dir+"/"+file), "172.17.0.20", "")), " ")
@@ -557,7 +561,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	for batch := h.take(); batch != nil; batch = h.take() {
 		s := batch[0].kind.String()
 		for _, ev := range batch {
-			s += " " + ev.Member.Name + string(ev.payload)
+			s += " " + ev.Member.Name + string(ev.Payload)
 		}
 		got = append(got, s)
 	}
@@ -686,7 +690,7 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 			hs, logged := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, "*="+script)
 			for i := range 3000 { // far more than a pipe takes
 				h := hs.all[0]
-				h.enqueue(delivery{Event: Event{kind: eventJoin, Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}})
+				h.enqueue(delivery{Event: Event{kind: eventJoin, update: update{Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}}})
 			}
 			hs.deliver(joinOf("last"), nil)
 			logged.waitFor(t, "script output", 1)
@@ -820,7 +824,7 @@ func answersTo(t *testing.T, script string) (reply, string) {
 		text string
 	}
 	got := make(chan said, 1)
-	hs.deliver(Event{kind: eventQuery, name: "q", within: 20 * time.Second}, func(r reply, b []byte) { got <- said{r, string(b)} })
+	hs.deliver(Event{kind: eventQuery, update: update{Name: "q", Within: 20000}}, func(r reply, b []byte) { got <- said{r, string(b)} })
 	select {
 	case s := <-got:
 		return s.r, s.text
@@ -833,7 +837,7 @@ func answersTo(t *testing.T, script string) (reply, string) {
 func TestAQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
 	hs, _ := startHandlers(t, handlerConfig{}, "query:other=true", "user=true")
 	got := make(chan reply)
-	hs.deliver(Event{kind: eventQuery, name: "load", within: 20 * time.Second}, func(r reply, _ []byte) { got <- r })
+	hs.deliver(Event{kind: eventQuery, update: update{Name: "load", Within: 20000}}, func(r reply, _ []byte) { got <- r })
 	if r := <-got; r != replyNothing {
 		t.Errorf("the reply is %d", r)
 	}

@@ -198,7 +198,7 @@ func (r *rig) update() update {
 	case sel&8 > 0:
 		m.Tags = Tags("t=" + strings.Repeat("t", []int{1, maxTags - 2, maxTags + 1, 900}[sel>>4%4]))
 	case sel&16 > 0:
-		u.Event, u.Payload, u.LTime = strings.Repeat("e", 1+int(sel>>6)*255), make([]byte, 4*r.pick(256)), uint64(r.byte())
+		u.Name, u.Payload, u.LTime = strings.Repeat("e", 1+int(sel>>6)*255), make([]byte, 4*r.pick(256)), uint64(r.byte())
 		if u.Coalesce = sel&32 > 0; u.Coalesce {
 			u.LTime = 1 << (u.LTime % 64)
 		}
@@ -616,7 +616,7 @@ func (r *rig) checkBounds() {
 	bound("queries", len(n.queries.mine), maxQueries)
 	bound("queries of others", len(n.queries.heard), maxHeard)
 	for _, ev := range n.spread.events.recent {
-		bound("bytes of an event", len(ev.Event)+len(ev.Payload), maxPayload)
+		bound("bytes of an event", len(ev.Name)+len(ev.Payload), maxPayload)
 	}
 	for _, f := range n.spread.queue {
 		bound("bytes of a flood", len(f), maxPayload+maxName+60)
@@ -633,8 +633,8 @@ func (r *rig) checkEvent(ev Event) {
 	ok := true
 	switch ev.kind {
 	case eventUser, eventQuery:
-		if len(ev.name)+len(ev.payload) > maxPayload {
-			r.t.Fatalf("a %v of %d bytes", ev.kind, len(ev.name)+len(ev.payload))
+		if len(ev.Name)+len(ev.Payload) > maxPayload {
+			r.t.Fatalf("a %v of %d bytes", ev.kind, len(ev.Name)+len(ev.Payload))
 		}
 		return
 	case eventAnswer:
@@ -781,7 +781,7 @@ func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	r.table(&exchange{with: Member{Name: "a", Born: 1000}}, table)
 	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Born: 9, Status: statusAlive}
 	r.flood(update{Member: m, Payload: make([]byte, 1201)})
-	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Event: "deploy", LTime: 1})
+	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Name: "deploy", LTime: 1})
 	had := len(r.sealed)
 	r.pass(20 * ms)
 	for _, b := range r.sealed[had:] {

@@ -625,7 +625,7 @@ func (q *ask) watch(*flag.FlagSet) error {
 			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Lost)
 		}
 		for _, u := range us {
-			if wants(kinds, a.Kind, u.Event) {
+			if wants(kinds, a.Kind, u.Name) {
 				text += q.line(a, u)
 				seen += min(int(a.Kind), 1)
 			}
@@ -643,8 +643,8 @@ func (q *ask) watch(*flag.FlagSet) error {
 
 func (q *ask) line(a answer, u update) string {
 	at, m := time.Unix(0, a.At), u.Member
-	fields := pairs{"name", u.Event, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
-	what := fmt.Sprintf("%s %s", u.Event, u.Payload)
+	fields := pairs{"name", u.Name, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
+	what := fmt.Sprintf("%s %s", u.Name, u.Payload)
 	if a.Kind < eventUser {
 		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
 		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(list(m.Tags), ","))
@@ -945,7 +945,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
 	ended := make(chan struct{})
-	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
+	go func() { <-g.done; rpc.close(); handlers.close(); close(ended) }()
 	return a.wait(g, ended, signals)
 }
 

@@ -259,7 +259,7 @@ func TestLinesOfWatch(t *testing.T) {
 			`"event": "member-failed", "name": "web1", "addr": "10.0.0.1:7946", "tags": {"role": "web"}, "status": "failed"}`},
 		{answer{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: statusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
 			`"event": "member", "name": "a", "addr": "10.0.0.1:7946", "tags": {}, "status": "alive"}`},
-		{answer{Kind: eventUser, At: at}, update{Member: m, Event: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
+		{answer{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
 		if got := (&ask{}).line(tt.a, tt.u); got != tt.text {

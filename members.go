@@ -166,20 +166,13 @@ var eventNames = [...]string{"member", "member-join", "member-leave", "member-fa
 
 func (k eventKind) String() string { return eventNames[k] }
 
-// Event is one thing that handlers, the log and watchers are told: something that happened to Member, or
-// (eventUser, eventQuery) what a user sent, whose sender is Member.
+// Event is one thing that handlers, the log and watchers are told: something that happened to Member, what a user
+// sent, whose sender is Member, or (eventAnswer) the Payload that came back from there.
 type Event struct {
-	kind   eventKind
-	Member Member
-
-	name     string // of the user event or query
-	payload  []byte // what was sent, or (eventAnswer) what came back
-	lTime    uint64 // Lamport time at which it was sent
-	coalesce bool   // of several that wait in a queue, the last will do
-
-	id     uint32        // eventQuery: the asker's number of it; eventAnswer: of my query
-	within time.Duration // eventQuery: what is left of its time
-	reply  reply         // eventAnswer
+	kind eventKind
+	update
+	id    uint32 // eventQuery: the asker's number of it; eventAnswer: of my query
+	reply reply  // eventAnswer
 }
 
 // checkPayload returns an error that says why a user event or query is refused.
@@ -305,9 +298,6 @@ func (t *table) setLost(e *entry, lost bool) {
 	}
 }
 
-// hide makes a dead member invisible.
-func (t *table) hide(e *entry) { t.change(e, func() { e.reaped = true }) }
-
 // change lets f change e, and brings about what follows: in the sums, on the rings, and as events.
 func (t *table) change(e *entry, f func()) {
 	was := *e
@@ -346,19 +336,16 @@ func (t *table) count(e *entry, by int) {
 	}
 }
 
-// makeRoom forgets the member that has been dead for longest: names that nobody needs must keep no newcomer out.
+// makeRoom reaps the member that has been dead for longest: names that nobody needs must keep no newcomer out.
 func (t *table) makeRoom() bool {
-	var oldest *entry
+	before, oldest := len(t.ordered), never
 	for _, e := range t.ordered {
-		if e.Status.dead() && (oldest == nil || e.since < oldest.since) {
-			oldest = e
+		if e.Status.dead() {
+			oldest = min(oldest, e.since)
 		}
 	}
-	if oldest != nil {
-		t.hide(oldest)
-		t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool { return e == oldest })
-	}
-	return oldest != nil
+	t.reap(oldest, 0)
+	return len(t.ordered) < before
 }
 
 // announce tells the events that lead from what was shown last to what is visible now. Per member they
@@ -369,7 +356,7 @@ func (t *table) announce(e *entry, was Member) {
 		is.Status = statusLeft // no event tells of it, or it would leave twice
 	}
 	e.shown = is.Status
-	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, Member: m}) }
+	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, update: update{Member: m}}) }
 	if was.Status == statusAlive && is.Status == statusAlive && was.Born != is.Born { // nobody noticed the end
 		was.Status = statusFailed
 		tell(eventFailed, was)
@@ -396,20 +383,9 @@ func (t *table) reap(now, after time.Duration) {
 		if !e.Status.dead() || now-e.since < after {
 			return false
 		}
-		t.hide(e)
+		t.change(e, func() { e.reaped = true })
 		return now-e.since >= 2*after
 	})
-}
-
-// list copies what a user may see of those whose names follow after, sorted by name: limit of them at most.
-func (t *table) list(after string, limit int) (ms []Member) {
-	at, _ := t.find(after + "\x00") // the least name that is greater
-	for _, e := range t.ordered[at:] {
-		if s := e.visible(); s != 0 && len(ms) < limit {
-			ms = append(ms, e.with(s))
-		}
-	}
-	return ms
 }
 
 // alive counts the members on the rings, oneself included.

@@ -134,13 +134,13 @@ func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	tb.apply(0, testMember("a", 1, statusFailed), 0)
 	tb.reap(time.Hour, 2*time.Hour)
-	if len(tb.list("", 100)) != 1 {
+	if len((&node{t: tb}).members("", 100)) != 1 {
 		t.Fatal("reaped too early")
 	}
 	tb.reap(2*time.Hour, 2*time.Hour)
 	tb.reap(3*time.Hour, 2*time.Hour)
-	if tb.apply(3*time.Hour, testMember("a", 1, statusFailed), 0) != nil || len(tb.list("", 100)) != 0 || tb.digest != 0 {
-		t.Errorf("came back: %v, digest %x", tb.list("", 100), tb.digest)
+	if tb.apply(3*time.Hour, testMember("a", 1, statusFailed), 0) != nil || len((&node{t: tb}).members("", 100)) != 0 || tb.digest != 0 {
+		t.Errorf("came back: %v, digest %x", (&node{t: tb}).members("", 100), tb.digest)
 	}
 	if got := kinds(tb.events); got != "join failed reap" {
 		t.Errorf("events %q", got)
@@ -218,7 +218,7 @@ func TestRowsOfSuspectsMakeNoWalkLonger(t *testing.T) {
 func TestAnEventIsRememberedOnceAndInOrder(t *testing.T) {
 	var a, b memory
 	event := func(ltime uint64) userEvent {
-		u := update{Member: Member{Name: "n"}, Event: "e", LTime: ltime}
+		u := update{Member: Member{Name: "n"}, Name: "e", LTime: ltime}
 		return userEvent{update: u, key: u.key()}
 	}
 	for i := range uint64(2 * maxEvents) {

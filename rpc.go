@@ -982,8 +982,7 @@ func (g *gossip) stream(s *session, f *feed) {
 			if ev.kind == eventAnswer && ev.reply == replyNone {
 				return
 			}
-			u := update{Member: ev.Member, Event: ev.name, Payload: ev.payload, LTime: ev.lTime}
-			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, u)
+			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, ev.update)
 		case <-gone:
 			return
 		case <-g.done:

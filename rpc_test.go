@@ -705,7 +705,7 @@ func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		if ev.kind >= eventUser {
-			events = append(events, fmt.Sprintf("%v %s %q %v", ev.kind, ev.name, ev.payload, ev.coalesce))
+			events = append(events, fmt.Sprintf("%v %s %q %v", ev.kind, ev.Name, ev.Payload, ev.Coalesce))
 		}
 		if ev.kind == eventQuery {
 			go answer(replyDone, []byte("0.5"))
@@ -1013,19 +1013,19 @@ func FuzzRPCRequest(f *testing.F) {
 func TestAFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
 	f := &feed{events: make(chan *queued, 10)}
 	for i := range 25 {
-		f.put(Event{kind: eventUser, lTime: uint64(i)})
+		f.put(Event{kind: eventUser, update: update{LTime: uint64(i)}})
 	}
 	f.put(Event{kind: eventAnswer, id: 3}) // is for another one
 	if len(f.events) != 10 || f.lost != 15 {
 		t.Errorf("%d wait, %d are lost", len(f.events), f.lost)
 	}
 	for i := range uint64(10) {
-		if ev := <-f.events; ev.lTime != i || ev.lost != 0 {
-			t.Errorf("event %d comes with %d lost, want %d with none", ev.lTime, ev.lost, i)
+		if ev := <-f.events; ev.LTime != i || ev.lost != 0 {
+			t.Errorf("event %d comes with %d lost, want %d with none", ev.LTime, ev.lost, i)
 		}
 	}
-	f.put(Event{kind: eventUser, lTime: 25})
-	f.put(Event{kind: eventUser, lTime: 26})
+	f.put(Event{kind: eventUser, update: update{LTime: 25}})
+	f.put(Event{kind: eventUser, update: update{LTime: 26}})
 	if a, b := <-f.events, <-f.events; a.lost != 15 || b.lost != 0 {
 		t.Errorf("lost before the next two: %d, %d, want 15, 0", a.lost, b.lost)
 	}
@@ -1052,7 +1052,7 @@ func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 					if a.Kind == 0 && u.Member.Name == "red" {
 						there++
 					}
-					if a.Kind == eventUser && u.Event == fmt.Sprint("e", got) {
+					if a.Kind == eventUser && u.Name == fmt.Sprint("e", got) {
 						got++
 					}
 				}

@@ -496,7 +496,7 @@ func (s *sim) show(p *proc, in arrival) {
 	text := fmt.Sprintf("%+v", h)
 	us, _ := wire.decodeAll(rest)
 	for _, u := range us {
-		text += fmt.Sprintf(" | %s %v inc %d+%d %s", u.Member.Name, u.Member.Status, u.Member.Born, u.Member.Incarnation-u.Member.Born, u.Event)
+		text += fmt.Sprintf(" | %s %v inc %d+%d %s", u.Member.Name, u.Member.Status, u.Member.Born, u.Member.Incarnation-u.Member.Born, u.Name)
 	}
 	s.logf("%s <- %s %s", p.name, in.from, text)
 }
@@ -964,9 +964,9 @@ func (s *sim) problem(format string, a ...any) {
 func (p *proc) event(ev Event) {
 	s := p.s
 	if ev.kind == eventUser {
-		p.user[ev.name]++
-		p.userAt[ev.name] = s.now
-		s.note('u', p, []byte(ev.name))
+		p.user[ev.Name]++
+		p.userAt[ev.Name] = s.now
+		s.note('u', p, []byte(ev.Name))
 		return
 	}
 	if ev.kind == eventQuery {
@@ -974,7 +974,7 @@ func (p *proc) event(ev Event) {
 		switch {
 		case s.reply != nil:
 			s.reply(p, ev)
-		case ev.name != "load":
+		case ev.Name != "load":
 			p.tell(func(n *node) { n.replied(ev, replyNothing, nil) })
 		}
 		return
@@ -2402,8 +2402,8 @@ func (q simQuery) came() (heard int, replies map[string][]reply) {
 		}
 		has[ev.Member.Name] = true
 		if ev.reply != replyHeard {
-			if replies[ev.Member.Name] = append(replies[ev.Member.Name], ev.reply); ev.reply == replyDone && string(ev.payload) != ev.Member.Name {
-				q.p.s.problem("%s answers %q", ev.Member.Name, ev.payload)
+			if replies[ev.Member.Name] = append(replies[ev.Member.Name], ev.reply); ev.reply == replyDone && string(ev.Payload) != ev.Member.Name {
+				q.p.s.problem("%s answers %q", ev.Member.Name, ev.Payload)
 			}
 		}
 	}
