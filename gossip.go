@@ -1205,7 +1205,7 @@ type gossip struct {
 	inputs chan func(*node) // what the loop shall do
 	tables chan struct{}    // a place for each exchange that others have dialled
 	ended  chan struct{}    // the loop; done: also all that it has started
-	done   chan struct{}    // all has ended: err may be read
+	done   chan struct{}    // all has ended: err and last may be read
 	owned
 }
 
@@ -1214,9 +1214,10 @@ type owned struct {
 	node     *node
 	links    map[string]context.CancelFunc
 	feeds    map[*feed]bool
-	lines    bucket // of the log about members
-	unlogged int    // lines that were left out
-	err      error  // why it ended; nil: it was told to
+	lines    bucket  // of the log about members
+	unlogged int     // lines that were left out
+	err      error   // why it ended; nil: it was told to
+	last     []Event // what handlers shall still hear then
 }
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
@@ -1315,8 +1316,8 @@ func (g *gossip) carryOut(out outputs) {
 		})
 	}
 	if out.fatal != nil || out.left {
-		if g.err = out.fatal; out.left { // for handlers that deregister it
-			g.publish(Event{kind: eventLeave, update: update{Member: g.node.self.with(statusLeaving)}})
+		if g.err = out.fatal; out.left {
+			g.last = []Event{{kind: eventLeave, update: update{Member: g.node.self.with(statusLeft)}}} // for those that deregister it
 		}
 		g.quit()
 	}

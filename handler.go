@@ -226,13 +226,16 @@ func (h *handler) work() {
 	}
 }
 
-// close stops the handlers: what runs, and then those of the agent's own leave, have the grace to end; then their
-// groups are ended. Whatever else waits is dropped.
-func (hs *handlers) close() {
+// close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
+// ended. Whatever else waits is dropped.
+func (hs *handlers) close(last ...Event) {
 	for _, h := range hs.all {
 		h.mu.Lock()
-		h.queue = slices.DeleteFunc(h.queue, func(d delivery) bool { return d.Member.Status != statusLeaving })
+		h.queue = nil
 		h.mu.Unlock()
+	}
+	for _, ev := range last {
+		hs.deliver(ev, nil)
 	}
 	waitAtMost(hs.grace, hs.workers.Wait)
 	hs.end(errors.New("ended with the agent"))

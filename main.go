@@ -945,7 +945,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
 	ended := make(chan struct{})
-	go func() { <-g.done; rpc.close(); handlers.close(); close(ended) }()
+	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
 	return a.wait(g, ended, signals)
 }
 
