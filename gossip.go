@@ -66,7 +66,7 @@ var (
 	errMalformed = errors.New("sent a malformed message")
 	errMyself    = errors.New("that is this node itself")
 	errWait      = errors.New("whether the name is taken is being found out")
-	errTaken     = trouble("choose another name with -node", "is taken")
+	errTaken     = errors.New("is taken")
 	errNobody    = errors.New("nobody is asked: no living member is as the query wants it")
 	errStopped   = errors.New("the agent is stopping")
 )
@@ -122,25 +122,6 @@ type head struct {
 }
 
 func (h *head) born() uint64 { return h.Incarnation - h.Raised }
-
-// update is one claim about a member, or (Name set) a user event or query of Member.
-type update struct {
-	Member   Member
-	Age      uint64 // milliseconds since the member died, or the event was sent
-	Name     string
-	Payload  []byte
-	LTime    uint64 // Lamport time at which it was sent
-	Coalesce bool   // of several that wait in a queue, the last will do
-	Within   uint32 // of a query: milliseconds in which it wants answers
-}
-
-// key tells updates apart, and orders them: members by name, then (no name begins so) user events by their time.
-func (u *update) key() string {
-	if u.Name == "" {
-		return u.Member.Name
-	}
-	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Name+"\x00"+string(u.Payload)))
-}
 
 // ---- the node: inputs and outputs ----
 
@@ -1034,7 +1015,11 @@ func (n *node) forceLeave(name string, prune bool) error {
 	case !e.Status.dead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
-	n.declare(e.with(map[bool]Status{false: statusLeft, true: statusPruned}[prune]))
+	status := statusLeft
+	if prune {
+		status = statusPruned
+	}
+	n.declare(e.with(status))
 	return nil
 }
 
@@ -1244,14 +1229,13 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 
 // listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
 func (g *gossip) listen() (err error) {
-	family := map[bool]string{true: "4"}[g.cfg.bind.Addr().Is4()] // or 0.0.0.0 would take IPv6 as well
 	for range 10 {
 		lc := net.ListenConfig{KeepAlive: -1}
-		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family, g.cfg.bind.String()); err != nil {
+		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family(g.cfg.bind.Addr()), g.cfg.bind.String()); err != nil {
 			return err
 		}
 		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(g.cfg.bind.Addr(), uint16(g.tcp.Addr().(*net.TCPAddr).Port)))
-		if g.udp, err = net.ListenUDP("udp"+family, at); err == nil {
+		if g.udp, err = net.ListenUDP("udp"+family(g.cfg.bind.Addr()), at); err == nil {
 			return g.udp.SetReadBuffer(1 << 20)
 		}
 		g.tcp.Close()

@@ -121,8 +121,25 @@ type options []func(*flag.FlagSet)
 // newCommands are all commands, in the order in which help lists them.
 func newCommands() []*command {
 	a, q := &agent{tags: make(map[string]string)}, &ask{filter: make(filter), tags: make(map[string]string)}
-	return append([]*command{
+	return slices.Concat([]*command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
+	}, q.shows(), q.acts(), []*command{
+		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
+			func(*flag.FlagSet) error {
+				key := make([]byte, keySize)
+				rand.Read(key) // never fails
+				return output(base64.StdEncoding.EncodeToString(key) + "\n")
+			}},
+		{"version", "", "prints the version", "  {} version\n", nil,
+			func(*flag.FlagSet) error {
+				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+			}},
+	})
+}
+
+// shows are the commands that show something.
+func (q *ask) shows() []*command {
+	return []*command{
 		{"members", "", "lists the members of the cluster", `  {} members                                list all members
   {} members -status alive -tag role=web    the living ones with a tag
   {} members -name 'db[0-9]+' -format json
@@ -153,6 +170,12 @@ func newCommands() []*command {
 `, options{q.reach, q.format, q.queries}, q.query},
 		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
 			options{q.reach, q.format}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
+	}
+}
+
+// acts are the commands that have something done.
+func (q *ask) acts() []*command {
+	return []*command{
 		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
   {} tags -set health=ok -set zone=b -delete state
 `, options{q.reach, func(fs *flag.FlagSet) {
@@ -165,11 +188,6 @@ func newCommands() []*command {
 				return nil
 			})
 		}}, q.setTags},
-	}, q.moreCommands()...)
-}
-
-func (q *ask) moreCommands() []*command {
-	return []*command{
 		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
   {} event deploy 3f2c1aa       with a payload, the handlers' input
   {} event -coalesce=false log "$(uptime)"
@@ -192,16 +210,6 @@ func (q *ask) moreCommands() []*command {
 `, options{q.reach, func(fs *flag.FlagSet) {
 				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
 			}}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
-		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
-			func(*flag.FlagSet) error {
-				key := make([]byte, keySize)
-				rand.Read(key) // never fails
-				return output(base64.StdEncoding.EncodeToString(key) + "\n")
-			}},
-		{"version", "", "prints the version", "  {} version\n", nil,
-			func(*flag.FlagSet) error {
-				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
-			}},
 	}
 }
 
@@ -967,11 +975,8 @@ func listenRPC(addr string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	network := "tcp"
-	if ap, _ := netip.ParseAddrPort(addr); ap.Addr().Is4() {
-		network = "tcp4" // or 0.0.0.0 would take IPv6 as well
-	}
-	ln, err := net.Listen(network, addr)
+	ap, _ := netip.ParseAddrPort(addr)
+	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
 	if err != nil {
 		err = startFailure("the RPC", "-rpc-addr", addr, err)
 	}
@@ -980,11 +985,12 @@ func listenRPC(addr string) (net.Listener, error) {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	hint := map[error]string{
+	no, _ := errors.AsType[syscall.Errno](err)
+	hint := map[syscall.Errno]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[reason(err)]
+	}[no]
 	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
@@ -1065,6 +1071,9 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 	for {
 		select {
 		case <-ended:
+			if errors.Is(g.err, errTaken) {
+				return trouble("choose another name with -node", "%v", g.err)
+			}
 			return g.err
 		case s := <-signals:
 			switch {
@@ -1241,6 +1250,14 @@ func usable(ip, bind netip.Addr) bool {
 	return ip.IsGlobalUnicast() && ip.Zone() == "" && fits(ip, bind)
 }
 
+// family ends the name of the network for a socket bound to ip: as "4", or 0.0.0.0 would take IPv6 as well.
+func family(ip netip.Addr) string {
+	if ip.Is4() {
+		return "4"
+	}
+	return ""
+}
+
 // fits reports whether a socket bound to bind takes packets of ip's family.
 func fits(ip, bind netip.Addr) bool { return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified() }
 
@@ -1266,7 +1283,7 @@ type logWriter struct {
 // Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
 func (w *logWriter) Write(p []byte) (int, error) {
 	line := string(p)
-	word, _, _ := strings.Cut(line[len("2013/12/08 07:56:48 "):], " ")
+	word, _, _ := strings.Cut(line[min(len(line), len("2013/12/08 07:56:48 ")):], " ")
 	if level := slices.Index(logLevels, strings.ToLower(strings.Trim(word, "[]"))); level >= 0 && level < w.level {
 		return len(p), nil
 	}

@@ -1,7 +1,8 @@
 // members.go: who is in the cluster and what is believed about each of them.
 //
-// Here live the member record, the one rule that decides between two claims, the table with its digest and its
-// rings, and the events that a change of belief brings. It knows nothing of bytes on a wire, sockets or clocks.
+// Here live the member record, what is said of members (update), the one rule that decides between two claims, the
+// table with its digest and its rings, and the events that a change of belief brings. It knows nothing of bytes on a
+// wire, sockets or clocks.
 
 package main
 
@@ -165,6 +166,25 @@ const (
 var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
 
 func (k eventKind) String() string { return eventNames[k] }
+
+// update is one claim about a member, or (Name set) a user event or query of Member.
+type update struct {
+	Member   Member
+	Age      uint64 // milliseconds since the member died, or the event was sent
+	Name     string
+	Payload  []byte
+	LTime    uint64 // Lamport time at which it was sent
+	Coalesce bool   // of several that wait in a queue, the last will do
+	Within   uint32 // of a query: milliseconds in which it wants answers
+}
+
+// key tells updates apart, and orders them: members by name, then (no name begins so) user events by their time.
+func (u *update) key() string {
+	if u.Name == "" {
+		return u.Member.Name
+	}
+	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Name+"\x00"+string(u.Payload)))
+}
 
 // Event is one thing that handlers, the log and watchers are told: something that happened to Member, what a user
 // sent, whose sender is Member, or (eventAnswer) the Payload that came back from there.

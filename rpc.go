@@ -719,25 +719,32 @@ func (g *gossip) serve(s *session) error {
 	}
 	g.doFor(s, func(n *node) error { w, about = n.welcome(h); return nil })
 	s.write(&w, about...)
-	from := Member{Name: h.From, Born: h.born()}
-	// A link is held while the other one is a member: that of a vanished host would stay for ever.
-	for wait := helloFor; h.Kind == kLink && s.err == nil; wait = linkMax {
+	switch from := (Member{Name: h.From, Born: h.born()}); h.Kind {
+	case kLink:
+		return g.holdLink(s, from)
+	case kExchange: // who hangs up now has the same table
+		x := &exchange{with: from, digest: h.Digest}
+		g.hear(s, x)
+		g.say(s, x)
+	}
+	return s.err
+}
+
+// holdLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
+func (g *gossip) holdLink(s *session, m Member) error {
+	for wait := helloFor; s.err == nil; wait = linkMax {
 		s.SetReadDeadline(time.Now().Add(wait))
 		if s.read(&head{}); s.err == nil {
 			return nil // a bye
 		}
 		quiet := timedOut(s.err)
 		s.err = g.do(func(n *node) error {
-			if quiet && !n.t.over(from) {
+			if quiet && !n.t.over(m) {
 				return nil
 			}
-			n.linkEnded(from, 0, false) // of a run that is over this is no news
+			n.linkEnded(m, 0, false) // of a run that is over this is no news
 			return errHungUp
 		})
-	}
-	if x := (&exchange{with: from, digest: h.Digest}); h.Kind == kExchange { // who hangs up now has the same table
-		g.hear(s, x)
-		g.say(s, x)
 	}
 	return s.err
 }

@@ -1601,7 +1601,7 @@ func TestAShortBlackoutFailsNobody(t *testing.T) {
 		for range 20 {
 			h := ps[s.rng.IntN(len(ps))].host
 			h.up = false
-			s.run(1800*ms - time.Duration(s.loss*float64(8*time.Second))) // who must dial again needs its time
+			s.run(1800 * ms)
 			h.up = true
 			s.run(2*time.Second + time.Duration(s.rng.Int64N(int64(time.Second))))
 		}
@@ -1651,7 +1651,7 @@ func TestTheRestNoticesThatMostHostsAreLost(t *testing.T) {
 			dead = append(dead, ps[i])
 		}
 		s.loseHost(dead...)
-		s.within(15*time.Second+time.Duration(s.loss*float64(100*time.Second)), "all show all dead as failed", s.allFailed(dead))
+		s.within(12*time.Second+time.Duration(s.loss*float64(100*time.Second)), "all show all dead as failed", s.allFailed(dead))
 		s.run(10 * time.Second)
 	})
 }
@@ -2349,14 +2349,15 @@ func TestAHostThatVanishesRightAfterAJoinIsNoticedInTime(t *testing.T) {
 				}
 				t.Logf("one: p50 %v max %v; a tenth at once: p50 %v max %v", percentile(one, .5), percentile(one, 1), percentile(tenth, .5), percentile(tenth, 1))
 				slack := time.Duration(loss * float64(50*time.Second)) // a lost vote costs a round
+				limit := 2800 * ms
+				if n == 100 { // where one seed in 14 takes up to 2.85 s
+					limit = 2900 * ms
+				}
+				atMost(t, "noticing one", percentile(one, 1), limit+slack)
 				switch n {
-				default:
-					atMost(t, "noticing one", percentile(one, 1), 2800*ms+slack)
 				case 30:
-					atMost(t, "noticing one", percentile(one, 1), 2800*ms+slack)
 					atMost(t, "noticing a tenth", percentile(tenth, 1), 2900*ms+slack)
-				case 100: // one seed in 14 takes up to 2.85 s; and of a tenth some watched one another
-					atMost(t, "noticing one", percentile(one, 1), 2900*ms+slack)
+				case 100: // some of them watched one another
 					atMost(t, "noticing a tenth", percentile(tenth, 1), 3500*ms+slack)
 				}
 			})
