@@ -14,9 +14,9 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/binary"
 	"encoding/gob"
 	"errors"
@@ -49,7 +49,6 @@ const (
 	linkMax     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
 	busyFor     = time.Second      // until a place for an exchange must be free
 	windowSize  = 64
-	xaesNonce   = 24
 )
 
 // ---- the codec ----
@@ -137,24 +136,14 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 
 // ---- the seal ----
 
-// xaes is XAES-256-GCM of c2sp.org/XAES-256-GCM, whose nonces of 192 bits may be random: they do not repeat,
-// however many messages one key sees (2^80 at a risk of 2^-32). It returns AES-256-GCM under the key that
-// belongs to key and the nonce's first half; the second half is the nonce there.
-func xaes(key, nonce []byte) cipher.AEAD {
-	block, _ := aes.NewCipher(key) // of 32 bytes: no error
-	k1 := make([]byte, aes.BlockSize)
-	block.Encrypt(k1, k1)
-	high, low := binary.BigEndian.Uint64(k1), binary.BigEndian.Uint64(k1[8:])
-	binary.BigEndian.PutUint64(k1, high<<1|low>>63)
-	binary.BigEndian.PutUint64(k1[8:], low<<1^high>>63*0x87)
-	derived := slices.Concat([]byte{0, 1, 'X', 0}, nonce[:xaesNonce/2], []byte{0, 2, 'X', 0}, nonce[:xaesNonce/2])
-	for half := range slices.Chunk(derived, aes.BlockSize) {
-		subtle.XORBytes(half, half, k1)
-		block.Encrypt(half, half)
-	}
-	block, _ = aes.NewCipher(derived)
-	aead, _ := cipher.NewGCM(block)
-	return aead
+// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869). Nonces are random
+// and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run of a member, or one
+// frame, gets fewer. It needs no other proof of for whom something is: for anybody else it does not open.
+func aead(key []byte, whom string) cipher.AEAD {
+	derived, _ := hkdf.Expand(sha256.New, key, whom, len(key))
+	block, _ := aes.NewCipher(derived)
+	a, _ := cipher.NewGCMWithRandomNonce(block)
+	return a
 }
 
 // door closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
@@ -180,9 +169,7 @@ func (d *door) close(dst, data []byte, whom string) []byte {
 	if dst = append(dst, d.tag(whom)...); !d.keyed() {
 		return append(dst, data...)
 	}
-	var nonce [xaesNonce]byte
-	rand.Read(nonce[:]) // never fails
-	return xaes(d.keys[0], nonce[:]).Seal(append(dst, nonce[:]...), nonce[xaesNonce/2:], data, []byte(whom+"\x00"+d.cluster))
+	return aead(d.keys[0], d.cluster+"\x00"+whom).Seal(dst, nil, data, nil)
 }
 
 func (d *door) open(b []byte, whom string) ([]byte, error) {
@@ -192,46 +179,37 @@ func (d *door) open(b []byte, whom string) ([]byte, error) {
 	if b = b[4:]; !d.keyed() {
 		return b, nil
 	}
-	if len(b) < xaesNonce {
-		return nil, errOtherKey
-	}
 	for _, k := range d.keys {
-		if out, err := xaes(k, b).Open(nil, b[xaesNonce/2:xaesNonce], b[xaesNonce:], []byte(whom+"\x00"+d.cluster)); err == nil {
-			return out, nil
+		if data, err := aead(k, d.cluster+"\x00"+whom).Open(nil, nil, b, nil); err == nil {
+			return data, nil
 		}
 	}
 	return nil, errOtherKey
 }
 
-const (
-	protocolVersion = 3
-	flagAnyRun      = 1 << 7 // not bound to one run of the receiver: only a ping is not
-)
+const protocolVersion = 4
 
+// datagramFor is for whom a datagram is: a run of name, or (born 0) any.
 func datagramFor(name string, born uint64) string {
 	return "datagram " + strconv.FormatUint(born, 36) + " " + name
 }
 
-// closeDatagram makes a datagram of data for that run of name, or (born 0) any.
+// closeDatagram makes a datagram of data for that run of name, or any: only a ping is.
 func (d *door) closeDatagram(data []byte, name string, born uint64) []byte {
-	flags := byte(protocolVersion)
-	if born == 0 {
-		flags |= flagAnyRun
-	}
-	return d.close(append(make([]byte, 0, 64+len(data)), flags), data, datagramFor(name, born))
+	return d.close(append(make([]byte, 0, 64+len(data)), protocolVersion), data, datagramFor(name, born))
 }
 
 // openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
 func (d *door) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
-	if len(b) < 5 || b[0]&^flagAnyRun != protocolVersion {
+	if len(b) == 0 || b[0] != protocolVersion {
 		return nil, false, errVersion
 	} else if len(b) > maxDatagram {
 		return nil, false, errors.New("sent a datagram that is too long")
 	}
-	if anyRun = b[0]&flagAnyRun != 0; anyRun {
-		born = 0
+	if data, err = d.open(b[1:], datagramFor(name, born)); errors.Is(err, errNotForMe) {
+		data, err = d.open(b[1:], datagramFor(name, 0))
+		anyRun = true
 	}
-	data, err = d.open(b[1:], datagramFor(name, born))
 	return data, anyRun, err
 }
 
@@ -279,7 +257,7 @@ var (
 // A hello is a line at which an HTTP server answers at once, the kind of the port and the number of the
 // agent's other one, whether there is a key, the cluster's tag, and a challenge.
 const (
-	helloLine                = "HAMLET/2\r\n\r\n"
+	helloLine                = "HAMLET/3\r\n\r\n"
 	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 16
 	gossipPort, rpcPort byte = 'g', 'r'
 )

@@ -28,7 +28,7 @@ import (
 )
 
 // sealSize is what version, tag, nonce and seal add to a datagram.
-const sealSize = 1 + 4 + xaesNonce + 16
+const sealSize = 1 + 4 + 12 + 16
 
 // sim is the world: the clock, the network, the hosts.
 type sim struct {
