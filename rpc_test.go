@@ -166,6 +166,15 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	}
 }
 
+func BenchmarkASealedDatagram(b *testing.B) {
+	d := testDoor("c", testKey(1), gossipPort)
+	for b.Loop() {
+		if _, _, err := d.openDatagram(d.closeDatagram(make([]byte, 40), "web1", 77), "web1", 77); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 // joined has g join addr; n is how many answered.
 func joined(g *gossip, addr string) (n int, err error) {
 	names, errs, _ := g.join([]string{addr}, false)
