@@ -247,7 +247,7 @@ func (c *command) checkArgs(fs *flag.FlagSet) error {
 		if strings.HasPrefix(arg, "-") && fs.Lookup(name) != nil {
 			return fmt.Errorf("%q stands behind the arguments: options come before the name", arg)
 		} else if i >= len(takes) && !strings.HasSuffix(c.args, "...") {
-			if _, err := parseKeys([]string{arg}); err == nil {
+			if _, err := parseKeys(strings.Split(arg, ",")); err == nil {
 				arg = "(a key)" // which is never shown
 			}
 			return fmt.Errorf("unexpected argument %q", arg)
@@ -784,8 +784,11 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
-		"repeatable: the first seals, all can open. Others can see arguments:\n"+
-		"better set HAMLET_ENCRYPT", appendTo(&a.keys))
+		"repeatable, or separated by commas: the first seals, all can open.\n"+
+		"Others can see arguments: better set HAMLET_ENCRYPT", func(s string) error {
+		a.keys = append(a.keys, strings.Split(s, ",")...)
+		return nil
+	})
 	fs.Func("reap-after", "forget failed and left members after `DURATION` (default 24h)", duration(&g.reapAfter))
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+

@@ -82,6 +82,7 @@ func TestKeygenMakesKeysThatAgentsTake(t *testing.T) {
 		t.Error("the same key twice")
 	}
 	startAgent(t, "-encrypt", strings.TrimSuffix(one, "\n"), "-encrypt", two)
+	startAgent(t, "-encrypt", strings.TrimSuffix(one, "\n")+","+two) // as the advice about Serf's keys has it
 }
 
 func TestVersionIsPrinted(t *testing.T) {
@@ -150,6 +151,7 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{agent("-event-handler", "member-jion=x"), 2, []string{"member-jion", "hint:"}},
 		{agent("-encrypt", "c2hvcnQ="), 2, []string{"key 1 of 1 has 5 bytes", "32", "hamlet keygen"}},
 		{agent("-encrypt", key, "-encrypt", "%%%"), 2, []string{"key 2 of 2 is not base64", "hamlet keygen"}},
+		{agent("-encrypt", key+","), 2, []string{"key 2 of 2 has 0 bytes", "hamlet keygen"}},
 		{[]string{"members", "-rpc-addr", free}, 1, []string{free, "connection refused", "hint: is the agent running?", "'hamlet agent'", "-rpc-addr"}},
 		{[]string{"members", "-rpc-addr", "no where"}, 2, []string{`"no where"`}},
 		{[]string{"members", "-name", "("}, 2, []string{`"("`, "-name", "regular expression"}},
@@ -190,7 +192,7 @@ func TestAKeyIsNeverShown(t *testing.T) {
 	key := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, 32))
 	short := key[4:]
 	for _, args := range [][]string{
-		agentArgs("-encrypt", short), agentArgs("-encrypt", key, key, "x"), agentArgs("-encrypt", key, "-bind", "x"), {"agent", "-h", "-encrypt", key},
+		agentArgs("-encrypt", short), agentArgs("-encrypt", key, key, "x"), agentArgs("-encrypt", key, key+","+key), agentArgs("-encrypt", key, "-bind", "x"), {"agent", "-h", "-encrypt", key},
 	} {
 		if out, errs, _ := hamlet(t, args...); strings.Contains(out+errs, short[:20]) {
 			t.Errorf("%v shows the key: %s%s", args, out, errs)
