@@ -1019,8 +1019,6 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
 		log.Printf("[WARN] the RPC listens on %s without a token: whoever reaches it controls this agent "+
 			"(-rpc-auth sets one)", rpc)
-	} else if !ip.IsLoopback() {
-		log.Printf("[WARN] the RPC listens on %s: whoever has the token controls this agent from elsewhere", rpc)
 	}
 }
 
