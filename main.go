@@ -97,7 +97,7 @@ func execute(name string, args []string) error {
 	case "-v", "-version", "--version":
 		name = "version"
 	}
-	for _, c := range newCommands() {
+	for _, c := range commands {
 		if c.name == name {
 			return c.execute(args)
 		}
@@ -118,99 +118,89 @@ type command struct {
 
 type options []func(*flag.FlagSet)
 
-// newCommands are all commands, in the order in which help lists them.
-func newCommands() []*command {
-	a, q := &agent{tags: make(map[string]string)}, &ask{filter: make(filter), tags: make(map[string]string)}
-	return slices.Concat([]*command{
-		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
-	}, q.shows(), q.acts(), []*command{
-		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
-			func(*flag.FlagSet) error {
-				key := make([]byte, keySize)
-				rand.Read(key) // never fails
-				return output(base64.StdEncoding.EncodeToString(key) + "\n")
-			}},
-		{"version", "", "prints the version", "  {} version\n", nil,
-			func(*flag.FlagSet) error {
-				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
-			}},
-	})
-}
+// One command runs in a process: these take its options.
+var (
+	theAgent = &agent{tags: make(map[string]string)}
+	theAsk   = &ask{filter: make(filter), tags: make(map[string]string)}
+)
 
-// shows are the commands that show something.
-func (q *ask) shows() []*command {
-	return []*command{
-		{"members", "", "lists the members of the cluster", `  {} members                                list all members
+// commands are all commands, in the order in which help lists them.
+var commands = []*command{
+	{"agent", "", "runs a node until it is told to stop", agentExamples, options{theAgent.options}, theAgent.run},
+	{"members", "", "lists the members of the cluster", `  {} members                                list all members
   {} members -status alive -tag role=web    the living ones with a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", q.filter.set("status="))
-			fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", q.filter.set("name="))
-			fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
-			fs.Func("role", "the same as -tag role=`RE`", q.filter.set("tag role="))
-			fs.Bool("detailed", false, "has no effect: it is Serf's")
-			fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
-				"exit status 1 if it took too long", number(&q.count))
-			fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&q.timeout))
-		}}, q.members},
-		{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
+`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
+		fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", theAsk.filter.set("status="))
+		fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", theAsk.filter.set("name="))
+		fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", theAsk.filter.set("tag "))
+		fs.Func("role", "the same as -tag role=`RE`", theAsk.filter.set("tag role="))
+		fs.Bool("detailed", false, "has no effect: it is Serf's")
+		fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+			"exit status 1 if it took too long", number(&theAsk.count))
+		fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&theAsk.timeout))
+	}}, theAsk.members},
+	{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
   {} watch -event member-failed,user:deploy
   {} watch -format json      one object a line, for programs
   {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.StringVar(&q.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-				"who is there at the start")
-			fs.Func("n", "end after `N` events, not counting who is there at first", number(&q.count))
-			fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&q.timeout))
-		}}, q.watch},
-		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
+`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
+		fs.StringVar(&theAsk.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
+			"who is there at the start")
+		fs.Func("n", "end after `N` events, not counting who is there at first", number(&theAsk.count))
+		fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&theAsk.timeout))
+	}}, theAsk.watch},
+	{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
   {} query -tag role=db master
   {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{q.reach, q.format, q.queries}, q.query},
-		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-			options{q.reach, q.format}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
-	}
-}
-
-// acts are the commands that have something done.
-func (q *ask) acts() []*command {
-	return []*command{
-		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
+`, options{theAsk.reach, theAsk.format, theAsk.queries}, theAsk.query},
+	{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
+		options{theAsk.reach, theAsk.format}, func(fs *flag.FlagSet) error { return theAsk.do(fs, rpcTimeout, "") }},
+	{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
   {} tags -set health=ok -set zone=b -delete state
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(q.tags, ""))
-			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
-				if key == "" || strings.Contains(key, "=") {
-					return errors.New("want KEY, such as state")
-				}
-				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
-				return nil
-			})
-		}}, q.setTags},
-		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+		fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(theAsk.tags, ""))
+		fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+			if key == "" || strings.Contains(key, "=") {
+				return errors.New("want KEY, such as state")
+			}
+			theAsk.Drop = strings.TrimPrefix(theAsk.Drop+"\x00"+key, "\x00")
+			return nil
+		})
+	}}, theAsk.setTags},
+	{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
   {} event deploy 3f2c1aa       with a payload, the handlers' input
   {} event -coalesce=false log "$(uptime)"
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
-		}}, func(fs *flag.FlagSet) error {
-			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), q.Merge)
-			return q.do(fs, rpcTimeout, done)
-		}},
-		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+		fs.BoolVar(&theAsk.Merge, "coalesce", true, "of events of one name that wait, run only the last")
+	}}, func(fs *flag.FlagSet) error {
+		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), theAsk.Merge)
+		return theAsk.do(fs, rpcTimeout, done)
+	}},
+	{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
   {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
-		}}, q.join},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
-			func(fs *flag.FlagSet) error { return q.do(fs, slowTimeout, "Graceful leave complete\n") }},
-		{"force-leave", "NAME", "turns a failed member into one that left",
-			`  {} force-leave web3           a failed member counts as left, everywhere
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+		fs.BoolVar(&theAsk.Replay, "replay", false, "run handlers for the remembered events of that cluster")
+	}}, theAsk.join},
+	{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{theAsk.reach},
+		func(fs *flag.FlagSet) error { return theAsk.do(fs, slowTimeout, "Graceful leave complete\n") }},
+	{"force-leave", "NAME", "turns a failed member into one that left",
+		`  {} force-leave web3           a failed member counts as left, everywhere
   {} force-leave -prune web3    it vanishes from the list
-`, options{q.reach, func(fs *flag.FlagSet) {
-				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
-			}}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
-	}
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+			fs.BoolVar(&theAsk.Prune, "prune", false, "forget the member altogether")
+		}}, func(fs *flag.FlagSet) error { return theAsk.do(fs, rpcTimeout, "") }},
+	{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
+		func(*flag.FlagSet) error {
+			key := make([]byte, keySize)
+			rand.Read(key) // never fails
+			return output(base64.StdEncoding.EncodeToString(key) + "\n")
+		}},
+	{"version", "", "prints the version", "  {} version\n", nil,
+		func(*flag.FlagSet) error {
+			return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+		}},
 }
 
 // execute sets the options from args, and runs the command.
@@ -297,7 +287,7 @@ func help() string {
 
 Commands:
 `
-	for _, c := range newCommands() {
+	for _, c := range commands {
 		text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
 	}
 	text += "\n'{} help COMMAND' shows how to use a command, and its options.\n"
