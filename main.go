@@ -795,8 +795,8 @@ func (a *agent) seed(s string) error {
 	return checkAddrs(seeds)
 }
 
-// environment sets the options that were not given from their variables, and names the variables of none.
-func environment(fs *flag.FlagSet) (unknown []string, err error) {
+// environment sets the options that were not given from their variables.
+func environment(fs *flag.FlagSet) (err error) {
 	given := make(map[string]bool)
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, kv := range os.Environ() {
@@ -806,12 +806,12 @@ func environment(fs *flag.FlagSet) (unknown []string, err error) {
 		switch f := fs.Lookup(name); {
 		case !ours:
 		case f == nil:
-			unknown = append(unknown, variable)
+			log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 		case text != "" && !given[name] && err == nil:
 			err = setFrom(variable, text, f)
 		}
 	}
-	return unknown, err
+	return err
 }
 
 // setFrom sets an option to the text of a variable, or to each item of it where the option is repeatable.
@@ -900,16 +900,14 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if os.Getpid() == 1 {
 		os.Exit(runAsInit())
 	}
-	unknown, err := environment(fs)
-	if err != nil {
+	logs := &logWriter{lines: make(chan string, 1024)}
+	log.SetOutput(logs)
+	if err := environment(fs); err != nil {
 		return wrongUsage("agent", err)
 	}
-	level := slices.Index(logLevels, strings.ToLower(a.logLevel))
-	if level < 0 {
+	if logs.level = slices.Index(logLevels, strings.ToLower(a.logLevel)); logs.level < 0 {
 		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
-	logs := &logWriter{level: level, lines: make(chan string, 1024)}
-	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
 	signals := prepareProcess()
 	why, err := a.check()
@@ -939,9 +937,6 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	go g.run()
 	a.banner(g, why, ln.Addr())
-	for _, variable := range unknown {
-		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
-	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
