@@ -918,10 +918,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	here := *ln.Addr().(*net.TCPAddr) // where handlers reach the RPC
-	if a.gossip.other = uint16(here.Port); here.IP.IsUnspecified() {
-		here.IP = net.IPv4(127, 0, 0, 1)
-	}
+	a.gossip.other = uint16(ln.Addr().(*net.TCPAddr).Port)
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
@@ -933,7 +930,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	handlers.env = func() []string {
 		self, alone := g.me()
-		return handlerEnv(self, alone, here.String(), a.rpcAuth)
+		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
 	go g.run()
 	a.banner(g, why, ln.Addr())
@@ -973,12 +970,11 @@ func listenRPC(addr string) (net.Listener, error) {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	no, _ := errors.AsType[syscall.Errno](err)
-	hint := map[syscall.Errno]string{
+	hint := map[error]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[no]
+	}[reason(err)]
 	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
@@ -1208,10 +1204,7 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 		return addr, "", misuse("-iface takes the name of an interface",
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
 	}
-	loopback := netip.IPv6Loopback()
-	if bind.Addr().Is4() {
-		loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	}
+	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1}) // which [::] takes as well
 	return netip.AddrPortFrom(loopback, bind.Port()), noAddress, nil
 }
 
