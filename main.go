@@ -663,24 +663,21 @@ func (q *ask) query(fs *flag.FlagSet) error {
 		}
 	}
 	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
-	t, began := &tally{ask: q, said: make(map[reply]pairs)}, time.Now()
+	t := &tally{ask: q}
 	err := q.call("query", rpcTimeout, t.hear)
-	switch silent := strings.Join(t.silent, ", "); {
-	case err != nil || silent == "":
-		return err
-	case time.Since(began) < q.Within:
-		return trouble("'members' shows who is alive", "no answer from %s: not there, or not any more", silent)
-	default:
-		return trouble("", "no answer within %v from %s", q.Within, silent)
+	if err == nil && len(t.silent) > 0 {
+		err = trouble("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
+			strings.Join(t.silent, ", "))
 	}
+	return err
 }
 
 // tally is what has come of a query.
 type tally struct {
 	*ask
-	silent []string // asked, and no answer yet
-	acks   []any
-	said   map[reply]pairs // the output of handlers that did well, and of those that failed
+	silent       []string // asked, and no answer yet
+	acks         []any
+	done, failed pairs // the output of handlers that did well, and of those that failed
 }
 
 // hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
@@ -698,29 +695,32 @@ func (t *tally) hear(a answer, us []update) error {
 			t.acks = append(t.acks, from)
 			text += fmt.Sprintf("Ack from '%s'\n", from)
 		}
-		form := map[reply]string{replyDone: "Response from '%s': %s\n", replyFailed: "Failed on '%s': %s\n"}[a.Reply]
-		if form != "" {
-			t.said[a.Reply] = append(t.said[a.Reply], from, said)
-			text += fmt.Sprintf(form, from, strings.TrimSuffix(said, "\n"))
+		switch a.Reply {
+		case replyHeard:
+			continue
+		case replyDone:
+			t.done = append(t.done, from, said)
+			text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+		case replyFailed:
+			t.failed = append(t.failed, from, said)
+			text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
 		}
-		if a.Reply != replyHeard {
-			t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
-		}
+		t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
 	}
-	switch done, failed := t.said[replyDone], t.said[replyFailed]; {
+	switch {
 	case t.JSON && a.More:
 		return nil
 	case t.JSON:
-		result := pairs{"Acks", t.acks, "Responses", done}
-		if len(failed) > 0 {
-			result = append(result, "Failures", failed)
+		result := pairs{"Acks", t.acks, "Responses", t.done}
+		if len(t.failed) > 0 {
+			result = append(result, "Failures", t.failed)
 		}
 		text = toJSON(result, "\n") + "\n"
 	case !a.More:
 		if !t.noAck {
 			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
 		}
-		text += fmt.Sprintf("Total Responses: %d\n", len(done)/2)
+		text += fmt.Sprintf("Total Responses: %d\n", len(t.done)/2)
 	}
 	return output(printable(text, "\n\t"))
 }
@@ -991,7 +991,7 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Encrypted: %v
 `, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, len(a.gossip.keys) > 0)
 	switch ip := self.Addr.Addr(); {
-	case why == noAddress:
+	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
 	case len(a.gossip.keys) == 0 && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
@@ -1154,8 +1154,6 @@ func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.Ad
 	return addrs, errs
 }
 
-const noAddress = "no other address was found"
-
 // advertised returns the address that others are told, and the reason. It is never a wildcard, and
 // loopback only if that is asked for or if there is nothing else.
 func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
@@ -1205,7 +1203,7 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
 	}
 	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1}) // which [::] takes as well
-	return netip.AddrPortFrom(loopback, bind.Port()), noAddress, nil
+	return netip.AddrPortFrom(loopback, bind.Port()), "no other address was found", nil
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
