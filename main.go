@@ -126,7 +126,21 @@ var (
 
 // commands are all commands, in the order in which help lists them.
 var commands = []*command{
-	{"agent", "", "runs a node until it is told to stop", agentExamples, options{theAgent.options}, theAgent.run},
+	{"agent", "", "runs a node until it is told to stop", `  {} agent
+  {} agent -join 10.0.2.15
+  {} agent -node web1 -role web -join seed1.example.com,seed2
+  {} agent -log-level=debug -event-handler=./handler.sh
+  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
+  {} agent -event-handler 'query:load=uptime'
+  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
+
+Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
+Lists are split on commas, or on newlines if there are any. A flag wins.
+
+SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
+others see this node fail. A second signal ends at once, with exit status 1.
+SIGHUP does nothing.
+`, options{theAgent.options}, theAgent.run},
 	{"members", "", "lists the members of the cluster", `  {} members                                list all members
   {} members -status alive -tag role=web    the living ones with a tag
   {} members -name 'db[0-9]+' -format json
@@ -154,7 +168,13 @@ var commands = []*command{
 	{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
   {} query -tag role=db master
   {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{theAsk.reach, theAsk.format, theAsk.queries}, theAsk.query},
+`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
+		theAsk.Within = 15 * time.Second
+		fs.Func("node", "ask only the member `NAME`; repeatable", appendTo(&theAsk.nodes))
+		fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", theAsk.filter.set("tag "))
+		fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&theAsk.Within))
+		fs.BoolVar(&theAsk.noAck, "no-ack", false, "do not show who has the query")
+	}}, theAsk.query},
 	{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
 		options{theAsk.reach, theAsk.format}, func(fs *flag.FlagSet) error { return theAsk.do(fs, rpcTimeout, "") }},
 	{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
@@ -448,14 +468,6 @@ func (q *ask) format(fs *flag.FlagSet) {
 	})
 }
 
-func (q *ask) queries(fs *flag.FlagSet) {
-	q.Within = 15 * time.Second
-	fs.Func("node", "ask only the member `NAME`; repeatable", appendTo(&q.nodes))
-	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
-	fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&q.Within))
-	fs.BoolVar(&q.noAck, "no-ack", false, "do not show who has the query")
-}
-
 func (q *ask) call(op string, timeout time.Duration, each func(answer, []update) error) error {
 	addr, err := rpcAddr(q.addr)
 	if q.Op = op; err != nil {
@@ -683,11 +695,9 @@ type tally struct {
 // hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
 func (t *tally) hear(a answer, us []update) error {
 	text := ""
-	if a.Text != "" { // who is asked
+	if a.Text != "" { // who is asked: of those who were named, the ones that are there
 		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = append(list(a.Text), list(t.Args)...)
-		slices.Sort(t.silent)
-		t.silent = slices.Compact(t.silent) // who was named and is there is in both
+		t.silent = list(cmp.Or(t.Args, a.Text))
 	}
 	for _, u := range us {
 		from, said := u.Member.Name, string(u.Payload)
@@ -737,22 +747,6 @@ type agent struct {
 	tags                       map[string]string
 	leaveOnTerminate           bool
 }
-
-const agentExamples = `  {} agent
-  {} agent -join 10.0.2.15
-  {} agent -node web1 -role web -join seed1.example.com,seed2
-  {} agent -log-level=debug -event-handler=./handler.sh
-  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
-  {} agent -event-handler 'query:load=uptime'
-  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
-
-Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
-Lists are split on commas, or on newlines if there are any. A flag wins.
-
-SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
-others see this node fail. A second signal ends at once, with exit status 1.
-SIGHUP does nothing.
-`
 
 func (a *agent) options(fs *flag.FlagSet) {
 	g, h := &a.gossip, &a.handlers
