@@ -721,11 +721,7 @@ func (t *tally) hear(a answer, us []update) error {
 	case t.JSON && a.More:
 		return nil
 	case t.JSON:
-		result := pairs{"Acks", t.acks, "Responses", t.done}
-		if len(t.failed) > 0 {
-			result = append(result, "Failures", t.failed)
-		}
-		text = toJSON(result, "\n") + "\n"
+		text = toJSON(pairs{"Acks", t.acks, "Responses", t.done, "Failures", t.failed}, "\n") + "\n"
 	case !a.More:
 		if !t.noAck {
 			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
@@ -908,9 +904,14 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if err != nil {
 		return err
 	}
-	ln, err := listenRPC(a.rpcAddr)
+	addr, err := rpcAddr(a.rpcAddr)
 	if err != nil {
 		return err
+	}
+	ap, _ := netip.ParseAddrPort(addr) // zero where it is a host by name
+	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
+	if err != nil {
+		return startFailure("the RPC", "-rpc-addr", addr, err)
 	}
 	a.gossip.other = uint16(ln.Addr().(*net.TCPAddr).Port)
 	handlers, err := newHandlers(a.handlers)
@@ -947,19 +948,6 @@ func prepareProcess() <-chan os.Signal {
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // signal.Ignore would be inherited by handlers
 	return signals
-}
-
-func listenRPC(addr string) (net.Listener, error) {
-	addr, err := rpcAddr(addr)
-	if err != nil {
-		return nil, err
-	}
-	ap, _ := netip.ParseAddrPort(addr)
-	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
-	if err != nil {
-		err = startFailure("the RPC", "-rpc-addr", addr, err)
-	}
-	return ln, err
 }
 
 // startFailure explains why a port could not be opened.
