@@ -97,7 +97,7 @@ func execute(name string, args []string) error {
 	case "-v", "-version", "--version":
 		name = "version"
 	}
-	for _, c := range newCommands() {
+	for _, c := range commands {
 		if c.name == name {
 			return c.execute(args)
 		}
@@ -118,99 +118,109 @@ type command struct {
 
 type options []func(*flag.FlagSet)
 
-// newCommands are all commands, in the order in which help lists them.
-func newCommands() []*command {
-	a, q := &agent{tags: make(map[string]string)}, &ask{filter: make(filter), tags: make(map[string]string)}
-	return slices.Concat([]*command{
-		{"agent", "", "runs a node until it is told to stop", agentExamples, options{a.options}, a.run},
-	}, q.shows(), q.acts(), []*command{
-		{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
-			func(*flag.FlagSet) error {
-				key := make([]byte, keySize)
-				rand.Read(key) // never fails
-				return output(base64.StdEncoding.EncodeToString(key) + "\n")
-			}},
-		{"version", "", "prints the version", "  {} version\n", nil,
-			func(*flag.FlagSet) error {
-				return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
-			}},
-	})
-}
+// One command runs in a process: these take its options.
+var (
+	theAgent = &agent{tags: make(map[string]string)}
+	theAsk   = &ask{filter: make(filter), tags: make(map[string]string)}
+)
 
-// shows are the commands that show something.
-func (q *ask) shows() []*command {
-	return []*command{
-		{"members", "", "lists the members of the cluster", `  {} members                                list all members
+// commands are all commands, in the order in which help lists them.
+var commands = []*command{
+	{"agent", "", "runs a node until it is told to stop", `  {} agent
+  {} agent -join 10.0.2.15
+  {} agent -node web1 -role web -join seed1.example.com,seed2
+  {} agent -log-level=debug -event-handler=./handler.sh
+  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
+  {} agent -event-handler 'query:load=uptime'
+  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
+
+Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
+Lists are split on commas, or on newlines if there are any. A flag wins.
+
+SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
+others see this node fail. A second signal ends at once, with exit status 1.
+SIGHUP does nothing.
+`, options{theAgent.options}, theAgent.run},
+	{"members", "", "lists the members of the cluster", `  {} members                                list all members
   {} members -status alive -tag role=web    the living ones with a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", q.filter.set("status="))
-			fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", q.filter.set("name="))
-			fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
-			fs.Func("role", "the same as -tag role=`RE`", q.filter.set("tag role="))
-			fs.Bool("detailed", false, "has no effect: it is Serf's")
-			fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
-				"exit status 1 if it took too long", number(&q.count))
-			fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&q.timeout))
-		}}, q.members},
-		{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
+`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
+		fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", theAsk.filter.set("status="))
+		fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", theAsk.filter.set("name="))
+		fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", theAsk.filter.set("tag "))
+		fs.Func("role", "the same as -tag role=`RE`", theAsk.filter.set("tag role="))
+		fs.Bool("detailed", false, "has no effect: it is Serf's")
+		fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+			"exit status 1 if it took too long", number(&theAsk.count))
+		fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&theAsk.timeout))
+	}}, theAsk.members},
+	{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
   {} watch -event member-failed,user:deploy
   {} watch -format json      one object a line, for programs
   {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`, options{q.reach, q.format, func(fs *flag.FlagSet) {
-			fs.StringVar(&q.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-				"who is there at the start")
-			fs.Func("n", "end after `N` events, not counting who is there at first", number(&q.count))
-			fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&q.timeout))
-		}}, q.watch},
-		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
+`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
+		fs.StringVar(&theAsk.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
+			"who is there at the start")
+		fs.Func("n", "end after `N` events, not counting who is there at first", number(&theAsk.count))
+		fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&theAsk.timeout))
+	}}, theAsk.watch},
+	{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
   {} query -tag role=db master
   {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{q.reach, q.format, q.queries}, q.query},
-		{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-			options{q.reach, q.format}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
-	}
-}
-
-// acts are the commands that have something done.
-func (q *ask) acts() []*command {
-	return []*command{
-		{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
+`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
+		theAsk.Within = 15 * time.Second
+		fs.Func("node", "ask only the member `NAME`; repeatable", appendTo(&theAsk.nodes))
+		fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", theAsk.filter.set("tag "))
+		fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&theAsk.Within))
+		fs.BoolVar(&theAsk.noAck, "no-ack", false, "do not show who has the query")
+	}}, theAsk.query},
+	{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
+		options{theAsk.reach, theAsk.format}, func(fs *flag.FlagSet) error { return theAsk.do(fs, rpcTimeout, "") }},
+	{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
   {} tags -set health=ok -set zone=b -delete state
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(q.tags, ""))
-			fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
-				if key == "" || strings.Contains(key, "=") {
-					return errors.New("want KEY, such as state")
-				}
-				q.Drop = strings.TrimPrefix(q.Drop+"\x00"+key, "\x00")
-				return nil
-			})
-		}}, q.setTags},
-		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+		fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(theAsk.tags, ""))
+		fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+			if key == "" || strings.Contains(key, "=") {
+				return errors.New("want KEY, such as state")
+			}
+			theAsk.Drop = strings.TrimPrefix(theAsk.Drop+"\x00"+key, "\x00")
+			return nil
+		})
+	}}, theAsk.setTags},
+	{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
   {} event deploy 3f2c1aa       with a payload, the handlers' input
   {} event -coalesce=false log "$(uptime)"
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Merge, "coalesce", true, "of events of one name that wait, run only the last")
-		}}, func(fs *flag.FlagSet) error {
-			done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), q.Merge)
-			return q.do(fs, rpcTimeout, done)
-		}},
-		{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+		fs.BoolVar(&theAsk.Merge, "coalesce", true, "of events of one name that wait, run only the last")
+	}}, func(fs *flag.FlagSet) error {
+		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), theAsk.Merge)
+		return theAsk.do(fs, rpcTimeout, done)
+	}},
+	{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
   {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`, options{q.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&q.Replay, "replay", false, "run handlers for the remembered events of that cluster")
-		}}, q.join},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{q.reach},
-			func(fs *flag.FlagSet) error { return q.do(fs, slowTimeout, "Graceful leave complete\n") }},
-		{"force-leave", "NAME", "turns a failed member into one that left",
-			`  {} force-leave web3           a failed member counts as left, everywhere
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+		fs.BoolVar(&theAsk.Replay, "replay", false, "run handlers for the remembered events of that cluster")
+	}}, theAsk.join},
+	{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{theAsk.reach},
+		func(fs *flag.FlagSet) error { return theAsk.do(fs, slowTimeout, "Graceful leave complete\n") }},
+	{"force-leave", "NAME", "turns a failed member into one that left",
+		`  {} force-leave web3           a failed member counts as left, everywhere
   {} force-leave -prune web3    it vanishes from the list
-`, options{q.reach, func(fs *flag.FlagSet) {
-				fs.BoolVar(&q.Prune, "prune", false, "forget the member altogether")
-			}}, func(fs *flag.FlagSet) error { return q.do(fs, rpcTimeout, "") }},
-	}
+`, options{theAsk.reach, func(fs *flag.FlagSet) {
+			fs.BoolVar(&theAsk.Prune, "prune", false, "forget the member altogether")
+		}}, func(fs *flag.FlagSet) error { return theAsk.do(fs, rpcTimeout, "") }},
+	{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
+		func(*flag.FlagSet) error {
+			key := make([]byte, keySize)
+			rand.Read(key) // never fails
+			return output(base64.StdEncoding.EncodeToString(key) + "\n")
+		}},
+	{"version", "", "prints the version", "  {} version\n", nil,
+		func(*flag.FlagSet) error {
+			return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+		}},
 }
 
 // execute sets the options from args, and runs the command.
@@ -247,7 +257,7 @@ func (c *command) checkArgs(fs *flag.FlagSet) error {
 		if strings.HasPrefix(arg, "-") && fs.Lookup(name) != nil {
 			return fmt.Errorf("%q stands behind the arguments: options come before the name", arg)
 		} else if i >= len(takes) && !strings.HasSuffix(c.args, "...") {
-			if _, err := parseKeys([]string{arg}); err == nil {
+			if _, err := parseKeys(strings.Split(arg, ",")); err == nil {
 				arg = "(a key)" // which is never shown
 			}
 			return fmt.Errorf("unexpected argument %q", arg)
@@ -297,7 +307,7 @@ func help() string {
 
 Commands:
 `
-	for _, c := range newCommands() {
+	for _, c := range commands {
 		text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
 	}
 	text += "\n'{} help COMMAND' shows how to use a command, and its options.\n"
@@ -456,14 +466,6 @@ func (q *ask) format(fs *flag.FlagSet) {
 		}
 		return nil
 	})
-}
-
-func (q *ask) queries(fs *flag.FlagSet) {
-	q.Within = 15 * time.Second
-	fs.Func("node", "ask only the member `NAME`; repeatable", appendTo(&q.nodes))
-	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", q.filter.set("tag "))
-	fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&q.Within))
-	fs.BoolVar(&q.noAck, "no-ack", false, "do not show who has the query")
 }
 
 func (q *ask) call(op string, timeout time.Duration, each func(answer, []update) error) error {
@@ -673,34 +675,29 @@ func (q *ask) query(fs *flag.FlagSet) error {
 		}
 	}
 	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
-	t, began := &tally{ask: q, said: make(map[reply]pairs)}, time.Now()
+	t := &tally{ask: q}
 	err := q.call("query", rpcTimeout, t.hear)
-	switch silent := strings.Join(t.silent, ", "); {
-	case err != nil || silent == "":
-		return err
-	case time.Since(began) < q.Within:
-		return trouble("'members' shows who is alive", "no answer from %s: not there, or not any more", silent)
-	default:
-		return trouble("", "no answer within %v from %s", q.Within, silent)
+	if err == nil && len(t.silent) > 0 {
+		err = trouble("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
+			strings.Join(t.silent, ", "))
 	}
+	return err
 }
 
 // tally is what has come of a query.
 type tally struct {
 	*ask
-	silent []string // asked, and no answer yet
-	acks   []any
-	said   map[reply]pairs // the output of handlers that did well, and of those that failed
+	silent       []string // asked, and no answer yet
+	acks         []any
+	done, failed pairs // the output of handlers that did well, and of those that failed
 }
 
 // hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
 func (t *tally) hear(a answer, us []update) error {
 	text := ""
-	if a.Text != "" { // who is asked
+	if a.Text != "" { // who is asked: of those who were named, the ones that are there
 		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = append(list(a.Text), list(t.Args)...)
-		slices.Sort(t.silent)
-		t.silent = slices.Compact(t.silent) // who was named and is there is in both
+		t.silent = list(cmp.Or(t.Args, a.Text))
 	}
 	for _, u := range us {
 		from, said := u.Member.Name, string(u.Payload)
@@ -708,29 +705,28 @@ func (t *tally) hear(a answer, us []update) error {
 			t.acks = append(t.acks, from)
 			text += fmt.Sprintf("Ack from '%s'\n", from)
 		}
-		form := map[reply]string{replyDone: "Response from '%s': %s\n", replyFailed: "Failed on '%s': %s\n"}[a.Reply]
-		if form != "" {
-			t.said[a.Reply] = append(t.said[a.Reply], from, said)
-			text += fmt.Sprintf(form, from, strings.TrimSuffix(said, "\n"))
+		switch a.Reply {
+		case replyHeard:
+			continue
+		case replyDone:
+			t.done = append(t.done, from, said)
+			text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+		case replyFailed:
+			t.failed = append(t.failed, from, said)
+			text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
 		}
-		if a.Reply != replyHeard {
-			t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
-		}
+		t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
 	}
-	switch done, failed := t.said[replyDone], t.said[replyFailed]; {
+	switch {
 	case t.JSON && a.More:
 		return nil
 	case t.JSON:
-		result := pairs{"Acks", t.acks, "Responses", done}
-		if len(failed) > 0 {
-			result = append(result, "Failures", failed)
-		}
-		text = toJSON(result, "\n") + "\n"
+		text = toJSON(pairs{"Acks", t.acks, "Responses", t.done, "Failures", t.failed}, "\n") + "\n"
 	case !a.More:
 		if !t.noAck {
 			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
 		}
-		text += fmt.Sprintf("Total Responses: %d\n", len(done)/2)
+		text += fmt.Sprintf("Total Responses: %d\n", len(t.done)/2)
 	}
 	return output(printable(text, "\n\t"))
 }
@@ -747,22 +743,6 @@ type agent struct {
 	tags                       map[string]string
 	leaveOnTerminate           bool
 }
-
-const agentExamples = `  {} agent
-  {} agent -join 10.0.2.15
-  {} agent -node web1 -role web -join seed1.example.com,seed2
-  {} agent -log-level=debug -event-handler=./handler.sh
-  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
-  {} agent -event-handler 'query:load=uptime'
-  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
-
-Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
-Lists are split on commas, or on newlines if there are any. A flag wins.
-
-SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
-others see this node fail. A second signal ends at once, with exit status 1.
-SIGHUP does nothing.
-`
 
 func (a *agent) options(fs *flag.FlagSet) {
 	g, h := &a.gossip, &a.handlers
@@ -784,8 +764,11 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
-		"repeatable: the first seals, all can open. Others can see arguments:\n"+
-		"better set HAMLET_ENCRYPT", appendTo(&a.keys))
+		"repeatable, or separated by commas: the first seals, all can open.\n"+
+		"Others can see arguments: better set HAMLET_ENCRYPT", func(s string) error {
+		a.keys = append(a.keys, strings.Split(s, ",")...)
+		return nil
+	})
 	fs.Func("reap-after", "forget failed and left members after `DURATION` (default 24h)", duration(&g.reapAfter))
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
@@ -802,8 +785,8 @@ func (a *agent) seed(s string) error {
 	return checkAddrs(seeds)
 }
 
-// environment sets the options that were not given from their variables, and names the variables of none.
-func environment(fs *flag.FlagSet) (unknown []string, err error) {
+// environment sets the options that were not given from their variables.
+func environment(fs *flag.FlagSet) (err error) {
 	given := make(map[string]bool)
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, kv := range os.Environ() {
@@ -813,12 +796,12 @@ func environment(fs *flag.FlagSet) (unknown []string, err error) {
 		switch f := fs.Lookup(name); {
 		case !ours:
 		case f == nil:
-			unknown = append(unknown, variable)
+			log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 		case text != "" && !given[name] && err == nil:
 			err = setFrom(variable, text, f)
 		}
 	}
-	return unknown, err
+	return err
 }
 
 // setFrom sets an option to the text of a variable, or to each item of it where the option is repeatable.
@@ -907,30 +890,30 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if os.Getpid() == 1 {
 		os.Exit(runAsInit())
 	}
-	unknown, err := environment(fs)
-	if err != nil {
+	logs := &logWriter{lines: make(chan string, 1024)}
+	log.SetOutput(logs)
+	if err := environment(fs); err != nil {
 		return wrongUsage("agent", err)
 	}
-	level := slices.Index(logLevels, strings.ToLower(a.logLevel))
-	if level < 0 {
+	if logs.level = slices.Index(logLevels, strings.ToLower(a.logLevel)); logs.level < 0 {
 		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
-	logs := &logWriter{level: level, lines: make(chan string, 1024)}
-	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
 	signals := prepareProcess()
 	why, err := a.check()
 	if err != nil {
 		return err
 	}
-	ln, err := listenRPC(a.rpcAddr)
+	addr, err := rpcAddr(a.rpcAddr)
 	if err != nil {
 		return err
 	}
-	here := *ln.Addr().(*net.TCPAddr) // where handlers reach the RPC
-	if a.gossip.other = uint16(here.Port); here.IP.IsUnspecified() {
-		here.IP = net.IPv4(127, 0, 0, 1)
+	ap, _ := netip.ParseAddrPort(addr) // zero where it is a host by name
+	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
+	if err != nil {
+		return startFailure("the RPC", "-rpc-addr", addr, err)
 	}
+	a.gossip.other = uint16(ln.Addr().(*net.TCPAddr).Port)
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
@@ -942,13 +925,10 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	handlers.env = func() []string {
 		self, alone := g.me()
-		return handlerEnv(self, alone, here.String(), a.rpcAuth)
+		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
 	go g.run()
 	a.banner(g, why, ln.Addr())
-	for _, variable := range unknown {
-		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
-	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
@@ -970,27 +950,13 @@ func prepareProcess() <-chan os.Signal {
 	return signals
 }
 
-func listenRPC(addr string) (net.Listener, error) {
-	addr, err := rpcAddr(addr)
-	if err != nil {
-		return nil, err
-	}
-	ap, _ := netip.ParseAddrPort(addr)
-	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
-	if err != nil {
-		err = startFailure("the RPC", "-rpc-addr", addr, err)
-	}
-	return ln, err
-}
-
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	no, _ := errors.AsType[syscall.Errno](err)
-	hint := map[syscall.Errno]string{
+	hint := map[error]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[no]
+	}[reason(err)]
 	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
@@ -1007,7 +973,7 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Encrypted: %v
 `, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, len(a.gossip.keys) > 0)
 	switch ip := self.Addr.Addr(); {
-	case why == noAddress:
+	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
 	case len(a.gossip.keys) == 0 && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
@@ -1016,8 +982,6 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
 		log.Printf("[WARN] the RPC listens on %s without a token: whoever reaches it controls this agent "+
 			"(-rpc-auth sets one)", rpc)
-	} else if !ip.IsLoopback() {
-		log.Printf("[WARN] the RPC listens on %s: whoever has the token controls this agent from elsewhere", rpc)
 	}
 }
 
@@ -1172,8 +1136,6 @@ func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.Ad
 	return addrs, errs
 }
 
-const noAddress = "no other address was found"
-
 // advertised returns the address that others are told, and the reason. It is never a wildcard, and
 // loopback only if that is asked for or if there is nothing else.
 func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
@@ -1222,11 +1184,8 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 		return addr, "", misuse("-iface takes the name of an interface",
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
 	}
-	loopback := netip.IPv6Loopback()
-	if bind.Addr().Is4() {
-		loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	}
-	return netip.AddrPortFrom(loopback, bind.Port()), noAddress, nil
+	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1}) // which [::] takes as well
+	return netip.AddrPortFrom(loopback, bind.Port()), "no other address was found", nil
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.

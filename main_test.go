@@ -19,21 +19,25 @@ import (
 
 // Most defaults are shown by package flag, which knows them; these are not.
 func TestDefaultsInTheHelpAreTrue(t *testing.T) {
-	a, q := &agent{tags: make(map[string]string)}, &ask{filter: filter{}}
 	for _, o := range []struct {
-		define func(*flag.FlagSet)
-		name   string
-		value  *time.Duration
+		command, option string
+		value           *time.Duration
 	}{
-		{a.options, "reap-after", &a.gossip.reapAfter},
-		{a.options, "handler-timeout", &a.handlers.timeout},
-		{q.queries, "timeout", &q.Within},
+		{"agent", "reap-after", &theAgent.gossip.reapAfter},
+		{"agent", "handler-timeout", &theAgent.handlers.timeout},
+		{"query", "timeout", &theAsk.Within},
 	} {
 		fs := flag.NewFlagSet("", flag.ContinueOnError)
-		o.define(fs)
-		_, said, _ := strings.Cut(fs.Lookup(o.name).Usage, "(default ")
+		for _, c := range commands {
+			if c.name == o.command {
+				for _, define := range c.options {
+					define(fs)
+				}
+			}
+		}
+		_, said, _ := strings.Cut(fs.Lookup(o.option).Usage, "(default ")
 		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != *o.value {
-			t.Errorf("-%s: the help says %s, it is %v", o.name, said, *o.value)
+			t.Errorf("%s -%s: the help says %s, it is %v", o.command, o.option, said, *o.value)
 		}
 	}
 }

@@ -270,6 +270,15 @@ func TestTheStory(t *testing.T) {
 	}
 }
 
+func TestAHandlerReachesTheRPCWhereverItListens(t *testing.T) {
+	t.Parallel()
+	for _, listen := range []string{"127.0.0.1:0", "0.0.0.0:0", "[::]:0", ":0", "localhost:0"} {
+		a := startAgent(t, "-node", "a", "-rpc-addr", listen, "-rpc-auth", "sesame", "-log-level", "debug",
+			"-event-handler", "member-join="+program+" members")
+		a.waitLog("script output: a    " + a.advertised + "    alive\n")
+	}
+}
+
 // Serf runs it as well, and users deregister there.
 func TestTheLeaversOwnHandlerRunsWhenItLeaves(t *testing.T) {
 	t.Parallel()

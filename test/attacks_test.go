@@ -540,7 +540,7 @@ func TestWhatIsOpenToStrangersIsOneWarning(t *testing.T) {
 		{nil, "", nil},
 		{nil, "-rpc-auth sesame", nil},
 		{nil, "-rpc-addr 0.0.0.0:0", []string{rpc, token}},
-		{nil, "-rpc-addr 0.0.0.0:0 -rpc-auth sesame", []string{rpc}},
+		{nil, "-rpc-addr 0.0.0.0:0 -rpc-auth sesame", nil}, // who set both meant it
 		{nil, "-advertise 203.0.113.7", []string{"[WARN] 203.0.113.7:", public}},
 		{nil, "-bind [::1]:0 -advertise 2001:db8::7", []string{"[WARN] [2001:db8::7]:", public}},
 		{nil, "-advertise 10.0.0.1", nil},
@@ -554,8 +554,8 @@ func TestWhatIsOpenToStrangersIsOneWarning(t *testing.T) {
 				t.Errorf("agent %s: %q %d times:\n%s", c.args, w, n, a.stderr)
 			}
 		}
-		if log := a.stderr.String(); len(c.want) == 1 && strings.Contains(log, token) || strings.Contains(log, "sesame") {
-			t.Errorf("agent %s:\n%s", c.args, log)
+		if a.count("sesame") > 0 {
+			t.Errorf("agent %s:\n%s", c.args, a.stderr)
 		}
 	}
 }
@@ -661,15 +661,5 @@ func TestWhatWasRecordedAndIsPlayedBackChangesNothing(t *testing.T) {
 	again.waitLog("user-event: end2")
 	if n := again.count("user-event"); n != 1 || again.count("member-join: blue") > 0 || deploys() != 1 {
 		t.Errorf("after a restart it believes what is over:\n%s", again.stderr)
-	}
-}
-
-func TestAWarningDoesNotAdviseWhatWasDone(t *testing.T) {
-	t.Parallel()
-	a := startAgent(t, "-rpc-addr", "0.0.0.0:0", "-rpc-auth", "sesame")
-	a.waitLog("[WARN] the RPC listens on 0.0.0.0:")
-	if s := a.stderr.String(); strings.Contains(s, "-rpc-auth sets a token") ||
-		strings.Contains(s, "whoever reaches it controls") {
-		t.Errorf("it has a token:\n%s", s)
 	}
 }

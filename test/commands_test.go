@@ -82,6 +82,7 @@ func TestKeygenMakesKeysThatAgentsTake(t *testing.T) {
 		t.Error("the same key twice")
 	}
 	startAgent(t, "-encrypt", strings.TrimSuffix(one, "\n"), "-encrypt", two)
+	startAgent(t, "-encrypt", strings.TrimSuffix(one, "\n")+","+two) // as the advice about Serf's keys has it
 }
 
 func TestVersionIsPrinted(t *testing.T) {
@@ -150,6 +151,7 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{agent("-event-handler", "member-jion=x"), 2, []string{"member-jion", "hint:"}},
 		{agent("-encrypt", "c2hvcnQ="), 2, []string{"key 1 of 1 has 5 bytes", "32", "hamlet keygen"}},
 		{agent("-encrypt", key, "-encrypt", "%%%"), 2, []string{"key 2 of 2 is not base64", "hamlet keygen"}},
+		{agent("-encrypt", key+","), 2, []string{"key 2 of 2 has 0 bytes", "hamlet keygen"}},
 		{[]string{"members", "-rpc-addr", free}, 1, []string{free, "connection refused", "hint: is the agent running?", "'hamlet agent'", "-rpc-addr"}},
 		{[]string{"members", "-rpc-addr", "no where"}, 2, []string{`"no where"`}},
 		{[]string{"members", "-name", "("}, 2, []string{`"("`, "-name", "regular expression"}},
@@ -190,7 +192,7 @@ func TestAKeyIsNeverShown(t *testing.T) {
 	key := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, 32))
 	short := key[4:]
 	for _, args := range [][]string{
-		agentArgs("-encrypt", short), agentArgs("-encrypt", key, key, "x"), agentArgs("-encrypt", key, "-bind", "x"), {"agent", "-h", "-encrypt", key},
+		agentArgs("-encrypt", short), agentArgs("-encrypt", key, key, "x"), agentArgs("-encrypt", key, key+","+key), agentArgs("-encrypt", key, "-bind", "x"), {"agent", "-h", "-encrypt", key},
 	} {
 		if out, errs, _ := hamlet(t, args...); strings.Contains(out+errs, short[:20]) {
 			t.Errorf("%v shows the key: %s%s", args, out, errs)
@@ -620,14 +622,14 @@ func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
 			t.Errorf("query %s prints %q", args, out)
 		}
 	}
-	lines := db.askQuery(1, []string{"no answer within 300ms from web1"}, "-timeout", "300ms", "-node",
+	lines := db.askQuery(1, []string{"no answer from web1\n"}, "-timeout", "300ms", "-node",
 		"web1", "slow")
 	if diff := cmp.Diff([]string{"Query 'slow' dispatched", "Ack from 'web1'", "Total Acks: 1",
 		"Total Responses: 0"}, lines); diff != "" {
 		t.Errorf("a slow handler: wanted, printed\n%s", diff)
 	}
 	web2.signal(syscall.SIGSTOP) // not called dead for it: it is asked
-	lines = db.askQuery(1, []string{"no answer within 700ms from web2\n"}, "-timeout", "700ms", "load")
+	lines = db.askQuery(1, []string{"no answer from web2\n"}, "-timeout", "700ms", "load")
 	if last := lines[len(lines)-1]; last != "Total Responses: 1" ||
 		!slices.Contains(lines, "Response from 'web1': web1") || slices.Contains(lines, "Ack from 'web2'") {
 		t.Errorf("one is stopped:\n%s", strings.Join(lines, "\n"))
