@@ -721,7 +721,11 @@ func (t *tally) hear(a answer, us []update) error {
 	case t.JSON && a.More:
 		return nil
 	case t.JSON:
-		text = toJSON(pairs{"Acks", t.acks, "Responses", t.done, "Failures", t.failed}, "\n") + "\n"
+		result := pairs{"Acks", t.acks, "Responses", t.done}
+		if len(t.failed) > 0 {
+			result = append(result, "Failures", t.failed)
+		}
+		text = toJSON(result, "\n") + "\n"
 	case !a.More:
 		if !t.noAck {
 			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
@@ -952,11 +956,12 @@ func prepareProcess() <-chan os.Signal {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	hint := map[error]string{
+	no, _ := errors.AsType[syscall.Errno](err)
+	hint := map[syscall.Errno]string{
 		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[reason(err)]
+	}[no]
 	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
