@@ -10,16 +10,13 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	crand "crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -31,7 +28,7 @@ import (
 
 const (
 	ms    = time.Millisecond
-	never = time.Duration(math.MaxInt64)
+	never = time.Duration(1<<63 - 1)
 )
 
 // The protocol's times and bounds; the detector's are in detect.go. They were settled in simulation: the
@@ -1217,7 +1214,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	self, bound := &cfg.member, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
 	self.Addr = netip.AddrPortFrom(cmp.Or(self.Addr.Addr(), bound.Addr().Unmap()), cmp.Or(self.Addr.Port(), bound.Port()))
 	crand.Read(cfg.random[:])
-	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.random[:]))
+	self.Born = birth(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Born
 	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
 	g.self.Store(g.node.self.claim)
@@ -1227,7 +1224,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	return g, nil
 }
 
-// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
+// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so that is tried again.
 func (g *gossip) listen() (err error) {
 	for range 10 {
 		lc := net.ListenConfig{KeepAlive: -1}
@@ -1239,9 +1236,6 @@ func (g *gossip) listen() (err error) {
 			return g.udp.SetReadBuffer(1 << 20)
 		}
 		g.tcp.Close()
-		if g.cfg.bind.Port() != 0 {
-			return err
-		}
 	}
 	return err
 }
@@ -1283,7 +1277,12 @@ func (g *gossip) carryOut(out outputs) {
 	for _, ev := range out.events {
 		g.publish(ev)
 	}
-	g.writeUDP(out.packets)
+	// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
+	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+	for _, p := range out.packets {
+		g.udp.WriteToUDPAddrPort(g.door.closeDatagram(p.data, p.to.Name, p.to.Born), p.to.Addr)
+	}
+	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	for _, m := range out.looks {
 		g.wg.Go(func() { g.look(m) })
 	}
@@ -1349,7 +1348,7 @@ func (g *gossip) readUDP() {
 			}
 			continue
 		}
-		data = bytes.Clone(data)
+		data = slices.Clone(data)
 		select {
 		case g.inputs <- func(n *node) { g.unwelcome(from.Addr(), n.datagram(from, data, anyRun)) }:
 		default:
@@ -1358,39 +1357,24 @@ func (g *gossip) readUDP() {
 	}
 }
 
-// writeUDP sends. At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
-func (g *gossip) writeUDP(ps []packet) {
-	if len(ps) == 0 {
-		return
-	}
-	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
-	for _, p := range ps {
-		g.udp.WriteToUDPAddrPort(g.door.closeDatagram(p.data, p.to.Name, p.to.Born), p.to.Addr)
-	}
-	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
-}
-
-// call has the loop run f; false once it has ended.
-func (g *gossip) call(f func(*node)) bool {
+// call has the loop run f, unless it has ended.
+func (g *gossip) call(f func(*node)) {
 	select {
 	case g.inputs <- f:
-		return true
 	case <-g.ended:
-		return false
 	}
 }
 
 // do runs f in the loop and waits for it.
 func (g *gossip) do(f func(*node) error) error {
 	ran := make(chan error, 1)
-	if g.call(func(n *node) { ran <- f(n) }) {
-		select {
-		case err := <-ran:
-			return err
-		case <-g.ended:
-		}
+	g.call(func(n *node) { ran <- f(n) })
+	select {
+	case err := <-ran:
+		return err
+	case <-g.ended:
+		return errStopped
 	}
-	return errStopped
 }
 
 // me returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
