@@ -399,24 +399,20 @@ func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 		return errors.New("claims an incarnation far ahead of all that is known")
 	case h.Kind > kReply || anyRun && h.Kind != kPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", h.Kind)
-	case e == n.self && h.born() == n.self.Born:
-		return nil // my own, sent back
+	case e == n.self && h.born() == n.self.Born: // my own, sent back
 	case h.Kind == kPing:
 		if h.Target == n.self.Name { // else it was meant for a former owner of this address
 			n.answer(from, h, len(b))
 		}
-		return nil
 	case h.Kind == kAck:
 		n.acked(h)
-		return nil
 	case e == nil || e == n.self || e.Born != h.born(): // a run that is not remembered comes in by an exchange
 		n.ring.missed(n, e, h)
-		return nil
-	case !e.deal().datagrams.take(h.Number):
-		return nil
+	case e.deal().datagrams.take(h.Number):
+		n.detector.heard = n.now
+		return n.message(e, from, h, len(b), body)
 	}
-	n.detector.heard = n.now
-	return n.message(e, from, h, len(b), body)
+	return nil
 }
 
 // message takes what counts: e has sent it just now.
@@ -598,7 +594,7 @@ func (n *node) learn(u *update, via string, x *exchange) error {
 			n.detector.count(n, p, via, vUnreachable)
 		}
 	default:
-		revived := x == nil && e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
+		revived := x == nil && e != nil && e.Status == statusFailed && m.Name == via
 		n.adopt(u)
 		if revived && e.Status == statusAlive && n.t.failed > 0 {
 			n.exchange(e.Member) // a split has ended: it knows of many more
@@ -629,9 +625,7 @@ func (n *node) adopt(u *update) {
 		n.inform(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
 	if is := n.t.apply(n.now, m, age); is != nil {
-		if e == nil {
-			is.known = n.real // user events go by the caller's clock: time asleep counts
-		}
+		is.known = cmp.Or(is.known, n.real) // user events go by the caller's clock: time asleep counts
 		n.flood(is)
 	}
 }
