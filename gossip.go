@@ -711,7 +711,6 @@ func (r *repair) step(n *node) {
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type exchange struct {
 	with     Member // who answered or dialled, once known; its Addr is where I dialled
-	dialled  bool   // by me
 	namesake *probe // of who has my name there; the exchange waits for it
 	replay   bool
 	after    string // the next piece begins after this key
@@ -761,10 +760,10 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	return nil
 }
 
-// piece is the next frame of my table, members first: an empty one, if whoever dialled me had just what I have now.
+// piece is the next frame of my table, members first: an empty one, if the other side had just what I have now.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
-	if !x.dialled && x.digest == n.digest() {
+	if x.digest == n.digest() {
 		return wire.encode(nil, &h), false
 	}
 	var body []byte
@@ -863,27 +862,21 @@ func (j *joining) step(n *node) {
 // seedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
 func (n *node) seedsTried(names, errs []string, why error) {
 	j := &n.joining
-	j.errs = errs
+	wait := min(250*ms<<min(j.rounds, 10), seedsMax)
+	j.errs, j.at = errs, n.now+wait-n.jitter(wait/4)
+	if j.rounds++; len(names) > 0 {
+		j.names, j.rounds = names, 0
+	}
 	text := strings.Join(errs[:min(len(errs), 5)], "; ")
 	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
 	warn := others && j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
-	if len(names) > 0 {
-		if j.rounds > 0 {
-			n.logf("[INFO] joined through %s", names[0])
-		}
-		if j.at, j.names, j.rounds = n.now+time.Second, names, 0; warn {
-			n.logf("[WARN] not all seeds answer (%s)", text)
-		}
-		return
-	}
-	j.rounds++
-	wait := min(250*ms<<min(j.rounds-1, 10), seedsMax)
-	j.at = n.now + wait - n.jitter(wait/4)
 	switch {
 	case j.since == 0 && why != nil:
 		n.out.fatal = why
 	case j.since == 0 && n.retryMax > 0 && j.rounds >= n.retryMax:
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", j.rounds, text)
+	case warn && len(names) > 0:
+		n.logf("[WARN] not all seeds answer (%s)", text)
 	case warn:
 		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", text, seedsMax)
 	case !others && j.rounds == 1: // one list of seeds for all is usual, and somebody is the first on it

@@ -502,7 +502,7 @@ func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 			}
 			n.userEvent(fmt.Sprint("of", k), make([]byte, 900), false)
 		}
-		x, y := &exchange{dialled: true, with: labMember(1)}, &exchange{with: labMember(0), digest: a.digest()}
+		x, y := &exchange{with: labMember(1)}, &exchange{with: labMember(0), digest: a.digest()}
 		frames := 0
 		pass := func(from, to *node, xf, xt *exchange) (more bool) {
 			b, more := from.piece(xf)
