@@ -193,7 +193,7 @@ func (n *node) enter(now time.Duration, input func(*node)) {
 // that had arrived before (a queued heartbeat acquits its sender).
 func (n *node) tick(now time.Duration) outputs {
 	n.clock.advance(now)
-	n.clock.planned = time.Minute
+	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
 	n.questions.step(n)
 	if n.own.leaving == 0 {
 		n.ring.refresh(n)
@@ -301,13 +301,6 @@ func (n *node) exchange(m Member) {
 
 // inform tells m one claim, directly: a flood stays on its own side of a split.
 func (n *node) inform(m Member, u update) { n.send(m, n.head(kFlood), wire.encode(nil, &u)) }
-
-// remind tells e what is believed of it, so that it can refute; not too often.
-func (n *node) remind(e *entry) {
-	if e.deal().reminded.fill(n.now, 1/remindEvery.Seconds(), 1).take() {
-		n.inform(e.Member, n.claim(e))
-	}
-}
 
 // declare believes m and tells everybody.
 func (n *node) declare(m Member) {
@@ -506,7 +499,9 @@ func (n *node) met(e *entry) {
 // contact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
 func (n *node) contact(e *entry, h head) {
 	if e.Status != statusAlive || h.Incarnation != e.Incarnation {
-		n.remind(e) // it refutes, or tells the news of itself that I have missed
+		if e.deal().reminded.fill(n.now, 1/remindEvery.Seconds(), 1).take() {
+			n.inform(e.Member, n.claim(e)) // it refutes, or tells the news of itself that I have missed
+		}
 		return
 	}
 	e.deal().tcpOnly = 0
@@ -673,7 +668,7 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 
 // repair compares tables with a peer whose digest differs, and forgets the dead.
 type repair struct {
-	with   string // whom; "": nobody
+	with   *entry // whom; nil: nobody
 	at     time.Duration
 	digest uint64 // that differed
 	reapAt time.Duration
@@ -683,27 +678,24 @@ type repair struct {
 // comparison left different stays so: two who forget the dead after different times would else compare tables
 // for ever.
 func (r *repair) want(n *node, e *entry, digest uint64) {
-	if r.with == "" && e.deal().compared != digest^n.digest() {
-		r.with, r.digest = e.Name, digest
+	if r.with == nil && e.deal().compared != digest^n.digest() {
+		r.with, r.digest = e, digest
 		r.at = max(r.at+repairEvery, n.now) + 20*ms + n.jitter(100*ms)
 	}
 }
 
 func (r *repair) step(n *node) {
-	if r.with != "" && n.now >= r.at {
-		if e := n.t.get(r.with); e != nil && !e.Status.dead() && n.digest() != r.digest {
-			n.exchange(e.Member)
+	if r.with != nil && n.now >= r.at {
+		if !r.with.Status.dead() && n.digest() != r.digest {
+			n.exchange(r.with.Member)
 		}
-		r.with = ""
-	} else if r.with != "" {
+		r.with = nil
+	} else if r.with != nil {
 		n.wakeAt(r.at)
 	}
 	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
 		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
 		n.t.reap(n.now, n.reapAfter)
-	}
-	if n.t.alive() == 1 && len(n.t.ordered) > 1 { // else heartbeats wake often enough
-		n.wakeAt(r.reapAt)
 	}
 }
 
@@ -805,7 +797,6 @@ func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err 
 		}
 	}
 	if x.after = h.Target; !h.More {
-		x.after = ""
 		n.joining.begin(n)
 	}
 	return h.More, bad, nil
