@@ -766,8 +766,8 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 		}
 	}
 	at, _ := n.t.find(x.after + "\x00") // the least name that is greater
-	for _, e := range n.t.ordered[at:] {
-		if !h.More && !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) {
+	for ; at < len(n.t.ordered) && !h.More; at++ {
+		if e := n.t.ordered[at]; !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) {
 			add(n.claim(e))
 		}
 	}
@@ -857,6 +857,7 @@ func (n *node) seedsTried(names, errs []string, why error) {
 	j.errs, j.at = errs, n.now+wait-n.jitter(wait/4)
 	if j.rounds++; len(names) > 0 {
 		j.names, j.rounds = names, 0
+		j.at = n.now + time.Second // if none of them is believed alive
 	}
 	text := strings.Join(errs[:min(len(errs), 5)], "; ")
 	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
@@ -1001,12 +1002,13 @@ func (n *node) forceLeave(name string, prune bool) error {
 // members copies what users see of those whose names follow after, sorted by name: limit of them at most.
 func (n *node) members(after string, limit int) (ms []Member) {
 	at, _ := n.t.find(after + "\x00") // the least name that is greater
-	for _, e := range n.t.ordered[at:] {
+	for ; at < len(n.t.ordered) && len(ms) < limit; at++ {
+		e := n.t.ordered[at]
 		s := e.visible()
 		if e == n.self && n.own.leaving != 0 {
 			s = statusLeaving
 		}
-		if s != 0 && len(ms) < limit {
+		if s != 0 {
 			ms = append(ms, e.with(s))
 		}
 	}

@@ -261,7 +261,8 @@ func (r *rig) step() {
 		}
 	case 3, 4, 5: // somebody compares tables with the node, or the other way round
 		if len(r.tables) < 16 {
-			r.tables = append(r.tables, &rigTable{exchange{with: Member{Name: r.name(), Born: 1000, Addr: rigAddr(1)}}, op == 3})
+			with := Member{Name: r.name(), Born: 1000, Addr: rigAddr(1)}
+			r.tables = append(r.tables, &rigTable{exchange{with: with}, op == 3})
 		}
 		x := r.tables[r.pick(len(r.tables))]
 		h := r.head()
