@@ -853,11 +853,14 @@ func (j *joining) step(n *node) {
 // seedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
 func (n *node) seedsTried(names, errs []string, why error) {
 	j := &n.joining
-	wait := min(250*ms<<min(j.rounds, 10), seedsMax)
-	j.errs, j.at = errs, n.now+wait-n.jitter(wait/4)
-	if j.rounds++; len(names) > 0 {
+	j.errs = errs
+	if len(names) > 0 {
 		j.names, j.rounds = names, 0
 		j.at = n.now + time.Second // if none of them is believed alive
+	} else {
+		wait := min(250*ms<<min(j.rounds, 10), seedsMax)
+		j.at = n.now + wait - n.jitter(wait/4)
+		j.rounds++
 	}
 	text := strings.Join(errs[:min(len(errs), 5)], "; ")
 	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
