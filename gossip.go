@@ -10,16 +10,13 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	crand "crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -31,7 +28,7 @@ import (
 
 const (
 	ms    = time.Millisecond
-	never = time.Duration(math.MaxInt64)
+	never = time.Duration(1<<63 - 1)
 )
 
 // The protocol's times and bounds; the detector's are in detect.go. They were settled in simulation: the
@@ -196,7 +193,7 @@ func (n *node) enter(now time.Duration, input func(*node)) {
 // that had arrived before (a queued heartbeat acquits its sender).
 func (n *node) tick(now time.Duration) outputs {
 	n.clock.advance(now)
-	n.clock.planned = time.Minute
+	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
 	n.questions.step(n)
 	if n.own.leaving == 0 {
 		n.ring.refresh(n)
@@ -305,13 +302,6 @@ func (n *node) exchange(m Member) {
 // inform tells m one claim, directly: a flood stays on its own side of a split.
 func (n *node) inform(m Member, u update) { n.send(m, n.head(kFlood), wire.encode(nil, &u)) }
 
-// remind tells e what is believed of it, so that it can refute; not too often.
-func (n *node) remind(e *entry) {
-	if e.deal().reminded.fill(n.now, 1/remindEvery.Seconds(), 1).take() {
-		n.inform(e.Member, n.claim(e))
-	}
-}
-
 // declare believes m and tells everybody.
 func (n *node) declare(m Member) {
 	if e := n.t.apply(n.now, m, 0); e != nil {
@@ -402,24 +392,20 @@ func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 		return errors.New("claims an incarnation far ahead of all that is known")
 	case h.Kind > kReply || anyRun && h.Kind != kPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", h.Kind)
-	case e == n.self && h.born() == n.self.Born:
-		return nil // my own, sent back
+	case e == n.self && h.born() == n.self.Born: // my own, sent back
 	case h.Kind == kPing:
 		if h.Target == n.self.Name { // else it was meant for a former owner of this address
 			n.answer(from, h, len(b))
 		}
-		return nil
 	case h.Kind == kAck:
 		n.acked(h)
-		return nil
 	case e == nil || e == n.self || e.Born != h.born(): // a run that is not remembered comes in by an exchange
 		n.ring.missed(n, e, h)
-		return nil
-	case !e.deal().datagrams.take(h.Number):
-		return nil
+	case e.deal().datagrams.take(h.Number):
+		n.detector.heard = n.now
+		return n.message(e, from, h, len(b), body)
 	}
-	n.detector.heard = n.now
-	return n.message(e, from, h, len(b), body)
+	return nil
 }
 
 // message takes what counts: e has sent it just now.
@@ -513,7 +499,9 @@ func (n *node) met(e *entry) {
 // contact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
 func (n *node) contact(e *entry, h head) {
 	if e.Status != statusAlive || h.Incarnation != e.Incarnation {
-		n.remind(e) // it refutes, or tells the news of itself that I have missed
+		if e.deal().reminded.fill(n.now, 1/remindEvery.Seconds(), 1).take() {
+			n.inform(e.Member, n.claim(e)) // it refutes, or tells the news of itself that I have missed
+		}
 		return
 	}
 	e.deal().tcpOnly = 0
@@ -601,7 +589,7 @@ func (n *node) learn(u *update, via string, x *exchange) error {
 			n.detector.count(n, p, via, vUnreachable)
 		}
 	default:
-		revived := x == nil && e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
+		revived := x == nil && e != nil && e.Status == statusFailed && m.Name == via
 		n.adopt(u)
 		if revived && e.Status == statusAlive && n.t.failed > 0 {
 			n.exchange(e.Member) // a split has ended: it knows of many more
@@ -632,9 +620,7 @@ func (n *node) adopt(u *update) {
 		n.inform(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
 	if is := n.t.apply(n.now, m, age); is != nil {
-		if e == nil {
-			is.known = n.real // user events go by the caller's clock: time asleep counts
-		}
+		is.known = cmp.Or(is.known, n.real) // user events go by the caller's clock: time asleep counts
 		n.flood(is)
 	}
 }
@@ -682,7 +668,7 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 
 // repair compares tables with a peer whose digest differs, and forgets the dead.
 type repair struct {
-	with   string // whom; "": nobody
+	with   *entry // whom; nil: nobody
 	at     time.Duration
 	digest uint64 // that differed
 	reapAt time.Duration
@@ -692,27 +678,24 @@ type repair struct {
 // comparison left different stays so: two who forget the dead after different times would else compare tables
 // for ever.
 func (r *repair) want(n *node, e *entry, digest uint64) {
-	if r.with == "" && e.deal().compared != digest^n.digest() {
-		r.with, r.digest = e.Name, digest
+	if r.with == nil && e.deal().compared != digest^n.digest() {
+		r.with, r.digest = e, digest
 		r.at = max(r.at+repairEvery, n.now) + 20*ms + n.jitter(100*ms)
 	}
 }
 
 func (r *repair) step(n *node) {
-	if r.with != "" && n.now >= r.at {
-		if e := n.t.get(r.with); e != nil && !e.Status.dead() && n.digest() != r.digest {
-			n.exchange(e.Member)
+	if r.with != nil && n.now >= r.at {
+		if !r.with.Status.dead() && n.digest() != r.digest {
+			n.exchange(r.with.Member)
 		}
-		r.with = ""
-	} else if r.with != "" {
+		r.with = nil
+	} else if r.with != nil {
 		n.wakeAt(r.at)
 	}
 	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
 		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
 		n.t.reap(n.now, n.reapAfter)
-	}
-	if n.t.alive() == 1 && len(n.t.ordered) > 1 { // else heartbeats wake often enough
-		n.wakeAt(r.reapAt)
 	}
 }
 
@@ -720,7 +703,6 @@ func (r *repair) step(n *node) {
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type exchange struct {
 	with     Member // who answered or dialled, once known; its Addr is where I dialled
-	dialled  bool   // by me
 	namesake *probe // of who has my name there; the exchange waits for it
 	replay   bool
 	after    string // the next piece begins after this key
@@ -770,10 +752,10 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 	return nil
 }
 
-// piece is the next frame of my table, members first: an empty one, if whoever dialled me had just what I have now.
+// piece is the next frame of my table, members first: an empty one, if the other side had just what I have now.
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
-	if !x.dialled && x.digest == n.digest() {
+	if x.digest == n.digest() {
 		return wire.encode(nil, &h), false
 	}
 	var body []byte
@@ -784,8 +766,8 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 		}
 	}
 	at, _ := n.t.find(x.after + "\x00") // the least name that is greater
-	for _, e := range n.t.ordered[at:] {
-		if !h.More && !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) {
+	for ; at < len(n.t.ordered) && !h.More; at++ {
+		if e := n.t.ordered[at]; !e.reaped && (e != n.self || n.detector.probeOf(n.self) == nil) {
 			add(n.claim(e))
 		}
 	}
@@ -815,7 +797,6 @@ func (n *node) merge(x *exchange, h head, us []update) (more bool, bad int, err 
 		}
 	}
 	if x.after = h.Target; !h.More {
-		x.after = ""
 		n.joining.begin(n)
 	}
 	return h.More, bad, nil
@@ -873,26 +854,24 @@ func (j *joining) step(n *node) {
 func (n *node) seedsTried(names, errs []string, why error) {
 	j := &n.joining
 	j.errs = errs
+	if len(names) > 0 {
+		j.names, j.rounds = names, 0
+		j.at = n.now + time.Second // if none of them is believed alive
+	} else {
+		wait := min(250*ms<<min(j.rounds, 10), seedsMax)
+		j.at = n.now + wait - n.jitter(wait/4)
+		j.rounds++
+	}
 	text := strings.Join(errs[:min(len(errs), 5)], "; ")
 	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errMyself.Error()) })
 	warn := others && j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
-	if len(names) > 0 {
-		if j.rounds > 0 {
-			n.logf("[INFO] joined through %s", names[0])
-		}
-		if j.at, j.names, j.rounds = n.now+time.Second, names, 0; warn {
-			n.logf("[WARN] not all seeds answer (%s)", text)
-		}
-		return
-	}
-	j.rounds++
-	wait := min(250*ms<<min(j.rounds-1, 10), seedsMax)
-	j.at = n.now + wait - n.jitter(wait/4)
 	switch {
 	case j.since == 0 && why != nil:
 		n.out.fatal = why
 	case j.since == 0 && n.retryMax > 0 && j.rounds >= n.retryMax:
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", j.rounds, text)
+	case warn && len(names) > 0:
+		n.logf("[WARN] not all seeds answer (%s)", text)
 	case warn:
 		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", text, seedsMax)
 	case !others && j.rounds == 1: // one list of seeds for all is usual, and somebody is the first on it
@@ -1026,12 +1005,13 @@ func (n *node) forceLeave(name string, prune bool) error {
 // members copies what users see of those whose names follow after, sorted by name: limit of them at most.
 func (n *node) members(after string, limit int) (ms []Member) {
 	at, _ := n.t.find(after + "\x00") // the least name that is greater
-	for _, e := range n.t.ordered[at:] {
+	for ; at < len(n.t.ordered) && len(ms) < limit; at++ {
+		e := n.t.ordered[at]
 		s := e.visible()
 		if e == n.self && n.own.leaving != 0 {
 			s = statusLeaving
 		}
-		if s != 0 && len(ms) < limit {
+		if s != 0 {
 			ms = append(ms, e.with(s))
 		}
 	}
@@ -1217,7 +1197,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	self, bound := &cfg.member, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
 	self.Addr = netip.AddrPortFrom(cmp.Or(self.Addr.Addr(), bound.Addr().Unmap()), cmp.Or(self.Addr.Port(), bound.Port()))
 	crand.Read(cfg.random[:])
-	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.random[:]))
+	self.Born = birth(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Born
 	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
 	g.self.Store(g.node.self.claim)
@@ -1227,7 +1207,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	return g, nil
 }
 
-// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
+// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so that is tried again.
 func (g *gossip) listen() (err error) {
 	for range 10 {
 		lc := net.ListenConfig{KeepAlive: -1}
@@ -1239,9 +1219,6 @@ func (g *gossip) listen() (err error) {
 			return g.udp.SetReadBuffer(1 << 20)
 		}
 		g.tcp.Close()
-		if g.cfg.bind.Port() != 0 {
-			return err
-		}
 	}
 	return err
 }
@@ -1283,7 +1260,12 @@ func (g *gossip) carryOut(out outputs) {
 	for _, ev := range out.events {
 		g.publish(ev)
 	}
-	g.writeUDP(out.packets)
+	// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
+	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+	for _, p := range out.packets {
+		g.udp.WriteToUDPAddrPort(g.door.closeDatagram(p.data, p.to.Name, p.to.Born), p.to.Addr)
+	}
+	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	for _, m := range out.looks {
 		g.wg.Go(func() { g.look(m) })
 	}
@@ -1349,7 +1331,7 @@ func (g *gossip) readUDP() {
 			}
 			continue
 		}
-		data = bytes.Clone(data)
+		data = slices.Clone(data)
 		select {
 		case g.inputs <- func(n *node) { g.unwelcome(from.Addr(), n.datagram(from, data, anyRun)) }:
 		default:
@@ -1358,39 +1340,24 @@ func (g *gossip) readUDP() {
 	}
 }
 
-// writeUDP sends. At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
-func (g *gossip) writeUDP(ps []packet) {
-	if len(ps) == 0 {
-		return
-	}
-	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
-	for _, p := range ps {
-		g.udp.WriteToUDPAddrPort(g.door.closeDatagram(p.data, p.to.Name, p.to.Born), p.to.Addr)
-	}
-	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
-}
-
-// call has the loop run f; false once it has ended.
-func (g *gossip) call(f func(*node)) bool {
+// call has the loop run f, unless it has ended.
+func (g *gossip) call(f func(*node)) {
 	select {
 	case g.inputs <- f:
-		return true
 	case <-g.ended:
-		return false
 	}
 }
 
 // do runs f in the loop and waits for it.
 func (g *gossip) do(f func(*node) error) error {
 	ran := make(chan error, 1)
-	if g.call(func(n *node) { ran <- f(n) }) {
-		select {
-		case err := <-ran:
-			return err
-		case <-g.ended:
-		}
+	g.call(func(n *node) { ran <- f(n) })
+	select {
+	case err := <-ran:
+		return err
+	case <-g.ended:
+		return errStopped
 	}
-	return errStopped
 }
 
 // me returns this node's own record, whose Addr is the advertised one, and whether it is cut off.

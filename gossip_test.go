@@ -461,6 +461,16 @@ func TestADeadClaimThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
 	}
 }
 
+// Nobody sends it anything, and it has no heartbeats to send.
+func TestWhoeverIsAloneForgetsInTime(t *testing.T) {
+	l := newLab(t, 2)
+	l.udp(1, head{Kind: kFlood}, claimed(labMember(1), statusLeft))
+	l.after(time.Hour + 2*time.Second)
+	if !strings.Contains(l.text.String(), "event member-reap b") {
+		t.Errorf("b has left and is not forgotten:\n%s", l.text.String())
+	}
+}
+
 // Two who forget the dead after different times would compare tables for ever.
 func TestAComparisonThatCanChangeNothingIsNotRepeated(t *testing.T) {
 	l := newLab(t, 2)
@@ -502,7 +512,7 @@ func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 			}
 			n.userEvent(fmt.Sprint("of", k), make([]byte, 900), false)
 		}
-		x, y := &exchange{dialled: true, with: labMember(1)}, &exchange{with: labMember(0), digest: a.digest()}
+		x, y := &exchange{with: labMember(1)}, &exchange{with: labMember(0), digest: a.digest()}
 		frames := 0
 		pass := func(from, to *node, xf, xt *exchange) (more bool) {
 			b, more := from.piece(xf)

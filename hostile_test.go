@@ -36,7 +36,7 @@ type rig struct {
 	pieces  [][]byte // the same of pieces of tables
 	seqs    []uint32 // of questions that the node has asked
 	looks   []Member // that may still see something
-	tables  []*exchange
+	tables  []*rigTable
 	numbers map[string]uint64
 	mode    [rigPeers]peerMode
 	beatAt  time.Duration
@@ -47,6 +47,12 @@ type rig struct {
 	got, sent map[netip.AddrPort]int  // bytes from and to all others
 	incs      map[*entry]uint64
 	told      map[string]eventKind
+}
+
+// rigTable is an exchange of tables.
+type rigTable struct {
+	exchange
+	dialled bool // by the node
 }
 
 // peerMode is how a peer answers of its own accord.
@@ -255,14 +261,15 @@ func (r *rig) step() {
 		}
 	case 3, 4, 5: // somebody compares tables with the node, or the other way round
 		if len(r.tables) < 16 {
-			r.tables = append(r.tables, &exchange{dialled: op == 3, with: Member{Name: r.name(), Born: 1000, Addr: rigAddr(1)}})
+			with := Member{Name: r.name(), Born: 1000, Addr: rigAddr(1)}
+			r.tables = append(r.tables, &rigTable{exchange{with: with}, op == 3})
 		}
 		x := r.tables[r.pick(len(r.tables))]
 		h := r.head()
 		if x.dialled && op == 3 {
 			about := []update{r.update()}
 			about[0].Member.Name = r.n.self.Name
-			r.tell(func(n *node) { n.welcomed(x, h, about) })
+			r.tell(func(n *node) { n.welcomed(&x.exchange, h, about) })
 			break
 		}
 		if h.Kind = kTable; h.More {
@@ -276,7 +283,7 @@ func (r *rig) step() {
 	case 7:
 		if len(r.tables) > 0 {
 			i := r.pick(len(r.tables))
-			r.tell(func(n *node) { n.exchanged(r.tables[i]) })
+			r.tell(func(n *node) { n.exchanged(&r.tables[i].exchange) })
 			r.tables = slices.Delete(r.tables, i, i+1)
 		}
 	case 8: // a link ends
@@ -391,7 +398,7 @@ func (r *rig) claims(us []update, _ error) {
 func (r *rig) flood(u update) { r.datagram(rigAddr(1), r.from("a", head{Kind: kFlood}, u)) }
 
 // table hands in a piece of a table.
-func (r *rig) table(x *exchange, b []byte) {
+func (r *rig) table(x *rigTable, b []byte) {
 	r.pieces = append(r.pieces[max(0, len(r.pieces)-100):], b)
 	var h head
 	rest, err := wire.decode(b, &h)
@@ -401,12 +408,12 @@ func (r *rig) table(x *exchange, b []byte) {
 	}
 	r.claims(us, nil)
 	r.tell(func(n *node) {
-		if _, _, err := n.merge(x, h, us); err != nil {
+		if _, _, err := n.merge(&x.exchange, h, us); err != nil {
 			return
 		}
 		for more := true; more; {
 			var frame []byte
-			if frame, more = n.piece(x); len(frame) > maxFrame {
+			if frame, more = n.piece(&x.exchange); len(frame) > maxFrame {
 				r.t.Fatalf("a frame of %d bytes", len(frame))
 			}
 			r.pieces = append(r.pieces, frame)
@@ -778,7 +785,7 @@ func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	r := newRig(t, []byte{2 << 2})
 	failed := r.n.t.get("b").with(statusFailed) // of which b itself is told
 	table := r.from("a", head{Kind: kTable}, update{Member: failed, Payload: make([]byte, 9000)})
-	r.table(&exchange{with: Member{Name: "a", Born: 1000}}, table)
+	r.table(&rigTable{exchange: exchange{with: Member{Name: "a", Born: 1000}}}, table)
 	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Born: 9, Status: statusAlive}
 	r.flood(update{Member: m, Payload: make([]byte, 1201)})
 	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Name: "deploy", LTime: 1})

@@ -636,7 +636,7 @@ func (g *gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
 	}
 	defer c.Close()
 	s, w, about := g.begin(c, kExchange)
-	x.dialled, x.with.Addr = true, to
+	x.with.Addr = to
 	differ := false
 	welcomed := func(n *node) error {
 		differ = w.Digest != n.digest()

@@ -861,7 +861,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, x *exchange, done func(error))
 			}
 		}
 		s.after(sessionFor+frameFor, func() { finish(errTimedOut) })
-		x.dialled, x.with.Addr = true, to
+		x.with.Addr = to
 		c.meet(kExchange, func(n *node, w head, about []update) {
 			y := &exchange{with: Member{Name: n.self.Name, Born: n.self.Born}, digest: n.digest()}
 			s.welcomed(c, n, w, about, x, y, finish)
