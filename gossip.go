@@ -731,7 +731,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 		n.met(e)
 	case e.visible() == statusAlive && e.Addr != x.with.Addr:
 		n.detector.judge(n, e.Member)
-		return taken(e.Member)
+		return errors.New(taken(e.Member).Error()) // no errTaken: this node's own name may be free
 	}
 	for i := range about {
 		m := &about[i].Member
@@ -855,6 +855,9 @@ func (n *node) seedsTried(names, errs []string, why error) {
 	j := &n.joining
 	j.errs = errs
 	if len(names) > 0 {
+		if j.rounds > 0 {
+			n.logf("[INFO] joined through %s", names[0])
+		}
 		j.names, j.rounds = names, 0
 		j.at = n.now + time.Second // if none of them is believed alive
 	} else {

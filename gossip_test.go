@@ -461,6 +461,17 @@ func TestADeadClaimThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
 	}
 }
 
+func TestAJoinThatMeetsTheNamesakeOfAThirdIsNoConflictOverTheOwnName(t *testing.T) {
+	l := newLab(t, 2)
+	h := head{From: "b", Incarnation: 20}
+	l.tell("", func(n *node) {
+		err := n.welcomed(&exchange{with: Member{Addr: labMember(5).Addr}}, h, nil)
+		if err == nil || errors.Is(err, errTaken) || !strings.Contains(err.Error(), `"b" is taken: the member at `+labMember(1).Addr.String()) {
+			t.Error(err)
+		}
+	})
+}
+
 // Nobody sends it anything, and it has no heartbeats to send.
 func TestWhoeverIsAloneForgetsInTime(t *testing.T) {
 	l := newLab(t, 2)

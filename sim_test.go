@@ -1841,6 +1841,19 @@ func TestStartOrderDoesNotMatter(t *testing.T) {
 	}
 }
 
+func TestALateSeedIsOneLineWhenItIsMissedAndOneWhenItAnswers(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	h := s.host()
+	p := s.start(s.host(), "w", h)
+	s.run(time.Minute)
+	s.start(h, "seed")
+	s.within(35*time.Second, "converged", s.agree)
+	s.run(time.Minute)
+	if len(p.logs) != 2 || !strings.Contains(p.logs[0], "[WARN] no seed answers") || p.logs[1] != "[INFO] joined through seed" {
+		t.Errorf("it logs %q", p.logs)
+	}
+}
+
 func TestASeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	h := s.host()
