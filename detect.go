@@ -227,7 +227,7 @@ type probe struct {
 	stage   int           // of the round: what comes next
 	mine    verdict
 	stalled time.Duration // since when it accepts without answering; 0: it does not
-	ended   bool          // a watch link ended: TCP did work, so a refusal means that nobody is there
+	ended   bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	votes   map[string]verdict
 	asked   []*entry // who has not voted yet
 }
@@ -282,7 +282,7 @@ func (n *node) linkEnded(m Member, tries int, refused bool) {
 	if p := n.detector.judge(n, e.Member); p != nil {
 		p.ended = p.ended || tries == 0
 		if refused {
-			n.detector.observed(n, p, vRefused)
+			p.observed(vRefused)
 		}
 	}
 }
@@ -297,9 +297,16 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
-	if p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()) ||
-		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation) { // it has refuted
+	switch {
+	case p.solo(n) && (p.mine == vAlive || p.mine == vRefused):
+		d.conclude(n, p)
+		return
+	case p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()),
+		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation): // it has refuted
 		d.end(p)
+		return
+	case p.ended && p.mine <= vRefused && p.seen(vRefused) >= 2 && p.seen(vAlive) == 0: // nobody contradicts
+		d.fail(n, p)
 		return
 	}
 	due := [...]time.Duration{0, askAfter, askOnce, probeFor}
@@ -328,10 +335,12 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	n.wakeAt(p.start + due[p.stage])
 }
 
-// helpers are the target's other watchers and one random member. A helper asks nobody, and of a namesake nobody else
-// can tell.
+// solo reports whether what I see is the verdict: a helper asks nobody, and of a namesake nobody else can tell.
+func (p *probe) solo(n *node) bool { return p.asker != nil || p.e == n.self }
+
+// helpers are the target's other watchers and one random member.
 func (n *node) helpers(p *probe) []*entry {
-	if p.asker != nil || p.e == n.self {
+	if p.solo(n) {
 		return nil
 	}
 	hs := slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
@@ -379,7 +388,7 @@ func (d *detector) asked(n *node, by *entry, h head) {
 		p.asker, p.seq = by, h.Seq
 		if len(running) > 0 && running[0].stage > 0 { // one look will do for all
 			p.stage = 3
-			d.observed(n, p, running[0].mine)
+			p.observed(running[0].mine)
 		}
 	}
 }
@@ -398,19 +407,16 @@ func (d *detector) voted(n *node, by *entry, h head, us []update) {
 	switch {
 	case p == nil || p.seq != h.Seq || len(us) != 1 || us[0].Member.Name != h.Target || by == p.e || by.Status.dead():
 	case us[0].Member.Born == p.m.Born:
-		d.count(n, p, by.Name, min(h.Verdict, vAlive))
+		p.count(by.Name, min(h.Verdict, vAlive))
 	case !us[0].Member.Status.dead():
 		n.learn(&us[0], by.Name, nil)
 	}
 }
 
-// count counts v, by whom; nothing if there is no probe.
-func (d *detector) count(n *node, p *probe, by string, v verdict) {
-	if p != nil {
-		p.votes[by] = v
-		p.asked = slices.DeleteFunc(p.asked, func(w *entry) bool { return w.Name == by })
-		d.refused(n, p)
-	}
+// count counts what somebody else saw.
+func (p *probe) count(by string, v verdict) {
+	p.votes[by] = v
+	p.asked = slices.DeleteFunc(p.asked, func(w *entry) bool { return w.Name == by })
 }
 
 // seen counts the observers that saw v, me included.
@@ -438,15 +444,15 @@ func (n *node) saw(m Member, v verdict, w head) {
 		n.met(e)
 	}
 	for _, p := range n.detector.of(m) {
-		n.detector.observed(n, p, v)
+		p.observed(v)
 	}
 }
 
 // answered is told that m was heard of by UDP just now.
 func (d *detector) answered(n *node, m Member) {
 	for _, p := range d.of(m) {
-		if p.asker != nil || p.e == n.self {
-			d.observed(n, p, vAlive)
+		if p.solo(n) {
+			p.observed(vAlive)
 		} else {
 			d.acquit(n, p)
 		}
@@ -454,40 +460,23 @@ func (d *detector) answered(n *node, m Member) {
 }
 
 // observed notes what I saw myself. What accepts in silence did not stall when it hangs up then, or has gone.
-func (d *detector) observed(n *node, p *probe, v verdict) {
-	if v <= p.mine && p.mine != vSilent {
-		return
-	}
-	p.mine = v
-	switch {
-	case (p.asker != nil || p.e == n.self) && (v == vAlive || v == vRefused):
-		d.conclude(n, p)
-	case v == vRefused:
-		d.refused(n, p)
-	}
-}
-
-// refused fails a target that refuses two observers, nobody contradicting, at once: a watch link showed that TCP works.
-func (d *detector) refused(n *node, p *probe) {
-	if p.mine <= vRefused && p.ended && p.seen(vRefused) >= 2 && p.seen(vAlive) == 0 {
-		d.fail(n, p)
+func (p *probe) observed(v verdict) {
+	if v > p.mine || p.mine == vSilent {
+		p.mine = v
 	}
 }
 
 // conclude gives the verdict at the end of a round.
 func (d *detector) conclude(n *node, p *probe) {
-	if p.asker != nil {
+	switch {
+	case p.asker != nil:
 		d.end(p)
 		d.vote(n, p)
-		return
-	} else if p.e == n.self {
+	case p.e == n.self:
 		d.end(p)
 		n.own.found(n, p.m, p.mine == vAlive)
-		return
-	}
-	deal := p.e.deal()
-	switch {
 	case p.mine == vAlive: // by TCP alone, or a heartbeat would have acquitted it
+		deal := p.e.deal()
 		if deal.tcpOnly++; deal.tcpOnly == 2 { // once may be mere loss
 			n.logf("[WARN] %s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
 		}
@@ -558,9 +547,7 @@ func (d *detector) suspect(n *node, p *probe) {
 // fail is the verdict: the target has failed, and everybody shall know.
 func (d *detector) fail(n *node, p *probe) {
 	d.end(p)
-	if p.e.Born == p.m.Born { // else it has restarted, and only the former one is gone
-		n.declare(p.e.with(statusFailed))
-	}
+	n.declare(p.e.with(statusFailed))
 }
 
 // ---- isolation and retry ----

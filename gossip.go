@@ -597,8 +597,8 @@ func (n *node) learn(u *update, via string, x *exchange) error {
 		n.own.claimed(n, m, via)
 	case x != nil && e != nil && n.doubts(x, m, e):
 		n.inform(e.Member, *u) // so that it can refute that, or settle it, at once
-		if p := n.detector.judge(n, e.Member); m.Born == e.Born {
-			n.detector.count(n, p, via, vUnreachable)
+		if p := n.detector.judge(n, e.Member); p != nil && m.Born == e.Born {
+			p.count(via, vUnreachable)
 		}
 	default:
 		revived := x == nil && e != nil && e.Status == statusFailed && m.Status == statusAlive && m.Name == via
