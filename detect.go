@@ -110,7 +110,7 @@ type ring struct {
 	watchers []*entry // in the order of the rings
 	watched  []*entry
 	nextBeat time.Duration
-	linkAt   time.Duration // when to ask for other watch links; 0: they are as they shall be
+	linkAt   time.Duration // when to ask for other watch links; never: they are as they shall be
 	missedAt time.Duration // when I last asked for news that I had missed
 }
 
@@ -137,7 +137,7 @@ func (r *ring) refresh(n *node) {
 			r.beat(n, w)
 		}
 	}
-	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
+	r.linkAt = min(r.linkAt, n.now+linkAfter)
 }
 
 // beat sends w a heartbeat. It promises the first beat that nobody else has been promised: were all new watchers
@@ -177,16 +177,15 @@ func (r *ring) step(n *node) {
 			n.detector.judge(n, e.Member)
 		}
 	}
-	if r.linkAt != 0 && n.now >= r.linkAt { // watch links to the first watchers that have answered
-		n.out.links, r.linkAt = []Member{}, 0
+	if n.now >= r.linkAt { // watch links to the first watchers that have answered
+		n.out.links, r.linkAt = []Member{}, never
 		for _, w := range r.watchers {
 			if len(n.out.links) < linkCount && w.deal().met {
 				n.out.links = append(n.out.links, w.Member)
 			}
 		}
-	} else if r.linkAt != 0 {
-		n.wakeAt(r.linkAt)
 	}
+	n.wakeAt(r.linkAt)
 }
 
 // missed is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
@@ -252,19 +251,18 @@ func (d *detector) probeOf(e *entry) *probe {
 	return nil
 }
 
-func (d *detector) begin(n *node, m Member, e *entry) *probe {
+func (d *detector) begin(n *node, m Member) *probe {
 	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: e, start: n.now, seq: n.nonce(), votes: make(map[string]verdict)}
+	p := &probe{m: m, e: n.t.get(m.Name), start: n.now, seq: n.nonce(), votes: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
 	return p
 }
 
 // judge probes m for a verdict of mine. Where there are too many probes it has to wait: nil.
 func (d *detector) judge(n *node, m Member) *probe {
-	e := n.t.get(m.Name)
-	p := d.probeOf(e)
-	if p == nil && !m.Status.dead() && len(d.probes) < maxProbes {
-		p = d.begin(n, m, e)
+	p := d.probeOf(n.t.get(m.Name))
+	if p == nil && len(d.probes) < maxProbes {
+		p = d.begin(n, m)
 	}
 	return p
 }
@@ -273,7 +271,7 @@ func (d *detector) judge(n *node, m Member) *probe {
 // row that none could be had. It is evidence that starts a probe, never a verdict.
 func (n *node) linkEnded(m Member, tries int, refused bool) {
 	e := n.t.get(m.Name)
-	if e == nil || e == n.self || e.Born != m.Born || e.lost || n.own.leaving != 0 {
+	if n.t.over(m) || e == n.self || e.lost || n.own.leaving != 0 {
 		return
 	}
 	if tries == 4 {
@@ -359,14 +357,12 @@ func (d *detector) check(n *node, p *probe) {
 	}
 }
 
-// anyOther picks one of the other members among list for which ok holds, or nil.
+// anyOther picks one of the others in list for which ok holds, or nil; the list holds this node, too. Among members on
+// a ring, one that follows suspects is picked more often, and should be: it lives, as it watched them.
 func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
-	if len(list) == 0 {
-		return nil
-	}
 	at := n.rng.IntN(len(list))
 	for i := range list {
-		if e := list[(at+i)%len(list)]; e != n.self && !e.reaped && ok(e) {
+		if e := list[(at+i)%len(list)]; e != n.self && ok(e) {
 			return e
 		}
 	}
@@ -384,7 +380,7 @@ func (d *detector) asked(n *node, by *entry, h head) {
 		d.vote(n, &probe{m: e.Member, asker: by, seq: h.Seq})
 	case len(d.probes) < maxProbes/2: // I have my own to look at
 		running := d.of(e.Member)
-		p := d.begin(n, e.Member, e)
+		p := d.begin(n, e.Member)
 		p.asker, p.seq = by, h.Seq
 		if len(running) > 0 && running[0].stage > 0 { // one look will do for all
 			p.stage = 3
@@ -581,7 +577,7 @@ func (d *detector) stepAlone(n *node) {
 func (d *detector) stepRetry(n *node) {
 	rate := retryRate * float64(n.t.failed) / float64(n.t.total)
 	if d.retry.fill(n.now, rate, 2).take() {
-		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.Status == statusFailed || e.lost }); e != nil {
+		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.visible() == statusFailed }); e != nil {
 			n.ping(e.Member)
 		}
 	}

@@ -180,7 +180,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	cfg.member.Status = statusAlive
 	n.self = n.t.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
-	n.ring.nextBeat = n.now + n.jitter(beatEvery)
+	n.ring = ring{nextBeat: n.now + n.jitter(beatEvery), linkAt: never}
 	n.detector.heard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	return n
@@ -498,7 +498,7 @@ func (n *node) acked(h head) {
 func (n *node) met(e *entry) {
 	if d := e.deal(); !d.met {
 		d.met = true
-		n.ring.linkAt = cmp.Or(n.ring.linkAt, n.now+linkAfter) // if it watches me
+		n.ring.linkAt = min(n.ring.linkAt, n.now+linkAfter) // if it watches me
 	}
 	if n.detector.alone {
 		n.detector.alone = false

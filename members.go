@@ -351,7 +351,7 @@ func (t *table) count(e *entry, by int) {
 	if e.Status < statusLeft {
 		t.total += by
 	}
-	if e.Status == statusFailed || e.lost && !e.Status.dead() {
+	if e.visible() == statusFailed {
 		t.failed += by
 	}
 }
