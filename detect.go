@@ -93,17 +93,6 @@ func (b *bucket) take() bool {
 
 // ---- the ring ----
 
-// run is one run of a member. The entry may come to be about another one.
-type run struct {
-	e    *entry
-	born uint64
-}
-
-func runOf(e *entry) run { return run{e, e.Born} }
-
-// over reports whether the run is believed to have ended.
-func (r run) over() bool { return r.e.Born != r.born || r.e.Status.dead() }
-
 // ring is whom I watch, and who watches me.
 type ring struct {
 	seen     uint64   // version of the table that this follows
@@ -234,7 +223,7 @@ type probe struct {
 // of is all probes of one run of a member.
 func (d *detector) of(m Member) (ps []*probe) {
 	for _, p := range d.probes {
-		if p.m.Name == m.Name && p.m.Born == m.Born {
+		if p.m.sameRun(m) {
 			ps = append(ps, p)
 		}
 	}

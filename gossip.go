@@ -618,8 +618,7 @@ func (n *node) doubts(x *exchange, m Member, e *entry) bool {
 	}
 	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
 	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
-	itself := m.Name == x.with.Name && m.Born == x.with.Born
-	return e.visible() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !itself
+	return e.visible() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !m.sameRun(x.with)
 }
 
 // adopt believes a claim, if it wins, and passes it on.
@@ -1064,7 +1063,7 @@ type queries struct {
 type query struct {
 	id      uint32
 	until   time.Duration
-	waiting []run // whose answer has not come; of one that was heard: who asked
+	waiting []Member // whose answer has not come; of one that was heard: who asked
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
@@ -1085,7 +1084,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		if e.visible() != statusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
 			continue
 		}
-		q.waiting, who = append(q.waiting, runOf(e)), append(who, e.Name)
+		q.waiting, who = append(q.waiting, e.Member), append(who, e.Name)
 		if e != n.self {
 			n.post(e.Member, h, body, within)
 		}
@@ -1094,7 +1093,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		return 0, nil, errNobody
 	}
 	qs.mine = append(qs.mine, q)
-	if slices.Contains(q.waiting, runOf(n.self)) {
+	if slices.ContainsFunc(q.waiting, n.self.sameRun) {
 		qs.answered(n, n.self, head{Query: q.id, Reply: replyHeard}, nil)
 		err = qs.hear(n, n.self, h, []update{u})
 	}
@@ -1106,14 +1105,14 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 	if len(us) != 1 || !n.sound(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, again := us[0], func(q *query) bool { return q.id == h.Query && slices.Contains(q.waiting, runOf(e)) }
+	u, again := us[0], func(q *query) bool { return q.id == h.Query && slices.ContainsFunc(q.waiting, e.sameRun) }
 	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
 		return nil
 	}
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: h.Query}
 	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
-	qs.heard = append(qs.heard, &query{ev.id, n.now + time.Duration(ev.Within)*ms, []run{runOf(e)}})
+	qs.heard = append(qs.heard, &query{ev.id, n.now + time.Duration(ev.Within)*ms, []Member{e.Member}})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -1133,13 +1132,13 @@ func (n *node) replied(ev Event, r reply, text []byte) {
 
 // answered takes what e says of a query of mine.
 func (qs *queries) answered(n *node, e *entry, h head, us []update) {
-	i := slices.IndexFunc(qs.mine, func(q *query) bool { return q.id == h.Query && slices.Contains(q.waiting, runOf(e)) })
+	i := slices.IndexFunc(qs.mine, func(q *query) bool { return q.id == h.Query && slices.ContainsFunc(q.waiting, e.sameRun) })
 	if i < 0 || h.Reply == replyNone || h.Reply > replyFailed {
 		return
 	}
 	q, ev := qs.mine[i], Event{kind: eventAnswer, update: update{Member: e.Member}, id: h.Query, reply: h.Reply}
 	if h.Reply != replyHeard {
-		q.waiting = slices.DeleteFunc(q.waiting, func(r run) bool { return r.e == e })
+		q.waiting = slices.DeleteFunc(q.waiting, e.sameRun)
 	}
 	for _, u := range us {
 		ev.Payload = u.Payload[:min(len(u.Payload), maxPayload)]
@@ -1150,7 +1149,7 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
 	over := func(q *query) bool {
-		q.waiting = slices.DeleteFunc(q.waiting, run.over)
+		q.waiting = slices.DeleteFunc(q.waiting, n.t.over)
 		return len(q.waiting) == 0 || n.now >= q.until
 	}
 	qs.heard = slices.DeleteFunc(qs.heard, over)

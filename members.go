@@ -105,6 +105,9 @@ func (m Member) with(s Status) Member {
 	return m
 }
 
+// sameRun reports whether m and o are about one run of an agent.
+func (m Member) sameRun(o Member) bool { return m.Name == o.Name && m.Born == o.Born }
+
 // birthBits is how many random bits stand below the milliseconds of a birth.
 const birthBits = 14
 
