@@ -652,7 +652,7 @@ func (n *node) learnEvent(u *update, replay bool) error {
 	// Only what belongs to an event goes on: the rest may be of any length.
 	is := update{Member: Member{Name: name}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(userEvent{is, is.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
+	if !s.events.add(userEvent{is, sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
 	n.out.events = append(n.out.events, Event{kind: eventUser, update: is})
@@ -789,7 +789,7 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 		}
 	}
 	for _, ev := range n.spread.events.recent {
-		if !h.More && ev.key > x.after {
+		if !h.More && ev.key() > x.after {
 			u := ev.update
 			u.Age = uint64((n.real - ev.sent) / ms)
 			add(u)
@@ -1184,7 +1184,7 @@ type gossip struct {
 	guests // at the TCP port, with the seal of both, and all else that is under way
 	udp    *net.UDPConn
 	start  time.Time
-	self   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
+	self   atomic.Pointer[Member] // the own record, and whether this node is cut off, at the last tick
 	alone  atomic.Bool
 	inputs chan func(*node) // what the loop shall do
 	tables chan struct{}    // a place for each exchange that others have dialled
@@ -1219,7 +1219,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	self.Born = birth(uint64(g.start.UnixMilli()), binary.LittleEndian.Uint64(cfg.random[:]))
 	self.Incarnation = self.Born
 	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
-	g.self.Store(g.node.self.claim)
+	g.self.Store(new(g.node.self.Member))
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.accept(g.serve) })
@@ -1274,7 +1274,7 @@ func (g *gossip) run() {
 
 // carryOut does what the node wants done.
 func (g *gossip) carryOut(out outputs) {
-	g.self.Store(g.node.self.claim)
+	g.self.Store(new(g.node.self.Member))
 	g.alone.Store(g.node.detector.alone)
 	for _, l := range out.logs {
 		g.cfg.log.Print(l)
@@ -1393,7 +1393,7 @@ func (g *gossip) do(f func(*node) error) error {
 }
 
 // me returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
-func (g *gossip) me() (m Member, alone bool) { return g.self.Load().Member, g.alone.Load() }
+func (g *gossip) me() (m Member, alone bool) { return *g.self.Load(), g.alone.Load() }
 
 // leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {
