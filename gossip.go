@@ -1132,7 +1132,8 @@ func (n *node) replied(ev Event, r reply, text []byte) {
 
 // answered takes what e says of a query of mine.
 func (qs *queries) answered(n *node, e *entry, h head, us []update) {
-	i := slices.IndexFunc(qs.mine, func(q *query) bool { return q.id == h.Query && slices.ContainsFunc(q.waiting, e.sameRun) })
+	waits := func(q *query) bool { return q.id == h.Query && slices.ContainsFunc(q.waiting, e.sameRun) }
+	i := slices.IndexFunc(qs.mine, waits)
 	if i < 0 || h.Reply == replyNone || h.Reply > replyFailed {
 		return
 	}

@@ -499,7 +499,8 @@ type memory struct {
 func (m *memory) add(ev userEvent) bool {
 	m.lamport = max(m.lamport, ev.LTime)
 	key := ev.key()
-	at, heard := slices.BinarySearchFunc(m.recent, key, func(o userEvent, key string) int { return strings.Compare(o.key(), key) })
+	byKey := func(o userEvent, key string) int { return strings.Compare(o.key(), key) }
+	at, heard := slices.BinarySearchFunc(m.recent, key, byKey)
 	if heard || at == 0 && len(m.recent) == maxEvents {
 		return false
 	}
