@@ -93,24 +93,13 @@ func (b *bucket) take() bool {
 
 // ---- the ring ----
 
-// run is one run of a member. The entry may come to be about another one.
-type run struct {
-	e    *entry
-	born uint64
-}
-
-func runOf(e *entry) run { return run{e, e.Born} }
-
-// over reports whether the run is believed to have ended.
-func (r run) over() bool { return r.e.Born != r.born || r.e.Status.dead() }
-
 // ring is whom I watch, and who watches me.
 type ring struct {
 	seen     uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
 	watched  []*entry
 	nextBeat time.Duration
-	linkAt   time.Duration // when to ask for other watch links; 0: they are as they shall be
+	linkAt   time.Duration // when to ask for other watch links; never: they are as they shall be
 	missedAt time.Duration // when I last asked for news that I had missed
 }
 
@@ -137,7 +126,7 @@ func (r *ring) refresh(n *node) {
 			r.beat(n, w)
 		}
 	}
-	r.linkAt = cmp.Or(r.linkAt, n.now+linkAfter)
+	r.linkAt = min(r.linkAt, n.now+linkAfter)
 }
 
 // beat sends w a heartbeat. It promises the first beat that nobody else has been promised: were all new watchers
@@ -177,16 +166,15 @@ func (r *ring) step(n *node) {
 			n.detector.judge(n, e.Member)
 		}
 	}
-	if r.linkAt != 0 && n.now >= r.linkAt { // watch links to the first watchers that have answered
-		n.out.links, r.linkAt = []Member{}, 0
+	if n.now >= r.linkAt { // watch links to the first watchers that have answered
+		n.out.links, r.linkAt = []Member{}, never
 		for _, w := range r.watchers {
 			if len(n.out.links) < linkCount && w.deal().met {
 				n.out.links = append(n.out.links, w.Member)
 			}
 		}
-	} else if r.linkAt != 0 {
-		n.wakeAt(r.linkAt)
 	}
+	n.wakeAt(r.linkAt)
 }
 
 // missed is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
@@ -227,7 +215,7 @@ type probe struct {
 	stage   int           // of the round: what comes next
 	mine    verdict
 	stalled time.Duration // since when it accepts without answering; 0: it does not
-	ended   bool          // a watch link ended: TCP did work, so a refusal means that nobody is there
+	ended   bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	votes   map[string]verdict
 	asked   []*entry // who has not voted yet
 }
@@ -235,7 +223,7 @@ type probe struct {
 // of is all probes of one run of a member.
 func (d *detector) of(m Member) (ps []*probe) {
 	for _, p := range d.probes {
-		if p.m.Name == m.Name && p.m.Born == m.Born {
+		if p.m.sameRun(m) {
 			ps = append(ps, p)
 		}
 	}
@@ -252,19 +240,18 @@ func (d *detector) probeOf(e *entry) *probe {
 	return nil
 }
 
-func (d *detector) begin(n *node, m Member, e *entry) *probe {
+func (d *detector) begin(n *node, m Member) *probe {
 	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: e, start: n.now, seq: n.nonce(), votes: make(map[string]verdict)}
+	p := &probe{m: m, e: n.t.get(m.Name), start: n.now, seq: n.nonce(), votes: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
 	return p
 }
 
 // judge probes m for a verdict of mine. Where there are too many probes it has to wait: nil.
 func (d *detector) judge(n *node, m Member) *probe {
-	e := n.t.get(m.Name)
-	p := d.probeOf(e)
-	if p == nil && !m.Status.dead() && len(d.probes) < maxProbes {
-		p = d.begin(n, m, e)
+	p := d.probeOf(n.t.get(m.Name))
+	if p == nil && len(d.probes) < maxProbes {
+		p = d.begin(n, m)
 	}
 	return p
 }
@@ -273,7 +260,7 @@ func (d *detector) judge(n *node, m Member) *probe {
 // row that none could be had. It is evidence that starts a probe, never a verdict.
 func (n *node) linkEnded(m Member, tries int, refused bool) {
 	e := n.t.get(m.Name)
-	if e == nil || e == n.self || e.Born != m.Born || e.lost || n.own.leaving != 0 {
+	if n.t.over(m) || e == n.self || e.lost || n.own.leaving != 0 {
 		return
 	}
 	if tries == 4 {
@@ -282,7 +269,7 @@ func (n *node) linkEnded(m Member, tries int, refused bool) {
 	if p := n.detector.judge(n, e.Member); p != nil {
 		p.ended = p.ended || tries == 0
 		if refused {
-			n.detector.observed(n, p, vRefused)
+			p.observed(vRefused)
 		}
 	}
 }
@@ -297,9 +284,16 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
-	if p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()) ||
-		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation) { // it has refuted
+	switch {
+	case p.solo(n) && (p.mine == vAlive || p.mine == vRefused):
+		d.conclude(n, p)
+		return
+	case p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()),
+		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation): // it has refuted
 		d.end(p)
+		return
+	case p.ended && p.mine <= vRefused && p.seen(vRefused) >= 2 && p.seen(vAlive) == 0: // nobody contradicts
+		d.fail(n, p)
 		return
 	}
 	due := [...]time.Duration{0, askAfter, askOnce, probeFor}
@@ -328,10 +322,12 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	n.wakeAt(p.start + due[p.stage])
 }
 
-// helpers are the target's other watchers and one random member. A helper asks nobody, and of a namesake nobody else
-// can tell.
+// solo reports whether what I see is the verdict: a helper asks nobody, and of a namesake nobody else can tell.
+func (p *probe) solo(n *node) bool { return p.asker != nil || p.e == n.self }
+
+// helpers are the target's other watchers and one random member.
 func (n *node) helpers(p *probe) []*entry {
-	if p.asker != nil || p.e == n.self {
+	if p.solo(n) {
 		return nil
 	}
 	hs := slices.DeleteFunc(n.t.watchers(p.e), func(w *entry) bool { return w == n.self })
@@ -350,14 +346,12 @@ func (d *detector) check(n *node, p *probe) {
 	}
 }
 
-// anyOther picks one of the other members among list for which ok holds, or nil.
+// anyOther picks one of the others in list for which ok holds, or nil; the list holds this node, too. Among members on
+// a ring, one that follows suspects is picked more often, and should be: it lives, as it watched them.
 func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
-	if len(list) == 0 {
-		return nil
-	}
 	at := n.rng.IntN(len(list))
 	for i := range list {
-		if e := list[(at+i)%len(list)]; e != n.self && !e.reaped && ok(e) {
+		if e := list[(at+i)%len(list)]; e != n.self && ok(e) {
 			return e
 		}
 	}
@@ -375,11 +369,11 @@ func (d *detector) asked(n *node, by *entry, h head) {
 		d.vote(n, &probe{m: e.Member, asker: by, seq: h.Seq})
 	case len(d.probes) < maxProbes/2: // I have my own to look at
 		running := d.of(e.Member)
-		p := d.begin(n, e.Member, e)
+		p := d.begin(n, e.Member)
 		p.asker, p.seq = by, h.Seq
 		if len(running) > 0 && running[0].stage > 0 { // one look will do for all
 			p.stage = 3
-			d.observed(n, p, running[0].mine)
+			p.observed(running[0].mine)
 		}
 	}
 }
@@ -398,19 +392,16 @@ func (d *detector) voted(n *node, by *entry, h head, us []update) {
 	switch {
 	case p == nil || p.seq != h.Seq || len(us) != 1 || us[0].Member.Name != h.Target || by == p.e || by.Status.dead():
 	case us[0].Member.Born == p.m.Born:
-		d.count(n, p, by.Name, min(h.Verdict, vAlive))
+		p.count(by.Name, min(h.Verdict, vAlive))
 	case !us[0].Member.Status.dead():
 		n.learn(&us[0], by.Name, nil)
 	}
 }
 
-// count counts v, by whom; nothing if there is no probe.
-func (d *detector) count(n *node, p *probe, by string, v verdict) {
-	if p != nil {
-		p.votes[by] = v
-		p.asked = slices.DeleteFunc(p.asked, func(w *entry) bool { return w.Name == by })
-		d.refused(n, p)
-	}
+// count counts what somebody else saw.
+func (p *probe) count(by string, v verdict) {
+	p.votes[by] = v
+	p.asked = slices.DeleteFunc(p.asked, func(w *entry) bool { return w.Name == by })
 }
 
 // seen counts the observers that saw v, me included.
@@ -438,15 +429,15 @@ func (n *node) saw(m Member, v verdict, w head) {
 		n.met(e)
 	}
 	for _, p := range n.detector.of(m) {
-		n.detector.observed(n, p, v)
+		p.observed(v)
 	}
 }
 
 // answered is told that m was heard of by UDP just now.
 func (d *detector) answered(n *node, m Member) {
 	for _, p := range d.of(m) {
-		if p.asker != nil || p.e == n.self {
-			d.observed(n, p, vAlive)
+		if p.solo(n) {
+			p.observed(vAlive)
 		} else {
 			d.acquit(n, p)
 		}
@@ -454,40 +445,23 @@ func (d *detector) answered(n *node, m Member) {
 }
 
 // observed notes what I saw myself. What accepts in silence did not stall when it hangs up then, or has gone.
-func (d *detector) observed(n *node, p *probe, v verdict) {
-	if v <= p.mine && p.mine != vSilent {
-		return
-	}
-	p.mine = v
-	switch {
-	case (p.asker != nil || p.e == n.self) && (v == vAlive || v == vRefused):
-		d.conclude(n, p)
-	case v == vRefused:
-		d.refused(n, p)
-	}
-}
-
-// refused fails a target that refuses two observers, nobody contradicting, at once: a watch link showed that TCP works.
-func (d *detector) refused(n *node, p *probe) {
-	if p.mine <= vRefused && p.ended && p.seen(vRefused) >= 2 && p.seen(vAlive) == 0 {
-		d.fail(n, p)
+func (p *probe) observed(v verdict) {
+	if v > p.mine || p.mine == vSilent {
+		p.mine = v
 	}
 }
 
 // conclude gives the verdict at the end of a round.
 func (d *detector) conclude(n *node, p *probe) {
-	if p.asker != nil {
+	switch {
+	case p.asker != nil:
 		d.end(p)
 		d.vote(n, p)
-		return
-	} else if p.e == n.self {
+	case p.e == n.self:
 		d.end(p)
 		n.own.found(n, p.m, p.mine == vAlive)
-		return
-	}
-	deal := p.e.deal()
-	switch {
 	case p.mine == vAlive: // by TCP alone, or a heartbeat would have acquitted it
+		deal := p.e.deal()
 		if deal.tcpOnly++; deal.tcpOnly == 2 { // once may be mere loss
 			n.logf("[WARN] %s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
 		}
@@ -558,9 +532,7 @@ func (d *detector) suspect(n *node, p *probe) {
 // fail is the verdict: the target has failed, and everybody shall know.
 func (d *detector) fail(n *node, p *probe) {
 	d.end(p)
-	if p.e.Born == p.m.Born { // else it has restarted, and only the former one is gone
-		n.declare(p.e.with(statusFailed))
-	}
+	n.declare(p.e.with(statusFailed))
 }
 
 // ---- isolation and retry ----
@@ -594,7 +566,7 @@ func (d *detector) stepAlone(n *node) {
 func (d *detector) stepRetry(n *node) {
 	rate := retryRate * float64(n.t.failed) / float64(n.t.total)
 	if d.retry.fill(n.now, rate, 2).take() {
-		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.Status == statusFailed || e.lost }); e != nil {
+		if e := n.anyOther(n.t.ordered, func(e *entry) bool { return e.visible() == statusFailed }); e != nil {
 			n.ping(e.Member)
 		}
 	}

@@ -177,7 +177,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	cfg.member.Status = statusAlive
 	n.self = n.t.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
-	n.ring.nextBeat = n.now + n.jitter(beatEvery)
+	n.ring = ring{nextBeat: n.now + n.jitter(beatEvery), linkAt: never}
 	n.detector.heard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	return n
@@ -484,7 +484,7 @@ func (n *node) acked(h head) {
 func (n *node) met(e *entry) {
 	if d := e.deal(); !d.met {
 		d.met = true
-		n.ring.linkAt = cmp.Or(n.ring.linkAt, n.now+linkAfter) // if it watches me
+		n.ring.linkAt = min(n.ring.linkAt, n.now+linkAfter) // if it watches me
 	}
 	if n.detector.alone {
 		n.detector.alone = false
@@ -585,8 +585,8 @@ func (n *node) learn(u *update, via string, x *exchange) error {
 		n.own.claimed(n, m, via)
 	case x != nil && e != nil && n.doubts(x, m, e):
 		n.inform(e.Member, *u) // so that it can refute that, or settle it, at once
-		if p := n.detector.judge(n, e.Member); m.Born == e.Born {
-			n.detector.count(n, p, via, vUnreachable)
+		if p := n.detector.judge(n, e.Member); p != nil && m.Born == e.Born {
+			p.count(via, vUnreachable)
 		}
 	default:
 		revived := x == nil && e != nil && e.Status == statusFailed && m.Name == via
@@ -606,8 +606,7 @@ func (n *node) doubts(x *exchange, m Member, e *entry) bool {
 	}
 	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
 	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
-	itself := m.Name == x.with.Name && m.Born == x.with.Born
-	return e.visible() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !itself
+	return e.visible() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !m.sameRun(x.with)
 }
 
 // adopt believes a claim, if it wins, and passes it on.
@@ -639,7 +638,7 @@ func (n *node) learnEvent(u *update, replay bool) error {
 	// Only what belongs to an event goes on: the rest may be of any length.
 	is := update{Member: Member{Name: name}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(userEvent{is, is.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
+	if !s.events.add(userEvent{is, sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
 	n.out.events = append(n.out.events, Event{kind: eventUser, update: is})
@@ -772,7 +771,7 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 		}
 	}
 	for _, ev := range n.spread.events.recent {
-		if !h.More && ev.key > x.after {
+		if !h.More && ev.key() > x.after {
 			u := ev.update
 			u.Age = uint64((n.real - ev.sent) / ms)
 			add(u)
@@ -1047,7 +1046,7 @@ type queries struct {
 type query struct {
 	id      uint32
 	until   time.Duration
-	waiting []run // whose answer has not come; of one that was heard: who asked
+	waiting []Member // whose answer has not come; of one that was heard: who asked
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
@@ -1068,7 +1067,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		if e.visible() != statusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
 			continue
 		}
-		q.waiting, who = append(q.waiting, runOf(e)), append(who, e.Name)
+		q.waiting, who = append(q.waiting, e.Member), append(who, e.Name)
 		if e != n.self {
 			n.post(e.Member, h, body, within)
 		}
@@ -1077,7 +1076,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		return 0, nil, errNobody
 	}
 	qs.mine = append(qs.mine, q)
-	if slices.Contains(q.waiting, runOf(n.self)) {
+	if slices.ContainsFunc(q.waiting, n.self.sameRun) {
 		qs.answered(n, n.self, head{Query: q.id, Reply: replyHeard}, nil)
 		err = qs.hear(n, n.self, h, []update{u})
 	}
@@ -1089,14 +1088,14 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 	if len(us) != 1 || !n.sound(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, again := us[0], func(q *query) bool { return q.id == h.Query && slices.Contains(q.waiting, runOf(e)) }
+	u, again := us[0], func(q *query) bool { return q.id == h.Query && slices.ContainsFunc(q.waiting, e.sameRun) }
 	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
 		return nil
 	}
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: h.Query}
 	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
-	qs.heard = append(qs.heard, &query{ev.id, n.now + time.Duration(ev.Within)*ms, []run{runOf(e)}})
+	qs.heard = append(qs.heard, &query{ev.id, n.now + time.Duration(ev.Within)*ms, []Member{e.Member}})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -1116,13 +1115,14 @@ func (n *node) replied(ev Event, r reply, text []byte) {
 
 // answered takes what e says of a query of mine.
 func (qs *queries) answered(n *node, e *entry, h head, us []update) {
-	i := slices.IndexFunc(qs.mine, func(q *query) bool { return q.id == h.Query && slices.Contains(q.waiting, runOf(e)) })
+	waits := func(q *query) bool { return q.id == h.Query && slices.ContainsFunc(q.waiting, e.sameRun) }
+	i := slices.IndexFunc(qs.mine, waits)
 	if i < 0 || h.Reply == replyNone || h.Reply > replyFailed {
 		return
 	}
 	q, ev := qs.mine[i], Event{kind: eventAnswer, update: update{Member: e.Member}, id: h.Query, reply: h.Reply}
 	if h.Reply != replyHeard {
-		q.waiting = slices.DeleteFunc(q.waiting, func(r run) bool { return r.e == e })
+		q.waiting = slices.DeleteFunc(q.waiting, e.sameRun)
 	}
 	for _, u := range us {
 		ev.Payload = u.Payload[:min(len(u.Payload), maxPayload)]
@@ -1133,7 +1133,7 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
 	over := func(q *query) bool {
-		q.waiting = slices.DeleteFunc(q.waiting, run.over)
+		q.waiting = slices.DeleteFunc(q.waiting, n.t.over)
 		return len(q.waiting) == 0 || n.now >= q.until
 	}
 	qs.heard = slices.DeleteFunc(qs.heard, over)
@@ -1168,7 +1168,7 @@ type gossip struct {
 	guests // at the TCP port, with the seal of both, and all else that is under way
 	udp    *net.UDPConn
 	start  time.Time
-	self   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
+	self   atomic.Pointer[Member] // the own record, and whether this node is cut off, at the last tick
 	alone  atomic.Bool
 	inputs chan func(*node) // what the loop shall do
 	tables chan struct{}    // a place for each exchange that others have dialled
@@ -1203,7 +1203,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	self.Born = birth(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Born
 	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
-	g.self.Store(g.node.self.claim)
+	g.self.Store(new(g.node.self.Member))
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.accept(g.serve) })
@@ -1255,7 +1255,7 @@ func (g *gossip) run() {
 
 // carryOut does what the node wants done.
 func (g *gossip) carryOut(out outputs) {
-	g.self.Store(g.node.self.claim)
+	g.self.Store(new(g.node.self.Member))
 	g.alone.Store(g.node.detector.alone)
 	for _, l := range out.logs {
 		g.cfg.log.Print(l)
@@ -1364,7 +1364,7 @@ func (g *gossip) do(f func(*node) error) error {
 }
 
 // me returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
-func (g *gossip) me() (m Member, alone bool) { return g.self.Load().Member, g.alone.Load() }
+func (g *gossip) me() (m Member, alone bool) { return *g.self.Load(), g.alone.Load() }
 
 // leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {

@@ -105,6 +105,9 @@ func (m Member) with(s Status) Member {
 	return m
 }
 
+// sameRun reports whether m and o are about one run of an agent.
+func (m Member) sameRun(o Member) bool { return m.Name == o.Name && m.Born == o.Born }
+
 // birthBits is how many random bits stand below the milliseconds of a birth.
 const birthBits = 14
 
@@ -215,17 +218,11 @@ const (
 	maxEvents = 128
 )
 
-// claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
-// of a simulation can share it.
-type claim struct {
-	Member
-	pos [rings]uint64
-}
-
 // entry is what the table holds about one name.
 type entry struct {
-	*claim
-	shown Status // as which events last showed it; 0: not yet, or not any more
+	Member               // what is believed
+	pos    [rings]uint64 // its places on the rings
+	shown  Status        // as which events last showed it; 0: not yet, or not any more
 	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	lost bool
@@ -291,7 +288,7 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	case e != nil && !m.supersedes(e.Member), e == nil && len(t.ordered) >= maxMembers && !t.makeRoom():
 		return nil
 	case e == nil: // as if it had been here and was forgotten
-		e = &entry{claim: &claim{Member: Member{Name: m.Name, Status: statusPruned}}, reaped: true}
+		e = &entry{Member: Member{Name: m.Name, Status: statusPruned}, reaped: true}
 		for i := range e.pos {
 			e.pos[i] = ringHash(i, m.Name)
 		}
@@ -306,7 +303,7 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 		if m.Status.dead() && (!e.Status.dead() || e.Incarnation != m.Incarnation) {
 			e.since = now - age
 		}
-		e.claim, e.reaped = &claim{m, e.pos}, false
+		e.Member, e.reaped = m, false
 	})
 	return e
 }
@@ -351,7 +348,7 @@ func (t *table) count(e *entry, by int) {
 	if e.Status < statusLeft {
 		t.total += by
 	}
-	if e.Status == statusFailed || e.lost && !e.Status.dead() {
+	if e.visible() == statusFailed {
 		t.failed += by
 	}
 }
@@ -484,10 +481,9 @@ func mix(x uint64) uint64 {
 	return hi ^ lo
 }
 
-// userEvent is one remembered user event, as it travels. Its key orders it, see update.key.
+// userEvent is one remembered user event, as it travels.
 type userEvent struct {
 	update
-	key  string
 	sent time.Duration // on the caller's clock, as far as is known
 }
 
@@ -502,14 +498,16 @@ type memory struct {
 // add remembers ev; false: it was heard before, or is too old to be told from one that was.
 func (m *memory) add(ev userEvent) bool {
 	m.lamport = max(m.lamport, ev.LTime)
-	at, heard := slices.BinarySearchFunc(m.recent, ev.key, func(o userEvent, key string) int { return strings.Compare(o.key, key) })
+	key := ev.key()
+	byKey := func(o userEvent, key string) int { return strings.Compare(o.key(), key) }
+	at, heard := slices.BinarySearchFunc(m.recent, key, byKey)
 	if heard || at == 0 && len(m.recent) == maxEvents {
 		return false
 	}
 	m.recent = slices.Insert(m.recent, at, ev)
-	m.digest ^= ringHash(rings, ev.key)
+	m.digest ^= ringHash(rings, key)
 	if len(m.recent) > maxEvents {
-		m.digest ^= ringHash(rings, m.recent[0].key)
+		m.digest ^= ringHash(rings, m.recent[0].key())
 		m.recent = slices.Delete(m.recent, 0, 1)
 	}
 	return true

@@ -425,8 +425,8 @@ func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint
 	t.Helper()
 	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: statusAlive}
 	g.do(func(n *node) error {
-		p := n.detector.begin(n, m, &entry{claim: &claim{Member: m}})
-		p.start = n.now + time.Hour
+		p := n.detector.begin(n, m)
+		p.e, p.start = &entry{Member: m}, n.now+time.Hour
 		return nil
 	})
 	done := make(chan struct{})

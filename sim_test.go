@@ -118,7 +118,7 @@ type proc struct {
 	timer     time.Duration
 	gen       uint64
 	sessions  []*simSession
-	links     map[run]*simLink
+	links     map[lifetime]*simLink
 
 	known   []known // by the number of the name
 	user    map[string]int
@@ -354,7 +354,7 @@ func (s *sim) reach(a, b *simHost) bool {
 func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
 	born := birth(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
 	self := Member{Name: name, Addr: h.addr, Incarnation: born, Born: born, Status: statusAlive}
-	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[run]*simLink)}
+	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[lifetime]*simLink)}
 	cfg := nodeConfig{member: self, reapAfter: s.reapAfter}
 	for _, seed := range seeds {
 		cfg.seeds = append(cfg.seeds, seed.addr.String())
@@ -778,9 +778,9 @@ type simLink struct {
 }
 
 func (p *proc) relink(links []Member) {
-	wanted := make(map[run]bool)
+	wanted := make(map[lifetime]bool)
 	for _, m := range links {
-		k := run{p.n.t.get(m.Name), m.Born}
+		k := lifetime{m.Name, m.Born}
 		if wanted[k] = true; p.links[k] == nil {
 			p.links[k] = &simLink{m: m}
 			p.keepLink(p.links[k])
