@@ -288,7 +288,7 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	case p.solo(n) && (p.mine == vAlive || p.mine == vRefused):
 		d.conclude(n, p)
 		return
-	case p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()),
+	case p.e != n.self && (p.e.Born != p.m.Born || p.e.Status.dead()), // that run is over
 		p.last && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation): // it has refuted
 		d.end(p)
 		return
@@ -346,8 +346,8 @@ func (d *detector) check(n *node, p *probe) {
 	}
 }
 
-// anyOther picks one of the others in list for which ok holds, or nil; the list holds this node, too. Among members on
-// a ring, one that follows suspects is picked more often, and should be: it lives, as it watched them.
+// anyOther picks one of the others in list for which ok holds, or nil; the list holds this node, too. Who
+// follows a row that does not count is picked more often: on a ring, the one that had to watch that row.
 func (n *node) anyOther(list []*entry, ok func(*entry) bool) *entry {
 	at := n.rng.IntN(len(list))
 	for i := range list {

@@ -48,6 +48,7 @@ const (
 	maxQuestions          = 2 * maxMembers
 	maxQueries, maxHeard  = 64, 1 << 14 // of one's own at a time, and those of others
 	replyFor              = time.Minute // a reply is sent again for so long at most
+	heardFor              = time.Hour   // a query that arrives again is known for so long at most
 	postRate, postBurst   = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
 	maxInputs             = 1024        // that wait for the loop; more datagrams are lost
 	drainFor              = 20 * ms     // inputs may keep the loop from its tick
@@ -112,7 +113,7 @@ type head struct {
 	Promise     uint32 // heartbeat: milliseconds until the next one to you
 	Seq         uint32 // of a question (any but a check wants a kAck), and of its answer
 	Query       uint32 // the asker's number of a query
-	Target      string // whom a ping, check or vote is about; where a piece of a table ends
+	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing
 	Verdict     verdict
 	Reply       reply
 	More        bool // kTable: another piece follows
@@ -401,7 +402,7 @@ func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 		n.acked(h)
 	case e == nil || e == n.self || e.Born != h.born(): // a run that is not remembered comes in by an exchange
 		n.ring.missed(n, e, h)
-	case e.deal().datagrams.take(h.Number):
+	case e.deal().datagrams.take(h.Number): // it counts: it has not come before
 		n.detector.heard = n.now
 		return n.message(e, from, h, len(b), body)
 	}
@@ -667,7 +668,7 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 
 // repair compares tables with a peer whose digest differs, and forgets the dead.
 type repair struct {
-	with   *entry // whom; nil: nobody
+	peer   *entry // whom; nil: nobody
 	at     time.Duration
 	digest uint64 // that differed
 	reapAt time.Duration
@@ -677,19 +678,19 @@ type repair struct {
 // comparison left different stays so: two who forget the dead after different times would else compare tables
 // for ever.
 func (r *repair) want(n *node, e *entry, digest uint64) {
-	if r.with == nil && e.deal().compared != digest^n.digest() {
-		r.with, r.digest = e, digest
+	if r.peer == nil && e.deal().compared != digest^n.digest() {
+		r.peer, r.digest = e, digest
 		r.at = max(r.at+repairEvery, n.now) + 20*ms + n.jitter(100*ms)
 	}
 }
 
 func (r *repair) step(n *node) {
-	if r.with != nil && n.now >= r.at {
-		if !r.with.Status.dead() && n.digest() != r.digest {
-			n.exchange(r.with.Member)
+	if r.peer != nil && n.now >= r.at {
+		if !r.peer.Status.dead() && n.digest() != r.digest {
+			n.exchange(r.peer.Member)
 		}
-		r.with = nil
-	} else if r.with != nil {
+		r.peer = nil
+	} else if r.peer != nil {
 		n.wakeAt(r.at)
 	}
 	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
@@ -730,7 +731,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 		n.met(e)
 	case e.visible() == statusAlive && e.Addr != x.with.Addr:
 		n.detector.judge(n, e.Member)
-		return errors.New(taken(e.Member).Error()) // no errTaken: this node's own name may be free
+		return fmt.Errorf("%v", taken(e.Member)) // not as errTaken, which would end a newcomer: its own name is free
 	}
 	for i := range about {
 		m := &about[i].Member
@@ -755,6 +756,7 @@ func (n *node) welcomed(x *exchange, h head, about []update) error {
 func (n *node) piece(x *exchange) (frame []byte, more bool) {
 	h := n.head(kTable)
 	if x.digest == n.digest() {
+		x.after = "" // the news may have come between two pieces
 		return wire.encode(nil, &h), false
 	}
 	var body []byte
@@ -1095,7 +1097,8 @@ func (qs *queries) hear(n *node, e *entry, h head, us []update) error {
 	n.spread.events.lamport = max(n.spread.events.lamport, u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: h.Query}
 	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
-	qs.heard = append(qs.heard, &query{ev.id, n.now + time.Duration(ev.Within)*ms, []Member{e.Member}})
+	within := min(time.Duration(ev.Within)*ms, heardFor)
+	qs.heard = append(qs.heard, &query{ev.id, n.now + within, []Member{e.Member}})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -1132,13 +1135,9 @@ func (qs *queries) answered(n *node, e *entry, h head, us []update) {
 
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
-	over := func(q *query) bool {
-		q.waiting = slices.DeleteFunc(q.waiting, n.t.over)
-		return len(q.waiting) == 0 || n.now >= q.until
-	}
-	qs.heard = slices.DeleteFunc(qs.heard, over)
+	qs.heard = slices.DeleteFunc(qs.heard, func(q *query) bool { return n.now >= q.until })
 	qs.mine = slices.DeleteFunc(qs.mine, func(q *query) bool {
-		if over(q) {
+		if q.waiting = slices.DeleteFunc(q.waiting, n.t.over); len(q.waiting) == 0 || n.now >= q.until {
 			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
 			return true
 		}
@@ -1210,7 +1209,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	return g, nil
 }
 
-// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so that is tried again.
+// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
 func (g *gossip) listen() (err error) {
 	for range 10 {
 		lc := net.ListenConfig{KeepAlive: -1}
@@ -1222,6 +1221,9 @@ func (g *gossip) listen() (err error) {
 			return g.udp.SetReadBuffer(1 << 20)
 		}
 		g.tcp.Close()
+		if g.cfg.bind.Port() != 0 {
+			return err
+		}
 	}
 	return err
 }

@@ -510,6 +510,50 @@ func TestAComparisonThatCanChangeNothingIsNotRepeated(t *testing.T) {
 	}
 }
 
+// passPiece gives the next piece of a table to the other side; more says that another follows.
+func passPiece(t *testing.T, from, to *node, x, y *exchange) (more bool) {
+	t.Helper()
+	b, more := from.piece(x)
+	if len(b) > maxFrame {
+		t.Fatalf("a frame of %d bytes", len(b))
+	}
+	var h head
+	rest, _ := wire.decode(b, &h)
+	us, err := wire.decodeAll(rest)
+	if _, bad, merr := to.merge(y, h, us); err != nil || merr != nil || bad > 0 {
+		t.Fatalf("%v %v %d bad", err, merr, bad)
+	}
+	return more
+}
+
+// The dialler hears by a flood, between two pieces, what made the tables differ: it has no more to say, and still
+// hears the other side from the beginning.
+func TestNewsBetweenTwoPiecesOfATableEndNoComparison(t *testing.T) {
+	a, b := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0), newNode(nodeConfig{member: labMember(1), reapAfter: time.Hour}, 0)
+	a.t.apply(a.now, labMember(1), 0)
+	b.t.apply(b.now, labMember(0), 0)
+	var news Member
+	for i := range 900 {
+		news = testMember(fmt.Sprintf("m-%04d", i), 10, statusAlive)
+		news.Tags = Tags("k=" + strings.Repeat("v", 150))
+		if b.t.apply(b.now, news, 0); i < 899 {
+			a.t.apply(a.now, news, 0)
+		}
+	}
+	x, y := &exchange{with: labMember(1), digest: b.digest()}, &exchange{with: labMember(0), digest: a.digest()}
+	if !passPiece(t, a, b, x, y) {
+		t.Fatal("one piece is enough")
+	}
+	a.adopt(&update{Member: news})
+	if a.digest() != b.digest() {
+		t.Fatal("the tables differ")
+	}
+	for passPiece(t, a, b, x, y) {
+	}
+	for passPiece(t, b, a, y, x) {
+	}
+}
+
 // The dialler sends its table in pieces; to each the acceptor answers with what
 // the dialler lacks in that stretch.
 func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
@@ -525,22 +569,11 @@ func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 		}
 		x, y := &exchange{with: labMember(1)}, &exchange{with: labMember(0), digest: a.digest()}
 		frames := 0
-		pass := func(from, to *node, xf, xt *exchange) (more bool) {
-			b, more := from.piece(xf)
-			if frames++; len(b) > maxFrame {
-				t.Fatalf("a frame of %d bytes", len(b))
-			}
-			var h head
-			rest, _ := wire.decode(b, &h)
-			us, err := wire.decodeAll(rest)
-			if _, bad, merr := to.merge(xt, h, us); err != nil || merr != nil || bad > 0 {
-				t.Fatalf("%v %v %d bad", err, merr, bad)
-			}
-			return more
+		for more := true; more; frames++ {
+			more = passPiece(t, a, b, x, y)
 		}
-		for pass(a, b, x, y) {
-		}
-		for pass(b, a, y, x) {
+		for more := true; more; frames++ {
+			more = passPiece(t, b, a, y, x)
 		}
 		if a.digest() != b.digest() || len(a.t.ordered) != len(b.t.ordered) {
 			t.Errorf("%v: %d and %d members after %d frames", sizes, len(a.t.ordered), len(b.t.ordered), frames)

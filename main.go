@@ -170,7 +170,10 @@ SIGHUP does nothing.
   {} query -node web1 -node web2 -timeout 3s -format json health
 `, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
 		theAsk.Within = 15 * time.Second
-		fs.Func("node", "ask only the member `NAME`; repeatable", appendTo(&theAsk.nodes))
+		fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
+			theAsk.nodes = append(theAsk.nodes, name)
+			return validName(name) // an empty one would be nobody, and so ask all
+		})
 		fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", theAsk.filter.set("tag "))
 		fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&theAsk.Within))
 		fs.BoolVar(&theAsk.noAck, "no-ack", false, "do not show who has the query")
@@ -326,11 +329,7 @@ func (c *command) help(fs *flag.FlagSet) string {
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-// appendTo, number, duration and setTag, and set of a filter, make what takes the text of an option.
-func appendTo(list *[]string) func(string) error {
-	return func(s string) error { *list = append(*list, s); return nil }
-}
-
+// number, duration and setTag, and set of a filter, make what takes the text of an option.
 func number(n *int) func(string) error {
 	return func(s string) error {
 		u, err := strconv.ParseUint(s, 10, 31)
@@ -695,9 +694,9 @@ type tally struct {
 // hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
 func (t *tally) hear(a answer, us []update) error {
 	text := ""
-	if a.Text != "" { // who is asked: of those who were named, the ones that are there
+	if a.Text != "" { // who is there of those asked; whoever was named and is not there stays silent
 		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = list(cmp.Or(t.Args, a.Text))
+		t.silent = slices.Compact(slices.Sorted(slices.Values(list(cmp.Or(t.Args, a.Text)))))
 	}
 	for _, u := range us {
 		from, said := u.Member.Name, string(u.Payload)
@@ -778,7 +777,7 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
 		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
 		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
-		"query:NAME or * (all of them)", appendTo(&h.specs))
+		"query:NAME or * (all of them)", func(s string) error { h.specs = append(h.specs, s); return nil })
 	fs.Func("handler-timeout", "stop a script after `DURATION` (default 10m)", duration(&h.timeout))
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
 }
@@ -789,8 +788,8 @@ func (a *agent) seed(s string) error {
 	return checkAddrs(seeds)
 }
 
-// environment sets the options that were not given from their variables.
-func environment(fs *flag.FlagSet) (err error) {
+// environment sets the options that were not given from their variables, and names the variables of none.
+func environment(fs *flag.FlagSet) (unknown []string, err error) {
 	given := make(map[string]bool)
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, kv := range os.Environ() {
@@ -800,12 +799,12 @@ func environment(fs *flag.FlagSet) (err error) {
 		switch f := fs.Lookup(name); {
 		case !ours:
 		case f == nil:
-			log.Printf("[WARN] there is no option %s: it is not looked at", variable)
+			unknown = append(unknown, variable)
 		case text != "" && !given[name] && err == nil:
 			err = setFrom(variable, text, f)
 		}
 	}
-	return err
+	return unknown, err
 }
 
 // setFrom sets an option to the text of a variable, or to each item of it where the option is repeatable.
@@ -814,7 +813,7 @@ func setFrom(variable, text string, f *flag.Flag) error {
 	if slices.Contains([]string{"encrypt", "event-handler", "join", "retry-join", "tag"}, f.Name) {
 		items = split(text)
 	}
-	if len(items) > 1 && !strings.Contains(text, "\n") {
+	if len(items) > 1 && f.Name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
 		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
 	}
 	for _, item := range items {
@@ -896,7 +895,8 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	logs := &logWriter{lines: make(chan string, 1024)}
 	log.SetOutput(logs)
-	if err := environment(fs); err != nil {
+	unknown, err := environment(fs)
+	if err != nil {
 		return wrongUsage("agent", err)
 	}
 	if logs.level = slices.Index(logLevels, strings.ToLower(a.logLevel)); logs.level < 0 {
@@ -933,6 +933,9 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	go g.run()
 	a.banner(g, why, ln.Addr())
+	for _, variable := range unknown {
+		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
+	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })

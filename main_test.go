@@ -216,7 +216,7 @@ func TestListsFromTheEnvironment(t *testing.T) {
 	} {
 		var got []string
 		fs := flag.NewFlagSet("", flag.ContinueOnError)
-		fs.Func("event-handler", "", appendTo(&got))
+		fs.Func("event-handler", "", func(s string) error { got = append(got, s); return nil })
 		if err := setFrom("HAMLET_X", in, fs.Lookup("event-handler")); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
 		}

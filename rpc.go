@@ -137,8 +137,8 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 // ---- the seal ----
 
 // aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869). Nonces are random
-// and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run of a member, or one
-// frame, gets fewer. It needs no other proof of for whom something is: for anybody else it does not open.
+// and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run of a member, the
+// pings to one name, or one frame get fewer. For anybody else than whom it does not open.
 func aead(key []byte, whom string) cipher.AEAD {
 	derived, _ := hkdf.Expand(sha256.New, key, whom, len(key))
 	block, _ := aes.NewCipher(derived)

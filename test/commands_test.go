@@ -121,6 +121,7 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{[]string{"help", "dance"}, 2, []string{`no command "dance"`}},
 		{[]string{"members", "-colour"}, 2, []string{"not defined: -colour", "hint: 'hamlet help members'"}},
 		{[]string{"agent", "-node"}, 2, []string{"needs an argument: -node"}},
+		{[]string{"query", "-node", "", "load"}, 2, []string{"-node: the node name is empty"}},
 		{agent("extra"), 2, []string{`unexpected argument "extra"`, "hint: 'hamlet help agent'"}},
 		{agent("-log-level", "loud"), 2, []string{`"loud"`, "trace, debug, info, warn, err"}},
 		{agent("-retry-max", "-1"), 2, []string{`"-1"`, "-retry-max"}},
@@ -198,7 +199,7 @@ func TestAKeyIsNeverShown(t *testing.T) {
 			t.Errorf("%v shows the key: %s%s", args, out, errs)
 		}
 	}
-	for _, v := range []string{short, key + ",bad"} {
+	for _, v := range []string{short, key + ",bad", `"` + key + "," + key + `"`} {
 		cmd := hamletCmd(agentArgs()...)
 		cmd.Env = append(cmd.Env, "HAMLET_ENCRYPT="+v)
 		if out, errs, code := runCmd(t, cmd); code != 2 || strings.Contains(out+errs, short[:20]) {
@@ -622,8 +623,7 @@ func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
 			t.Errorf("query %s prints %q", args, out)
 		}
 	}
-	lines := db.askQuery(1, []string{"no answer from web1\n"}, "-timeout", "300ms", "-node",
-		"web1", "slow")
+	lines := db.askQuery(1, []string{"no answer from web1\n"}, "-timeout", "300ms", "-node", "web1", "-node", "web1", "slow")
 	if diff := cmp.Diff([]string{"Query 'slow' dispatched", "Ack from 'web1'", "Total Acks: 1",
 		"Total Responses: 0"}, lines); diff != "" {
 		t.Errorf("a slow handler: wanted, printed\n%s", diff)

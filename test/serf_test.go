@@ -263,6 +263,14 @@ func TestAnUnknownVariableIsOneWarning(t *testing.T) {
 	if n := a.count("there is no option"); n != 2 || a.count("secret") > 0 {
 		t.Errorf("%d warnings, or a value is shown:\n%s", n, a.stderr)
 	}
+	cmd = hamletCmd(agentArgs("-node", "a", "-log-level", "err")...)
+	cmd.Env = append(cmd.Env, "HAMLET_JION=10.0.0.1")
+	a = startAgentCmd(t, cmd)
+	a.int()
+	a.wait()
+	if a.count("there is no option") > 0 {
+		t.Errorf("only errors are wanted:\n%s", a.stderr)
+	}
 }
 
 // ---- what handlers are told and not told ----
