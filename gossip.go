@@ -661,7 +661,8 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 	if err := checkPayload("event", name, payload); err != nil {
 		return err
 	}
-	return n.learnEvent(&update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.spread.events.lamport + 1, Coalesce: coalesce}, true)
+	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.spread.events.lamport + 1, Coalesce: coalesce}
+	return n.learnEvent(&u, true)
 }
 
 // ---- repair: comparing tables ----

@@ -489,14 +489,19 @@ func seedElsewhere(w *world) {
 	mark := time.Now()
 	b := w.start(2, "-join", "10.77.0.201")
 	w.agree(2*time.Second, everybody(2), a, b)
-	var told []string
-	for _, l := range b.since(mark) {
-		if strings.Contains(l.text, "[INFO]") && strings.Contains(l.text, "10.77.0.201") && strings.Contains(l.text, "10.77.0.1:7946") {
-			told = append(told, l.text)
+	told := func() (lines []string) {
+		for _, l := range b.since(mark) {
+			if strings.Contains(l.text, "[INFO]") && strings.Contains(l.text, "10.77.0.201") && strings.Contains(l.text, "10.77.0.1:7946") {
+				lines = append(lines, l.text)
+			}
 		}
+		return lines
 	}
-	if len(told) != 1 {
-		w.Errorf("want one line about the two addresses, have %q", told)
+	eventually(w.T, "a line about the two addresses", func() bool { return len(told()) > 0 }) // once the tables are compared
+	b.signal(syscall.SIGINT)
+	b.exit(5 * time.Second)
+	if lines := told(); len(lines) != 1 {
+		w.Errorf("want one line about the two addresses, have %q", lines)
 	}
 }
 
