@@ -426,7 +426,7 @@ func TestZombiesDoNotHoldAHandlersQueue(t *testing.T) {
 	begun := filepath.Join(t.TempDir(), "begun")
 	c := runContainer(t, slices.Concat([]string{"sh", "-c", `"$0" "$@" & exec sleep 1000`, program},
 		agentArgs("-node", "a", "-handler-timeout", "1s", "-event-handler",
-			"user:foo=echo >>"+begun+"; sleep 9; true"))...)
+			"user:foo=echo >>"+begun+"; (sleep 9 &); sleep 9; true"))...)
 	c.waitBanner()
 	c.first = c.children(c.cmd.Process.Pid)[0].pid
 	start := time.Now()
