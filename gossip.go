@@ -1168,7 +1168,7 @@ type gossip struct {
 	guests // at the TCP port, with the seal of both, and all else that is under way
 	udp    *net.UDPConn
 	start  time.Time
-	self   atomic.Pointer[Member] // the own record, and whether this node is cut off, at the last tick
+	self   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
 	alone  atomic.Bool
 	inputs chan func(*node) // what the loop shall do
 	tables chan struct{}    // a place for each exchange that others have dialled
@@ -1203,7 +1203,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	self.Born = birth(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Born
 	g.owned = owned{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), feeds: make(map[*feed]bool)}
-	g.self.Store(new(g.node.self.Member))
+	g.self.Store(g.node.self.claim)
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.accept(g.serve) })
@@ -1258,7 +1258,7 @@ func (g *gossip) run() {
 
 // carryOut does what the node wants done.
 func (g *gossip) carryOut(out outputs) {
-	g.self.Store(new(g.node.self.Member))
+	g.self.Store(g.node.self.claim)
 	g.alone.Store(g.node.detector.alone)
 	for _, l := range out.logs {
 		g.cfg.log.Print(l)
@@ -1367,7 +1367,7 @@ func (g *gossip) do(f func(*node) error) error {
 }
 
 // me returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
-func (g *gossip) me() (m Member, alone bool) { return *g.self.Load(), g.alone.Load() }
+func (g *gossip) me() (m Member, alone bool) { return g.self.Load().Member, g.alone.Load() }
 
 // leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {

@@ -218,11 +218,17 @@ const (
 	maxEvents = 128
 )
 
+// claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
+// of a simulation can share it: ten thousand of them fit into memory.
+type claim struct {
+	Member
+	pos [rings]uint64
+}
+
 // entry is what the table holds about one name.
 type entry struct {
-	Member               // what is believed
-	pos    [rings]uint64 // its places on the rings
-	shown  Status        // as which events last showed it; 0: not yet, or not any more
+	*claim
+	shown Status // as which events last showed it; 0: not yet, or not any more
 	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	lost bool
@@ -288,7 +294,7 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	case e != nil && !m.supersedes(e.Member), e == nil && len(t.ordered) >= maxMembers && !t.makeRoom():
 		return nil
 	case e == nil: // as if it had been here and was forgotten
-		e = &entry{Member: Member{Name: m.Name, Status: statusPruned}, reaped: true}
+		e = &entry{claim: &claim{Member: Member{Name: m.Name, Status: statusPruned}}, reaped: true}
 		for i := range e.pos {
 			e.pos[i] = ringHash(i, m.Name)
 		}
@@ -303,7 +309,7 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 		if m.Status.dead() && (!e.Status.dead() || e.Incarnation != m.Incarnation) {
 			e.since = now - age
 		}
-		e.Member, e.reaped = m, false
+		e.claim, e.reaped = &claim{m, e.pos}, false
 	})
 	return e
 }

@@ -426,7 +426,7 @@ func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint
 	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: statusAlive}
 	g.do(func(n *node) error {
 		p := n.detector.begin(n, m)
-		p.e, p.start = &entry{Member: m}, n.now+time.Hour
+		p.e, p.start = &entry{claim: &claim{Member: m}}, n.now+time.Hour
 		return nil
 	})
 	done := make(chan struct{})
