@@ -36,6 +36,7 @@ const (
 const (
 	floodBatch, floodRate = 2 * ms, 200 // packets a second
 	repairEvery           = time.Second
+	repairBurst           = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
 	remindEvery           = 200 * ms
 	resendAfter           = 50 * ms         // the first time; each wait is twice as long
 	answerFor             = 3 * time.Second // a question's answer counts for so long
@@ -672,6 +673,7 @@ type repair struct {
 	peer   *entry // whom; nil: nobody
 	at     time.Duration
 	digest uint64 // that differed
+	rate   bucket
 	reapAt time.Duration
 }
 
@@ -679,9 +681,10 @@ type repair struct {
 // comparison left different stays so: two who forget the dead after different times would else compare tables
 // for ever.
 func (r *repair) want(n *node, e *entry, digest uint64) {
-	if r.peer == nil && e.deal().compared != digest^n.digest() {
+	r.rate.fill(n.now, 1/repairEvery.Seconds(), repairBurst)
+	if r.peer == nil && e.deal().compared != digest^n.digest() && r.rate.take() {
 		r.peer, r.digest = e, digest
-		r.at = max(r.at+repairEvery, n.now) + 20*ms + n.jitter(100*ms)
+		r.at = n.now + 20*ms + n.jitter(100*ms)
 	}
 }
 

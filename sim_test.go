@@ -1822,6 +1822,23 @@ func TestAHundredJoinersConvergeAtOnce(t *testing.T) {
 	}
 }
 
+// What a joiner misses while rings change all the time, it asks for at once: waiting for a second comparison of tables,
+// one cluster in eight took a second.
+func TestAHundredWhoJoinWithinMomentsConvergeAtOnce(t *testing.T) {
+	t.Parallel()
+	base := seedFor(t.Name())
+	for run := range uint64(8) {
+		s := newSim(t, base+run)
+		seed := s.start(s.host(), "seed")
+		for i := range 100 {
+			h := s.host()
+			s.after(time.Duration(s.rng.Int64N(int64(200*ms))), func() { s.start(h, fmt.Sprintf("n%05d", i), seed.host) })
+		}
+		s.run(200 * ms)
+		s.within(300*ms, "converged", s.agree)
+	}
+}
+
 func TestStartOrderDoesNotMatter(t *testing.T) {
 	for _, loss := range []float64{0, .2} {
 		t.Run(fmt.Sprintf("loss=%v%%", loss*100), func(t *testing.T) {
