@@ -402,7 +402,7 @@ func (n *node) datagram(from netip.AddrPort, b []byte, anyRun bool) error {
 	case h.Kind == kAck:
 		n.acked(h)
 	case e == nil || e == n.self || e.Born != h.born(): // a run that is not remembered comes in by an exchange
-		n.ring.missed(n, e, h)
+		n.missed(e, h)
 	case e.deal().datagrams.take(h.Number): // it counts: it has not come before
 		n.detector.heard = n.now
 		return n.message(e, from, h, len(b), body)
