@@ -175,19 +175,6 @@ func (r *ring) step(n *node) {
 	n.wakeAt(r.linkAt)
 }
 
-// missed is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
-// watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
-// of them for long: as nothing of theirs counts, they never meet me, and flood nothing to me. Of a hundred who joined
-// within moments some then took 0.4 s, and 0.2 s with this.
-func (n *node) missed(e *entry, h head) {
-	if h.Kind != kHeartbeat || e == n.self || e != nil && h.Incarnation <= e.Incarnation {
-		return
-	}
-	if o := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e.deal().met }); o != nil {
-		n.repair.want(n, o, h.Digest)
-	}
-}
-
 // ---- probes ----
 
 // detector is all probes that run, and whether this node hears anybody.

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"log"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -28,7 +29,7 @@ import (
 
 const (
 	ms    = time.Millisecond
-	never = time.Duration(1<<63 - 1)
+	never = time.Duration(math.MaxInt64)
 )
 
 // The protocol's times and bounds; the detector's are in detect.go. They were settled in simulation: the
@@ -640,7 +641,7 @@ func (n *node) learnEvent(u *update, replay bool) error {
 	// Only what belongs to an event goes on: the rest may be of any length.
 	is := update{Member: Member{Name: name}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(userEvent{is, sent}) || n.before(name, sent) && !replay && !n.replay {
+	if !s.events.add(userEvent{is, is.key(), sent}) || n.before(name, sent) && !replay && !n.replay {
 		return nil
 	}
 	n.out.events = append(n.out.events, Event{kind: eventUser, update: is})
@@ -685,6 +686,19 @@ func (r *repair) want(n *node, e *entry, digest uint64) {
 	if r.peer == nil && e.deal().compared != digest^n.digest() && r.rate.take() {
 		r.peer, r.digest = e, digest
 		r.at = n.now + 20*ms + n.jitter(100*ms)
+	}
+}
+
+// missed is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
+// watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
+// of them for long: as nothing of theirs counts, they never meet me, and flood nothing to me. Of a hundred who joined
+// within moments some then took 0.4 s, and 0.2 s with this.
+func (n *node) missed(e *entry, h head) {
+	if h.Kind != kHeartbeat || e == n.self || e != nil && h.Incarnation <= e.Incarnation {
+		return
+	}
+	if o := n.anyOther(n.t.ring[0], func(e *entry) bool { return !e.skipped() && e.deal().met }); o != nil {
+		n.repair.want(n, o, h.Digest)
 	}
 }
 
@@ -777,7 +791,7 @@ func (n *node) piece(x *exchange) (frame []byte, more bool) {
 		}
 	}
 	for _, ev := range n.spread.events.recent {
-		if !h.More && ev.key() > x.after {
+		if !h.More && ev.key > x.after {
 			u := ev.update
 			u.Age = uint64((n.real - ev.sent) / ms)
 			add(u)
@@ -1269,12 +1283,14 @@ func (g *gossip) carryOut(out outputs) {
 	for _, ev := range out.events {
 		g.publish(ev)
 	}
-	// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
-	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
-	for _, p := range out.packets {
-		g.udp.WriteToUDPAddrPort(g.door.closeDatagram(p.data, p.to.Name, p.to.Born), p.to.Addr)
+	if len(out.packets) > 0 {
+		// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
+		g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+		for _, p := range out.packets {
+			g.udp.WriteToUDPAddrPort(g.door.closeDatagram(p.data, p.to.Name, p.to.Born), p.to.Addr)
+		}
+		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	}
-	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	for _, m := range out.looks {
 		g.wg.Go(func() { g.look(m) })
 	}

@@ -893,15 +893,16 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if os.Getpid() == 1 {
 		os.Exit(runAsInit())
 	}
-	logs := &logWriter{lines: make(chan string, 1024)}
-	log.SetOutput(logs)
 	unknown, err := environment(fs)
 	if err != nil {
 		return wrongUsage("agent", err)
 	}
-	if logs.level = slices.Index(logLevels, strings.ToLower(a.logLevel)); logs.level < 0 {
+	level := slices.Index(logLevels, strings.ToLower(a.logLevel))
+	if level < 0 {
 		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
+	logs := &logWriter{level: level, lines: make(chan string, 1024)}
+	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
 	signals := prepareProcess()
 	why, err := a.check()

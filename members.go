@@ -487,9 +487,10 @@ func mix(x uint64) uint64 {
 	return hi ^ lo
 }
 
-// userEvent is one remembered user event, as it travels.
+// userEvent is one remembered user event, as it travels. Its key orders it, see update.key.
 type userEvent struct {
 	update
+	key  string
 	sent time.Duration // on the caller's clock, as far as is known
 }
 
@@ -504,16 +505,15 @@ type memory struct {
 // add remembers ev; false: it was heard before, or is too old to be told from one that was.
 func (m *memory) add(ev userEvent) bool {
 	m.lamport = max(m.lamport, ev.LTime)
-	key := ev.key()
-	byKey := func(o userEvent, key string) int { return strings.Compare(o.key(), key) }
-	at, heard := slices.BinarySearchFunc(m.recent, key, byKey)
+	byKey := func(o userEvent, key string) int { return strings.Compare(o.key, key) }
+	at, heard := slices.BinarySearchFunc(m.recent, ev.key, byKey)
 	if heard || at == 0 && len(m.recent) == maxEvents {
 		return false
 	}
 	m.recent = slices.Insert(m.recent, at, ev)
-	m.digest ^= ringHash(rings, key)
+	m.digest ^= ringHash(rings, ev.key)
 	if len(m.recent) > maxEvents {
-		m.digest ^= ringHash(rings, m.recent[0].key())
+		m.digest ^= ringHash(rings, m.recent[0].key)
 		m.recent = slices.Delete(m.recent, 0, 1)
 	}
 	return true

@@ -218,7 +218,8 @@ func TestRowsOfSuspectsMakeNoWalkLonger(t *testing.T) {
 func TestAnEventIsRememberedOnceAndInOrder(t *testing.T) {
 	var a, b memory
 	event := func(ltime uint64) userEvent {
-		return userEvent{update: update{Member: Member{Name: "n"}, Name: "e", LTime: ltime}}
+		u := update{Member: Member{Name: "n"}, Name: "e", LTime: ltime}
+		return userEvent{update: u, key: u.key()}
 	}
 	for i := range uint64(2 * maxEvents) {
 		if !a.add(event(i+1)) || a.add(event(i+1)) {

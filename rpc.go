@@ -136,16 +136,6 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 
 // ---- the seal ----
 
-// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869). Nonces are random
-// and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run of a member, the
-// pings to one name, or one frame get fewer. For anybody else than whom it does not open.
-func aead(key []byte, whom string) cipher.AEAD {
-	derived, _ := hkdf.Expand(sha256.New, key, whom, len(key))
-	block, _ := aes.NewCipher(derived)
-	a, _ := cipher.NewGCMWithRandomNonce(block)
-	return a
-}
-
 // door closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
 // is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
 type door struct {
@@ -164,12 +154,22 @@ func (d *door) tag(whom string) []byte {
 	return h.Sum(nil)
 }
 
+// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
+// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
+// of a member, the pings to one name, or one frame get fewer. For anybody else than whom it does not open.
+func (d *door) aead(key []byte, whom string) cipher.AEAD {
+	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
+	block, _ := aes.NewCipher(derived)
+	a, _ := cipher.NewGCMWithRandomNonce(block)
+	return a
+}
+
 // close appends to dst what data becomes for whom; open undoes that.
 func (d *door) close(dst, data []byte, whom string) []byte {
 	if dst = append(dst, d.tag(whom)...); !d.keyed() {
 		return append(dst, data...)
 	}
-	return aead(d.keys[0], d.cluster+"\x00"+whom).Seal(dst, nil, data, nil)
+	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
 }
 
 func (d *door) open(b []byte, whom string) ([]byte, error) {
@@ -180,7 +180,7 @@ func (d *door) open(b []byte, whom string) ([]byte, error) {
 		return b, nil
 	}
 	for _, k := range d.keys {
-		if data, err := aead(k, d.cluster+"\x00"+whom).Open(nil, nil, b, nil); err == nil {
+		if data, err := d.aead(k, whom).Open(nil, nil, b, nil); err == nil {
 			return data, nil
 		}
 	}
