@@ -15,7 +15,6 @@ import (
 	"math"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -422,39 +421,4 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		env = append(env, "SERF_TAG_"+odd.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
 	}
 	return env
-}
-
-// runAsInit is the first process of a container: it runs this same program as its child and returns that child's
-// exit status. It forwards the signals that stop an agent and waits for every process that lost its parent. It
-// starts nothing else, because wait4(-1) would take os/exec's children away from it.
-func runAsInit() (exit int) {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
-	exe, _ := os.Executable()
-	exe = cmp.Or(exe, os.Args[0])
-	// In a group of its own, so that ^C at a terminal arrives once: from here.
-	child, err := syscall.ForkExec(exe, os.Args, &syscall.ProcAttr{
-		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setpgid: true},
-	})
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "hamlet: error: cannot start %s: %v\n", exe, err)
-		return 1
-	}
-	go func() {
-		for s := range signals {
-			syscall.Kill(child, s.(syscall.Signal))
-		}
-	}()
-	for {
-		var ws syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &ws, 0, nil)
-		switch {
-		case err != nil && err != syscall.EINTR:
-			return 1
-		case pid == child && ws.Exited():
-			return ws.ExitStatus()
-		case pid == child && ws.Signaled():
-			return 128 + int(ws.Signal())
-		}
-	}
 }

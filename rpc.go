@@ -1,34 +1,25 @@
-// rpc.go: how bytes are made of what is said, and all that is said over TCP.
+// rpc.go: all that is said over TCP.
 //
-// Here are the codec, the seal, and what makes a datagram count once; the handshake, and the bound on who may
-// come in; the sessions of agents (look, link, exchange), and those of commands. Both speak one dialect: a hello
-// each way with a challenge, then frames, each sealed and bound to both challenges, its direction and its count.
-// A session is straight blocking code in a goroutine; what it learns it tells the loop, which it asks for what it
-// shall say. What a claim means is not known here.
+// Here are the handshake, the bound on inbound connections, the sessions of agents (probe, link, sync), and those of
+// commands. Both speak one dialect: a hello each way with a challenge, then frames, each sealed and bound to both
+// challenges, its direction and its count. A session is straight blocking code in a goroutine; it posts what it learns
+// to the loop, and asks the loop for what it shall say. What a claim means is not known here.
 
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/gob"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"log"
 	"net"
 	"net/netip"
-	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -50,192 +41,6 @@ const (
 	busyFor     = time.Second      // until a place for an exchange must be free
 	windowSize  = 64
 )
-
-// ---- the codec ----
-
-// codec encodes and decodes messages with one gob encoder and one decoder that have seen the type
-// definitions, so that what travels is bare values in any order and with any loss. Safe for concurrent use.
-type codec struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-	enc *gob.Encoder
-	in  bytes.Reader
-	dec *gob.Decoder
-	ids map[reflect.Type][]byte // the type ids as they stand in a message: two bytes, for those of 64 to 127
-}
-
-// wire is the process's codec. gob's type ids depend on the order in which the process touches types, so it
-// is made before anything else can use gob.
-var wire = newCodec(&head{}, &update{}, &request{}, &answer{})
-
-func newCodec(messages ...any) *codec {
-	c := &codec{ids: make(map[reflect.Type][]byte)}
-	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
-	for _, m := range messages {
-		c.in.Reset(c.encode(nil, m)) // the first time with the type's definition
-		c.dec.Decode(m)
-		c.ids[reflect.TypeOf(m)] = c.encode(nil, m)[1:3] // length, then id
-	}
-	return c
-}
-
-// encode appends the encoding of m, a pointer to a message, and of the updates that follow it to dst.
-func (c *codec) encode(dst []byte, m any, us ...update) []byte {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.buf.Reset()
-	err := c.enc.Encode(m)
-	for i := range us {
-		err = cmp.Or(err, c.enc.Encode(&us[i]))
-	}
-	if err != nil {
-		panic(err) // flat structs always encode
-	}
-	return append(dst, c.buf.Bytes()...)
-}
-
-// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
-// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
-// definitions, which could grow the decoder without bound, do not get in.
-func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: %v", errMalformed, r)
-		}
-	}()
-	size, n := 0, 0 // n: of the length itself, as gob writes it
-	switch {
-	case len(b) > 0 && b[0] < 128:
-		size, n = int(b[0]), 1
-	case len(b) > 1 && b[0] == 0xff:
-		size, n = int(b[1]), 2
-	case len(b) > 2 && b[0] == 0xfe: // more than a frame holds
-		size, n = int(binary.BigEndian.Uint16(b[1:])), 3
-	}
-	if n == 0 || size > len(b)-n || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
-		return nil, errMalformed
-	}
-	c.in.Reset(b[:n+size])
-	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
-		return nil, errMalformed
-	}
-	return b[n+size:], nil
-}
-
-// decodeAll decodes updates up to the end of b.
-func (c *codec) decodeAll(b []byte) (us []update, err error) {
-	for len(b) > 0 && err == nil {
-		var u update
-		b, err = c.decode(b, &u)
-		us = append(us, u)
-	}
-	return us, err
-}
-
-// ---- the seal ----
-
-// door closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
-// is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
-type door struct {
-	cluster string
-	keys    [][]byte // of 32 bytes: the first one seals, any opens
-	kind    byte
-	other   uint16 // the agent's port of the other kind
-}
-
-func (d *door) keyed() bool { return len(d.keys) > 0 }
-
-// tag tells in clear for whom something is, by a hash.
-func (d *door) tag(whom string) []byte {
-	h := fnv.New32a()
-	io.WriteString(h, d.cluster+"\x00"+whom)
-	return h.Sum(nil)
-}
-
-// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, the pings to one name, or one frame get fewer. For anybody else than whom it does not open.
-func (d *door) aead(key []byte, whom string) cipher.AEAD {
-	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
-	block, _ := aes.NewCipher(derived)
-	a, _ := cipher.NewGCMWithRandomNonce(block)
-	return a
-}
-
-// close appends to dst what data becomes for whom; open undoes that.
-func (d *door) close(dst, data []byte, whom string) []byte {
-	if dst = append(dst, d.tag(whom)...); !d.keyed() {
-		return append(dst, data...)
-	}
-	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
-}
-
-func (d *door) open(b []byte, whom string) ([]byte, error) {
-	if len(b) < 4 || !bytes.Equal(b[:4], d.tag(whom)) {
-		return nil, errNotForMe
-	}
-	if b = b[4:]; !d.keyed() {
-		return b, nil
-	}
-	for _, k := range d.keys {
-		if data, err := d.aead(k, whom).Open(nil, nil, b, nil); err == nil {
-			return data, nil
-		}
-	}
-	return nil, errOtherKey
-}
-
-const protocolVersion = 4
-
-// datagramFor is for whom a datagram is: a run of name, or (born 0) any.
-func datagramFor(name string, born uint64) string {
-	return "datagram " + strconv.FormatUint(born, 36) + " " + name
-}
-
-// closeDatagram makes a datagram of data for that run of name, or any: only a ping is.
-func (d *door) closeDatagram(data []byte, name string, born uint64) []byte {
-	return d.close(append(make([]byte, 0, 64+len(data)), protocolVersion), data, datagramFor(name, born))
-}
-
-// openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (d *door) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
-	if len(b) == 0 || b[0] != protocolVersion {
-		return nil, false, errVersion
-	} else if len(b) > maxDatagram {
-		return nil, false, errors.New("sent a datagram that is too long")
-	}
-	if data, err = d.open(b[1:], datagramFor(name, born)); errors.Is(err, errNotForMe) {
-		data, err = d.open(b[1:], datagramFor(name, 0))
-		anyRun = true
-	}
-	return data, anyRun, err
-}
-
-// window tells which of the numbers that a run gives its datagrams have counted: none counts twice (RFC 4303,
-// section 3.4.3). What is windowSize behind the highest counts for nothing.
-type window struct {
-	top  uint64
-	seen uint64 // a bit for each number, from top down
-}
-
-func (w *window) take(number uint64) bool {
-	if number > w.top {
-		w.seen, w.top = w.seen<<(number-w.top), number
-	}
-	bit := uint64(1) << (w.top - number) // 0 when it is too far behind
-	fresh := number > 0 && bit > 0 && w.seen&bit == 0
-	w.seen |= bit
-	return fresh
-}
-
-// lower makes number the highest that has counted.
-func (w *window) lower(number uint64) {
-	if number+windowSize < w.top {
-		*w = window{number, ^uint64(0)}
-	}
-}
 
 // ---- the handshake, and frames ----
 
