@@ -55,18 +55,18 @@ type handlers struct {
 }
 
 type handler struct {
-	of     *handlers
-	name   string // the spec, for the log
-	events []string
-	script string
-	argv   []string
+	handlers *handlers
+	spec     string // the spec, for the log
+	events   []string
+	script   string
+	argv     []string
 
-	mu      sync.Mutex // guards what follows
-	working bool       // somebody takes what is queued
-	queue   []delivery
-	dropped int    // since the last run
-	lost    int    // in all
-	last    string // how the last run ended
+	mu           sync.Mutex // guards what follows
+	working      bool       // somebody takes what is queued
+	queue        []delivery
+	dropped      int    // since the last run
+	droppedTotal int    // in all
+	last         string // how the last run ended
 }
 
 // delivery is an event on its way to a handler.
@@ -87,7 +87,7 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
-		h.of = hs
+		h.handlers = hs
 		hs.all = append(hs.all, h)
 	}
 	return hs, nil
@@ -96,7 +96,7 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 // newHandler takes "script" or "event[,event...]=script" apart.
 func newHandler(spec, shell string) (*handler, error) {
 	events, script, found := strings.Cut(spec, "=")
-	h := &handler{name: oneLine(spec), events: strings.Split(events, ","), script: script}
+	h := &handler{spec: oneLine(spec), events: strings.Split(events, ","), script: script}
 	bad := checkEvents(h.events)
 	if !found && bad == nil { // a forgotten script, or a list that was cut at its commas: run, it would only fail later
 		return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
@@ -135,8 +135,8 @@ func checkEvents(events []string) error {
 	return nil
 }
 
-// wants reports whether events, as in a spec, hold that of kind and name.
-func wants(events []string, kind eventKind, name string) bool {
+// matches reports whether events, as in a spec, hold that of kind and name.
+func matches(events []string, kind eventKind, name string) bool {
 	return slices.ContainsFunc(events, func(ev string) bool {
 		return ev == "*" || ev == kind.String() || ev == kind.String()+":"+name
 	})
@@ -149,10 +149,10 @@ func wants(events []string, kind eventKind, name string) bool {
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	d := delivery{Event: ev}
 	if ev.kind == eventQuery {
-		d.until, d.answer = time.Now().Add(time.Duration(ev.Within)*ms), answer
+		d.until, d.answer = time.Now().Add(time.Duration(ev.Timeout)*ms), answer
 	}
 	for _, h := range hs.all {
-		if hs.ending.Err() == nil && wants(h.events, ev.kind, ev.Name) {
+		if hs.ending.Err() == nil && matches(h.events, ev.kind, ev.Name) {
 			h.enqueue(d)
 			d.answer = nil
 		}
@@ -176,14 +176,14 @@ func (h *handler) enqueue(d delivery) {
 		h.queue = slices.Delete(h.queue, i, i+1)
 	case len(h.queue) == queueLimit:
 		h.queue = h.queue[1:]
-		h.lost++
+		h.droppedTotal++
 		if h.dropped++; h.dropped == 1 {
-			h.of.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.name, queueLimit)
+			h.handlers.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
 		}
 	}
 	if h.queue = append(h.queue, d); !h.working {
 		h.working = true
-		h.of.workers.Go(h.work)
+		h.handlers.workers.Go(h.work)
 	}
 }
 
@@ -197,7 +197,7 @@ func (h *handler) take() []delivery {
 		return nil
 	}
 	if h.dropped > 0 {
-		h.of.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.name, h.dropped)
+		h.handlers.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.spec, h.dropped)
 		h.dropped = 0
 	}
 	n, kind := 1, h.queue[0].kind
@@ -213,7 +213,7 @@ func (h *handler) take() []delivery {
 func (h *handler) state() (waiting, lost int, last string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return len(h.queue), h.lost, cmp.Or(h.last, "never")
+	return len(h.queue), h.droppedTotal, cmp.Or(h.last, "never")
 }
 
 // work runs what is queued, until that is nothing. Late, nobody wants the answer to a query.
@@ -246,19 +246,19 @@ func (hs *handlers) close(last ...Event) {
 // run runs the handler's script once, to its end or its timeout, and tells what came of it.
 func (h *handler) run(batch []delivery) {
 	event, started := batch[0], time.Now()
-	var printed, answer capture // answer: what a query's handler prints to stdout
-	status := h.execute(batch, &printed, &answer)
+	var printed, answer outputCapture // answer: what a query's handler prints to stdout
+	status := h.runScript(batch, &printed, &answer)
 	end := fmt.Sprintf("%s after %v", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond))
 	h.mu.Lock()
 	h.last = end + ", " + started.Format(time.DateTime)
 	h.mu.Unlock()
 	output := string(answer.last) + string(printed.last)
-	h.of.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
+	h.handlers.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
 	r, text, size := replyDone, string(answer.first), answer.size
 	if status != "" {
 		what := strings.TrimSuffix(event.kind.String()+":"+event.Name, ":")
 		lines := strings.Split(strings.TrimSpace(output), "\n")
-		h.of.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.name, oneLine(what), end,
+		h.handlers.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.spec, oneLine(what), end,
 			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
 		r, text, size = replyFailed, status+"\n"+text+string(printed.first), len(status)+1+size+printed.size
 	}
@@ -270,12 +270,12 @@ func (h *handler) run(batch []delivery) {
 	}
 }
 
-// execute runs the script in a process group of its own. The status says what was wrong with its end, if anything.
-func (h *handler) execute(batch []delivery, printed, answer *capture) (status string) {
-	ctx, cancel := context.WithTimeoutCause(h.of.ending, cmp.Or(h.of.timeout, math.MaxInt64), errors.New("timed out"))
+// runScript runs the script in a process group of its own. The status says what was wrong with its end, if anything.
+func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
+	ctx, cancel := context.WithTimeoutCause(h.handlers.ending, cmp.Or(h.handlers.timeout, math.MaxInt64), errors.New("timed out"))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
-	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.of.ending); return nil }
+	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.handlers.ending); return nil }
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env, cmd.Stdin = h.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
@@ -326,8 +326,8 @@ func groupLives(pgid int) bool {
 	})
 }
 
-// capture keeps the first and the last bytes written to it, and their number.
-type capture struct {
+// outputCapture keeps the first and the last bytes written to it, and their number.
+type outputCapture struct {
 	first, last []byte
 	size        int
 	r, w        *os.File       // a pipe
@@ -335,7 +335,7 @@ type capture struct {
 }
 
 // open makes a pipe for a script to print to.
-func (c *capture) open() (err error) {
+func (c *outputCapture) open() (err error) {
 	c.r, c.w, err = os.Pipe()
 	c.copying.Go(func() { c.r.WriteTo(c) })
 	return err
@@ -344,7 +344,7 @@ func (c *capture) open() (err error) {
 // close waits, after the script has ended, until all is read: not for a child in the background that holds the
 // pipe open, but in looks and not by the clock, as this agent may be kept from running where it has a small share
 // of a processor.
-func (c *capture) close() {
+func (c *outputCapture) close() {
 	c.w.Close()
 	for range 10 {
 		if waitAtMost(pipesFor/10, c.copying.Wait) {
@@ -355,7 +355,7 @@ func (c *capture) close() {
 	c.copying.Wait()
 }
 
-func (c *capture) Write(p []byte) (int, error) {
+func (c *outputCapture) Write(p []byte) (int, error) {
 	c.size += len(p)
 	c.first = append(c.first, p[:min(len(p), maxPayload-len(c.first))]...)
 	c.last = append(c.last, p[max(0, len(p)-outputKept):]...)
@@ -386,14 +386,14 @@ func stdinFor(batch []delivery) string {
 	for _, ev := range batch {
 		m := ev.Member
 		fmt.Fprintf(&b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
-			escape(m.Tags.asMap()["role"]), escape(strings.Join(list(m.Tags), ",")))
+			escape(m.Tags.asMap()["role"]), escape(strings.Join(splitNUL(m.Tags), ",")))
 	}
 	return b.String()
 }
 
 // environ is the environment of a run about ev; of doubles, the last counts.
 func (h *handler) environ(ev Event) []string {
-	env := slices.Concat(os.Environ(), h.of.env(), []string{"SERF_EVENT=" + ev.kind.String()})
+	env := slices.Concat(os.Environ(), h.handlers.env(), []string{"SERF_EVENT=" + ev.kind.String()})
 	name := strings.ReplaceAll(ev.Name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
 	case eventUser:
@@ -416,7 +416,7 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
 	}
 	odd := regexp.MustCompile("[^0-9A-Z]") // in the name of a variable
-	for _, tag := range list(self.Tags) {
+	for _, tag := range splitNUL(self.Tags) {
 		k, v, _ := strings.Cut(tag, "=")
 		env = append(env, "SERF_TAG_"+odd.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
 	}

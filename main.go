@@ -59,12 +59,12 @@ type failure struct {
 
 func (f *failure) Error() string { return f.msg }
 
-// trouble is a failure of what was asked for, misuse one of how.
-func trouble(hint, format string, args ...any) error {
+// failf is a failure of what was asked for, misuse one of how.
+func failf(hint, format string, args ...any) error {
 	return &failure{msg: fmt.Sprintf(format, args...), hint: hint, code: 1}
 }
 
-func misuse(hint, format string, args ...any) error {
+func usagef(hint, format string, args ...any) error {
 	return &failure{msg: fmt.Sprintf(format, args...), hint: hint, code: 2}
 }
 
@@ -88,7 +88,7 @@ func exit(err error) {
 func execute(name string, args []string) error {
 	switch name {
 	case "":
-		return cmp.Or(output(help()), misuse("", "no command given"))
+		return cmp.Or(output(help()), usagef("", "no command given"))
 	case "help", "-h", "-help", "--help":
 		if len(args) == 0 || args[0] == "help" {
 			return output(help())
@@ -103,7 +103,7 @@ func execute(name string, args []string) error {
 		}
 	}
 	hint := fmt.Sprintf("'%s help' lists the commands; '%s agent' starts a node", prog, prog)
-	return cmp.Or(serfWord(name), misuse(hint, "there is no command %q", name))
+	return cmp.Or(serfWord(name), usagef(hint, "there is no command %q", name))
 }
 
 // ---- commands and options ----
@@ -120,8 +120,8 @@ type options []func(*flag.FlagSet)
 
 // One command runs in a process: these take its options.
 var (
-	theAgent = &agent{tags: make(map[string]string)}
-	theAsk   = &ask{filter: make(filter), tags: make(map[string]string)}
+	theAgent  = &agent{tags: make(map[string]string)}
+	theClient = &client{filter: make(filter), tags: make(map[string]string)}
 )
 
 // commands are all commands, in the order in which help lists them.
@@ -145,75 +145,77 @@ SIGHUP does nothing.
   {} members -status alive -tag role=web    the living ones with a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
-`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
-		fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", theAsk.filter.set("status="))
-		fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", theAsk.filter.set("name="))
-		fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", theAsk.filter.set("tag "))
-		fs.Func("role", "the same as -tag role=`RE`", theAsk.filter.set("tag role="))
+`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
+		fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", theClient.filter.set("status="))
+		fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", theClient.filter.set("name="))
+		fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", theClient.filter.set("tag "))
+		fs.Func("role", "the same as -tag role=`RE`", theClient.filter.set("tag role="))
 		fs.Bool("detailed", false, "has no effect: it is Serf's")
 		fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
-			"exit status 1 if it took too long", number(&theAsk.count))
-		fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&theAsk.timeout))
-	}}, theAsk.members},
+			"exit status 1 if it took too long", number(&theClient.count))
+		fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&theClient.timeout))
+	}}, theClient.members},
 	{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
   {} watch -event member-failed,user:deploy
   {} watch -format json      one object a line, for programs
   {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
-		fs.StringVar(&theAsk.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
+`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
+		fs.StringVar(&theClient.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
 			"who is there at the start")
-		fs.Func("n", "end after `N` events, not counting who is there at first", number(&theAsk.count))
-		fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&theAsk.timeout))
-	}}, theAsk.watch},
+		fs.Func("n", "end after `N` events, not counting who is there at first", number(&theClient.count))
+		fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&theClient.timeout))
+	}}, theClient.watch},
 	{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
   {} query -tag role=db master
   {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{theAsk.reach, theAsk.format, func(fs *flag.FlagSet) {
-		theAsk.Within = 15 * time.Second
+`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
+		theClient.Timeout = 15 * time.Second
 		fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
-			theAsk.nodes = append(theAsk.nodes, name)
+			theClient.nodes = append(theClient.nodes, name)
 			return validName(name) // an empty one would be nobody, and so ask all
 		})
-		fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", theAsk.filter.set("tag "))
-		fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&theAsk.Within))
-		fs.BoolVar(&theAsk.noAck, "no-ack", false, "do not show who has the query")
-	}}, theAsk.query},
+		fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", theClient.filter.set("tag "))
+		fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&theClient.Timeout))
+		fs.BoolVar(&theClient.noAck, "no-ack", false, "do not show who has the query")
+	}}, theClient.query},
 	{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-		options{theAsk.reach, theAsk.format}, func(fs *flag.FlagSet) error { return theAsk.do(fs, rpcTimeout, "") }},
+		options{theClient.rpcOptions, theClient.formatOption}, func(fs *flag.FlagSet) error { return theClient.doAndPrint(fs, rpcTimeout, "") }},
 	{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
   {} tags -set health=ok -set zone=b -delete state
-`, options{theAsk.reach, func(fs *flag.FlagSet) {
-		fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(theAsk.tags, ""))
+`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
+		fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(theClient.tags, ""))
 		fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
 			if key == "" || strings.Contains(key, "=") {
 				return errors.New("want KEY, such as state")
 			}
-			theAsk.Drop = strings.TrimPrefix(theAsk.Drop+"\x00"+key, "\x00")
+			theClient.DeleteTags = strings.TrimPrefix(theClient.DeleteTags+"\x00"+key, "\x00")
 			return nil
 		})
-	}}, theAsk.setTags},
+	}}, theClient.setTags},
 	{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
   {} event deploy 3f2c1aa       with a payload, the handlers' input
   {} event -coalesce=false log "$(uptime)"
-`, options{theAsk.reach, func(fs *flag.FlagSet) {
-		fs.BoolVar(&theAsk.Merge, "coalesce", true, "of events of one name that wait, run only the last")
+`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
+		fs.BoolVar(&theClient.Coalesce, "coalesce", true, "of events of one name that wait, run only the last")
 	}}, func(fs *flag.FlagSet) error {
-		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), theAsk.Merge)
-		return theAsk.do(fs, rpcTimeout, done)
+		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), theClient.Coalesce)
+		return theClient.doAndPrint(fs, rpcTimeout, done)
 	}},
 	{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
   {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`, options{theAsk.reach, func(fs *flag.FlagSet) {
-		fs.BoolVar(&theAsk.Replay, "replay", false, "run handlers for the remembered events of that cluster")
-	}}, theAsk.join},
-	{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{theAsk.reach},
-		func(fs *flag.FlagSet) error { return theAsk.do(fs, slowTimeout, "Graceful leave complete\n") }},
+`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
+		fs.BoolVar(&theClient.Replay, "replay", false, "run handlers for the remembered events of that cluster")
+	}}, theClient.join},
+	{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{theClient.rpcOptions},
+		func(fs *flag.FlagSet) error {
+			return theClient.doAndPrint(fs, slowTimeout, "Graceful leave complete\n")
+		}},
 	{"force-leave", "NAME", "turns a failed member into one that left",
 		`  {} force-leave web3           a failed member counts as left, everywhere
   {} force-leave -prune web3    it vanishes from the list
-`, options{theAsk.reach, func(fs *flag.FlagSet) {
-			fs.BoolVar(&theAsk.Prune, "prune", false, "forget the member altogether")
-		}}, func(fs *flag.FlagSet) error { return theAsk.do(fs, rpcTimeout, "") }},
+`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
+			fs.BoolVar(&theClient.Prune, "prune", false, "forget the member altogether")
+		}}, func(fs *flag.FlagSet) error { return theClient.doAndPrint(fs, rpcTimeout, "") }},
 	{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
 		func(*flag.FlagSet) error {
 			key := make([]byte, keySize)
@@ -271,7 +273,7 @@ func (c *command) checkArgs(fs *flag.FlagSet) error {
 
 func wrongUsage(command string, err error) error {
 	text := strings.Replace(err.Error(), "parse error", "want true or false", 1) // as package flag says it of a bool
-	return misuse(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %s", command, text)
+	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %s", command, text)
 }
 
 // serfWords is what to do instead of what Serf has and hamlet has not.
@@ -294,7 +296,7 @@ var serfWords = map[string]string{
 func serfWord(word string) error {
 	for words, advice := range serfWords {
 		if slices.Contains(strings.Fields(words), word) {
-			return misuse("", "%s has no %s: %s", prog, word, advice)
+			return usagef("", "%s has no %s: %s", prog, word, advice)
 		}
 	}
 	return nil
@@ -368,7 +370,7 @@ func setTag(tags map[string]string, prefix string) func(string) error {
 // output writes to stdout; a full disk or a closed pipe is an error.
 func output(text string) error {
 	if _, err := os.Stdout.WriteString(text); err != nil {
-		return trouble("", "cannot write the output: %v", reason(err))
+		return failf("", "cannot write the output: %v", reason(err))
 	}
 	return nil
 }
@@ -437,9 +439,9 @@ func jsonString(s string) string {
 
 // ---- the commands that ask a running agent ----
 
-// ask is what a command asks of its agent, and how its user wants to see the answer.
-type ask struct {
-	request
+// client is what a command asks of its agent, and how its user wants to see the answer.
+type client struct {
+	rpcRequest
 	addr, token string // of the agent's RPC
 	filter      filter
 	tags        map[string]string // to set
@@ -450,7 +452,7 @@ type ask struct {
 	noAck       bool
 }
 
-func (q *ask) reach(fs *flag.FlagSet) {
+func (q *client) rpcOptions(fs *flag.FlagSet) {
 	variable := func(name string) string { return cmp.Or(os.Getenv("SERF_"+name), os.Getenv("HAMLET_"+name)) }
 	fs.StringVar(&q.addr, "rpc-addr", cmp.Or(variable("RPC_ADDR"), defaultRPC),
 		"`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
@@ -458,7 +460,7 @@ func (q *ask) reach(fs *flag.FlagSet) {
 	q.token = variable("RPC_AUTH") // and no default, which help would show
 }
 
-func (q *ask) format(fs *flag.FlagSet) {
+func (q *client) formatOption(fs *flag.FlagSet) {
 	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
 		if q.JSON = s == "json"; !q.JSON && s != "text" {
 			return errors.New("want text or json")
@@ -467,41 +469,41 @@ func (q *ask) format(fs *flag.FlagSet) {
 	})
 }
 
-func (q *ask) call(op string, timeout time.Duration, each func(answer, []update) error) error {
+func (q *client) call(op string, timeout time.Duration, each func(rpcResponse, []update) error) error {
 	addr, err := rpcAddr(q.addr)
 	if q.Op = op; err != nil {
 		return err
 	}
-	return callRPC(addr, q.token, q.request, timeout, each)
+	return callRPC(addr, q.token, q.rpcRequest, timeout, each)
 }
 
-// do has the agent do what the command is called, and shows the text of the answer or, where there is none, that it
+// doAndPrint has the agent do what the command is called, and shows the text of the answer or, where there is none, that it
 // is done.
-func (q *ask) do(fs *flag.FlagSet, timeout time.Duration, done string) error {
+func (q *client) doAndPrint(fs *flag.FlagSet, timeout time.Duration, done string) error {
 	q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
-	return q.call(fs.Name(), timeout, func(a answer, _ []update) error {
+	return q.call(fs.Name(), timeout, func(a rpcResponse, _ []update) error {
 		return output(cmp.Or(printable(a.Text, "\n\t"), done))
 	})
 }
 
-func (q *ask) join(fs *flag.FlagSet) error {
+func (q *client) join(fs *flag.FlagSet) error {
 	if err := checkAddrs(fs.Args()); err != nil {
-		return misuse("", "join: %v", err)
+		return usagef("", "join: %v", err)
 	}
 	q.Args = strings.Join(fs.Args(), "\x00")
-	return q.call("join", slowTimeout, func(a answer, _ []update) error {
+	return q.call("join", slowTimeout, func(a rpcResponse, _ []update) error {
 		return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
 	})
 }
 
-func (q *ask) setTags(fs *flag.FlagSet) error {
+func (q *client) setTags(fs *flag.FlagSet) error {
 	tags, err := makeTags(q.tags)
 	if q.Args = string(tags); err != nil {
-		return misuse("", "-set: %v", err)
-	} else if q.Args+q.Drop == "" {
-		return misuse("for example: -set state=drain", "nothing to change: give -set or -delete")
+		return usagef("", "-set: %v", err)
+	} else if q.Args+q.DeleteTags == "" {
+		return usagef("for example: -set state=drain", "nothing to change: give -set or -delete")
 	}
-	return q.do(fs, rpcTimeout, "Successfully updated agent tags\n")
+	return q.doAndPrint(fs, rpcTimeout, "Successfully updated agent tags\n")
 }
 
 // filter is what members must match, by field: "name", "status", or a tag as "tag KEY".
@@ -536,9 +538,9 @@ func (f filter) matches(m Member) bool {
 	return true
 }
 
-// chosen asks for the members that are meant; living are the names of those that are alive.
-func (q *ask) chosen(timeout time.Duration) (ms []Member, living []string, err error) {
-	err = q.call("members", timeout, func(_ answer, us []update) error {
+// matchingMembers asks for the members that are meant; living are the names of those that are alive.
+func (q *client) matchingMembers(timeout time.Duration) (ms []Member, living []string, err error) {
+	err = q.call("members", timeout, func(_ rpcResponse, us []update) error {
 		for _, u := range us {
 			m := u.Member
 			if !q.filter.matches(m) || len(q.nodes) > 0 && !slices.Contains(q.nodes, m.Name) {
@@ -553,17 +555,17 @@ func (q *ask) chosen(timeout time.Duration) (ms []Member, living []string, err e
 	return ms, living, err
 }
 
-func (q *ask) members(*flag.FlagSet) error {
+func (q *client) members(*flag.FlagSet) error {
 	switch status := q.filter["status"]; {
 	case q.timeout > 0 && q.count == 0:
-		return misuse("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
+		return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
 	case q.count > 0 && status != nil && !status.MatchString(statusAlive.String()):
-		return misuse("", "-wait counts the living, and -status leaves them out")
+		return usagef("", "-wait counts the living, and -status leaves them out")
 	}
 	const pause = 100 * ms
 	deadline := time.Now().Add(cmp.Or(q.timeout, math.MaxInt64))
 	for few := error(nil); ; time.Sleep(pause) { // few is what the last answer lacked
-		ms, living, err := q.chosen(min(rpcTimeout, max(time.Until(deadline), pause)))
+		ms, living, err := q.matchingMembers(min(rpcTimeout, max(time.Until(deadline), pause)))
 		f, _ := errors.AsType[*failure](err)
 		switch {
 		case err == nil && len(living) >= q.count && q.JSON:
@@ -571,7 +573,7 @@ func (q *ask) members(*flag.FlagSet) error {
 		case err == nil && len(living) >= q.count:
 			return output(membersText(ms))
 		case err == nil:
-			few = trouble("", "%d of %d members alive after %v: %s", len(living), q.count, q.timeout,
+			few = failf("", "%d of %d members alive after %v: %s", len(living), q.count, q.timeout,
 				cmp.Or(strings.Join(living, ", "), "none"))
 		case q.count == 0 || f == nil || !f.again:
 			return err
@@ -588,7 +590,7 @@ func membersText(ms []Member) string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
 	for _, m := range ms {
-		tags := printable(strings.Join(list(m.Tags), ","), "")
+		tags := printable(strings.Join(splitNUL(m.Tags), ","), "")
 		fmt.Fprintf(w, "%s\t%s\t%-6s\t%s\n", printable(m.Name, ""), m.Addr, m.Status, tags)
 	}
 	w.Flush()
@@ -605,36 +607,36 @@ func membersJSON(ms []Member) string {
 }
 
 func tagPairs(m Member) (kv pairs) {
-	for _, tag := range list(m.Tags) {
+	for _, tag := range splitNUL(m.Tags) {
 		k, v, _ := strings.Cut(tag, "=")
 		kv = append(kv, k, v)
 	}
 	return kv
 }
 
-func (q *ask) watch(*flag.FlagSet) error {
+func (q *client) watch(*flag.FlagSet) error {
 	kinds, there := strings.Split(q.events, ","), eventNames[0]
 	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
 	switch {
 	case err != nil:
-		return misuse(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
+		return usagef(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
 	case q.timeout > 0 && q.count == 0:
-		return misuse("for example: -n 1 -timeout 60s", "-timeout needs -n N")
+		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
 	case q.count > 0 && q.events == there:
-		return misuse("", "-n counts events, and %q is none: it is who is there at the start", there)
+		return usagef("", "-n counts events, and %q is none: it is who is there at the start", there)
 	case q.timeout > 0:
-		time.AfterFunc(q.timeout, func() { exit(trouble("", "fewer than %d events within %v", q.count, q.timeout)) })
+		time.AfterFunc(q.timeout, func() { exit(failf("", "fewer than %d events within %v", q.count, q.timeout)) })
 	}
 	seen := 0
-	err = q.call("watch", rpcTimeout, func(a answer, us []update) error {
+	err = q.call("watch", rpcTimeout, func(a rpcResponse, us []update) error {
 		text := ""
-		if a.Lost > 0 && q.JSON {
-			text = fmt.Sprintf("{\"lost\": %d}\n", a.Lost)
-		} else if a.Lost > 0 {
-			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Lost)
+		if a.Dropped > 0 && q.JSON {
+			text = fmt.Sprintf("{\"lost\": %d}\n", a.Dropped)
+		} else if a.Dropped > 0 {
+			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Dropped)
 		}
 		for _, u := range us {
-			if wants(kinds, a.Kind, u.Name) {
+			if matches(kinds, a.Kind, u.Name) {
 				text += q.line(a, u)
 				seen += min(int(a.Kind), 1)
 			}
@@ -645,18 +647,18 @@ func (q *ask) watch(*flag.FlagSet) error {
 		return io.EOF // enough
 	})
 	if err == nil && seen < q.count {
-		err = trouble("", "the agent has ended: %d of %d events", seen, q.count)
+		err = failf("", "the agent has ended: %d of %d events", seen, q.count)
 	}
 	return err
 }
 
-func (q *ask) line(a answer, u update) string {
+func (q *client) line(a rpcResponse, u update) string {
 	at, m := time.Unix(0, a.At), u.Member
 	fields := pairs{"name", u.Name, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
 	what := fmt.Sprintf("%s %s", u.Name, u.Payload)
 	if a.Kind < eventUser {
 		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
-		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(list(m.Tags), ","))
+		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
 	}
 	if q.JSON {
 		return toJSON(append(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String()}, fields...), "") + "\n"
@@ -665,38 +667,38 @@ func (q *ask) line(a answer, u update) string {
 }
 
 // query asks the members that are meant; with neither filter nor nodes that is all of them.
-func (q *ask) query(fs *flag.FlagSet) error {
+func (q *client) query(fs *flag.FlagSet) error {
 	who := q.nodes
 	if len(q.filter) > 0 {
-		_, living, err := q.chosen(rpcTimeout)
+		_, living, err := q.matchingMembers(rpcTimeout)
 		if who = living; err != nil || len(who) == 0 {
-			return cmp.Or(err, errNobody)
+			return cmp.Or(err, errNobodyAsked)
 		}
 	}
 	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
-	t := &tally{ask: q}
+	t := &queryResult{client: q}
 	err := q.call("query", rpcTimeout, t.hear)
 	if err == nil && len(t.silent) > 0 {
-		err = trouble("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
+		err = failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
 			strings.Join(t.silent, ", "))
 	}
 	return err
 }
 
-// tally is what has come of a query.
-type tally struct {
-	*ask
+// queryResult is what has come of a query.
+type queryResult struct {
+	*client
 	silent       []string // asked, and no answer yet
 	acks         []any
 	done, failed pairs // the output of handlers that did well, and of those that failed
 }
 
 // hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
-func (t *tally) hear(a answer, us []update) error {
+func (t *queryResult) hear(a rpcResponse, us []update) error {
 	text := ""
 	if a.Text != "" { // who is there of those asked; whoever was named and is not there stays silent
 		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = slices.Compact(slices.Sorted(slices.Values(list(cmp.Or(t.Args, a.Text)))))
+		t.silent = slices.Compact(slices.Sorted(slices.Values(splitNUL(cmp.Or(t.Args, a.Text)))))
 	}
 	for _, u := range us {
 		from, said := u.Member.Name, string(u.Payload)
@@ -705,7 +707,7 @@ func (t *tally) hear(a answer, us []update) error {
 			text += fmt.Sprintf("Ack from '%s'\n", from)
 		}
 		switch a.Reply {
-		case replyHeard:
+		case replyAck:
 			continue
 		case replyDone:
 			t.done = append(t.done, from, said)
@@ -788,8 +790,8 @@ func (a *agent) seed(s string) error {
 	return checkAddrs(seeds)
 }
 
-// environment sets the options that were not given from their variables, and names the variables of none.
-func environment(fs *flag.FlagSet) (unknown []string, err error) {
+// setFromEnvironment sets the options that were not given from their variables, and names the variables of none.
+func setFromEnvironment(fs *flag.FlagSet) (unknown []string, err error) {
 	given := make(map[string]bool)
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for _, kv := range os.Environ() {
@@ -801,17 +803,17 @@ func environment(fs *flag.FlagSet) (unknown []string, err error) {
 		case f == nil:
 			unknown = append(unknown, variable)
 		case text != "" && !given[name] && err == nil:
-			err = setFrom(variable, text, f)
+			err = setFromVariable(variable, text, f)
 		}
 	}
 	return unknown, err
 }
 
-// setFrom sets an option to the text of a variable, or to each item of it where the option is repeatable.
-func setFrom(variable, text string, f *flag.Flag) error {
+// setFromVariable sets an option to the text of a variable, or to each item of it where the option is repeatable.
+func setFromVariable(variable, text string, f *flag.Flag) error {
 	items, note := []string{text}, ""
 	if slices.Contains([]string{"encrypt", "event-handler", "join", "retry-join", "tag"}, f.Name) {
-		items = split(text)
+		items = splitList(text)
 	}
 	if len(items) > 1 && f.Name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
 		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
@@ -828,9 +830,9 @@ func setFrom(variable, text string, f *flag.Flag) error {
 	return nil
 }
 
-// split takes a list apart at its commas, or at its newlines if there are any. The events in
+// splitList takes a list apart at its commas, or at its newlines if there are any. The events in
 // member-join,user:x=script stay with their script.
-func split(text string) (items []string) {
+func splitList(text string) (items []string) {
 	sep := ","
 	if strings.Contains(text, "\n") {
 		sep = "\n"
@@ -855,20 +857,20 @@ func (a *agent) check() (why string, err error) {
 		cfg.member.Name, _ = os.Hostname()
 	}
 	if err := validName(cfg.member.Name); err != nil {
-		return "", misuse("choose a name with -node", "%v", err)
+		return "", usagef("choose a name with -node", "%v", err)
 	}
 	if cfg.member.Tags, err = makeTags(a.tags); err != nil {
-		return "", misuse("", "-tag: %v", err)
+		return "", usagef("", "-tag: %v", err)
 	}
 	host, port, _ := hostPort(a.bind, defaultPort)
 	bind, err := netip.ParseAddrPort(net.JoinHostPort(cmp.Or(host, "0.0.0.0"), port)) // which takes no empty port
 	if err != nil || bind.Addr().IsMulticast() {
-		return "", misuse("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946",
+		return "", usagef("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946",
 			"-bind: %q is not an IP address and a port", a.bind)
 	}
 	cfg.bind = netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port())
 	if cfg.keys, err = parseKeys(a.keys); err != nil {
-		return "", misuse(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
+		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
 	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == "" && a.iface == ""
 	cfg.member.Addr, why, err = a.advertised()
@@ -893,13 +895,13 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if os.Getpid() == 1 {
 		os.Exit(runAsInit())
 	}
-	unknown, err := environment(fs)
+	unknown, err := setFromEnvironment(fs)
 	if err != nil {
 		return wrongUsage("agent", err)
 	}
 	level := slices.Index(logLevels, strings.ToLower(a.logLevel))
 	if level < 0 {
-		return misuse("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
+		return usagef("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
 	}
 	logs := &logWriter{level: level, lines: make(chan string, 1024)}
 	log.SetOutput(logs)
@@ -918,10 +920,10 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if err != nil {
 		return startFailure("the RPC", "-rpc-addr", addr, err)
 	}
-	a.gossip.other = uint16(ln.Addr().(*net.TCPAddr).Port)
+	a.gossip.otherPort = uint16(ln.Addr().(*net.TCPAddr).Port)
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
-		return misuse(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
+		return usagef(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
 	a.gossip.events = handlers.deliver
 	g, err := newGossip(a.gossip)
@@ -929,10 +931,10 @@ func (a *agent) run(fs *flag.FlagSet) error {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
 	handlers.env = func() []string {
-		self, alone := g.me()
+		self, alone := g.self()
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
-	go g.run()
+	go g.loop()
 	a.banner(g, why, ln.Addr())
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
@@ -966,12 +968,12 @@ func startFailure(what, option, addr string, err error) error {
 		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
 		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
 	}[no]
-	return trouble(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
+	return failf(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
 // banner tells how the agent can be reached, and warns of what is hardly meant.
 func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
-	self, _ := g.me()
+	self, _ := g.self()
 	fmt.Printf(`==> Starting hamlet agent...
 ==> Starting hamlet agent RPC...
 ==> hamlet agent running!
@@ -996,7 +998,7 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 
 // info is what the agent knows of itself.
 func (a *agent) info(g *gossip, handlers *handlers, json bool) string {
-	self, _ := g.me()
+	self, _ := g.self()
 	var events, about pairs
 	add := func(key string, value any) {
 		for n, plain := 2, key; slices.Contains(events, any(key)); n++ { // no JSON should hold a key twice
@@ -1015,7 +1017,7 @@ func (a *agent) info(g *gossip, handlers *handlers, json bool) string {
 		add(of+" dropped", lost)
 		add(of+" last run", last)
 	}
-	g.do(func(n *node) error { about = n.info(); return nil })
+	g.run(func(n *node) error { about = n.info(); return nil })
 	all := pairs{
 		"agent", pairs{"name", self.Name, "addr", self.Addr, "version", version, "uptime", time.Since(g.start).Round(time.Second)},
 		"event_handlers", events,
@@ -1044,8 +1046,8 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 	for {
 		select {
 		case <-ended:
-			if errors.Is(g.err, errTaken) {
-				return trouble("choose another name with -node", "%v", g.err)
+			if errors.Is(g.err, errNameTaken) {
+				return failf("choose another name with -node", "%v", g.err)
 			}
 			return g.err
 		case s := <-signals:
@@ -1053,7 +1055,7 @@ func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal)
 			case s == syscall.SIGHUP: // Serf would read its configuration again
 				log.Print("[INFO] hangup: there is no configuration to reload, carrying on")
 			case !told.IsZero() && time.Since(told) > sameSignal:
-				return trouble("", "%v while stopping: ended at once", s)
+				return failf("", "%v while stopping: ended at once", s)
 			case !told.IsZero():
 			case s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate:
 				log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
@@ -1143,7 +1145,7 @@ func checkAddrs(addrs []string) error {
 func rpcAddr(s string) (string, error) {
 	host, port, err := hostPort(s, defaultRPCPort)
 	if err != nil {
-		err = misuse("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
+		err = usagef("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
 	}
 	return net.JoinHostPort(host, port), err
 }
@@ -1191,16 +1193,16 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	}
 	switch {
 	case a.advertise != "" && a.iface != "":
-		return addr, "", misuse("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
+		return addr, "", usagef("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
 	case a.advertise != "":
 		found, errs := resolve(context.Background(), []string{a.advertise}, fmt.Sprint(bind.Port()))
 		for _, ap := range found {
-			if ip := ap.Addr(); !ip.IsUnspecified() && !ip.IsMulticast() && fits(ip, bind.Addr()) {
+			if ip := ap.Addr(); !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr()) {
 				return ap, "set with -advertise", nil
 			}
 		}
 		errs = append(errs, fmt.Sprintf("no address at which others could reach %s", bind))
-		return addr, "", misuse("-advertise takes HOST or HOST:PORT", "-advertise %q: %s", a.advertise, errs[0])
+		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise %q: %s", a.advertise, errs[0])
 	case a.iface == "" && !bind.Addr().IsUnspecified():
 		return bind, "the bound address", nil
 	case a.iface == "":
@@ -1225,7 +1227,7 @@ func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
 	case addr.IsValid():
 		return addr, why, nil
 	case a.iface != "":
-		return addr, "", misuse("-iface takes the name of an interface",
+		return addr, "", usagef("-iface takes the name of an interface",
 			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
 	}
 	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1}) // which [::] takes as well
@@ -1250,7 +1252,7 @@ func ipOf(a net.Addr) netip.Addr {
 
 // usable reports whether other machines may reach ip at a socket bound to bind.
 func usable(ip, bind netip.Addr) bool {
-	return ip.IsGlobalUnicast() && ip.Zone() == "" && fits(ip, bind)
+	return ip.IsGlobalUnicast() && ip.Zone() == "" && sameFamily(ip, bind)
 }
 
 // family ends the name of the network for a socket bound to ip: as "4", or 0.0.0.0 would take IPv6 as well.
@@ -1261,11 +1263,13 @@ func family(ip netip.Addr) string {
 	return ""
 }
 
-// fits reports whether a socket bound to bind takes packets of ip's family.
-func fits(ip, bind netip.Addr) bool { return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified() }
+// sameFamily reports whether a socket bound to bind takes packets of ip's family.
+func sameFamily(ip, bind netip.Addr) bool {
+	return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified()
+}
 
-// isMine reports whether others can reach this machine at ip, as far as it knows.
-func isMine(ip netip.Addr) bool {
+// isOwnAddress reports whether others can reach this machine at ip, as far as it knows.
+func isOwnAddress(ip netip.Addr) bool {
 	addrs, err := net.InterfaceAddrs()
 	return err != nil || !ip.IsLoopback() && slices.ContainsFunc(addrs, func(a net.Addr) bool { return ipOf(a) == ip })
 }
@@ -1279,7 +1283,7 @@ var logLevels = []string{"trace", "debug", "info", "warn", "err"}
 type logWriter struct {
 	level   int
 	lines   chan string // "" is the end
-	lost    atomic.Int64
+	dropped atomic.Int64
 	pumping sync.WaitGroup
 }
 
@@ -1293,7 +1297,7 @@ func (w *logWriter) Write(p []byte) (int, error) {
 	select {
 	case w.lines <- printable(line, "\n\t"):
 	default:
-		w.lost.Add(1)
+		w.dropped.Add(1)
 	}
 	return len(p), nil
 }
@@ -1301,7 +1305,7 @@ func (w *logWriter) Write(p []byte) (int, error) {
 func (w *logWriter) pump() {
 	for line := <-w.lines; line != ""; line = <-w.lines {
 		os.Stderr.WriteString(line)
-		if n := w.lost.Swap(0); n > 0 {
+		if n := w.dropped.Swap(0); n > 0 {
 			log.New(os.Stderr, "", log.LstdFlags).Printf("[WARN] %d log lines were lost here: nobody took them in time", n)
 		}
 	}

@@ -25,7 +25,7 @@ func TestDefaultsInTheHelpAreTrue(t *testing.T) {
 	}{
 		{"agent", "reap-after", &theAgent.gossip.reapAfter},
 		{"agent", "handler-timeout", &theAgent.handlers.timeout},
-		{"query", "timeout", &theAsk.Within},
+		{"query", "timeout", &theClient.Timeout},
 	} {
 		fs := flag.NewFlagSet("", flag.ContinueOnError)
 		for _, c := range commands {
@@ -217,7 +217,7 @@ func TestListsFromTheEnvironment(t *testing.T) {
 		var got []string
 		fs := flag.NewFlagSet("", flag.ContinueOnError)
 		fs.Func("event-handler", "", func(s string) error { got = append(got, s); return nil })
-		if err := setFrom("HAMLET_X", in, fs.Lookup("event-handler")); err != nil || !slices.Equal(got, want) {
+		if err := setFromVariable("HAMLET_X", in, fs.Lookup("event-handler")); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
 		}
 	}
@@ -225,12 +225,12 @@ func TestListsFromTheEnvironment(t *testing.T) {
 	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
 		a, fs := &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
-		if err := setFrom("HAMLET_X", in, fs.Lookup(name)); err == nil || !strings.Contains(err.Error(), "newline") {
+		if err := setFromVariable("HAMLET_X", in, fs.Lookup(name)); err == nil || !strings.Contains(err.Error(), "newline") {
 			t.Errorf("%s: %q, %v", in, a.handlers.specs, err)
 		}
 		a, fs = &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
-		err := setFrom("HAMLET_X", in+"\n", fs.Lookup(name))
+		err := setFromVariable("HAMLET_X", in+"\n", fs.Lookup(name))
 		if got := append(a.handlers.specs, "note="+a.tags["note"]); err != nil || got[0] != in {
 			t.Errorf("%s with a newline: %q, %v", in, got, err)
 		}
@@ -255,21 +255,21 @@ func TestLinesOfWatch(t *testing.T) {
 	m := Member{Name: "web1", Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Status: statusFailed, Tags: "role=web"}
 	at := time.Date(2013, 12, 8, 7, 56, 48, 0, time.Local).UnixNano()
 	for _, tt := range []struct {
-		a          answer
+		a          rpcResponse
 		u          update
 		text, json string
 	}{
-		{answer{Kind: eventFailed, At: at}, update{Member: m}, "2013/12/08 07:56:48 member-failed: web1 10.0.0.1:7946 failed role=web\n",
+		{rpcResponse{Kind: eventFailed, At: at}, update{Member: m}, "2013/12/08 07:56:48 member-failed: web1 10.0.0.1:7946 failed role=web\n",
 			`"event": "member-failed", "name": "web1", "addr": "10.0.0.1:7946", "tags": {"role": "web"}, "status": "failed"}`},
-		{answer{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: statusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
+		{rpcResponse{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: statusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
 			`"event": "member", "name": "a", "addr": "10.0.0.1:7946", "tags": {}, "status": "alive"}`},
-		{answer{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
+		{rpcResponse{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
-		if got := (&ask{}).line(tt.a, tt.u); got != tt.text {
+		if got := (&client{}).line(tt.a, tt.u); got != tt.text {
 			t.Errorf("text: %q, want %q", got, tt.text)
 		}
-		if got := (&ask{request: request{JSON: true}}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+		if got := (&client{rpcRequest: rpcRequest{JSON: true}}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
 			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}
@@ -293,7 +293,7 @@ func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
 	for range cap(w.lines) + 7 {
 		l.Print("[INFO] nobody reads this") // must not block
 	}
-	if n := w.lost.Load(); n != 7 {
+	if n := w.dropped.Load(); n != 7 {
 		t.Errorf("%d lines counted as lost, want 7", n)
 	}
 }
