@@ -1334,15 +1334,23 @@ func (n *node) members(after string, limit int) (ms []Member) {
 	return ms
 }
 
-// info is what this node knows of itself: key, value; and so on.
-func (n *node) info() []any {
+// info is what this node knows of itself: group, key, value; and so on.
+func (n *node) info() (facts []string) {
+	add := func(key string, value any) { facts = append(facts, "serf", key, fmt.Sprint(value)) }
+	members := n.members("", maxMembers)
 	count := make(map[Status]int)
-	ms := n.members("", maxMembers)
-	for _, m := range ms {
+	for _, m := range members {
 		count[m.Status]++
 	}
-	return []any{"cut_off", n.detector.isolated, "event_time", n.broadcasts.events.lamport, "failed", count[statusFailed], "left", count[statusLeft],
-		"members", len(ms), "seeds", strings.Join(n.seeds, ","), "seeds_error", strings.Join(n.joining.errs, "; ")}
+
+	add("cut_off", n.detector.isolated)
+	add("event_time", n.broadcasts.events.lamport)
+	add("failed", count[statusFailed])
+	add("left", count[statusLeft])
+	add("members", len(members))
+	add("seeds", strings.Join(n.seeds, ","))
+	add("seeds_error", strings.Join(n.joining.errs, "; "))
+	return facts
 }
 
 // ---- heartbeats ----

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -96,7 +97,7 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 // newHandler takes "script" or "event[,event...]=script" apart.
 func newHandler(spec, shell string) (*handler, error) {
 	events, script, found := strings.Cut(spec, "=")
-	h := &handler{spec: oneLine(spec), events: strings.Split(events, ","), script: script}
+	h := &handler{spec: oneLine(spec), last: "never", events: strings.Split(events, ","), script: script}
 	bad := checkEvents(h.events)
 	if !found && bad == nil { // a forgotten script, or a list that was cut at its commas: run, it would only fail later
 		return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
@@ -209,11 +210,33 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// state is how many events wait, how many were dropped, and how the last run ended.
-func (h *handler) state() (waiting, lost int, last string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.queue), h.droppedTotal, cmp.Or(h.last, "never")
+// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME, and the
+// values of equal ones stand side by side.
+func (hs *handlers) info() (facts []string) {
+	const group = "event_handlers"
+	place := make(map[string]int) // of each key's value
+	add := func(key, value string) {
+		if i, ok := place[key]; ok {
+			facts[i] += ", " + value
+			return
+		}
+		place[key] = len(facts) + 2
+		facts = append(facts, group, key, value)
+	}
+	for _, h := range hs.all {
+		for _, ev := range h.events {
+			kind, name, _ := strings.Cut(ev, ":")
+			add(kind+":"+name, h.script)
+		}
+
+		events := strings.Join(h.events, ",")
+		h.mu.Lock()
+		add(events+" waiting", strconv.Itoa(len(h.queue)))
+		add(events+" dropped", strconv.Itoa(h.droppedTotal))
+		add(events+" last run", h.last)
+		h.mu.Unlock()
+	}
+	return facts
 }
 
 // work runs what is queued, until that is nothing. Late, nobody wants the answer to a query.

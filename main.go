@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -52,14 +53,15 @@ const (
 
 // failure is an error as a user reads it.
 type failure struct {
-	msg, hint string
+	msg       string
+	hint      string
 	code      int  // exit status: 1, or 2 for wrong usage
-	again     bool // the same may work a little later
+	retriable bool // the same may work a little later
 }
 
 func (f *failure) Error() string { return f.msg }
 
-// failf is a failure of what was asked for, misuse one of how.
+// failf makes a failure of what was asked for, usagef one of how it was asked.
 func failf(hint, format string, args ...any) error {
 	return &failure{msg: fmt.Sprintf(format, args...), hint: hint, code: 1}
 }
@@ -69,15 +71,21 @@ func usagef(hint, format string, args ...any) error {
 }
 
 func main() {
-	if err := execute(append(os.Args[1:], "")[0], os.Args[min(2, len(os.Args)):]); err != nil {
+	args := os.Args[1:]
+	if len(args) == 0 {
+		args = []string{""}
+	}
+	if err := execute(args[0], args[1:]); err != nil {
 		exit(err)
 	}
 }
 
-// exit tells err, and ends the program.
+// exit reports err, and ends the program.
 func exit(err error) {
-	f, _ := errors.AsType[*failure](err)
-	f = cmp.Or(f, &failure{code: 1})
+	f, ok := errors.AsType[*failure](err)
+	if !ok {
+		f = &failure{code: 1}
+	}
 	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(err.Error(), "\n\t"))
 	if f.hint != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", printable(f.hint, "\n\t"))
@@ -85,221 +93,259 @@ func exit(err error) {
 	os.Exit(f.code)
 }
 
+// execute runs the command of that name.
 func execute(name string, args []string) error {
 	switch name {
 	case "":
-		return cmp.Or(output(help()), usagef("", "no command given"))
+		if err := output(help()); err != nil {
+			return err
+		}
+		return usagef("", "no command given")
 	case "help", "-h", "-help", "--help":
 		if len(args) == 0 || args[0] == "help" {
 			return output(help())
 		}
-		name, args = args[0], []string{"-h"}
+		name = args[0]
+		args = []string{"-h"}
 	case "-v", "-version", "--version":
 		name = "version"
 	}
-	for _, c := range commands {
+
+	var names []string
+	for _, c := range commands() {
 		if c.name == name {
 			return c.execute(args)
 		}
+		names = append(names, c.name)
+	}
+	if advice := serfAdvice(name); advice != "" {
+		return usagef("", "hamlet has no %s: %s", name, advice)
 	}
 	hint := fmt.Sprintf("'%s help' lists the commands; '%s agent' starts a node", prog, prog)
-	return cmp.Or(serfWord(name), usagef(hint, "there is no command %q", name))
+	if near := nearest(name, names); near != "" {
+		hint = fmt.Sprintf("did you mean '%s %s'? %s", prog, near, hint)
+	}
+	return usagef(hint, "there is no command %q", name)
 }
 
 // ---- commands and options ----
 
-// command is one command; its options and its run share variables.
+// command is one command. Its define declares the options on fs, and returns what runs the command once they are set,
+// with its arguments.
 type command struct {
-	name, args, short string
-	examples          string // {} stands for the program's name
-	options           options
-	run               func(*flag.FlagSet) error
+	name     string
+	args     string // what follows the options: WORD, [WORD] or WORD...
+	short    string
+	examples string // {} stands for the program's name
+	define   func(fs *flag.FlagSet) (run func(args []string) error)
 }
 
-type options []func(*flag.FlagSet)
-
-// One command runs in a process: these take its options.
-var (
-	theAgent  = &agent{tags: make(map[string]string)}
-	theClient = &client{filter: make(filter), tags: make(map[string]string)}
-)
-
 // commands are all commands, in the order in which help lists them.
-var commands = []*command{
-	{"agent", "", "runs a node until it is told to stop", `  {} agent
-  {} agent -join 10.0.2.15
-  {} agent -node web1 -role web -join seed1.example.com,seed2
-  {} agent -log-level=debug -event-handler=./handler.sh
-  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
-  {} agent -event-handler 'query:load=uptime'
-  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
-
-Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
-Lists are split on commas, or on newlines if there are any. A flag wins.
-
-SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
-others see this node fail. A second signal ends at once, with exit status 1.
-SIGHUP does nothing.
-`, options{theAgent.options}, theAgent.run},
-	{"members", "", "lists the members of the cluster", `  {} members                                list all members
-  {} members -status alive -tag role=web    the living ones with a tag
-  {} members -name 'db[0-9]+' -format json
-  {} members -wait 3 -timeout 20s           wait until three are alive
-`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
-		fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", theClient.filter.set("status="))
-		fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", theClient.filter.set("name="))
-		fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", theClient.filter.set("tag "))
-		fs.Func("role", "the same as -tag role=`RE`", theClient.filter.set("tag role="))
-		fs.Bool("detailed", false, "has no effect: it is Serf's")
-		fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
-			"exit status 1 if it took too long", number(&theClient.count))
-		fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&theClient.timeout))
-	}}, theClient.members},
-	{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
-  {} watch -event member-failed,user:deploy
-  {} watch -format json      one object a line, for programs
-  {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
-		fs.StringVar(&theClient.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-			"who is there at the start")
-		fs.Func("n", "end after `N` events, not counting who is there at first", number(&theClient.count))
-		fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&theClient.timeout))
-	}}, theClient.watch},
-	{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
-  {} query -tag role=db master
-  {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
-		theClient.Timeout = 15 * time.Second
-		fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
-			theClient.nodes = append(theClient.nodes, name)
-			return validName(name) // an empty one would be nobody, and so ask all
-		})
-		fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", theClient.filter.set("tag "))
-		fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&theClient.Timeout))
-		fs.BoolVar(&theClient.noAck, "no-ack", false, "do not show who has the query")
-	}}, theClient.query},
-	{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-		options{theClient.rpcOptions, theClient.formatOption}, func(fs *flag.FlagSet) error { return theClient.doAndPrint(fs, rpcTimeout, "") }},
-	{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
-  {} tags -set health=ok -set zone=b -delete state
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-		fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(theClient.tags, ""))
-		fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
-			if key == "" || strings.Contains(key, "=") {
-				return errors.New("want KEY, such as state")
-			}
-			theClient.DeleteTags = strings.TrimPrefix(theClient.DeleteTags+"\x00"+key, "\x00")
-			return nil
-		})
-	}}, theClient.setTags},
-	{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
-  {} event deploy 3f2c1aa       with a payload, the handlers' input
-  {} event -coalesce=false log "$(uptime)"
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-		fs.BoolVar(&theClient.Coalesce, "coalesce", true, "of events of one name that wait, run only the last")
-	}}, func(fs *flag.FlagSet) error {
-		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), theClient.Coalesce)
-		return theClient.doAndPrint(fs, rpcTimeout, done)
-	}},
-	{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
-  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-		fs.BoolVar(&theClient.Replay, "replay", false, "run handlers for the remembered events of that cluster")
-	}}, theClient.join},
-	{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{theClient.rpcOptions},
-		func(fs *flag.FlagSet) error {
-			return theClient.doAndPrint(fs, slowTimeout, "Graceful leave complete\n")
-		}},
-	{"force-leave", "NAME", "turns a failed member into one that left",
-		`  {} force-leave web3           a failed member counts as left, everywhere
-  {} force-leave -prune web3    it vanishes from the list
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-			fs.BoolVar(&theClient.Prune, "prune", false, "forget the member altogether")
-		}}, func(fs *flag.FlagSet) error { return theClient.doAndPrint(fs, rpcTimeout, "") }},
-	{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
-		func(*flag.FlagSet) error {
-			key := make([]byte, keySize)
-			rand.Read(key) // never fails
-			return output(base64.StdEncoding.EncodeToString(key) + "\n")
-		}},
-	{"version", "", "prints the version", "  {} version\n", nil,
-		func(*flag.FlagSet) error {
-			return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
-		}},
+func commands() []command {
+	return []command{
+		{"agent", "", "runs a node until it is told to stop", agentExamples, agentCommand},
+		{"members", "", "lists the members of the cluster", membersExamples, membersCommand},
+		{"watch", "", "shows who is there, and then what happens, as it happens", watchExamples, watchCommand},
+		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", queryExamples, queryCommand},
+		{"info", "", "shows what the agent knows of itself", infoExamples, infoCommand},
+		{"tags", "", "changes the tags of the running agent", tagsExamples, tagsCommand},
+		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", eventExamples, eventCommand},
+		{"join", "ADDR...", "makes the agent join the cluster of another node", joinExamples, joinCommand},
+		{"leave", "", "makes the agent leave the cluster and stop", leaveExamples, leaveCommand},
+		{"force-leave", "NAME", "turns a failed member into one that left", forceLeaveExamples, forceLeaveCommand},
+		{"keygen", "", "prints a new key for -encrypt", keygenExamples, keygenCommand},
+		{"version", "", "prints the version", versionExamples, versionCommand},
+	}
 }
 
 // execute sets the options from args, and runs the command.
-func (c *command) execute(args []string) error {
+func (c command) execute(args []string) error {
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
-	fs.SetOutput(io.Discard) // errors are told by exit
-	for _, define := range c.options {
-		define(fs)
-	}
-	err := cmp.Or(fs.Parse(args), c.checkArgs(fs))
-	_, unknown, _ := strings.Cut(fmt.Sprint(err), "not defined: ")
-	switch {
-	case errors.Is(err, flag.ErrHelp):
+	run := c.define(fs)
+	operands, err := parseArgs(fs, args)
+	if errors.Is(err, flag.ErrHelp) {
 		return output(c.help(fs))
-	case err != nil:
-		return cmp.Or(serfWord(unknown), wrongUsage(c.name, err))
 	}
+	if err == nil {
+		err = c.checkOperands(operands)
+	}
+	if err != nil {
+		return wrongUsage(c.name, err)
+	}
+
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
 		signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
-		go func() { <-quit; os.Exit(128 + int(syscall.SIGQUIT)) }()
+		go func() {
+			<-quit
+			os.Exit(128 + int(syscall.SIGQUIT))
+		}()
 	}
-	return c.run(fs)
+	return run(operands)
 }
 
-// checkArgs compares the arguments with what the command takes: WORD, [WORD] or WORD...
-func (c *command) checkArgs(fs *flag.FlagSet) error {
-	takes := strings.Fields(c.args)
-	if fs.NArg() == 0 && len(takes) > 0 {
-		return fmt.Errorf("%s is missing", c.args)
-	}
-	for i, arg := range fs.Args() {
-		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-		if strings.HasPrefix(arg, "-") && fs.Lookup(name) != nil {
-			return fmt.Errorf("%q stands behind the arguments: options come before the name", arg)
-		} else if i >= len(takes) && !strings.HasSuffix(c.args, "...") {
-			if _, err := parseKeys(strings.Split(arg, ",")); err == nil {
-				arg = "(a key)" // which is never shown
+// parseArgs sets options wherever they stand, and returns all other arguments. Behind an argument, what looks like an
+// option and is none is an argument, too: a payload may be "-5". After "--" nothing is an option.
+func parseArgs(fs *flag.FlagSet, args []string) (operands []string, err error) {
+	for len(args) > 0 {
+		arg := args[0]
+		args = args[1:]
+		if arg == "--" {
+			return append(operands, args...), nil
+		}
+		name, value, hasValue := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
+		option := fs.Lookup(name)
+		looksLikeOption := len(arg) > 1 && arg[0] == '-'
+		if !looksLikeOption || option == nil && len(operands) > 0 {
+			operands = append(operands, arg)
+			continue
+		}
+		if option == nil {
+			return nil, unknownOption(fs, name)
+		}
+
+		if !hasValue {
+			value = "true"
+			if !isSwitch(option) {
+				if len(args) == 0 {
+					return nil, fmt.Errorf("-%s needs a value", name)
+				}
+				value = args[0]
+				args = args[1:]
 			}
-			return fmt.Errorf("unexpected argument %q", arg)
+		}
+		if err := setOption(fs, name, value); err != nil {
+			return nil, err
 		}
 	}
+	return operands, nil
+}
+
+// isSwitch reports whether an option stands without a value.
+func isSwitch(option *flag.Flag) bool {
+	b, ok := option.Value.(interface{ IsBoolFlag() bool })
+	return ok && b.IsBoolFlag()
+}
+
+// setOption sets an option of fs, and says what is wrong with its value.
+func setOption(fs *flag.FlagSet, name, value string) error {
+	err := fs.Set(name, value)
+	if err != nil && isSwitch(fs.Lookup(name)) {
+		err = errors.New("want true or false")
+	}
+	if err != nil {
+		return fmt.Errorf("invalid value %q for -%s: %w", value, name, err)
+	}
 	return nil
+}
+
+func unknownOption(fs *flag.FlagSet, name string) error {
+	if name == "h" || name == "help" {
+		return flag.ErrHelp
+	}
+	if advice := serfAdvice("-" + name); advice != "" {
+		return usagef("", "hamlet has no -%s: %s", name, advice)
+	}
+	var names []string
+	fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
+	if near := nearest(name, names); near != "" {
+		return fmt.Errorf("there is no option -%s; did you mean -%s?", name, near)
+	}
+	return fmt.Errorf("there is no option -%s", name)
+}
+
+// checkOperands compares the arguments with what the command takes.
+func (c command) checkOperands(operands []string) error {
+	takes := strings.Fields(c.args)
+	if len(operands) == 0 && len(takes) > 0 {
+		return fmt.Errorf("%s is missing", c.args)
+	}
+	if len(operands) <= len(takes) || strings.HasSuffix(c.args, "...") {
+		return nil
+	}
+	extra := operands[len(takes)]
+	if _, err := parseKeys(strings.Split(extra, ",")); err == nil {
+		extra = "(a key)" // which is never shown
+	}
+	return fmt.Errorf("unexpected argument %q", extra)
 }
 
 func wrongUsage(command string, err error) error {
-	text := strings.Replace(err.Error(), "parse error", "want true or false", 1) // as package flag says it of a bool
-	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %s", command, text)
+	if _, ok := errors.AsType[*failure](err); ok {
+		return err
+	}
+	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %v", command, err)
 }
 
-// serfWords is what to do instead of what Serf has and hamlet has not.
-var serfWords = map[string]string{
-	"-snapshot -rejoin":        "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found",
-	"-config-file -config-dir": "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN",
-	"-profile":                 "there is one timing, for LAN and WAN alike",
-	"-discover -mdns-iface -mdns-disable-ipv4 -mdns-disable-ipv6": "name the seeds with -join: one DNS name will do",
-	"-keyring-file": "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
-	"-tags-file":    "give tags with -tag or HAMLET_TAG, and change them with the tags command",
-	"-syslog":       "the log goes to stderr: let systemd or 'logger' take it",
-	"-protocol -broadcast-timeout -disable-compression -relay-factor": "leave it out: there is nothing of it to set",
-	"keys":         "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW",
-	"reachability": "every member is looked at all the time: see 'members' and 'info'",
-	"rtt":          "there are no network coordinates: use ping",
-	"monitor":      "'watch' streams events, and the log is the agent's stderr",
-}
-
-// serfWord is the error for a word of Serf's; nil: it is none.
-func serfWord(word string) error {
-	for words, advice := range serfWords {
-		if slices.Contains(strings.Fields(words), word) {
-			return usagef("", "%s has no %s: %s", prog, word, advice)
+// nearest is the word of a list that was probably meant by word, which is not in it: at most two letters differ, and
+// fewer than half. It is "" where none is near.
+func nearest(word string, list []string) string {
+	best := ""
+	least := min(2, (len(word)-1)/2)
+	for _, candidate := range list {
+		if d := editDistance(word, candidate); d <= least && (best == "" || d < editDistance(word, best)) {
+			best = candidate
 		}
 	}
-	return nil
+	return best
+}
+
+// editDistance counts the letters to insert, delete, change or swap with the next one that lead from a to b (Damerau and
+// Levenshtein, the restricted form).
+func editDistance(a, b string) int {
+	d := make([][]int, len(a)+1)
+	for i := range d {
+		d[i] = make([]int, len(b)+1)
+		d[i][0] = i
+	}
+	for j := range b {
+		d[0][j+1] = j + 1
+	}
+	for i := range a {
+		for j := range b {
+			change := 1
+			if a[i] == b[j] {
+				change = 0
+			}
+			d[i+1][j+1] = min(d[i][j+1]+1, d[i+1][j]+1, d[i][j]+change)
+			swapped := i > 0 && j > 0 && a[i] == b[j-1]
+			if swapped && a[i-1] == b[j] {
+				d[i+1][j+1] = min(d[i+1][j+1], d[i-1][j-1]+1)
+			}
+		}
+	}
+	return d[len(a)][len(b)]
+}
+
+// serfAdvice is what to do instead of what Serf has and hamlet has not; "": it is no such word.
+func serfAdvice(word string) string {
+	switch word {
+	case "-snapshot", "-rejoin":
+		return "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found"
+	case "-config-file", "-config-dir":
+		return "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN"
+	case "-profile":
+		return "there is one timing, for LAN and WAN alike"
+	case "-discover", "-mdns-iface", "-mdns-disable-ipv4", "-mdns-disable-ipv6":
+		return "name the seeds with -join: one DNS name will do"
+	case "-keyring-file":
+		return "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens"
+	case "-tags-file":
+		return "give tags with -tag or HAMLET_TAG, and change them with the tags command"
+	case "-syslog":
+		return "the log goes to stderr: let systemd or 'logger' take it"
+	case "-protocol", "-broadcast-timeout", "-disable-compression", "-relay-factor":
+		return "leave it out: there is nothing of it to set"
+	case "keys":
+		return "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW"
+	case "reachability":
+		return "every member is looked at all the time: see 'members' and 'info'"
+	case "rtt":
+		return "there are no network coordinates: use ping"
+	case "monitor":
+		return "'watch' streams events, and the log is the agent's stderr"
+	}
+	return ""
 }
 
 func help() string {
@@ -312,43 +358,67 @@ func help() string {
 
 Commands:
 `
-	for _, c := range commands {
+	for _, c := range commands() {
 		text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
 	}
 	text += "\n'{} help COMMAND' shows how to use a command, and its options.\n"
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-func (c *command) help(fs *flag.FlagSet) string {
-	var b strings.Builder
-	fs.SetOutput(&b)
+func (c command) help(fs *flag.FlagSet) string {
+	var list strings.Builder
+	fs.SetOutput(&list)
 	fs.PrintDefaults()
-	usage, list := c.name, b.String()
-	if list != "" {
-		usage, list = usage+" [OPTION...]", "\n"+list
+
+	usage := c.name
+	if list.Len() > 0 {
+		usage += " [OPTION...]"
 	}
-	text := c.examples + "\nUsage: {} " + strings.TrimSpace(usage+" "+c.args) + "\n" + list
+	if c.args != "" {
+		usage += " " + c.args
+	}
+	text := "Usage: {} " + usage + "\n\n" + c.examples
+	if list.Len() > 0 {
+		text += "\n" + list.String()
+	}
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-// number, duration and setTag, and set of a filter, make what takes the text of an option.
-func number(n *int) func(string) error {
-	return func(s string) error {
+// numberOption defines an option that takes a number of 0 or more.
+func numberOption(fs *flag.FlagSet, n *int, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
 		u, err := strconv.ParseUint(s, 10, 31)
-		if *n = int(u); err != nil {
+		if err != nil {
 			return errors.New("want a number, 0 or more")
 		}
+		*n = int(u)
 		return nil
-	}
+	})
 }
 
-func duration(d *time.Duration) func(string) error {
-	return func(s string) (err error) {
-		if *d, err = time.ParseDuration(s); err != nil || *d <= 0 {
+// durationOption defines an option that takes a duration above 0.
+func durationOption(fs *flag.FlagSet, d *time.Duration, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
+		parsed, err := time.ParseDuration(s)
+		if err != nil || parsed <= 0 {
 			return errors.New("want a duration, such as 500ms, 20s or 10m")
 		}
+		*d = parsed
 		return nil
-	}
+	})
+}
+
+// formatOption defines -format, and returns whether JSON is wanted.
+func formatOption(fs *flag.FlagSet) (asJSON *bool) {
+	asJSON = new(bool)
+	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
+		if s != "json" && s != "text" {
+			return errors.New("want text or json")
+		}
+		*asJSON = s == "json"
+		return nil
+	})
+	return asJSON
 }
 
 // setTag returns the way to take KEY=VALUE, or what is missing of it after a prefix.
@@ -357,7 +427,8 @@ func setTag(tags map[string]string, prefix string) func(string) error {
 		k, v, ok := strings.Cut(prefix+s, "=")
 		if !ok {
 			return errors.New("want KEY=VALUE, such as role=web")
-		} else if old := cmp.Or(tags[k], v); k == "role" && old != v {
+		}
+		if old := tags[k]; k == "role" && old != "" && old != v {
 			return fmt.Errorf("the role is %q already", old)
 		}
 		tags[k] = v
@@ -394,123 +465,352 @@ func printable(s, keep string) string {
 	return strings.NewReplacer(undo...).Replace(q[1 : len(q)-1])
 }
 
-// pairs is a JSON object: key, value, key, value.
-type pairs []any
+// toJSON lays v out as Serf does, indented by two blanks.
+func toJSON(v any) string { return marshal(v, "  ") }
 
-// toJSON lays v out as Serf does, where nl is what begins a line, or (nl "") in one line. Not with encoding/json:
-// that leaves DEL and the C1 controls as they are, and a terminal would obey them.
-func toJSON(v any, nl string) string {
-	inner, brackets := strings.Replace(nl, "\n", "\n  ", 1), "[]"
-	var items []string
-	switch v := v.(type) {
-	case string:
-		return jsonString(v)
-	case []any:
-		for _, x := range v {
-			items = append(items, toJSON(x, inner))
-		}
-	case pairs:
-		brackets = "{}"
-		for kv := range slices.Chunk(v, 2) {
-			items = append(items, jsonString(kv[0].(string))+": "+toJSON(kv[1], inner))
-		}
-	default:
-		return fmt.Sprint(v)
-	}
-	if len(items) == 0 {
-		return brackets
-	}
-	return brackets[:1] + inner + strings.Join(items, ","+cmp.Or(inner, " ")) + nl + brackets[1:]
+// toJSONLine lays v out on one line.
+func toJSONLine(v any) string {
+	// Newlines and tabs inside strings are escaped, so these stand between values.
+	lines := strings.ReplaceAll(marshal(v, "\t"), "\t", "")
+	return strings.NewReplacer(",\n", ", ", "\n", "").Replace(lines) + "\n"
 }
 
-func jsonString(s string) string {
+func marshal(v any, indent string) string {
 	var b strings.Builder
-	for _, r := range strings.NewReplacer(`"`, `\"`, `\`, `\\`, "\n", `\n`).Replace(s) {
-		if unicode.IsGraphic(r) {
-			b.WriteRune(r) // broken UTF-8 has become U+FFFD
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", indent)
+	if err := enc.Encode(v); err != nil {
+		panic(err) // strings, numbers and maps of them always encode
+	}
+
+	// A terminal obeys DEL and the C1 controls, and bidi marks hide things. They stand inside strings only.
+	var safe strings.Builder
+	for _, r := range b.String() {
+		if unicode.IsGraphic(r) || r == '\n' || r == '\t' {
+			safe.WriteRune(r)
 			continue
 		}
 		for _, u := range utf16.AppendRune(nil, r) {
-			fmt.Fprintf(&b, `\u%04x`, u)
+			fmt.Fprintf(&safe, `\u%04x`, u)
 		}
 	}
-	return `"` + b.String() + `"`
+	return safe.String()
 }
 
 // ---- the commands that ask a running agent ----
 
-// client is what a command asks of its agent, and how its user wants to see the answer.
+// client is how a command reaches its agent.
 type client struct {
-	rpcRequest
-	addr, token string // of the agent's RPC
-	filter      filter
-	tags        map[string]string // to set
-	nodes       []string          // to ask
-	events      string            // to show
-	count       int               // how many members, or events, to wait for
-	timeout     time.Duration
-	noAck       bool
+	addr  string // of the agent's RPC
+	token string
 }
 
-func (q *client) rpcOptions(fs *flag.FlagSet) {
-	variable := func(name string) string { return cmp.Or(os.Getenv("SERF_"+name), os.Getenv("HAMLET_"+name)) }
-	fs.StringVar(&q.addr, "rpc-addr", cmp.Or(variable("RPC_ADDR"), defaultRPC),
-		"`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
-	fs.StringVar(&q.token, "rpc-auth", "", "the `TOKEN` that it asks for, or SERF_RPC_AUTH")
-	q.token = variable("RPC_AUTH") // and no default, which help would show
+// rpcOptions defines the options that say where the agent is.
+func rpcOptions(fs *flag.FlagSet) *client {
+	addr := os.Getenv("SERF_RPC_ADDR")
+	if addr == "" {
+		addr = defaultRPC
+	}
+	c := &client{}
+	fs.StringVar(&c.addr, "rpc-addr", addr, "`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
+	fs.StringVar(&c.token, "rpc-auth", "", "the `TOKEN` that it asks for, or SERF_RPC_AUTH")
+	c.token = os.Getenv("SERF_RPC_AUTH") // not as a default, which help would show
+	return c
 }
 
-func (q *client) formatOption(fs *flag.FlagSet) {
-	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
-		if q.JSON = s == "json"; !q.JSON && s != "text" {
-			return errors.New("want text or json")
+// call asks the agent and calls each with each response; see callRPC.
+func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
+	addr, err := rpcAddr(c.addr)
+	if err != nil {
+		return err
+	}
+	return callRPC(addr, c.token, req, timeout, each)
+}
+
+// tell has the agent do something, and then prints that it is done.
+func (c *client) tell(req rpcRequest, timeout time.Duration, done string) error {
+	return c.call(req, timeout, func(rpcResponse, []update) error { return output(done) })
+}
+
+// argument is the i-th of the arguments, or "".
+func argument(args []string, i int) string {
+	if i < len(args) {
+		return args[i]
+	}
+	return ""
+}
+
+const infoExamples = `  {} info
+  {} info -format json
+`
+
+func infoCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+
+	return func([]string) error {
+		var facts []string
+		err := agent.call(rpcRequest{Op: "info"}, rpcTimeout, func(a rpcResponse, _ []update) error {
+			facts = append(facts, splitNUL(a.Text)...)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if *asJSON {
+			return output(infoJSON(facts))
+		}
+		return output(infoText(facts))
+	}
+}
+
+// infoText shows facts: group, key, value; and so on.
+func infoText(facts []string) string {
+	var b strings.Builder
+	group := ""
+	for fact := range slices.Chunk(facts, 3) {
+		if fact[0] != group {
+			group = fact[0]
+			fmt.Fprintf(&b, "%s:\n", printable(group, ""))
+		}
+		if fact[1] != "" {
+			fmt.Fprintf(&b, "\t%s = %s\n", printable(fact[1], ""), printable(fact[2], ""))
+		}
+	}
+	return b.String()
+}
+
+func infoJSON(facts []string) string {
+	groups := make(map[string]map[string]string)
+	for fact := range slices.Chunk(facts, 3) {
+		group := groups[fact[0]]
+		if group == nil {
+			group = make(map[string]string)
+			groups[fact[0]] = group
+		}
+		if fact[1] != "" {
+			group[fact[1]] = fact[2]
+		}
+	}
+	return toJSON(groups)
+}
+
+const tagsExamples = `  {} tags -set state=drain
+  {} tags -set health=ok -set zone=b -delete state
+`
+
+func tagsCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	set := make(map[string]string)
+	var remove []string
+	fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(set, ""))
+	fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+		if key == "" || strings.Contains(key, "=") {
+			return errors.New("want KEY, such as state")
+		}
+		remove = append(remove, key)
+		return nil
+	})
+
+	return func([]string) error {
+		tags, err := makeTags(set)
+		if err != nil {
+			return usagef("", "-set: %v", err)
+		}
+		if len(set)+len(remove) == 0 {
+			return usagef("for example: -set state=drain", "nothing to change: give -set or -delete")
+		}
+		req := rpcRequest{Op: "tags", Args: string(tags), DeleteTags: strings.Join(remove, "\x00")}
+		return agent.tell(req, rpcTimeout, "Successfully updated agent tags\n")
+	}
+}
+
+const eventExamples = `  {} event deploy
+  {} event deploy 3f2c1aa       with a payload, the handlers' input
+  {} event -coalesce=false log "$(uptime)"
+`
+
+func eventCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	coalesce := fs.Bool("coalesce", true, "of events of one name that wait, run only the last")
+
+	return func(args []string) error {
+		req := rpcRequest{Op: "event", Name: args[0], Payload: []byte(argument(args, 1)), Coalesce: *coalesce}
+		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(args[0], ""), *coalesce)
+		return agent.tell(req, rpcTimeout, done)
+	}
+}
+
+const joinExamples = `  {} join 10.0.2.15
+  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
+`
+
+func joinCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	replay := fs.Bool("replay", false, "run handlers for the remembered events of that cluster")
+
+	return func(addrs []string) error {
+		if err := checkAddrs(addrs); err != nil {
+			return usagef("", "join: %v", err)
+		}
+		req := rpcRequest{Op: "join", Args: strings.Join(addrs, "\x00"), Replay: *replay}
+		return agent.call(req, slowTimeout, func(a rpcResponse, _ []update) error {
+			return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
+		})
+	}
+}
+
+const leaveExamples = "  {} leave\n"
+
+func leaveCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+
+	return func([]string) error {
+		return agent.tell(rpcRequest{Op: "leave"}, slowTimeout, "Graceful leave complete\n")
+	}
+}
+
+const forceLeaveExamples = `  {} force-leave web3           a failed member counts as left, everywhere
+  {} force-leave -prune web3    it vanishes from the list
+`
+
+func forceLeaveCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	prune := fs.Bool("prune", false, "forget the member altogether")
+
+	return func(args []string) error {
+		return agent.tell(rpcRequest{Op: "force-leave", Name: args[0], Prune: *prune}, rpcTimeout, "")
+	}
+}
+
+const keygenExamples = `  {} keygen
+  HAMLET_ENCRYPT=$({} keygen) {} agent
+`
+
+func keygenCommand(*flag.FlagSet) func([]string) error {
+	return func([]string) error {
+		key := make([]byte, keySize)
+		rand.Read(key) // never fails
+		return output(base64.StdEncoding.EncodeToString(key) + "\n")
+	}
+}
+
+const versionExamples = "  {} version\n"
+
+func versionCommand(*flag.FlagSet) func([]string) error {
+	return func([]string) error {
+		return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+	}
+}
+
+// ---- members ----
+
+const membersExamples = `  {} members                                list all members
+  {} members -status alive -tag role=web    the living ones with a tag
+  {} members -name 'db[0-9]+' -format json
+  {} members -wait 3 -timeout 20s           wait until three are alive
+`
+
+func membersCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+	filter := make(memberFilter)
+	var wait int
+	var timeout time.Duration
+	fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", filter.set("status="))
+	fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", filter.set("name="))
+	fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
+	fs.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
+	fs.Bool("detailed", false, "has no effect: it is Serf's")
+	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+		"exit status 1 if it took too long")
+	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait (default: for ever)")
+
+	return func([]string) error {
+		if timeout > 0 && wait == 0 {
+			return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
+		}
+		status := filter["status"]
+		if wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
+			return usagef("", "-wait counts the living, and -status leaves them out")
+		}
+		members, err := agent.waitForMembers(filter, wait, timeout)
+		if err != nil {
+			return err
+		}
+		if *asJSON {
+			return output(membersJSON(members))
+		}
+		return output(membersText(members))
+	}
+}
+
+// members asks for the members that match filter.
+func (c *client) members(filter memberFilter, timeout time.Duration) (members []Member, err error) {
+	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
+		for _, u := range us {
+			if filter.matches(u.Member) {
+				members = append(members, u.Member)
+			}
 		}
 		return nil
 	})
+	return members, err
 }
 
-func (q *client) call(op string, timeout time.Duration, each func(rpcResponse, []update) error) error {
-	addr, err := rpcAddr(q.addr)
-	if q.Op = op; err != nil {
-		return err
+// waitForMembers asks for the members that match filter until wait of them are alive, or timeout (0: none) is over.
+func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]Member, error) {
+	const pause = 100 * ms
+	if timeout == 0 {
+		timeout = math.MaxInt64
 	}
-	return callRPC(addr, q.token, q.rpcRequest, timeout, each)
-}
+	deadline := time.Now().Add(timeout)
+	var tooFew error // what the last answer lacked
+	for {
+		members, err := c.members(filter, min(rpcTimeout, max(time.Until(deadline), pause)))
+		living := aliveNames(members)
+		if err == nil && len(living) >= wait {
+			return members, nil
+		}
+		if wait == 0 {
+			return nil, err
+		}
+		if f, ok := errors.AsType[*failure](err); err != nil && !(ok && f.retriable) {
+			return nil, err
+		}
 
-// doAndPrint has the agent do what the command is called, and shows the text of the answer or, where there is none, that it
-// is done.
-func (q *client) doAndPrint(fs *flag.FlagSet, timeout time.Duration, done string) error {
-	q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
-	return q.call(fs.Name(), timeout, func(a rpcResponse, _ []update) error {
-		return output(cmp.Or(printable(a.Text, "\n\t"), done))
-	})
-}
-
-func (q *client) join(fs *flag.FlagSet) error {
-	if err := checkAddrs(fs.Args()); err != nil {
-		return usagef("", "join: %v", err)
+		if err == nil {
+			names := "none"
+			if len(living) > 0 {
+				names = strings.Join(living, ", ")
+			}
+			tooFew = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
+		}
+		if time.Until(deadline) <= pause && tooFew != nil {
+			return nil, tooFew
+		}
+		if time.Until(deadline) <= pause {
+			return nil, err
+		}
+		time.Sleep(pause)
 	}
-	q.Args = strings.Join(fs.Args(), "\x00")
-	return q.call("join", slowTimeout, func(a rpcResponse, _ []update) error {
-		return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
-	})
 }
 
-func (q *client) setTags(fs *flag.FlagSet) error {
-	tags, err := makeTags(q.tags)
-	if q.Args = string(tags); err != nil {
-		return usagef("", "-set: %v", err)
-	} else if q.Args+q.DeleteTags == "" {
-		return usagef("for example: -set state=drain", "nothing to change: give -set or -delete")
+func aliveNames(members []Member) (names []string) {
+	for _, m := range members {
+		if m.Status == statusAlive {
+			names = append(names, m.Name)
+		}
 	}
-	return q.doAndPrint(fs, rpcTimeout, "Successfully updated agent tags\n")
+	return names
 }
 
-// filter is what members must match, by field: "name", "status", or a tag as "tag KEY".
-type filter map[string]*regexp.Regexp
+// memberFilter is what members must match, by field: "name", "status", or a tag as "tag KEY".
+type memberFilter map[string]*regexp.Regexp
 
 // set returns the way to take FIELD=RE, or what is missing of it after a prefix.
-func (f filter) set(prefix string) func(string) error {
+func (f memberFilter) set(prefix string) func(string) error {
 	return func(s string) error {
 		field, re, ok := strings.Cut(prefix+s, "=")
 		if !ok {
@@ -525,7 +825,7 @@ func (f filter) set(prefix string) func(string) error {
 	}
 }
 
-func (f filter) matches(m Member) bool {
+func (f memberFilter) matches(m Member) bool {
 	fields := map[string]string{"name": m.Name, "status": m.Status.String()}
 	for k, v := range m.Tags.asMap() {
 		fields["tag "+k] = v
@@ -538,58 +838,12 @@ func (f filter) matches(m Member) bool {
 	return true
 }
 
-// matchingMembers asks for the members that are meant; living are the names of those that are alive.
-func (q *client) matchingMembers(timeout time.Duration) (ms []Member, living []string, err error) {
-	err = q.call("members", timeout, func(_ rpcResponse, us []update) error {
-		for _, u := range us {
-			m := u.Member
-			if !q.filter.matches(m) || len(q.nodes) > 0 && !slices.Contains(q.nodes, m.Name) {
-				continue
-			}
-			if ms = append(ms, m); m.Status == statusAlive {
-				living = append(living, m.Name)
-			}
-		}
-		return nil
-	})
-	return ms, living, err
-}
-
-func (q *client) members(*flag.FlagSet) error {
-	switch status := q.filter["status"]; {
-	case q.timeout > 0 && q.count == 0:
-		return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
-	case q.count > 0 && status != nil && !status.MatchString(statusAlive.String()):
-		return usagef("", "-wait counts the living, and -status leaves them out")
-	}
-	const pause = 100 * ms
-	deadline := time.Now().Add(cmp.Or(q.timeout, math.MaxInt64))
-	for few := error(nil); ; time.Sleep(pause) { // few is what the last answer lacked
-		ms, living, err := q.matchingMembers(min(rpcTimeout, max(time.Until(deadline), pause)))
-		f, _ := errors.AsType[*failure](err)
-		switch {
-		case err == nil && len(living) >= q.count && q.JSON:
-			return output(membersJSON(ms))
-		case err == nil && len(living) >= q.count:
-			return output(membersText(ms))
-		case err == nil:
-			few = failf("", "%d of %d members alive after %v: %s", len(living), q.count, q.timeout,
-				cmp.Or(strings.Join(living, ", "), "none"))
-		case q.count == 0 || f == nil || !f.again:
-			return err
-		}
-		if time.Until(deadline) <= pause {
-			return cmp.Or(few, err)
-		}
-	}
-}
-
 // membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
 // stay in place when a member fails.
-func membersText(ms []Member) string {
+func membersText(members []Member) string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
-	for _, m := range ms {
+	for _, m := range members {
 		tags := printable(strings.Join(splitNUL(m.Tags), ","), "")
 		fmt.Fprintf(w, "%s\t%s\t%-6s\t%s\n", printable(m.Name, ""), m.Addr, m.Status, tags)
 	}
@@ -597,143 +851,267 @@ func membersText(ms []Member) string {
 	return regexp.MustCompile(" +\n").ReplaceAllString(b.String(), "\n")
 }
 
-func membersJSON(ms []Member) string {
-	var list []any
-	for _, m := range ms {
-		list = append(list, pairs{"name", m.Name, "addr", m.Addr.String(), "port", m.Addr.Port(),
-			"tags", tagPairs(m), "status", m.Status.String()})
-	}
-	return toJSON(pairs{"members", list}, "\n") + "\n"
+// memberJSON is a member as Serf shows it.
+type memberJSON struct {
+	Name   string            `json:"name"`
+	Addr   string            `json:"addr"`
+	Port   uint16            `json:"port"`
+	Tags   map[string]string `json:"tags"`
+	Status string            `json:"status"`
 }
 
-func tagPairs(m Member) (kv pairs) {
-	for _, tag := range splitNUL(m.Tags) {
-		k, v, _ := strings.Cut(tag, "=")
-		kv = append(kv, k, v)
+func membersJSON(members []Member) string {
+	var list []memberJSON // null where there is none, as Serf has it
+	for _, m := range members {
+		list = append(list, memberJSON{m.Name, m.Addr.String(), m.Addr.Port(), m.Tags.asMap(), m.Status.String()})
 	}
-	return kv
+	return toJSON(struct {
+		Members []memberJSON `json:"members"`
+	}{list})
 }
 
-func (q *client) watch(*flag.FlagSet) error {
-	kinds, there := strings.Split(q.events, ","), eventNames[0]
-	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
-	switch {
-	case err != nil:
-		return usagef(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
-	case q.timeout > 0 && q.count == 0:
-		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
-	case q.count > 0 && q.events == there:
-		return usagef("", "-n counts events, and %q is none: it is who is there at the start", there)
-	case q.timeout > 0:
-		time.AfterFunc(q.timeout, func() { exit(failf("", "fewer than %d events within %v", q.count, q.timeout)) })
-	}
-	seen := 0
-	err = q.call("watch", rpcTimeout, func(a rpcResponse, us []update) error {
-		text := ""
-		if a.Dropped > 0 && q.JSON {
-			text = fmt.Sprintf("{\"lost\": %d}\n", a.Dropped)
-		} else if a.Dropped > 0 {
-			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Dropped)
-		}
-		for _, u := range us {
-			if matches(kinds, a.Kind, u.Name) {
-				text += q.line(a, u)
-				seen += min(int(a.Kind), 1)
-			}
-		}
-		if err := output(text); err != nil || q.count == 0 || seen < q.count {
+// ---- watch ----
+
+const watchExamples = `  {} watch
+  {} watch -event member-failed,user:deploy
+  {} watch -format json      one object a line, for programs
+  {} watch -event user:done -n 1 -timeout 60s   wait for an event
+`
+
+func watchCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+	events := fs.String("event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
+		"who is there at the start")
+	var count int
+	var timeout time.Duration
+	numberOption(fs, &count, "n", "end after `N` events, not counting who is there at first")
+	durationOption(fs, &timeout, "timeout", "with -n: exit status 1 if it takes longer, a `DURATION`")
+
+	return func([]string) error {
+		kinds := strings.Split(*events, ",")
+		if err := checkWatch(kinds, count, timeout); err != nil {
 			return err
 		}
-		return io.EOF // enough
-	})
-	if err == nil && seen < q.count {
-		err = failf("", "the agent has ended: %d of %d events", seen, q.count)
+		if timeout > 0 {
+			time.AfterFunc(timeout, func() { exit(failf("", "fewer than %d events within %v", count, timeout)) })
+		}
+
+		seen := 0
+		err := agent.call(rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
+			text := droppedLine(a.Dropped, *asJSON)
+			for _, u := range us {
+				if !matches(kinds, a.Kind, u.Name) {
+					continue
+				}
+				text += watchLine(a, u, *asJSON)
+				if a.Kind != 0 { // a member that was there at the start is no event
+					seen++
+				}
+			}
+			if err := output(text); err != nil {
+				return err
+			}
+			if count > 0 && seen >= count {
+				return io.EOF
+			}
+			return nil
+		})
+		if err == nil && seen < count {
+			return failf("", "the agent has ended: %d of %d events", seen, count)
+		}
+		return err
 	}
-	return err
 }
 
-func (q *client) line(a rpcResponse, u update) string {
-	at, m := time.Unix(0, a.At), u.Member
-	fields := pairs{"name", u.Name, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
+// checkWatch says what is wrong with the options of watch.
+func checkWatch(kinds []string, count int, timeout time.Duration) error {
+	there := eventNames[0]
+	onlyEvents := slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there })
+	if err := checkEvents(onlyEvents); err != nil {
+		return usagef(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
+	}
+	if timeout > 0 && count == 0 {
+		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
+	}
+	if count > 0 && len(onlyEvents) == 0 {
+		return usagef("", "-n counts events, and %q is none: it is who is there at the start", there)
+	}
+	return nil
+}
+
+// droppedLine says that this reader was too slow for that many lines.
+func droppedLine(dropped int, asJSON bool) string {
+	if dropped == 0 {
+		return ""
+	}
+	if asJSON {
+		return toJSONLine(struct {
+			Lost int `json:"lost"`
+		}{dropped})
+	}
+	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", dropped)
+}
+
+// watchLine shows one event.
+func watchLine(a rpcResponse, u update, asJSON bool) string {
+	if asJSON {
+		return watchJSON(a, u)
+	}
+	m := u.Member
 	what := fmt.Sprintf("%s %s", u.Name, u.Payload)
 	if a.Kind < eventUser {
-		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
 		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
 	}
-	if q.JSON {
-		return toJSON(append(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String()}, fields...), "") + "\n"
-	}
-	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at.Format("2006/01/02 15:04:05"), a.Kind, printable(what, "")), " ") + "\n"
+	at := time.Unix(0, a.At).Format("2006/01/02 15:04:05")
+	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at, a.Kind, printable(what, "")), " ") + "\n"
 }
 
-// query asks the members that are meant; with neither filter nor nodes that is all of them.
-func (q *client) query(fs *flag.FlagSet) error {
-	who := q.nodes
-	if len(q.filter) > 0 {
-		_, living, err := q.matchingMembers(rpcTimeout)
-		if who = living; err != nil || len(who) == 0 {
-			return cmp.Or(err, errNobodyAsked)
-		}
+func watchJSON(a rpcResponse, u update) string {
+	m := u.Member
+	at := time.Unix(0, a.At).Format(time.RFC3339Nano)
+	if a.Kind < eventUser {
+		return toJSONLine(struct {
+			Time   string            `json:"time"`
+			Event  string            `json:"event"`
+			Name   string            `json:"name"`
+			Addr   string            `json:"addr"`
+			Tags   map[string]string `json:"tags"`
+			Status string            `json:"status"`
+		}{at, a.Kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String()})
 	}
-	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
-	t := &queryResult{client: q}
-	err := q.call("query", rpcTimeout, t.hear)
-	if err == nil && len(t.silent) > 0 {
-		err = failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
-			strings.Join(t.silent, ", "))
-	}
-	return err
+	return toJSONLine(struct {
+		Time    string `json:"time"`
+		Event   string `json:"event"`
+		Name    string `json:"name"`
+		Payload string `json:"payload"`
+		LTime   uint64 `json:"ltime"`
+		From    string `json:"from"`
+	}{at, a.Kind.String(), u.Name, string(u.Payload), u.LTime, m.Name})
 }
 
-// queryResult is what has come of a query.
-type queryResult struct {
-	*client
-	silent       []string // asked, and no answer yet
-	acks         []any
-	done, failed pairs // the output of handlers that did well, and of those that failed
-}
+// ---- query ----
 
-// hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
-func (t *queryResult) hear(a rpcResponse, us []update) error {
-	text := ""
-	if a.Text != "" { // who is there of those asked; whoever was named and is not there stays silent
-		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = slices.Compact(slices.Sorted(slices.Values(splitNUL(cmp.Or(t.Args, a.Text)))))
-	}
-	for _, u := range us {
-		from, said := u.Member.Name, string(u.Payload)
-		if !t.noAck && !slices.Contains(t.acks, any(from)) { // a reply may overtake it
-			t.acks = append(t.acks, from)
-			text += fmt.Sprintf("Ack from '%s'\n", from)
+const queryExamples = `  {} query load
+  {} query -tag role=db master
+  {} query -node web1 -node web2 -timeout 3s -format json health
+`
+
+func queryCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+	filter := make(memberFilter)
+	timeout := 15 * time.Second
+	var nodes []string
+	fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
+		nodes = append(nodes, name)
+		return validName(name) // an empty one would be nobody, and so ask all
+	})
+	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
+	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait for the slowest (default 15s)")
+	noAck := fs.Bool("no-ack", false, "do not show who has the query")
+
+	return func(args []string) error {
+		result := &queryResult{Responses: make(map[string]string), noAck: *noAck}
+		show := func(text string) error { return output(printable(text, "\n\t")) }
+		if *asJSON {
+			show = func(string) error { return nil } // programs get all at the end
 		}
-		switch a.Reply {
-		case replyAck:
-			continue
-		case replyDone:
-			t.done = append(t.done, from, said)
-			text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
-		case replyFailed:
-			t.failed = append(t.failed, from, said)
-			text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+		req := rpcRequest{Op: "query", Name: args[0], Payload: []byte(argument(args, 1)), Timeout: timeout}
+		if err := agent.query(req, nodes, filter, result, show); err != nil {
+			return err
 		}
-		t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
-	}
-	switch {
-	case t.JSON && a.More:
+
+		text := result.totals()
+		if *asJSON {
+			text = toJSON(result)
+		}
+		if err := output(text); err != nil {
+			return err
+		}
+		if len(result.waiting) > 0 {
+			return failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
+				strings.Join(result.waiting, ", "))
+		}
 		return nil
-	case t.JSON:
-		result := pairs{"Acks", t.acks, "Responses", t.done}
-		if len(t.failed) > 0 {
-			result = append(result, "Failures", t.failed)
-		}
-		text = toJSON(result, "\n") + "\n"
-	case !a.More:
-		if !t.noAck {
-			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
-		}
-		text += fmt.Sprintf("Total Responses: %d\n", len(t.done)/2)
 	}
-	return output(printable(text, "\n\t"))
+}
+
+// query asks the members that nodes and filter name (with neither, all of them), and shows what comes of it as it comes.
+func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, result *queryResult, show func(string) error) error {
+	if len(filter) > 0 {
+		members, err := c.members(filter, rpcTimeout)
+		if err != nil {
+			return err
+		}
+		living := aliveNames(members)
+		if len(nodes) > 0 {
+			living = slices.DeleteFunc(living, func(name string) bool { return !slices.Contains(nodes, name) })
+		}
+		if len(living) == 0 {
+			return nil // everybody who was asked has answered
+		}
+		nodes = living
+	}
+
+	req.Args = strings.Join(nodes, "\x00")
+	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
+		text := ""
+		if a.Text != "" { // the members that are asked
+			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
+			result.waiting = splitNUL(a.Text)
+			if len(nodes) > 0 { // a member that was named and is not there does not answer
+				result.waiting = slices.Compact(slices.Sorted(slices.Values(nodes)))
+			}
+		}
+		for _, u := range us {
+			text += result.add(u.Member.Name, a.Reply, string(u.Payload))
+		}
+		return show(text)
+	})
+}
+
+// queryResult is what has come of a query; as JSON it has the two keys of Serf's.
+type queryResult struct {
+	Acks      []string
+	Responses map[string]string // the output of handlers that did well
+	Failures  map[string]string `json:",omitempty"` // and of those that failed
+	waiting   []string          // asked, and no answer yet
+	noAck     bool
+}
+
+// add takes in what from says, and returns the lines to show for it.
+func (r *queryResult) add(from string, reply reply, said string) string {
+	text := ""
+	if !r.noAck && !slices.Contains(r.Acks, from) { // a reply may overtake the acknowledgement
+		r.Acks = append(r.Acks, from)
+		text = fmt.Sprintf("Ack from '%s'\n", from)
+	}
+	if reply == replyAck {
+		return text
+	}
+
+	r.waiting = slices.DeleteFunc(r.waiting, func(name string) bool { return name == from })
+	switch reply {
+	case replyDone:
+		r.Responses[from] = said
+		text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+	case replyFailed:
+		if r.Failures == nil {
+			r.Failures = make(map[string]string)
+		}
+		r.Failures[from] = said
+		text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+	}
+	return text
+}
+
+func (r *queryResult) totals() string {
+	text := ""
+	if !r.noAck {
+		text = fmt.Sprintf("Total Acks: %d\n", len(r.Acks))
+	}
+	return text + fmt.Sprintf("Total Responses: %d\n", len(r.Responses))
 }
 
 // ---- the agent ----
@@ -747,6 +1125,29 @@ type agent struct {
 	keys                       []string
 	tags                       map[string]string
 	leaveOnTerminate           bool
+}
+
+const agentExamples = `  {} agent
+  {} agent -join 10.0.2.15
+  {} agent -node web1 -role web -join seed1.example.com,seed2
+  {} agent -log-level=debug -event-handler=./handler.sh
+  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
+  {} agent -event-handler 'query:load=uptime'
+  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
+
+Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
+Lists are split on commas, or on newlines if there are any. A flag wins.
+
+SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
+others see this node fail. A second signal ends at once, with exit status 1.
+SIGHUP does nothing.
+`
+
+func agentCommand(fs *flag.FlagSet) func([]string) error {
+	a := &agent{tags: make(map[string]string)}
+	a.options(fs)
+
+	return func([]string) error { return a.run(fs) }
 }
 
 func (a *agent) options(fs *flag.FlagSet) {
@@ -764,8 +1165,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
 	fs.String("retry-interval", "", "`DURATION` has no effect: it is Serf's")
-	fs.Func("retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
-		"further one 30 s (default: never)", number(&g.retryMax))
+	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
+		"further one 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
@@ -774,13 +1175,13 @@ func (a *agent) options(fs *flag.FlagSet) {
 		a.keys = append(a.keys, strings.Split(s, ",")...)
 		return nil
 	})
-	fs.Func("reap-after", "forget failed and left members after `DURATION` (default 24h)", duration(&g.reapAfter))
+	durationOption(fs, &g.reapAfter, "reap-after", "forget failed and left members after `DURATION` (default 24h)")
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
 		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
 		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
 		"query:NAME or * (all of them)", func(s string) error { h.specs = append(h.specs, s); return nil })
-	fs.Func("handler-timeout", "stop a script after `DURATION` (default 10m)", duration(&h.timeout))
+	durationOption(fs, &h.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
 }
 
@@ -941,7 +1342,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
-	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
+	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
 	ended := make(chan struct{})
 	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
 	return a.wait(g, ended, signals)
@@ -996,48 +1397,37 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	}
 }
 
-// info is what the agent knows of itself.
-func (a *agent) info(g *gossip, handlers *handlers, json bool) string {
+// info is what the agent knows of itself: group, key, value; and so on.
+func (a *agent) info(g *gossip, handlers *handlers) (facts []string) {
+	add := func(group, key string, value any) { facts = append(facts, group, key, fmt.Sprint(value)) }
 	self, _ := g.self()
-	var events, about pairs
-	add := func(key string, value any) {
-		for n, plain := 2, key; slices.Contains(events, any(key)); n++ { // no JSON should hold a key twice
-			key = fmt.Sprintf("%s (%d)", plain, n)
-		}
-		events = append(events, key, value)
+	add("agent", "name", self.Name)
+	add("agent", "addr", self.Addr)
+	add("agent", "version", version)
+	add("agent", "uptime", time.Since(g.start).Round(time.Second))
+
+	add("event_handlers", "", "")
+	facts = append(facts, handlers.info()...)
+
+	add("runtime", "arch", runtime.GOARCH)
+	add("runtime", "cpu_count", runtime.NumCPU())
+	add("runtime", "goroutines", runtime.NumGoroutine())
+	add("runtime", "max_procs", runtime.GOMAXPROCS(0))
+	add("runtime", "os", runtime.GOOS)
+	add("runtime", "version", runtime.Version())
+
+	add("serf", "encrypted", len(a.gossip.keys) > 0)
+	g.run(func(n *node) error {
+		facts = append(facts, n.info()...)
+		return nil
+	})
+
+	add("tags", "", "")
+	for _, tag := range splitNUL(self.Tags) {
+		key, value, _ := strings.Cut(tag, "=")
+		add("tags", key, value)
 	}
-	for _, h := range handlers.all {
-		waiting, lost, last := h.state()
-		for _, ev := range h.events { // as Serf has it
-			kind, name, _ := strings.Cut(ev, ":")
-			add(kind+":"+name, fmt.Sprintf("%.1000s", h.script)) // or many would fill more than a frame
-		}
-		of := strings.Join(h.events, ",")
-		add(of+" waiting", waiting)
-		add(of+" dropped", lost)
-		add(of+" last run", last)
-	}
-	g.run(func(n *node) error { about = n.info(); return nil })
-	all := pairs{
-		"agent", pairs{"name", self.Name, "addr", self.Addr, "version", version, "uptime", time.Since(g.start).Round(time.Second)},
-		"event_handlers", events,
-		"runtime", pairs{"arch", runtime.GOARCH, "cpu_count", runtime.NumCPU(), "goroutines", runtime.NumGoroutine(),
-			"max_procs", runtime.GOMAXPROCS(0), "os", runtime.GOOS, "version", runtime.Version()},
-		"serf", append(pairs{"encrypted", len(a.gossip.keys) > 0}, about...),
-		"tags", tagPairs(self),
-	}
-	text := ""
-	for group := range slices.Chunk(all, 2) {
-		text += fmt.Sprintf("%s:\n", group[0])
-		for fact := range slices.Chunk(group[1].(pairs), 2) {
-			fact[1] = fmt.Sprint(fact[1])
-			text += fmt.Sprintf("\t%s = %s\n", printable(fact[0].(string), ""), printable(fact[1].(string), ""))
-		}
-	}
-	if json {
-		return toJSON(all, "\n") + "\n"
-	}
-	return text
+	return facts
 }
 
 // wait returns when the agent has ended: told by a signal, by the leave command, or by itself.

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"flag"
+	"fmt"
 	"log"
 	"net/netip"
 	"runtime/debug"
@@ -19,25 +20,64 @@ import (
 
 // Most defaults are shown by package flag, which knows them; these are not.
 func TestDefaultsInTheHelpAreTrue(t *testing.T) {
-	for _, o := range []struct {
-		command, option string
-		value           *time.Duration
-	}{
-		{"agent", "reap-after", &theAgent.gossip.reapAfter},
-		{"agent", "handler-timeout", &theAgent.handlers.timeout},
-		{"query", "timeout", &theClient.Timeout},
+	a := &agent{tags: make(map[string]string)}
+	fs := flag.NewFlagSet("", flag.ContinueOnError)
+	a.options(fs)
+	for option, value := range map[string]time.Duration{
+		"reap-after":      a.gossip.reapAfter,
+		"handler-timeout": a.handlers.timeout,
+	} {
+		_, said, _ := strings.Cut(fs.Lookup(option).Usage, "(default ")
+		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != value {
+			t.Errorf("agent -%s: the help says %s, it is %v", option, said, value)
+		}
+	}
+}
+
+func TestOptionsMayStandBehindArguments(t *testing.T) {
+	for args, want := range map[string]string{
+		"-n 3 a b":            "a b, n 3",
+		"a -n 3 b":            "a b, n 3",
+		"a b -n=3 -switch":    "a b, n 3 switch",
+		"a -5":                "a -5, n 0",
+		"a -switch=false -x":  "a -x, n 0",
+		"-n 3 -- -n 4":        "-n 4, n 3",
+		"a --n 3":             "a, n 3",
+		"a -":                 "a -, n 0",
+		"-n":                  "-n needs a value",
+		"-switch=maybe":       `invalid value "maybe" for -switch: want true or false`,
+		"-swich":              "there is no option -swich; did you mean -switch?",
+		"-x a":                "there is no option -x",
+		"-n three":            `invalid value "three" for -n: want a number, 0 or more`,
+		"-h":                  flag.ErrHelp.Error(),
+		"-syslogs -snapshott": "there is no option -syslogs",
 	} {
 		fs := flag.NewFlagSet("", flag.ContinueOnError)
-		for _, c := range commands {
-			if c.name == o.command {
-				for _, define := range c.options {
-					define(fs)
-				}
-			}
+		var n int
+		numberOption(fs, &n, "n", "")
+		on := fs.Bool("switch", false, "")
+		operands, err := parseArgs(fs, strings.Fields(args))
+		got := fmt.Sprintf("%s, n %d", strings.Join(operands, " "), n)
+		if *on {
+			got += " switch"
 		}
-		_, said, _ := strings.Cut(fs.Lookup(o.option).Usage, "(default ")
-		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != *o.value {
-			t.Errorf("%s -%s: the help says %s, it is %v", o.command, o.option, said, *o.value)
+		if err != nil {
+			got = err.Error()
+		}
+		if got != want {
+			t.Errorf("%s: got %q, want %q", args, got, want)
+		}
+	}
+}
+
+func TestNearestWordIsOneOrTwoLettersAway(t *testing.T) {
+	names := []string{"members", "event", "leave", "join", "info", "query"}
+	for word, want := range map[string]string{
+		"member": "members", "memebrs": "members", "evnt": "event", "jion": "join", "quary": "query", "leafe": "leave",
+		"x": "", "is": "", "foo": "", "evil-word": "", "": "",
+	} {
+		if got := nearest(word, names); got != want {
+			t.Errorf("%q: got %q, want %q", word, got, want)
 		}
 	}
 }
@@ -170,7 +210,7 @@ func TestMembersJSONIsSerfs(t *testing.T) {
 	if got := membersJSON(exampleMembers); got != want {
 		t.Error(cmp.Diff(want, got))
 	}
-	if got := membersJSON(nil); got != "{\n  \"members\": []\n}\n" {
+	if got := membersJSON(nil); got != "{\n  \"members\": null\n}\n" {
 		t.Errorf("no members: %q", got)
 	}
 }
@@ -238,16 +278,16 @@ func TestListsFromTheEnvironment(t *testing.T) {
 }
 
 func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
-	v := pairs{"a", "x\n\"", "b", 3, "c", []any{"d", pairs{"e", true}}, "f", pairs{}, "g", []any(nil)}
-	for _, nl := range []string{"\n", ""} {
+	v := map[string]any{"a": "x\n\"", "b": 3, "c": []any{"d", map[string]any{"e": true}}, "f": map[string]string{}, "g": []string(nil)}
+	many, one := toJSON(v), toJSONLine(v)
+	for _, text := range []string{many, one} {
 		var back map[string]any
-		text := toJSON(v, nl)
 		if err := json.Unmarshal([]byte(text), &back); err != nil || len(back) != 5 || back["a"] != "x\n\"" {
 			t.Errorf("%v: %s", err, text)
 		}
-		if nl == "" && strings.Contains(text, "\n") {
-			t.Errorf("more than a line: %s", text)
-		}
+	}
+	if strings.Count(one, "\n") != 1 {
+		t.Errorf("more than a line: %s", one)
 	}
 }
 
@@ -266,10 +306,10 @@ func TestLinesOfWatch(t *testing.T) {
 		{rpcResponse{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
-		if got := (&client{}).line(tt.a, tt.u); got != tt.text {
+		if got := watchLine(tt.a, tt.u, false); got != tt.text {
 			t.Errorf("text: %q, want %q", got, tt.text)
 		}
-		if got := (&client{rpcRequest: rpcRequest{JSON: true}}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+		if got := watchLine(tt.a, tt.u, true); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
 			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}

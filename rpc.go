@@ -34,6 +34,7 @@ const (
 	maxDials        = 64               // addresses tried in one join
 	maxWatchQueue   = 4096             // events that wait for a slow watcher
 	pageSize        = 40               // members in a frame
+	factsPage       = 8 << 10          // bytes of facts in a frame, about; of one fact, at most
 	helloTimeout    = 2 * time.Second  // for a stranger's hello and first frame
 	frameTimeout    = 5 * time.Second  // for any other frame
 	sessionTimeout  = 1800 * ms        // until the other side of a session has answered
@@ -567,7 +568,6 @@ type rpcRequest struct {
 	Payload                 []byte
 	Args, DeleteTags        string // both separated by NUL; Drop are the tags to delete
 	Prune, Replay, Coalesce bool   // Merge: coalesce the event
-	JSON                    bool   // rather than text: what the agent knows of itself
 	Timeout                 time.Duration
 }
 
@@ -636,10 +636,10 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	case errors.Is(err, errOtherKey):
 		return failf("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with", "the agent at %s wants another token", addr)
 	case timedOut(err):
-		return &failure{code: 1, again: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
+		return &failure{code: 1, retriable: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
 			hint: "it may be stopped or overloaded: look at its process and its log"}
 	}
-	return &failure{code: 1, again: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
+	return &failure{code: 1, retriable: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
 		hint: fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or SERF_RPC_ADDR", prog)}
 }
 
@@ -653,8 +653,8 @@ func rpcSealer(token string, gossip uint16) *sealer {
 	return d
 }
 
-// serveRPC answers commands at ln; info is what the agent knows of itself, as text or as JSON.
-func serveRPC(ln net.Listener, g *gossip, token string, info func(json bool) string) *acceptor {
+// serveRPC answers commands at ln; info is what the agent knows of itself.
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
 	gs := &acceptor{sealer: rpcSealer(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
@@ -663,7 +663,7 @@ func serveRPC(ln net.Listener, g *gossip, token string, info func(json bool) str
 }
 
 // command does what a command asks for, and answers it.
-func (g *gossip) command(s *session, ln net.Listener, info func(json bool) string) (err error) {
+func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
 	var req rpcRequest
 	var a rpcResponse // the last one
 	if s.receive(&req); s.err != nil {
@@ -689,7 +689,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 	case "tags":
 		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
-		a.Text = info(req.JSON)
+		s.sendFacts(info())
 	case "query":
 		var who []string
 		f := &subscriber{}
@@ -718,6 +718,23 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 	}
 	s.send(&a)
 	return s.err
+}
+
+// sendFacts sends strings in frames of some KiB.
+func (s *session) sendFacts(facts []string) {
+	var page []string
+	size := 0
+	for _, fact := range facts {
+		fact = strings.ReplaceAll(fact[:min(len(fact), factsPage)], "\x00", "")
+		page = append(page, fact)
+		size += len(fact)
+		if size > factsPage {
+			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+			page = nil
+			size = 0
+		}
+	}
+	s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
 }
 
 // list sends all members, few at a time: a reader that does not read costs a page, however many they are.

@@ -434,7 +434,7 @@ func TestInfoNamesHandlersAsSerfDoes(t *testing.T) {
 		}
 		seen[k[1]] = true
 	}
-	if !strings.Contains(handlers, `"true"`) || !strings.Contains(handlers, `"echo second"`) {
+	if !strings.Contains(handlers, `"*:": "true, echo second"`) {
 		t.Errorf("handlers:\n%s", handlers)
 	}
 }
