@@ -16,6 +16,7 @@
 //	requests        what waits for an answer
 //	datagrams in    what comes, and what it tells
 //	broadcasts      how news spreads
+//	user events     their order, and how fast they may come
 //	anti-entropy    comparing tables with a peer
 //	joining         the seeds
 //	identity        this node's own name, address and tags
@@ -66,6 +67,13 @@ const (
 // scenarios in sim_test.go are the measurements.
 const (
 	broadcastBatch, broadcastRate = 2 * ms, 200 // packets a second
+	eventRate                     = 4000        // the same of user events: their senders are slowed down when it is not enough
+	eventsCalm                    = 200 * ms    // after which events that differ were missed, and are not under way
+	eventRepairAfter              = 60 * ms     // floods that overtake each other need less
+	eventRepairEvery              = 250 * ms
+	eventGapTimeout               = 5 * time.Second // then an event that did not come is given up
+	eventMemory                   = time.Minute     // for how long more than the last few events are remembered
+	eventCheckTimeout             = 2 * time.Second // for so long an agent waits for a member that does not keep up
 	syncInterval                  = time.Second
 	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
 	claimInterval                 = 200 * ms
@@ -99,6 +107,7 @@ var (
 	errNameTaken       = errors.New("is taken")
 	errNobodyAsked     = errors.New("nobody is asked: no living member is as the query wants it")
 	errStopped         = errors.New("the agent is stopping")
+	errEventsWait      = errors.New("earlier events of this agent have not reached all members yet")
 )
 
 // The detector's times and bounds; a probe counts from its start.
@@ -137,6 +146,7 @@ const (
 	msgBroadcast              // carries claims and user events
 	msgQuery                  // carries a query: answer it if you can
 	msgReply                  // to a msgQuery
+	msgEventCheck             // tell me when you have my user events up to this one
 	msgTCPProbe               // first frame of a session: who are you
 	msgLink                   // first frame: an idle link that tells of my death
 	msgSync                   // first frame: let us compare tables
@@ -460,7 +470,7 @@ type node struct {
 	requests    requests
 	heartbeats  heartbeats
 	detector    detector
-	broadcasts  broadcastQueue
+	broadcasts  broadcasts
 	antiEntropy antiEntropy
 	joining     joining
 	identity    identity
@@ -506,7 +516,7 @@ func (n *node) tick(now time.Duration) outputs {
 	} else if n.wakeAt(n.identity.leaving); len(n.requests.open) == 0 || n.now >= n.identity.leaving {
 		n.out.left = true
 	}
-	n.broadcasts.flush(n)
+	n.broadcasts.step(n)
 	o := n.out
 	o.events = append(o.events, n.table.events...)
 	o.wake = n.real + n.planned
@@ -533,21 +543,31 @@ func (n *node) isPlausible(number, known uint64) bool {
 func (n *node) header(k msgKind) header {
 	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation, Raised: n.self.Incarnation - n.self.Instance}
 	switch k {
-	case msgHeartbeat, msgPing, msgAck, msgSync, msgHandshakeReply: // a ping's makes room for that of the answer, which is never larger
+	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for that of the answer, which is never larger
+		hdr.Digest = n.calmDigest()
+	case msgSync, msgHandshakeReply:
 		hdr.Digest = n.digest()
 	}
 	return hdr
 }
 
-// digest covers the table and the remembered user events.
-func (n *node) digest() uint64 { return n.table.digest ^ n.broadcasts.events.digest }
+// digest covers the table, and how many user events of each member are known.
+func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
+
+// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the same.
+func (n *node) calmDigest() uint64 {
+	if n.now-n.broadcasts.heardAt < eventsCalm {
+		return n.table.digest
+	}
+	return n.digest()
+}
 
 // allows reports whether m may be sent something that it has not asked for, a message of kind k.
 func (n *node) allows(m Member, k msgKind) bool {
 	if e := n.table.get(m.Name); e != nil && e.Addr == m.Addr && e.peer().validated {
 		return true
 	}
-	if k == msgQuery {
+	if k == msgQuery || k == msgEventCheck {
 		return n.queries.amplification.fill(n.now, queryAmplificationRate, queryAmplificationBurst).take()
 	}
 	return n.detector.amplification.fill(n.now, amplificationRate, amplificationBurst).take()
@@ -661,6 +681,7 @@ func (qs *requests) step(n *node) {
 // dealings is what the protocol has had to do with one run of a member.
 type peerState struct {
 	datagrams     replayWindow
+	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
 	validated     bool          // it has answered: somebody lives at its address
 	promised      time.Duration // when it gets the next heartbeat, if it watches me
 	due           time.Duration // when it is overdue, if I watch it
@@ -687,7 +708,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 	switch {
 	case hdr.Raised > hdr.Incarnation || !n.isPlausible(hdr.Incarnation, n.table.highest):
 		return errors.New("claims an incarnation far ahead of all that is known")
-	case hdr.Kind > msgReply || anyRun && hdr.Kind != msgPing:
+	case hdr.Kind > msgEventCheck || anyRun && hdr.Kind != msgPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
 	case hdr.Kind == msgPing:
@@ -707,7 +728,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 
 // handleMessage takes what counts: e has sent it just now.
 func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int, body []byte) error {
-	if hdr.Seq != 0 && hdr.Kind != msgIndirectProbe && hdr.Kind != msgProbeResult {
+	if hdr.Seq != 0 && hdr.Kind != msgIndirectProbe && hdr.Kind != msgProbeResult && hdr.Kind != msgEventCheck {
 		n.sendAck(from, hdr, size)
 	}
 	n.noteContact(e, hdr)
@@ -723,6 +744,8 @@ func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int
 		return n.queries.handleQuery(n, e, hdr, us)
 	case hdr.Kind == msgReply:
 		n.queries.handleAnswer(n, e, hdr, us)
+	case hdr.Kind == msgEventCheck:
+		return n.handleEventCheck(e, from, hdr, size, us)
 	case hdr.Kind == msgBroadcast:
 		for i := range us {
 			if err := n.handleUpdate(&us[i], e.Name, nil); err != nil {
@@ -768,6 +791,9 @@ func (n *node) handleAck(hdr header) {
 		}
 	default:
 		e.peer().datagrams.reset(hdr.Number) // only a forger's is far above what was sent just now
+		if q.h.Kind == msgEventCheck {
+			n.broadcasts.flow.checked(e)
+		}
 		if q.h.Kind == msgQuery {
 			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
 		}
@@ -808,51 +834,69 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 	if e.isolated {
 		n.ping(e.Member) // I hear it; does it hear me?
-	} else if hdr.Digest != 0 && hdr.Digest != n.digest() {
+	} else if hdr.Digest != 0 && hdr.Digest != n.digest() && hdr.Digest != n.calmDigest() {
 		n.antiEntropy.requestSync(n, e, hdr.Digest)
 	}
 }
 
 // ---- broadcasts ----
 
-// broadcastQueue is what is to be flooded, and the user events that are remembered.
+// broadcasts is what is to be flooded, and the user events that are remembered.
+type broadcasts struct {
+	claims  broadcastQueue
+	news    broadcastQueue // user events, which are sent faster: acknowledgements bound their number
+	events  eventBuffer
+	heardAt time.Duration // when the last user event came in
+	gaps    []*eventGap
+	flow    eventFlow
+}
+
+// broadcastQueue holds updates on their way to the watchers.
 type broadcastQueue struct {
-	queue   [][]byte // updates on their way to my watchers
+	queue   [][]byte
 	flushAt time.Duration
 	rate    bucket
-	events  eventBuffer
 }
 
 // broadcast has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
 func (n *node) broadcast(e *entry) {
 	if u := n.claim(e); n.joining.joinedAt != 0 {
-		n.broadcasts.add(&u)
+		n.broadcasts.claims.add(&u)
 	}
 }
 
-func (s *broadcastQueue) add(u *update) {
-	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
+func (q *broadcastQueue) add(u *update) {
+	q.queue = append(q.queue[max(0, len(q.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
 }
 
-// flush sends the queue to all watchers: at once when the line was idle, else in batches, broadcastRate a second.
-func (s *broadcastQueue) flush(n *node) {
-	if s.rate.fill(n.now, broadcastRate, broadcastRate/5); len(s.queue) > 0 && n.now >= s.flushAt {
-		for len(s.queue) > 0 && s.rate.tokens >= 0 {
+func (s *broadcasts) step(n *node) {
+	s.stepGaps(n)
+	s.flow.step(n)
+	s.claims.flush(n, broadcastRate)
+	s.news.flush(n, eventRate)
+}
+
+// flush sends the queue to all watchers: at once when the line was idle, else in batches, rate packets a second.
+func (q *broadcastQueue) flush(n *node, rate float64) {
+	q.rate.fill(n.now, rate, rate/5)
+	if len(q.queue) > 0 && n.now >= q.flushAt {
+		for len(q.queue) > 0 && q.rate.tokens >= 0 {
 			var one []byte // as much as fits into a datagram
-			for len(s.queue) > 0 && (len(one) == 0 || len(one)+len(s.queue[0]) <= maxDatagram-256) {
-				one, s.queue = append(one, s.queue[0]...), s.queue[1:]
+			for len(q.queue) > 0 && (len(one) == 0 || len(one)+len(q.queue[0]) <= maxDatagram-256) {
+				one = append(one, q.queue[0]...)
+				q.queue = q.queue[1:]
 			}
 			for _, w := range n.heartbeats.watchers {
 				if w.peer().validated {
 					n.send(w.Member, n.header(msgBroadcast), one)
-					s.rate.tokens--
+					q.rate.tokens--
 				}
 			}
 		}
-		s.flushAt = n.now + broadcastBatch + time.Duration(max(0, -s.rate.tokens)/broadcastRate*float64(time.Second))
+		q.flushAt = n.now + broadcastBatch + time.Duration(max(0, -q.rate.tokens)/rate*float64(time.Second))
 	}
-	if len(s.queue) > 0 {
-		n.wakeAt(s.flushAt)
+	if len(q.queue) > 0 {
+		n.wakeAt(q.flushAt)
 	}
 }
 
@@ -871,7 +915,7 @@ func (n *node) sanitizeClaim(u *update) error {
 // handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
 func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
-		return n.handleUserEvent(u, sync != nil && sync.replay)
+		return n.handleUserEvent(u, via, sync != nil && sync.replay)
 	}
 	if err := n.sanitizeClaim(u); err != nil {
 		return err
@@ -921,44 +965,279 @@ func (n *node) applyAndForward(u *update) {
 	}
 }
 
+// ---- user events ----
+
 // isValidEvent reports whether u can be a user event or a query.
-func (n *node) isValidEvent(u *update) bool {
-	return validatePayload("", u.Name, u.Payload) == nil && u.LTime != 0 && n.isPlausible(u.LTime, n.broadcasts.events.lamport)
+func isValidEvent(u *update) bool {
+	return validatePayload("", u.Name, u.Payload) == nil && u.LTime > 0 && u.LTime <= maxCount
 }
 
-// handleUserEvent takes a user event; replay: also one from before this agent's time.
-func (n *node) handleUserEvent(u *update, replay bool) error {
-	s, name := &n.broadcasts, u.Member.Name
-	if validName(name) != nil || !n.isValidEvent(u) {
+// handleUserEvent takes a user event that via has told; replay: also one from before this agent's time.
+func (n *node) handleUserEvent(u *update, via string, replay bool) error {
+	name := u.Member.Name
+	if validName(name) != nil || !isValidEvent(u) || u.Number == 0 || u.Number > 2*maxCount {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
-	// Only what belongs to an event goes on: the rest may be of any length.
-	is := update{Member: Member{Name: name}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
-	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(bufferedEvent{is, is.key(), sent}) || n.isBeforeItsTime(name, sent) && !replay && !n.replay {
+	e := n.table.get(name)
+	if e == nil {
+		return nil // the claim about it was missed: repair brings both
+	}
+	source := e.eventSource(u.Member.Instance)
+	if source == nil {
 		return nil
 	}
-	n.out.events = append(n.out.events, Event{kind: eventUser, update: is})
-	s.add(&is)
+
+	if !source.isNew(u.id()) {
+		return nil
+	}
+	if e == n.self && u.Number > source.number+1 {
+		// Somebody foretells what this node will send. It goes on above that, so that its own events are not taken
+		// for the forged ones.
+		if u.Number <= source.number+eventWindow {
+			n.table.skip(e, source, u.Number)
+		}
+		return nil
+	}
+	// Only what belongs to an event goes on: the rest may be of any length.
+	is := update{Member: Member{Name: name, Instance: source.instance}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce,
+		Number: u.Number, Nonce: u.Nonce}
+	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
+	is.Before = u.Before || n.isBeforeItsTime(via, sent)
+	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
+	if u.Number > source.number+1 {
+		source.hold(ev)
+		n.noteGap(e, source, u.Number, n.table.get(via))
+		return nil
+	}
+	n.takeEvent(e, source, ev)
+	n.takeHeld(e, source)
 	return nil
 }
 
-// isBeforeItsTime reports whether what name sent then was sent before my time: before I knew the sender, who was in
-// another cluster, or I was not there yet. A restarted agent would else run the handler of "reboot" again.
-func (n *node) isBeforeItsTime(name string, sent time.Duration) bool {
-	if e := n.table.get(name); e != nil {
-		return sent < e.known
-	}
-	return n.joining.joinedAt == 0 || sent < n.joining.joinedAt
+// isBeforeItsTime reports whether what via tells of was sent before this agent knew via, which was in another cluster
+// then, or this agent was not there yet. A restarted agent would run the handler of "reboot" again.
+func (n *node) isBeforeItsTime(via string, sent time.Duration) bool {
+	e := n.table.get(via)
+	return e == nil || sent < e.known
 }
 
-// bufferedEvent sends a user event to everybody, this node included.
+// takeEvent counts an event whose turn has come.
+func (n *node) takeEvent(e *entry, source *eventSource, ev heldEvent) {
+	if ev.Number > source.number {
+		n.table.advance(e, source, ev.Number)
+	}
+	source.remember(ev.id())
+	n.broadcasts.events.witness(ev.LTime)
+	n.broadcasts.events.add(ev.update, source, ev.sent)
+	n.broadcasts.heardAt = n.now
+	if !ev.fresh {
+		return
+	}
+
+	n.out.events = append(n.out.events, Event{kind: eventUser, update: ev.update})
+	u := ev.update
+	u.Age = uint64((n.real - ev.sent) / ms)
+	n.broadcasts.news.add(&u)
+}
+
+// takeHeld counts what has waited for its turn, as far as that has come.
+func (n *node) takeHeld(e *entry, source *eventSource) {
+	for len(source.held) > 0 && source.held[0].Number <= source.number+1 {
+		ev := source.held[0]
+		source.held = source.held[1:]
+		if source.isNew(ev.id()) {
+			n.takeEvent(e, source, ev)
+		}
+	}
+}
+
+// skipEvents gives up the events of e up to number that have not come.
+func (n *node) skipEvents(e *entry, source *eventSource, number uint64) {
+	n.table.skip(e, source, number)
+	n.takeHeld(e, source)
+}
+
+// eventGap is a member of whose events some are missing.
+type eventGap struct {
+	e      *entry
+	source *eventSource
+	upTo   uint64 // is known to have been sent
+	via    *entry // who has them all
+	number uint64 // of the last that is known; when that changes, they are coming
+	since  time.Duration
+	askAt  time.Duration
+	check  *header // its sender waits for an answer
+	from   netip.AddrPort
+	size   int
+}
+
+// noteGap notes that events of e up to number have been sent, and via has them.
+func (n *node) noteGap(e *entry, source *eventSource, number uint64, via *entry) *eventGap {
+	s := &n.broadcasts
+	i := slices.IndexFunc(s.gaps, func(g *eventGap) bool { return g.source == source })
+	if i < 0 && len(s.gaps) >= maxEvents {
+		return &eventGap{}
+	}
+	if i < 0 {
+		i = len(s.gaps)
+		s.gaps = append(s.gaps, &eventGap{e: e, source: source, via: via, number: source.number, since: n.now, askAt: n.now + eventRepairAfter})
+	}
+	g := s.gaps[i]
+	if number > g.upTo {
+		g.upTo = number
+		g.via = via
+	}
+	n.wakeAt(g.askAt)
+	return g
+}
+
+// stepGaps asks for events that do not come, and gives them up when nobody has them.
+func (s *broadcasts) stepGaps(n *node) {
+	s.gaps = slices.DeleteFunc(s.gaps, func(g *eventGap) bool {
+		if g.source.number >= g.upTo {
+			if g.check != nil {
+				n.sendAck(g.from, *g.check, g.size)
+			}
+			return true
+		}
+		if g.source.number != g.number {
+			g.number = g.source.number
+			g.since = n.now
+			g.askAt = n.now + eventRepairAfter
+		}
+		if n.now >= g.since+eventGapTimeout {
+			if len(g.source.held) > 0 {
+				n.logf("[DEBUG] %d user events of %s are given up: nobody has them", g.source.held[0].Number-1-g.source.number, g.e.Name)
+				n.skipEvents(g.e, g.source, g.source.held[0].Number-1)
+			}
+			return len(g.source.held) == 0
+		}
+		if n.now >= g.askAt && g.via != nil {
+			g.askAt = n.now + eventRepairEvery
+			n.antiEntropy.requestEvents(n, g.via)
+		}
+		n.wakeAt(g.askAt)
+		return false
+	})
+}
+
+// userEvent sends a user event to everybody, this node included. errEventsWait: the others have to catch up first.
 func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 	if err := validatePayload("event", name, payload); err != nil {
 		return err
 	}
-	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.broadcasts.events.lamport + 1, Coalesce: coalesce}
-	return n.handleUserEvent(&u, true)
+	flow, source := &n.broadcasts.flow, n.self.eventSource(n.self.Instance)
+	if source.number-flow.known(n.self) >= eventWindow {
+		return errEventsWait
+	}
+	n.takeEvent(n.self, source, heldEvent{
+		update: update{Member: Member{Name: n.self.Name, Instance: n.self.Instance}, Name: name, Payload: payload, Coalesce: coalesce,
+			LTime: min(n.broadcasts.events.lamport+1, maxCount), Number: source.number + 1, Nonce: n.nonce()},
+		sent:  n.real,
+		fresh: true,
+	})
+	return nil
+}
+
+// resendEvents sends the remembered events of this node, which has just joined, to all that are there now.
+func (n *node) resendEvents() {
+	source := n.self.eventSource(n.self.Instance)
+	if n.self.events.former != nil { // its address has changed since then
+		n.table.advance(n.self, source, 0)
+	}
+	for i := range n.broadcasts.events.recent {
+		ev := &n.broadcasts.events.recent[i]
+		if ev.Member.Name != n.self.Name {
+			continue
+		}
+		if ev.Member.Instance != n.self.Instance {
+			ev.Member.Instance = n.self.Instance
+			ev.source.kept--
+			ev.source = source
+			source.kept++
+			source.remember(ev.id())
+			n.table.advance(n.self, source, ev.Number)
+		}
+		ev.sent = n.real
+		n.broadcasts.news.add(&ev.update)
+	}
+}
+
+// eventFlow bounds how many of this node's user events are under way. Floods are not acknowledged. When half of the
+// window is used up, every member is asked to answer as soon as it has all.
+type eventFlow struct {
+	instance uint64
+	settled  uint64 // all members have the events up to this one, or are not waited for
+	asked    uint64 // when it is higher: they have been asked for those up to this one
+	until    time.Duration
+	waiting  []Member // who has not answered
+}
+
+// known is how many events of self everybody has.
+func (f *eventFlow) known(self *entry) uint64 {
+	if f.instance != self.Instance {
+		*f = eventFlow{instance: self.Instance}
+	}
+	return f.settled
+}
+
+// checked is told that e has all events for which it was asked.
+func (f *eventFlow) checked(e *entry) {
+	e.peer().lagging = false
+	f.waiting = slices.DeleteFunc(f.waiting, e.sameInstance)
+}
+
+func (f *eventFlow) step(n *node) {
+	count := n.self.eventCount()
+	if f.asked > f.known(n.self) {
+		f.waiting = slices.DeleteFunc(f.waiting, n.table.ended)
+		if len(f.waiting) > 0 && n.now < f.until {
+			n.wakeAt(f.until)
+			return
+		}
+		// One that is stopped must not stop the others: it will catch up by itself.
+		for _, m := range f.waiting {
+			n.table.get(m.Name).peer().lagging = true
+		}
+		f.settled = f.asked
+	}
+
+	outside := n.joining.joinedAt == 0 && len(n.seeds) > 0
+	if count-f.settled < eventWindow/2 || outside || n.detector.isolated {
+		return
+	}
+	f.asked = count
+	f.until = n.now + eventCheckTimeout
+	f.waiting = nil
+	hdr := n.header(msgEventCheck)
+	body := wire.encode(nil, &update{Number: count})
+	for _, e := range n.table.ordered {
+		if e == n.self || e.displayStatus() != statusAlive {
+			continue
+		}
+		n.sendReliable(e.Member, hdr, body, eventCheckTimeout)
+		if !e.peer().lagging {
+			f.waiting = append(f.waiting, e.Member)
+		}
+	}
+	n.wakeAt(n.now)
+}
+
+// handleEventCheck answers e as soon as all of its user events up to the one that it names have come.
+func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size int, us []update) error {
+	if len(us) != 1 || us[0].Number == 0 || us[0].Number > 2*maxCount {
+		return errors.New("sent a bad check of its events")
+	}
+	source := e.eventSource(e.Instance)
+	if source.number >= us[0].Number {
+		n.sendAck(from, hdr, size)
+		return nil
+	}
+	g := n.noteGap(e, source, us[0].Number, e)
+	g.check = &hdr
+	g.from = from
+	g.size = size
+	return nil
 }
 
 // ---- anti-entropy ----
@@ -980,6 +1259,16 @@ func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
 	if r.peer == nil && e.peer().syncedDigests != digest^n.digest() && r.rate.take() {
 		r.peer, r.digest = e, digest
 		r.at = n.now + 20*ms + n.jitter(100*ms)
+	}
+}
+
+// requestEvents plans an exchange with e, which has user events that have not come.
+func (r *antiEntropy) requestEvents(n *node, e *entry) {
+	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
+	if r.peer == nil && !e.isSkipped() && e != n.self && r.rate.take() {
+		r.peer = e
+		r.digest = 0
+		r.at = n.now
 	}
 }
 
@@ -1008,6 +1297,7 @@ func (r *antiEntropy) step(n *node) {
 	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
 		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
 		n.table.reap(n.now, n.reapAfter)
+		n.broadcasts.events.trim(n.real - eventMemory)
 	}
 }
 
@@ -1019,6 +1309,21 @@ type stateSync struct {
 	replay   bool
 	lastKey  string // the next piece begins after this key
 	digest   uint64 // the other side's, at first
+	tables   int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
+	counts   []eventCount
+	known    map[lifetime]uint64 // the same, by instance
+}
+
+// lifetime is one instance of a member.
+type lifetime struct {
+	name     string
+	instance uint64
+}
+
+// eventCount is how many of an instance's user events the other side knows.
+type eventCount struct {
+	lifetime
+	number uint64
 }
 
 // handshakeReply answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
@@ -1064,37 +1369,80 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	return nil
 }
 
-// tableChunk is the next frame of my table, members first: an empty one, if the other side had just what I have now.
+// tableChunk is the next frame of my table, members first: an empty one, if the other side had just what I have now. The
+// dialler does not know yet which events the other side has, and sends them when it has heard that.
 func (n *node) tableChunk(sync *stateSync) (frame []byte, more bool) {
 	hdr := n.header(msgTable)
 	if sync.digest == n.digest() {
-		sync.lastKey = "" // the news may have come between two pieces
+		sync.endTable() // the news may have come between two pieces
 		return wire.encode(nil, &hdr), false
 	}
 	var body []byte
-	add := func(u update) {
+	add := func(u update, key string) {
 		b := wire.encode(body, &u)
-		if hdr.More = len(b) > maxFrame-512; !hdr.More {
-			body, sync.lastKey = b, u.key()
+		hdr.More = len(b) > maxFrame-512
+		if !hdr.More {
+			body = b
+			sync.lastKey = key
 		}
 	}
 	at, _ := n.table.index(sync.lastKey + "\x00") // the least name that is greater
+	if sync.tables == 2 {
+		at = len(n.table.ordered)
+	}
 	for ; at < len(n.table.ordered) && !hdr.More; at++ {
 		if e := n.table.ordered[at]; !e.reaped && (e != n.self || n.detector.ownProbe(n.self) == nil) {
-			add(n.claim(e))
+			u := n.claim(e)
+			u.Number = e.eventCount()
+			add(u, u.Member.Name)
 		}
 	}
-	for _, ev := range n.broadcasts.events.recent {
-		if !hdr.More && ev.key > sync.lastKey {
+	if sync.tables > 0 {
+		for i, ev := range n.broadcasts.events.recent {
+			key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
+			if hdr.More || key <= sync.lastKey || !sync.wantsEvent(&ev, len(n.broadcasts.events.recent)-i) {
+				continue
+			}
 			u := ev.update
 			u.Age = uint64((n.real - ev.sent) / ms)
-			add(u)
+			add(u, key)
 		}
 	}
-	if hdr.Target = sync.lastKey; !hdr.More {
-		sync.lastKey, hdr.Target = "", ""
+	hdr.Target = sync.lastKey
+	if !hdr.More {
+		hdr.Target = ""
+		sync.endTable()
 	}
 	return append(wire.encode(nil, &hdr), body...), hdr.More
+}
+
+// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it. Whoever does
+// not know the sender was not there, and gets what all remember.
+func (x *stateSync) wantsEvent(ev *bufferedEvent, age int) bool {
+	known, ok := x.known[lifetime{ev.Member.Name, ev.Member.Instance}]
+	if !ok {
+		return age <= keptEvents
+	}
+	return ev.Number > known
+}
+
+// endTable is told that a table has gone, or has come, whole.
+func (x *stateSync) endTable() {
+	x.lastKey = ""
+	x.tables++
+}
+
+// noteCount is told how many events of a member the other side knows.
+func (x *stateSync) noteCount(u *update) {
+	if u.Name != "" {
+		return
+	}
+	if x.known == nil {
+		x.known = make(map[lifetime]uint64)
+	}
+	l := lifetime{u.Member.Name, u.Member.Instance}
+	x.known[l] = u.Number
+	x.counts = append(x.counts, eventCount{l, u.Number})
 }
 
 // mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
@@ -1105,19 +1453,47 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	}
 	n.detector.lastHeard = n.now
 	for _, u := range us {
+		count := u
 		if n.handleUpdate(&u, sync.peer.Name, sync) != nil {
 			bad++
+			continue
 		}
+		sync.noteCount(&count)
 	}
-	if sync.lastKey = hdr.Target; !hdr.More {
-		n.joining.noteJoined(n)
+	sync.lastKey = hdr.Target
+	if !hdr.More {
+		sync.endTable()
+		n.takeCounts(sync)
+		n.joining.noteJoined(n, sync.peer.Addr.IsValid())
 	}
 	return hdr.More, bad, nil
 }
 
+// takeCounts takes over how many events of each member the other side knows, once it has sent all that it remembers: what
+// has not come is over.
+func (n *node) takeCounts(sync *stateSync) {
+	if sync.tables == 1 {
+		return // the acceptor gets the dialler's events at the end
+	}
+	for _, c := range sync.counts {
+		e := n.table.get(c.name)
+		if e == nil || e.Instance != c.instance {
+			continue
+		}
+		source := e.eventSource(c.instance)
+		limit := source.number + countStep
+		if n.joining.joinedAt == 0 && e != n.self {
+			limit = maxCount // a newcomer knows nothing, and believes whom it joins
+		}
+		if c.number > source.number && c.number <= limit {
+			n.skipEvents(e, source, c.number)
+		}
+	}
+}
+
 // syncDone ends a comparison of tables, of mine, that went well.
 func (n *node) syncDone(sync *stateSync) {
-	n.joining.noteJoined(n)
+	n.joining.noteJoined(n, true)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(e, false) // the other side would have said so
 	}
@@ -1141,11 +1517,16 @@ type joining struct {
 	errs     []string // of the last round
 }
 
-// noteJoined notes that this node is in a cluster.
-func (j *joining) noteJoined(n *node) {
-	if j.joinedAt == 0 {
-		j.joinedAt = max(n.real, 1)
-		n.broadcast(n.self)
+// noteJoined notes that this node is in a cluster, to which it has dialled or which has dialled it.
+func (j *joining) noteJoined(n *node, dialled bool) {
+	if j.joinedAt != 0 {
+		return
+	}
+	j.joinedAt = max(n.real, 1)
+	n.broadcast(n.self)
+	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to them.
+	if dialled || len(n.seeds) > 0 {
+		n.resendEvents()
 	}
 }
 
@@ -1851,7 +2232,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
 	q := &query{id: n.nonce(), until: n.now + within}
-	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.broadcasts.events.lamport + 1, Timeout: uint32(within / ms)}
+	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: min(n.broadcasts.events.lamport+1, maxCount), Timeout: uint32(within / ms)}
 	hdr, body := n.header(msgQuery), wire.encode(nil, &u)
 	hdr.Query = q.id
 	for _, e := range n.table.ordered {
@@ -1876,14 +2257,14 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 
 // handleQuery takes a query of e.
 func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error {
-	if len(us) != 1 || !n.isValidEvent(&us[0]) {
+	if len(us) != 1 || !isValidEvent(&us[0]) {
 		return errors.New("sent a bad query")
 	}
 	u, again := us[0], func(q *query) bool { return q.id == hdr.Query && slices.ContainsFunc(q.waiting, e.sameInstance) }
 	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
 		return nil
 	}
-	n.broadcasts.events.lamport = max(n.broadcasts.events.lamport, u.LTime)
+	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
 	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
 	within := min(time.Duration(ev.Timeout)*ms, maxQueryTimeout)

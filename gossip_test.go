@@ -114,7 +114,7 @@ func (l *lab) breaks(with int) {
 	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.linkEnded(labMember(with), 0, false) })
 }
 
-var kindWords = map[msgKind]string{msgHeartbeat: "heartbeat", msgPing: "ping", msgAck: "ack", msgIndirectProbe: "check", msgProbeResult: "vote", msgBroadcast: "flood", msgQuery: "query", msgReply: "reply"}
+var kindWords = map[msgKind]string{msgHeartbeat: "heartbeat", msgPing: "ping", msgAck: "ack", msgIndirectProbe: "check", msgProbeResult: "vote", msgBroadcast: "flood", msgQuery: "query", msgReply: "reply", msgEventCheck: "event check"}
 var verdictWords = []string{"hung up", "unreachable", "refused", "accepted", "alive"}
 var statusWords = map[Status]string{statusAlive: "alive", statusSuspect: "suspect", statusFailed: "failed", statusLeft: "left"}
 var replyWords = []string{"over", "heard", "nothing", "done", "failed"}
@@ -265,9 +265,15 @@ func TestAPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
 	`)
 }
 
+// labEvent is the user event of that number of member i.
+func labEvent(i int, number uint64, name string, ltime uint64) update {
+	m := labMember(i)
+	return update{Member: Member{Name: m.Name, Instance: m.Instance}, Name: name, LTime: ltime, Number: number, Nonce: 1}
+}
+
 func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	l := newLab(t, 2)
-	ev := update{Member: Member{Name: "b"}, Name: "deploy", Payload: []byte("1"), LTime: 7}
+	ev := labEvent(1, 1, "deploy", 7)
 	l.udp(1, header{Kind: msgBroadcast}, ev)
 	l.udp(1, header{Kind: msgBroadcast}, ev)
 	l.after(10 * ms)
@@ -292,7 +298,10 @@ func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 // ran "reboot" again. What was only missed is delivered late.
 func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
 	event := func(of string, age time.Duration) update {
-		return update{Member: Member{Name: of}, Name: "reboot", LTime: 7, Age: uint64(age / ms)}
+		u := labEvent(1, 1, "reboot", 7)
+		u.Member.Name = of
+		u.Age = uint64(age / ms)
+		return u
 	}
 	table := header{Kind: msgTable}
 	for _, tt := range []struct {
@@ -317,13 +326,13 @@ func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
 			}
 		})
 		l.tell("table", func(n *node) {
-			n.mergeChunk(&stateSync{replay: tt.replay}, table, []update{{Member: labMember(1)}, event(tt.of, tt.age)})
+			n.mergeChunk(&stateSync{peer: labMember(1), replay: tt.replay}, table, []update{{Member: labMember(1)}, event(tt.of, tt.age)})
 		})
 		if got := strings.Contains(l.text.String(), "event user"); got != tt.delivered {
 			t.Errorf("%s: delivered %v", tt.fact, got)
 		}
 		l.text.Reset()
-		l.tell("again", func(n *node) { n.mergeChunk(&stateSync{}, table, []update{event(tt.of, tt.age)}) })
+		l.tell("again", func(n *node) { n.mergeChunk(&stateSync{peer: labMember(1)}, table, []update{event(tt.of, tt.age)}) })
 		if strings.Contains(l.text.String(), "event user") {
 			t.Errorf("%s: delivered the second time", tt.fact)
 		}
@@ -574,6 +583,9 @@ func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 		}
 		for more := true; more; frames++ {
 			more = passPiece(t, b, a, y, sync)
+		}
+		for more := true; more; frames++ { // the events that only a has
+			more = passPiece(t, a, b, sync, y)
 		}
 		if a.digest() != b.digest() || len(a.table.ordered) != len(b.table.ordered) {
 			t.Errorf("%v: %d and %d members after %d frames", sizes, len(a.table.ordered), len(b.table.ordered), frames)

@@ -208,6 +208,10 @@ func (r *rig) update() update {
 		if u.Coalesce = sel&32 > 0; u.Coalesce {
 			u.LTime = 1 << (u.LTime % 64)
 		}
+		if e := r.n.table.get(m.Name); e != nil {
+			m.Instance = e.Instance
+			u.Number = e.eventCount() + uint64(r.byte()%8)
+		}
 		u.Timeout = uint32(r.byte()) * 100
 	case sel&32 > 0:
 		u.Age = 1 << (r.byte() % 64)
@@ -619,7 +623,15 @@ func (r *rig) checkBounds() {
 	bound("members", members, maxMembers)
 	bound("probes", len(n.detector.probes), maxProbes+1)
 	bound("questions", len(n.requests.open), maxRequests)
-	bound("floods", len(n.broadcasts.queue), maxQueue)
+	bound("floods", len(n.broadcasts.claims.queue), maxQueue)
+	bound("floods of events", len(n.broadcasts.news.queue), maxQueue)
+	bound("gaps", len(n.broadcasts.gaps), maxEvents)
+	for _, e := range n.table.ordered {
+		if e.events != nil {
+			bound("events that wait for their turn", len(e.events.held), eventWindow)
+			bound("remembered numbers", len(e.events.recent), eventWindow*maxVariants+1)
+		}
+	}
 	bound("events", len(n.broadcasts.events.recent), maxEvents)
 	bound("seeds' names", len(n.joining.names), 64+4)
 	bound("queries", len(n.queries.open), maxQueries)
@@ -627,7 +639,7 @@ func (r *rig) checkBounds() {
 	for _, ev := range n.broadcasts.events.recent {
 		bound("bytes of an event", len(ev.Name)+len(ev.Payload), maxPayload)
 	}
-	for _, f := range n.broadcasts.queue {
+	for _, f := range slices.Concat(n.broadcasts.claims.queue, n.broadcasts.news.queue) {
 		bound("bytes of a flood", len(f), maxPayload+maxName+60)
 	}
 	for _, p := range n.detector.probes {
@@ -749,7 +761,7 @@ func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T
 func TestMoreNewsThanCanBeSentIsNotKept(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range 2 * maxQueue {
-		r.n.broadcasts.add(&update{Member: Member{Name: strconv.Itoa(i)}})
+		r.n.broadcasts.claims.add(&update{Member: Member{Name: strconv.Itoa(i)}})
 	}
 	r.checkBounds()
 }
@@ -790,7 +802,7 @@ func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	r.table(&rigTable{stateSync: stateSync{peer: Member{Name: "a", Instance: 1000}}}, table)
 	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Instance: 9, Status: statusAlive}
 	r.flood(update{Member: m, Payload: make([]byte, 1201)})
-	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Name: "deploy", LTime: 1})
+	r.flood(update{Member: Member{Name: "a", Instance: 1000, Tags: Tags(strings.Repeat("t", 400))}, Name: "deploy", LTime: 1, Number: 1})
 	had := len(r.sealed)
 	r.pass(20 * ms)
 	for _, b := range r.sealed[had:] {

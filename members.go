@@ -181,15 +181,12 @@ type update struct {
 	LTime    uint64 // Lamport time at which it was sent
 	Coalesce bool   // of several that wait in a queue, the last will do
 	Timeout  uint32 // of a query: milliseconds in which it wants answers
+	Number   uint64 // of a user event among those of its sender's instance; of a claim in a table: how many are known
+	Nonce    uint32 // of a user event: nobody can make it up before the event is sent
+	Before   bool   // a user event that the teller has not delivered: it is older than the teller's membership
 }
 
-// key tells updates apart, and orders them: members by name, then (no name begins so) user events by their time.
-func (u *update) key() string {
-	if u.Name == "" {
-		return u.Member.Name
-	}
-	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Name+"\x00"+string(u.Payload)))
-}
+func (u *update) id() eventID { return eventID{u.Number, u.Nonce} }
 
 // Event is one thing that handlers, the log and watchers are told: something that happened to Member, what a user
 // sent, whose sender is Member, or (eventAnswer) the Payload that came back from there.
@@ -216,8 +213,19 @@ const (
 	// maxWalk bounds how many members are walked over for one neighbour: forged suspects would else make every
 	// walk as long as the table. Of real suspects so many in a row are never seen.
 	maxWalk = 64
-	// maxEvents is how many user events are remembered.
-	maxEvents = 128
+	// maxEvents is how many user events are remembered while many are sent, and keptEvents how many of them for longer.
+	maxEvents  = 2048
+	keptEvents = 128
+	// eventWindow is how many of its events a member may have under way: sent, and perhaps not yet known to all. No
+	// honest number is further ahead, but for a member that was not waited for.
+	eventWindow = 64
+	// maxVariants is how many events may claim one number: a forger can use a number before its owner does, and the
+	// owner's event counts nevertheless.
+	maxVariants = 4
+	// maxCount bounds Lamport times and numbers of events. At most countStep is believed at once, so that no forged number
+	// uses them up: nothing that is true grows by so much between two messages.
+	maxCount  = 1 << 62
+	countStep = 1 << 32
 )
 
 // claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
@@ -239,6 +247,7 @@ type entry struct {
 	since  time.Duration // when it died, for reaping
 	known  time.Duration // when the name was first heard of, on the caller's clock
 	state  *peerState    // the protocol's, with this instance; another one starts anew
+	events *eventSource  // what is known of its user events; nil: nothing
 }
 
 // displayStatus is the status that users see; 0: they see nothing.
@@ -262,6 +271,7 @@ type table struct {
 	ordered []*entry        // by name, so that no map order can show
 	ring    [rings][]*entry // those believed alive, in ring order
 	digest  uint64          // XOR over the entries that are not reaped
+	heard   uint64          // the same over how many events of each are known
 	highest uint64          // incarnation of all
 	version uint64          // counts changes of the rings or of who is walked over
 	shrunk  uint64          // the version that last took somebody off
@@ -353,6 +363,7 @@ func (t *table) count(e *entry, by int) {
 		return
 	}
 	t.digest ^= e.digest()
+	t.heard ^= e.eventDigest()
 	if e.Status < statusLeft {
 		t.total += by
 	}
@@ -489,34 +500,177 @@ func mix(x uint64) uint64 {
 	return hi ^ lo
 }
 
-// bufferedEvent is one remembered user event, as it travels. Its key orders it, see update.key.
-type bufferedEvent struct {
+// ---- user events ----
+
+// eventSource is what is known of the user events of one instance of a member. They are numbered from 1, and counted in
+// that order: what comes early waits.
+type eventSource struct {
+	instance uint64
+	number   uint64      // all up to this one are known
+	floor    uint64      // what is not known up to this one is over, and never counts
+	announce uint64      // there are so many, as far as is known
+	recent   []eventID   // those of the last numbers
+	held     []heldEvent // further ahead than number+1, in order
+	kept     int         // how many are in the buffer
+	former   *eventSource
+}
+
+type eventID struct {
+	number uint64
+	nonce  uint32
+}
+
+// heldEvent is a user event, when it was sent on the caller's clock, and whether it runs handlers here.
+type heldEvent struct {
 	update
-	key  string
-	sent time.Duration // on the caller's clock, as far as is known
+	sent  time.Duration
+	fresh bool
 }
 
-// eventBuffer is the latest user events. Everybody who has heard the same ones remembers the same ones, so they
-// can be part of the digest.
-type eventBuffer struct {
-	lamport uint64          // the highest time heard of
-	recent  []bufferedEvent // in the order of their keys
-	digest  uint64
+// eventSource returns what is known of the events of e's instance, or of the one before it; nil: it is neither.
+func (e *entry) eventSource(instance uint64) *eventSource {
+	s := e.events
+	if instance == e.Instance {
+		if s == nil {
+			e.events = &eventSource{instance: instance}
+		} else if s.instance != instance {
+			s.former = nil // or the chain would grow with each restart
+			e.events = &eventSource{instance: instance, former: s}
+		}
+		return e.events
+	}
+	for s != nil && s.instance != instance {
+		s = s.former
+	}
+	return s
 }
 
-// add remembers ev; false: it was heard before, or is too old to be told from one that was.
-func (m *eventBuffer) add(ev bufferedEvent) bool {
-	m.lamport = max(m.lamport, ev.LTime)
-	byKey := func(o bufferedEvent, key string) int { return strings.Compare(o.key, key) }
-	at, heard := slices.BinarySearchFunc(m.recent, ev.key, byKey)
-	if heard || at == 0 && len(m.recent) == maxEvents {
+// eventCount is how many events of e's instance are known.
+func (e *entry) eventCount() uint64 {
+	if e.events == nil || e.events.instance != e.Instance {
+		return 0
+	}
+	return e.events.number
+}
+
+// eventDigest is this entry's part of the digest over events.
+func (e *entry) eventDigest() uint64 {
+	count := e.eventCount()
+	if count == 0 {
+		return 0
+	}
+	return mix(e.pos[0] ^ mix(e.Instance^mix(count)))
+}
+
+// advance notes that all events of e up to number are known.
+func (t *table) advance(e *entry, s *eventSource, number uint64) {
+	counts := !e.reaped
+	if counts {
+		t.heard ^= e.eventDigest()
+	}
+	s.number = number
+	if counts {
+		t.heard ^= e.eventDigest()
+	}
+}
+
+// skip gives up the events up to number that have not come.
+func (t *table) skip(e *entry, s *eventSource, number uint64) {
+	s.floor = number
+	t.advance(e, s, number)
+	s.held = slices.DeleteFunc(s.held, func(h heldEvent) bool { return h.Number <= number })
+}
+
+// isNew reports whether an event that is not ahead of its turn has not come before.
+func (s *eventSource) isNew(id eventID) bool {
+	if id.number > s.number {
+		return true
+	}
+	if id.number <= s.floor || id.number+eventWindow <= s.number || slices.Contains(s.recent, id) {
 		return false
 	}
-	m.recent = slices.Insert(m.recent, at, ev)
-	m.digest ^= ringHash(rings, ev.key)
-	if len(m.recent) > maxEvents {
-		m.digest ^= ringHash(rings, m.recent[0].key)
-		m.recent = slices.Delete(m.recent, 0, 1)
+	variants := 0
+	for _, r := range s.recent {
+		if r.number == id.number {
+			variants++
+		}
 	}
-	return true
+	return variants < maxVariants
+}
+
+// remember notes that the event has come.
+func (s *eventSource) remember(id eventID) {
+	const limit = eventWindow * maxVariants
+	if len(s.recent) >= limit {
+		s.recent = slices.DeleteFunc(s.recent, func(r eventID) bool { return r.number+eventWindow <= s.number })
+	}
+	s.recent = append(s.recent, id)
+}
+
+// hold keeps an event that is ahead of its turn, if there is room: else it has to come again.
+func (s *eventSource) hold(h heldEvent) {
+	if h.Number > s.number+eventWindow || len(s.held) >= eventWindow {
+		return
+	}
+	at := 0
+	for ; at < len(s.held) && s.held[at].Number <= h.Number; at++ {
+		if s.held[at].id() == h.id() {
+			return
+		}
+	}
+	s.held = slices.Insert(s.held, at, h)
+}
+
+// bufferedEvent is one remembered user event, as it travels.
+type bufferedEvent struct {
+	update
+	position uint64 // in the order in which this node has heard them
+	source   *eventSource
+	sent     time.Duration // on the caller's clock, as far as is known
+}
+
+// eventBuffer is the latest user events, for those who have missed some.
+type eventBuffer struct {
+	lamport  uint64          // the highest time heard of
+	recent   []bufferedEvent // in the order in which they were heard
+	position uint64
+}
+
+// witness is told of a Lamport time. The clock follows, but not far at once: one forged time would use it up.
+func (b *eventBuffer) witness(ltime uint64) {
+	b.lamport = max(b.lamport, min(ltime, b.lamport+countStep))
+}
+
+// add remembers an event of source. When there are too many, the sender that takes most room loses its oldest, so that
+// nobody can push out what others have sent.
+func (b *eventBuffer) add(u update, source *eventSource, sent time.Duration) {
+	if len(b.recent) >= maxEvents {
+		most := 0
+		for i, ev := range b.recent {
+			if ev.source.kept > b.recent[most].source.kept {
+				most = i
+			}
+		}
+		b.drop(most, most+1)
+	}
+	b.position++
+	b.recent = append(b.recent, bufferedEvent{u, b.position, source, sent})
+	source.kept++
+}
+
+// drop forgets the events from place i to place j.
+func (b *eventBuffer) drop(i, j int) {
+	for _, ev := range b.recent[i:j] {
+		ev.source.kept--
+	}
+	b.recent = slices.Delete(b.recent, i, j)
+}
+
+// trim forgets what was sent before then, but for the last keptEvents.
+func (b *eventBuffer) trim(before time.Duration) {
+	old := 0
+	for old < len(b.recent)-keptEvents && b.recent[old].sent < before {
+		old++
+	}
+	b.drop(0, old)
 }

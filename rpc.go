@@ -39,6 +39,7 @@ const (
 	frameTimeout    = 5 * time.Second  // for any other frame
 	sessionTimeout  = 1800 * ms        // until the other side of a session has answered
 	maxLinkWait     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
+	eventPatience   = 4 * time.Second  // for so long an event waits for its turn: less than its command waits
 	syncSlotTimeout = time.Second      // until a place for an exchange must be free
 	windowSize      = 64
 )
@@ -455,6 +456,7 @@ func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error 
 	if differ {
 		g.sendTable(s, sync)
 		g.receiveTable(s, sync)
+		g.sendTable(s, sync) // the events that only this side has
 	}
 	g.doFor(s, func(n *node) error { n.syncDone(sync); return nil })
 	return plainError(s.err)
@@ -510,6 +512,7 @@ func (g *gossip) serve(s *session) error {
 		sync := &stateSync{peer: from, digest: hdr.Digest}
 		g.receiveTable(s, sync)
 		g.sendTable(s, sync)
+		g.receiveTable(s, sync)
 	}
 	return s.err
 }
@@ -685,7 +688,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "force-leave":
 		err = g.run(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
 	case "event":
-		err = g.run(func(n *node) error { return n.userEvent(req.Name, req.Payload, req.Coalesce) })
+		err = g.userEvent(req)
 	case "tags":
 		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
@@ -735,6 +738,21 @@ func (s *session) sendFacts(facts []string) {
 		}
 	}
 	s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+}
+
+// userEvent sends a user event, as soon as the members have caught up with those that were sent before.
+func (g *gossip) userEvent(req rpcRequest) error {
+	deadline := time.Now().Add(eventPatience)
+	for {
+		err := g.run(func(n *node) error { return n.userEvent(req.Name, req.Payload, req.Coalesce) })
+		if !errors.Is(err, errEventsWait) {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the event was not sent: %w within %v", err, eventPatience)
+		}
+		time.Sleep(2 * ms)
+	}
 }
 
 // list sends all members, few at a time: a reader that does not read costs a page, however many they are.

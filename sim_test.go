@@ -68,12 +68,6 @@ type sim struct {
 	busy time.Duration // how long a process may have to wait for its processor
 }
 
-// lifetime identifies one run of an agent.
-type lifetime struct {
-	name string
-	born uint64
-}
-
 // known is what a node has told of a name, and its highest incarnation.
 type known struct {
 	told eventKind
@@ -123,6 +117,7 @@ type proc struct {
 	known   []known // by the number of the name
 	user    map[string]int
 	userAt  map[string]time.Duration
+	from    map[string][]string // user events by sender, in order
 	joins   []error // the ends of join commands, by address; nil: it answered
 	answers []Event
 	asked   int // queries that reached it
@@ -354,7 +349,7 @@ func (s *sim) reach(a, b *simHost) bool {
 func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
 	born := newInstanceID(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
 	self := Member{Name: name, Addr: h.addr, Incarnation: born, Instance: born, Status: statusAlive}
-	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[lifetime]*simLink)}
+	p := &proc{s: s, host: h, name: name, user: make(map[string]int), from: make(map[string][]string), userAt: make(map[string]time.Duration), links: make(map[lifetime]*simLink)}
 	cfg := nodeConfig{member: self, reapAfter: s.reapAfter}
 	for _, seed := range seeds {
 		cfg.seeds = append(cfg.seeds, seed.addr.String())
@@ -889,7 +884,7 @@ func (s *sim) pieces(c *simSession, n *node, sync, y *stateSync, finish func(err
 	s.say(c, n, sync, y, 1, finish, func(n *node) {
 		s.say(c, n, y, sync, 0, finish, func(n *node) {
 			n.syncDone(sync)
-			finish(nil)
+			s.say(c, n, sync, y, 1, finish, func(*node) { finish(nil) }) // the events that only the dialler has
 		})
 	})
 }
@@ -966,6 +961,7 @@ func (p *proc) event(ev Event) {
 	if ev.kind == eventUser {
 		p.user[ev.Name]++
 		p.userAt[ev.Name] = s.now
+		p.from[ev.Member.Name] = append(p.from[ev.Member.Name], ev.Name)
 		s.note('u', p, []byte(ev.Name))
 		return
 	}
@@ -1991,6 +1987,93 @@ func TestAStormOfUserEventsArrivesWhole(t *testing.T) {
 					t.Errorf("%s has %s %d times", p.name, name, c)
 				}
 			}
+		}
+	})
+}
+
+// burst sends events of size bytes from senders as fast as they are accepted, count in all, and names them SENDER-NUMBER.
+type burst struct {
+	s        *sim
+	senders  []*proc
+	accepted map[*proc]int
+	ended    map[*proc]time.Duration
+}
+
+func (s *sim) burst(count, size int, senders ...*proc) *burst {
+	b := &burst{s: s, senders: senders, accepted: make(map[*proc]int), ended: make(map[*proc]time.Duration)}
+	for _, p := range senders {
+		var next func()
+		next = func() {
+			for p.state == procRunning && b.accepted[p] < count {
+				err := errEventsWait
+				p.do(func(n *node) { err = n.userEvent(fmt.Sprintf("%s-%d", p.name, b.accepted[p]), make([]byte, size), false) })
+				if err != nil {
+					break
+				}
+				b.accepted[p]++
+				b.ended[p] = s.now
+			}
+			if p.state != procDead && b.accepted[p] < count {
+				s.after(2*ms, next) // as the RPC asks again
+			}
+		}
+		next()
+	}
+	return b
+}
+
+// arrived reports whether p has all that was accepted of each sender, from the event first on.
+func (b *burst) arrived(p *proc, first int) bool {
+	for _, o := range b.senders {
+		if got := p.from[o.name]; len(got) < b.accepted[o]-first {
+			return false
+		}
+	}
+	return true
+}
+
+// check fails the test where p has not heard all accepted events from first on, once and in order.
+func (b *burst) check(t *testing.T, p *proc, first int) {
+	t.Helper()
+	for _, o := range b.senders {
+		got, want := p.from[o.name], make([]string, 0)
+		for i := first; i < b.accepted[o]; i++ {
+			want = append(want, fmt.Sprintf("%s-%d", o.name, i))
+		}
+		if !slices.Equal(got, want) {
+			at := 0
+			for at < min(len(got), len(want)) && got[at] == want[at] {
+				at++
+			}
+			t.Errorf("%s has %d of %d events of %s; from %d on: %q", p.name, len(got), len(want), o.name, at, got[at:min(len(got), at+5)])
+		}
+	}
+}
+
+func TestEventsOfABurstArriveOnceAndInOrder(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{2, 3, 10, 50}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		from := s.now
+		b := s.burst(1000, 900, ps[len(ps)/2])
+		s.within(time.Minute, "all have all", func() bool {
+			return b.accepted[b.senders[0]] == 1000 && !slices.ContainsFunc(ps, func(p *proc) bool { return !b.arrived(p, 0) })
+		})
+		for _, p := range ps {
+			b.check(t, p, 0)
+		}
+		t.Logf("%.0f events a second", 1000/(s.now-from).Seconds())
+	})
+}
+
+func TestEventsOfManySendersArriveOnceAndInOrder(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{5, 20}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		b := s.burst(100, 100, ps...)
+		s.within(time.Minute, "all have all", func() bool {
+			return !slices.ContainsFunc(ps, func(p *proc) bool { return b.accepted[p] < 100 || !b.arrived(p, 0) })
+		})
+		for _, p := range ps {
+			b.check(t, p, 0)
 		}
 	})
 }
