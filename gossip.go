@@ -66,11 +66,14 @@ const (
 // The protocol's times and bounds. They were settled in simulation: the
 // scenarios in sim_test.go are the measurements.
 const (
-	broadcastBatch, broadcastRate = 2 * ms, 200 // packets a second
-	eventRate                     = 4000        // the same of user events: their senders are slowed down when it is not enough
-	eventsCalm                    = 200 * ms    // after which events that differ were missed, and are not under way
-	eventRepairAfter              = 60 * ms     // floods that overtake each other need less
-	eventRepairEvery              = 250 * ms
+	broadcastBatch, broadcastRate = 2 * ms, 200     // packets a second
+	eventRate                     = 4000            // the same of user events: their senders are slowed down when it is not enough
+	eventsCalm                    = 200 * ms        // after which events that differ were missed, and are not under way
+	eventBurst                    = 64              // packets in one go: the watchers' sockets must hold those of four
+	eventRepairEvery              = 40 * ms         // floods that overtake each other need less
+	eventRepairTries              = 5               // by UDP, before tables are compared
+	eventRepairPackets            = 8               // in answer to one request
+	eventRepairRate               = 20              // of requests that are answered to one peer, a second
 	eventGapTimeout               = 5 * time.Second // then an event that did not come is given up
 	eventMemory                   = time.Minute     // for how long more than the last few events are remembered
 	eventCheckTimeout             = 2 * time.Second // for so long an agent waits for a member that does not keep up
@@ -147,6 +150,7 @@ const (
 	msgQuery                  // carries a query: answer it if you can
 	msgReply                  // to a msgQuery
 	msgEventCheck             // tell me when you have my user events up to this one
+	msgEventRequest           // send me what comes after this user event of its sender
 	msgTCPProbe               // first frame of a session: who are you
 	msgLink                   // first frame: an idle link that tells of my death
 	msgSync                   // first frame: let us compare tables
@@ -567,7 +571,7 @@ func (n *node) allows(m Member, k msgKind) bool {
 	if e := n.table.get(m.Name); e != nil && e.Addr == m.Addr && e.peer().validated {
 		return true
 	}
-	if k == msgQuery || k == msgEventCheck {
+	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
 		return n.queries.amplification.fill(n.now, queryAmplificationRate, queryAmplificationBurst).take()
 	}
 	return n.detector.amplification.fill(n.now, amplificationRate, amplificationBurst).take()
@@ -686,6 +690,7 @@ type peerState struct {
 	promised      time.Duration // when it gets the next heartbeat, if it watches me
 	due           time.Duration // when it is overdue, if I watch it
 	claimRate     bucket        // with what is believed of it
+	eventRate     bucket        // with user events that it has missed
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
 }
@@ -708,7 +713,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 	switch {
 	case hdr.Raised > hdr.Incarnation || !n.isPlausible(hdr.Incarnation, n.table.highest):
 		return errors.New("claims an incarnation far ahead of all that is known")
-	case hdr.Kind > msgEventCheck || anyRun && hdr.Kind != msgPing:
+	case hdr.Kind > msgEventRequest || anyRun && hdr.Kind != msgPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
 	case hdr.Kind == msgPing:
@@ -746,6 +751,8 @@ func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int
 		n.queries.handleAnswer(n, e, hdr, us)
 	case hdr.Kind == msgEventCheck:
 		return n.handleEventCheck(e, from, hdr, size, us)
+	case hdr.Kind == msgEventRequest:
+		return n.handleEventRequest(e, us)
 	case hdr.Kind == msgBroadcast:
 		for i := range us {
 			if err := n.handleUpdate(&us[i], e.Name, nil); err != nil {
@@ -872,13 +879,13 @@ func (q *broadcastQueue) add(u *update) {
 func (s *broadcasts) step(n *node) {
 	s.stepGaps(n)
 	s.flow.step(n)
-	s.claims.flush(n, broadcastRate)
-	s.news.flush(n, eventRate)
+	s.claims.flush(n, broadcastRate, broadcastRate/5)
+	s.news.flush(n, eventRate, eventBurst)
 }
 
 // flush sends the queue to all watchers: at once when the line was idle, else in batches, rate packets a second.
-func (q *broadcastQueue) flush(n *node, rate float64) {
-	q.rate.fill(n.now, rate, rate/5)
+func (q *broadcastQueue) flush(n *node, rate, burst float64) {
+	q.rate.fill(n.now, rate, burst)
 	if len(q.queue) > 0 && n.now >= q.flushAt {
 		for len(q.queue) > 0 && q.rate.tokens >= 0 {
 			var one []byte // as much as fits into a datagram
@@ -1005,13 +1012,25 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 	is.Before = u.Before || n.isBeforeItsTime(via, sent)
 	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
 	if u.Number > source.number+1 {
-		source.hold(ev)
-		n.noteGap(e, source, u.Number, n.table.get(via))
+		if n.noteGap(e, source, u.Number, n.table.get(via)) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
+			n.forwardEvent(ev)
+		}
 		return nil
 	}
 	n.takeEvent(e, source, ev)
+	n.forwardEvent(ev)
 	n.takeHeld(e, source)
 	return nil
+}
+
+// forwardEvent passes an event on, also ahead of its turn: one that is missing here is missing nowhere else for it.
+func (n *node) forwardEvent(ev heldEvent) {
+	if !ev.fresh {
+		return
+	}
+	u := ev.update
+	u.Age = uint64((n.real - ev.sent) / ms)
+	n.broadcasts.news.add(&u)
 }
 
 // isBeforeItsTime reports whether what via tells of was sent before this agent knew via, which was in another cluster
@@ -1030,14 +1049,9 @@ func (n *node) takeEvent(e *entry, source *eventSource, ev heldEvent) {
 	n.broadcasts.events.witness(ev.LTime)
 	n.broadcasts.events.add(ev.update, source, ev.sent)
 	n.broadcasts.heardAt = n.now
-	if !ev.fresh {
-		return
+	if ev.fresh {
+		n.out.events = append(n.out.events, Event{kind: eventUser, update: ev.update})
 	}
-
-	n.out.events = append(n.out.events, Event{kind: eventUser, update: ev.update})
-	u := ev.update
-	u.Age = uint64((n.real - ev.sent) / ms)
-	n.broadcasts.news.add(&u)
 }
 
 // takeHeld counts what has waited for its turn, as far as that has come.
@@ -1062,25 +1076,35 @@ type eventGap struct {
 	e      *entry
 	source *eventSource
 	upTo   uint64 // is known to have been sent
-	via    *entry // who has them all
+	via    *entry // who has told of it
 	number uint64 // of the last that is known; when that changes, they are coming
 	since  time.Duration
 	askAt  time.Duration
+	tries  int
 	check  *header // its sender waits for an answer
 	from   netip.AddrPort
 	size   int
 }
 
-// noteGap notes that events of e up to number have been sent, and via has them.
+// heldCount is how many events wait for their turn.
+func (s *broadcasts) heldCount() int {
+	count := 0
+	for _, g := range s.gaps {
+		count += len(g.source.held)
+	}
+	return count
+}
+
+// noteGap notes that events of e up to number have been sent, as via says; nil: there are too many gaps.
 func (n *node) noteGap(e *entry, source *eventSource, number uint64, via *entry) *eventGap {
 	s := &n.broadcasts
 	i := slices.IndexFunc(s.gaps, func(g *eventGap) bool { return g.source == source })
 	if i < 0 && len(s.gaps) >= maxEvents {
-		return &eventGap{}
+		return nil
 	}
 	if i < 0 {
 		i = len(s.gaps)
-		s.gaps = append(s.gaps, &eventGap{e: e, source: source, via: via, number: source.number, since: n.now, askAt: n.now + eventRepairAfter})
+		s.gaps = append(s.gaps, &eventGap{e: e, source: source, via: via, number: source.number, since: n.now, askAt: n.now + eventRepairEvery})
 	}
 	g := s.gaps[i]
 	if number > g.upTo {
@@ -1103,7 +1127,8 @@ func (s *broadcasts) stepGaps(n *node) {
 		if g.source.number != g.number {
 			g.number = g.source.number
 			g.since = n.now
-			g.askAt = n.now + eventRepairAfter
+			g.askAt = n.now + eventRepairEvery
+			g.tries = 0
 		}
 		if n.now >= g.since+eventGapTimeout {
 			if len(g.source.held) > 0 {
@@ -1112,13 +1137,62 @@ func (s *broadcasts) stepGaps(n *node) {
 			}
 			return len(g.source.held) == 0
 		}
-		if n.now >= g.askAt && g.via != nil {
+		if n.now >= g.askAt {
 			g.askAt = n.now + eventRepairEvery
-			n.antiEntropy.requestEvents(n, g.via)
+			g.ask(n)
 		}
 		n.wakeAt(g.askAt)
 		return false
 	})
+}
+
+// handleEventRequest sends e the user events that follow the one that it names, as far as they are remembered.
+func (n *node) handleEventRequest(e *entry, us []update) error {
+	if len(us) != 1 || validName(us[0].Member.Name) != nil {
+		return errors.New("sent a bad request for events")
+	}
+	if !e.peer().eventRate.fill(n.now, eventRepairRate, 2).take() {
+		return nil
+	}
+	var body []byte
+	packets := 0
+	for _, ev := range n.broadcasts.events.recent {
+		wanted := ev.Member.Name == us[0].Member.Name && ev.Member.Instance == us[0].Member.Instance && ev.Number > us[0].Number
+		if !wanted || packets == eventRepairPackets {
+			continue
+		}
+		u := ev.update
+		u.Age = uint64((n.real - ev.sent) / ms)
+		one := wire.encode(nil, &u)
+		if len(body) > 0 && len(body)+len(one) > maxDatagram-256 {
+			n.send(e.Member, n.header(msgBroadcast), body)
+			packets++
+			body = nil
+		}
+		body = append(body, one...)
+	}
+	if len(body) > 0 && packets < eventRepairPackets {
+		n.send(e.Member, n.header(msgBroadcast), body)
+	}
+	return nil
+}
+
+// ask asks the one that told of what is missing, or the sender, which has it for certain.
+func (g *eventGap) ask(n *node) {
+	g.tries++
+	to := g.e
+	if g.tries%2 == 1 && g.via != nil && !g.via.isSkipped() {
+		to = g.via
+	}
+	if to == n.self || to.isSkipped() {
+		return
+	}
+	if g.tries%(eventRepairTries+1) == 0 {
+		n.antiEntropy.requestEvents(n, to)
+		return
+	}
+	last := update{Member: Member{Name: g.e.Name, Instance: g.source.instance}, Number: g.source.number}
+	n.send(to.Member, n.header(msgEventRequest), wire.encode(nil, &last))
 }
 
 // userEvent sends a user event to everybody, this node included. errEventsWait: the others have to catch up first.
@@ -1130,12 +1204,14 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 	if source.number-flow.known(n.self) >= eventWindow {
 		return errEventsWait
 	}
-	n.takeEvent(n.self, source, heldEvent{
+	ev := heldEvent{
 		update: update{Member: Member{Name: n.self.Name, Instance: n.self.Instance}, Name: name, Payload: payload, Coalesce: coalesce,
 			LTime: min(n.broadcasts.events.lamport+1, maxCount), Number: source.number + 1, Nonce: n.nonce()},
 		sent:  n.real,
 		fresh: true,
-	})
+	}
+	n.takeEvent(n.self, source, ev)
+	n.forwardEvent(ev)
 	return nil
 }
 
@@ -1233,10 +1309,11 @@ func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size 
 		n.sendAck(from, hdr, size)
 		return nil
 	}
-	g := n.noteGap(e, source, us[0].Number, e)
-	g.check = &hdr
-	g.from = from
-	g.size = size
+	if g := n.noteGap(e, source, us[0].Number, e); g != nil {
+		g.check = &hdr
+		g.from = from
+		g.size = size
+	}
 	return nil
 }
 

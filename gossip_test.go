@@ -114,7 +114,7 @@ func (l *lab) breaks(with int) {
 	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.linkEnded(labMember(with), 0, false) })
 }
 
-var kindWords = map[msgKind]string{msgHeartbeat: "heartbeat", msgPing: "ping", msgAck: "ack", msgIndirectProbe: "check", msgProbeResult: "vote", msgBroadcast: "flood", msgQuery: "query", msgReply: "reply", msgEventCheck: "event check"}
+var kindWords = map[msgKind]string{msgHeartbeat: "heartbeat", msgPing: "ping", msgAck: "ack", msgIndirectProbe: "check", msgProbeResult: "vote", msgBroadcast: "flood", msgQuery: "query", msgReply: "reply", msgEventCheck: "event check", msgEventRequest: "event request"}
 var verdictWords = []string{"hung up", "unreachable", "refused", "accepted", "alive"}
 var statusWords = map[Status]string{statusAlive: "alive", statusSuspect: "suspect", statusFailed: "failed", statusLeft: "left"}
 var replyWords = []string{"over", "heard", "nothing", "done", "failed"}

@@ -218,7 +218,7 @@ const (
 	keptEvents = 128
 	// eventWindow is how many of its events a member may have under way: sent, and perhaps not yet known to all. No
 	// honest number is further ahead, but for a member that was not waited for.
-	eventWindow = 64
+	eventWindow = 128
 	// maxVariants is how many events may claim one number: a forger can use a number before its owner does, and the
 	// owner's event counts nevertheless.
 	maxVariants = 4
@@ -607,18 +607,19 @@ func (s *eventSource) remember(id eventID) {
 	s.recent = append(s.recent, id)
 }
 
-// hold keeps an event that is ahead of its turn, if there is room: else it has to come again.
-func (s *eventSource) hold(h heldEvent) {
+// hold keeps an event that is ahead of its turn. False: it is there already, or there is no room and it has to come again.
+func (s *eventSource) hold(h heldEvent) bool {
 	if h.Number > s.number+eventWindow || len(s.held) >= eventWindow {
-		return
+		return false
 	}
 	at := 0
 	for ; at < len(s.held) && s.held[at].Number <= h.Number; at++ {
 		if s.held[at].id() == h.id() {
-			return
+			return false
 		}
 	}
 	s.held = slices.Insert(s.held, at, h)
+	return true
 }
 
 // bufferedEvent is one remembered user event, as it travels.

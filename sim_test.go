@@ -118,7 +118,7 @@ type proc struct {
 	user    map[string]int
 	userAt  map[string]time.Duration
 	from    map[string][]string // user events by sender, in order
-	joins   []error // the ends of join commands, by address; nil: it answered
+	joins   []error             // the ends of join commands, by address; nil: it answered
 	answers []Event
 	asked   int // queries that reached it
 	logs    []string
@@ -2006,7 +2006,9 @@ func (s *sim) burst(count, size int, senders ...*proc) *burst {
 		next = func() {
 			for p.state == procRunning && b.accepted[p] < count {
 				err := errEventsWait
-				p.do(func(n *node) { err = n.userEvent(fmt.Sprintf("%s-%d", p.name, b.accepted[p]), make([]byte, size), false) })
+				p.do(func(n *node) {
+					err = n.userEvent(fmt.Sprintf("%s-%d", p.name, b.accepted[p]), make([]byte, size), false)
+				})
 				if err != nil {
 					break
 				}
