@@ -1009,7 +1009,7 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 	is := update{Member: Member{Name: name, Instance: source.instance}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce,
 		Number: u.Number, Nonce: u.Nonce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	is.Before = u.Before || n.isBeforeItsTime(via, sent)
+	is.Before = n.isBeforeItsTime(e, source, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), nil, sent))
 	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
 	if u.Number > source.number+1 {
 		if n.noteGap(e, source, u.Number, n.table.get(via)) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
@@ -1033,10 +1033,13 @@ func (n *node) forwardEvent(ev heldEvent) {
 	n.broadcasts.news.add(&u)
 }
 
-// isBeforeItsTime reports whether what via tells of was sent before this agent knew via, which was in another cluster
-// then, or this agent was not there yet. A restarted agent would run the handler of "reboot" again.
-func (n *node) isBeforeItsTime(via string, sent time.Duration) bool {
-	e := n.table.get(via)
+// isBeforeItsTime reports whether an event was sent before this agent knew e, its sender or the one that tells of it, which
+// was in another cluster then, or this agent was not there yet. A restarted agent would run the handler of "reboot" again.
+// Times are inexact, numbers are not: what follows an event that has run is not before its time.
+func (n *node) isBeforeItsTime(e *entry, source *eventSource, sent time.Duration) bool {
+	if source != nil && source.ran {
+		return false
+	}
 	return e == nil || sent < e.known
 }
 
@@ -1050,6 +1053,7 @@ func (n *node) takeEvent(e *entry, source *eventSource, ev heldEvent) {
 	n.broadcasts.events.add(ev.update, source, ev.sent)
 	n.broadcasts.heardAt = n.now
 	if ev.fresh {
+		source.ran = true
 		n.out.events = append(n.out.events, Event{kind: eventUser, update: ev.update})
 	}
 }
@@ -1081,6 +1085,7 @@ type eventGap struct {
 	since  time.Duration
 	askAt  time.Duration
 	tries  int
+	away   bool    // the sender is not there to ask
 	check  *header // its sender waits for an answer
 	from   netip.AddrPort
 	size   int
@@ -1124,18 +1129,29 @@ func (s *broadcasts) stepGaps(n *node) {
 			}
 			return true
 		}
+		away := g.e.isSkipped() || g.e.Instance != g.source.instance
+		if away != g.away {
+			g.away = away
+			g.since = n.now
+		}
 		if g.source.number != g.number {
 			g.number = g.source.number
 			g.since = n.now
 			g.askAt = n.now + eventRepairEvery
 			g.tries = 0
 		}
-		if n.now >= g.since+eventGapTimeout {
+		timeout := eventGapTimeout
+		if g.away {
+			timeout = eventMemory // a split may end
+		}
+		if n.now >= g.since+timeout {
+			end := g.upTo
 			if len(g.source.held) > 0 {
-				n.logf("[DEBUG] %d user events of %s are given up: nobody has them", g.source.held[0].Number-1-g.source.number, g.e.Name)
-				n.skipEvents(g.e, g.source, g.source.held[0].Number-1)
+				end = g.source.held[0].Number - 1
 			}
-			return len(g.source.held) == 0
+			n.logf("[DEBUG] %d user events of %s are given up: nobody has them", end-g.source.number, g.e.Name)
+			n.skipEvents(g.e, g.source, end)
+			g.since = n.now
 		}
 		if n.now >= g.askAt {
 			g.askAt = n.now + eventRepairEvery
@@ -1546,8 +1562,7 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	return hdr.More, bad, nil
 }
 
-// takeCounts takes over how many events of each member the other side knows, once it has sent all that it remembers: what
-// has not come is over.
+// takeCounts is told how many events of each member the other side knows, when all that it remembers of them has come.
 func (n *node) takeCounts(sync *stateSync) {
 	if sync.tables == 1 {
 		return // the acceptor gets the dialler's events at the end
@@ -1558,12 +1573,15 @@ func (n *node) takeCounts(sync *stateSync) {
 			continue
 		}
 		source := e.eventSource(c.instance)
-		limit := source.number + countStep
-		if n.joining.joinedAt == 0 && e != n.self {
-			limit = maxCount // a newcomer knows nothing, and believes whom it joins
-		}
-		if c.number > source.number && c.number <= limit {
+		switch {
+		case c.number <= source.number:
+		case n.joining.joinedAt == 0 && e != n.self: // a newcomer: what has not come is before its time
+			n.skipEvents(e, source, min(c.number, maxCount))
+		case c.number > source.number+countStep:
+		case e == n.self: // somebody has foretold events of this node, which goes on above them
 			n.skipEvents(e, source, c.number)
+		default: // the other side may have come later than they, and have none of them: others do
+			n.noteGap(e, source, c.number, n.table.get(sync.peer.Name))
 		}
 	}
 }

@@ -512,6 +512,7 @@ type eventSource struct {
 	recent   []eventID   // those of the last numbers
 	held     []heldEvent // further ahead than number+1, in order
 	kept     int         // how many are in the buffer
+	ran      bool        // one has run handlers here
 	former   *eventSource
 }
 

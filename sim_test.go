@@ -2052,31 +2052,124 @@ func (b *burst) check(t *testing.T, p *proc, first int) {
 	}
 }
 
+// allArrive waits until count events of each sender are accepted and all of ps have them, and checks that.
+func (b *burst) allArrive(t *testing.T, count int, ps ...*proc) {
+	t.Helper()
+	b.s.within(time.Minute, "all have all", func() bool {
+		return !slices.ContainsFunc(b.senders, func(p *proc) bool { return b.accepted[p] < count }) &&
+			!slices.ContainsFunc(ps, func(p *proc) bool { return !b.arrived(p, 0) })
+	})
+	b.s.run(5 * time.Second) // would anything come twice?
+	for _, p := range ps {
+		b.check(t, p, 0)
+	}
+}
+
 func TestEventsOfABurstArriveOnceAndInOrder(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{2, 3, 10, 50}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
-		from := s.now
-		b := s.burst(1000, 900, ps[len(ps)/2])
-		s.within(time.Minute, "all have all", func() bool {
-			return b.accepted[b.senders[0]] == 1000 && !slices.ContainsFunc(ps, func(p *proc) bool { return !b.arrived(p, 0) })
-		})
-		for _, p := range ps {
-			b.check(t, p, 0)
+		count := 1000
+		if len(ps) > 10 {
+			count = 300
 		}
-		t.Logf("%.0f events a second", 1000/(s.now-from).Seconds())
+		p, from := ps[len(ps)/2], s.now
+		b := s.burst(count, 900, p)
+		b.allArrive(t, count, ps...)
+		t.Logf("accepted %.0f events a second", float64(count)/(b.ended[p]-from).Seconds())
 	})
 }
 
 func TestEventsOfManySendersArriveOnceAndInOrder(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{5, 20}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
-		b := s.burst(100, 100, ps...)
-		s.within(time.Minute, "all have all", func() bool {
-			return !slices.ContainsFunc(ps, func(p *proc) bool { return b.accepted[p] < 100 || !b.arrived(p, 0) })
-		})
-		for _, p := range ps {
-			b.check(t, p, 0)
+		s.burst(50, 100, ps...).allArrive(t, 50, ps...)
+	})
+}
+
+// Who comes in the middle hears all that is sent from some moment on, and the others miss nothing for it.
+func TestEventsOfABurstArriveWhileMembersJoin(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{3, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		b := s.burst(600, 900, ps[1])
+		var late []*proc
+		for i := range 3 {
+			s.run(100 * ms)
+			late = append(late, s.start(s.host(), fmt.Sprint("late", i), ps[0].host))
 		}
+		b.allArrive(t, 600, ps...)
+		for _, p := range late {
+			s.within(20*time.Second, "the late one has the last", func() bool { return slices.Contains(p.from[ps[1].name], ps[1].name+"-599") })
+			first := 600 - len(p.from[ps[1].name])
+			if first == 0 {
+				t.Errorf("%s has heard what was before its time", p.name)
+			}
+			b.check(t, p, first)
+		}
+	})
+}
+
+// One that is stopped holds up the others for a moment at most, and catches up.
+func TestEventsOfABurstPassAMemberThatIsStopped(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[2]
+		v.stop()
+		from := s.now
+		b := s.burst(1000, 900, ps[1])
+		s.within(8*time.Second, "the others have all", func() bool {
+			return b.accepted[ps[1]] == 1000 && !slices.ContainsFunc(others(ps, v), func(p *proc) bool { return !b.arrived(p, 0) })
+		})
+		s.run(8*time.Second - (s.now - from))
+		v.cont()
+		b.allArrive(t, 1000, ps...)
+	})
+}
+
+func TestEventsOfASplitArriveOnBothSidesWhenItHeals(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{4, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = apart
+		half := len(ps) / 2
+		b := s.burst(300, 100, ps[0], ps[half])
+		s.run(20 * ms)
+		s.split(ps[:half], ps[half:])
+		s.run(40 * time.Second)
+		s.heal()
+		s.within(time.Minute, "one cluster", s.agree)
+		b.allArrive(t, 300, ps...)
+	})
+}
+
+// A receiver that restarts hears what is sent from then on; a sender that is killed leaves nobody with more than others.
+func TestEventsOfABurstSurviveRestarts(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{4, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		x, v := ps[1], ps[2]
+		b := s.burst(600, 900, x)
+		s.run(150 * ms)
+		s.crash(v)
+		s.run(20 * ms)
+		w := s.start(v.host, v.name, ps[0].host)
+		b.allArrive(t, 600, others(ps, v)...)
+		s.within(20*time.Second, "the restarted one has the last", func() bool { return slices.Contains(w.from[x.name], x.name+"-599") })
+		b.check(t, w, 600-len(w.from[x.name]))
+
+		c := s.burst(600, 900, x)
+		s.run(150 * ms)
+		s.crash(x)
+		y := s.start(x.host, x.name, ps[0].host)
+		s.within(20*time.Second, "it is back", s.agree)
+		s.run(10 * time.Second)
+		for _, p := range others(ps, v, x) {
+			first := ps[0].from[x.name][600:]
+			if got := p.from[x.name][600:]; !slices.Equal(got, first) || len(got) > c.accepted[x] {
+				t.Errorf("%s has %d events of the killed one, another has %d of %d", p.name, len(got), len(first), c.accepted[x])
+			}
+		}
+		for _, p := range others(ps, v, x) {
+			p.from[x.name] = nil
+		}
+		s.burst(100, 900, y).allArrive(t, 100, others(append(ps, y), x, v)...)
 	})
 }
 
