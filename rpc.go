@@ -66,10 +66,18 @@ const (
 	helloLine                = "HAMLET/3\r\n\r\n"
 	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 16
 	gossipPort, rpcPort byte = 'g', 'r'
+	// What a hello says of keys. With a key and without, for a time, is helloEither.
+	helloInClear, helloKeyed, helloEither = 0, 1, 2
 )
 
 func (d *sealer) hello() []byte {
-	b := append([]byte(helloLine), d.portKind, byte(min(len(d.keys), 1)), byte(d.otherPort>>8), byte(d.otherPort))
+	keyed := byte(helloInClear)
+	if !d.opensInClear() {
+		keyed = helloKeyed
+	} else if len(d.keys) > 0 {
+		keyed = helloEither
+	}
+	b := append([]byte(helloLine), d.portKind, keyed, byte(d.otherPort>>8), byte(d.otherPort))
 	return append(append(b, d.receiverHash("")...), rand.Text()[:16]...) // 80 bits
 }
 
@@ -86,9 +94,9 @@ func (d *sealer) checkHello(b []byte, dialled bool) error {
 		return fmt.Errorf("%w, whose RPC is on port %d", errGossip, binary.BigEndian.Uint16(is[2:]))
 	case !bytes.Equal(is[4:8], d.receiverHash("")):
 		return errCluster
-	case is[1] != 0 && !d.hasKey():
+	case is[1] == helloKeyed && len(d.keys) == 0:
 		return errKeyless
-	case is[1] == 0 && d.hasKey():
+	case is[1] == helloInClear && !d.opensInClear():
 		return errKeyed
 	}
 	return nil
@@ -206,7 +214,7 @@ func plainError(err error) error {
 // acceptor are those who come in at a port, and all that is under way there. When there are too many connections,
 // the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
 type acceptor struct {
-	sealer *sealer
+	sealer atomic.Pointer[sealer] // keys may change
 	tcp    net.Listener
 	limit  int
 	wg     sync.WaitGroup
@@ -261,7 +269,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 			defer s.gone.Store(true)
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
-			gs.sealer.handshake(s)
+			gs.sealer.Load().handshake(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
 				gs.logRejected(addrOf(c.RemoteAddr()), plainError(err))
@@ -339,7 +347,7 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 
 // openSession opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
 func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about []update) {
-	s = g.sealer.handshake(&session{Conn: c, dialled: true})
+	s = g.acceptor.sealer.Load().handshake(&session{Conn: c, dialled: true})
 	var hdr header
 	g.doFor(s, func(n *node) error { hdr = n.header(k); return nil })
 	s.send(&hdr)
@@ -656,7 +664,8 @@ func rpcSealer(token string, gossip uint16) *sealer {
 // serveRPC answers commands at ln; info is what the agent knows of itself.
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	gs := &acceptor{sealer: rpcSealer(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs := &acceptor{tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
 	return gs

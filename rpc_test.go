@@ -643,7 +643,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 		up, bye := make(chan bool), make(chan bool)
 		go func() {
 			c, _ := ln.Accept()
-			s := blue.sealer.handshake(&session{Conn: c})
+			s := blue.acceptor.sealer.Load().handshake(&session{Conn: c})
 			s.receive(&header{})
 			s.send(&header{Kind: msgHandshakeReply, From: "green", Incarnation: 7})
 			close(up)
