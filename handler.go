@@ -49,6 +49,7 @@ type handlerConfig struct {
 // handlers are all handlers of one agent.
 type handlers struct {
 	handlerConfig
+	mu      sync.Mutex // guards all and timeout, which a reload changes
 	all     []*handler
 	ending  context.Context // done: what still runs is ended, and nothing new is taken
 	end     context.CancelCauseFunc
@@ -92,6 +93,45 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 		hs.all = append(hs.all, h)
 	}
 	return hs, nil
+}
+
+// reload replaces the handlers by those of cfg. One that stays goes on with what it has queued; one that goes ends what
+// it has queued, and gets nothing new. An error changes nothing.
+func (hs *handlers) reload(cfg handlerConfig) error {
+	cfg.shell = hs.shell
+	next, err := newHandlers(cfg)
+	if err != nil {
+		return err
+	}
+
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	stay := slices.Clone(hs.all)
+	for i, h := range next.all {
+		h.handlers = hs
+		same := func(o *handler) bool { return o.script == h.script && slices.Equal(o.events, h.events) }
+		if at := slices.IndexFunc(stay, same); at >= 0 {
+			next.all[i] = stay[at]
+			stay = slices.Delete(stay, at, at+1)
+		}
+	}
+	hs.all = next.all
+	hs.timeout = cfg.timeout
+	return nil
+}
+
+// runTimeout is how long a run may take; 0: as long as it likes.
+func (hs *handlers) runTimeout() time.Duration {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	return hs.timeout
+}
+
+// now are the handlers at this moment.
+func (hs *handlers) now() []*handler {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	return hs.all
 }
 
 // newHandler takes "script" or "event[,event...]=script" apart.
@@ -152,7 +192,7 @@ func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	if ev.kind == eventQuery {
 		d.until, d.answer = time.Now().Add(time.Duration(ev.Timeout)*ms), answer
 	}
-	for _, h := range hs.all {
+	for _, h := range hs.now() {
 		if hs.ending.Err() == nil && matches(h.events, ev.kind, ev.Name) {
 			h.enqueue(d)
 			d.answer = nil
@@ -223,7 +263,7 @@ func (hs *handlers) info() (facts []string) {
 		place[key] = len(facts) + 2
 		facts = append(facts, group, key, value)
 	}
-	for _, h := range hs.all {
+	for _, h := range hs.now() {
 		for _, ev := range h.events {
 			kind, name, _ := strings.Cut(ev, ":")
 			add(kind+":"+name, h.script)
@@ -251,7 +291,7 @@ func (h *handler) work() {
 // close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
 // ended. Whatever else waits is dropped.
 func (hs *handlers) close(last ...Event) {
-	for _, h := range hs.all {
+	for _, h := range hs.now() {
 		h.mu.Lock()
 		h.queue = nil
 		h.mu.Unlock()
@@ -295,7 +335,7 @@ func (h *handler) run(batch []delivery) {
 
 // runScript runs the script in a process group of its own. The status says what was wrong with its end, if anything.
 func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
-	ctx, cancel := context.WithTimeoutCause(h.handlers.ending, cmp.Or(h.handlers.timeout, math.MaxInt64), errors.New("timed out"))
+	ctx, cancel := context.WithTimeoutCause(h.handlers.ending, cmp.Or(h.handlers.runTimeout(), math.MaxInt64), errors.New("timed out"))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
 	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.handlers.ending); return nil }

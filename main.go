@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -14,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math"
 	"net"
 	"net/netip"
@@ -30,7 +32,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"text/tabwriter"
 	"time"
 	"unicode"
 	"unicode/utf16"
@@ -44,7 +45,7 @@ const (
 	defaultPort    = "7946"
 	defaultRPCPort = "7373"
 	defaultRPC     = "127.0.0.1:" + defaultRPCPort
-	keySize        = 32
+	keySize        = 32 // of a new key
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 10 * time.Second // a join or a leave takes the agent itself up to five
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
@@ -162,7 +163,7 @@ func commands() []command {
 func (c command) execute(args []string) error {
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	run := c.define(fs)
-	operands, err := parseArgs(fs, args)
+	operands, ignored, err := parseArgs(fs, args)
 	if errors.Is(err, flag.ErrHelp) {
 		return output(c.help(fs))
 	}
@@ -173,6 +174,9 @@ func (c command) execute(args []string) error {
 		return wrongUsage(c.name, err)
 	}
 
+	for _, name := range ignored {
+		log.Printf("[WARN] -%s has no effect: %s", name, serfIgnored[name])
+	}
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
 		signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
@@ -185,44 +189,53 @@ func (c command) execute(args []string) error {
 }
 
 // parseArgs sets options wherever they stand, and returns all other arguments. Behind an argument, what looks like an
-// option and is none is an argument, too: a payload may be "-5". After "--" nothing is an option.
-func parseArgs(fs *flag.FlagSet, args []string) (operands []string, err error) {
+// option and is none is an argument, too: a payload may be "-5". After "--" nothing is an option. It names the options of
+// Serf that have no effect here.
+func parseArgs(fs *flag.FlagSet, args []string) (operands, ignored []string, err error) {
 	for len(args) > 0 {
 		arg := args[0]
 		args = args[1:]
 		if arg == "--" {
-			return append(operands, args...), nil
+			return append(operands, args...), ignored, nil
 		}
 		name, value, hasValue := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
 		option := fs.Lookup(name)
+		_, serfs := serfIgnored[name]
 		looksLikeOption := len(arg) > 1 && arg[0] == '-'
-		if !looksLikeOption || option == nil && len(operands) > 0 {
+		isPayload := option == nil && !serfs && len(operands) > 0
+		if !looksLikeOption || isPayload {
 			operands = append(operands, arg)
 			continue
 		}
-		if option == nil {
-			return nil, unknownOption(fs, name)
+		if option == nil && !serfs {
+			return nil, nil, unknownOption(fs, name)
 		}
 
-		if !hasValue {
+		if !hasValue && isSwitch(name, option) {
 			value = "true"
-			if !isSwitch(option) {
-				if len(args) == 0 {
-					return nil, fmt.Errorf("-%s needs a value", name)
-				}
-				value = args[0]
-				args = args[1:]
+		} else if !hasValue {
+			if len(args) == 0 {
+				return nil, nil, fmt.Errorf("-%s needs a value", name)
 			}
+			value = args[0]
+			args = args[1:]
+		}
+		if option == nil {
+			ignored = append(ignored, name)
+			continue
 		}
 		if err := setOption(fs, name, value); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
-	return operands, nil
+	return operands, ignored, nil
 }
 
-// isSwitch reports whether an option stands without a value.
-func isSwitch(option *flag.Flag) bool {
+// isSwitch reports whether an option, or (nil) one of Serf's, stands without a value.
+func isSwitch(name string, option *flag.Flag) bool {
+	if option == nil {
+		return slices.Contains([]string{"disable-compression", "rejoin", "syslog"}, name)
+	}
 	b, ok := option.Value.(interface{ IsBoolFlag() bool })
 	return ok && b.IsBoolFlag()
 }
@@ -230,7 +243,7 @@ func isSwitch(option *flag.Flag) bool {
 // setOption sets an option of fs, and says what is wrong with its value.
 func setOption(fs *flag.FlagSet, name, value string) error {
 	err := fs.Set(name, value)
-	if err != nil && isSwitch(fs.Lookup(name)) {
+	if err != nil && isSwitch(name, fs.Lookup(name)) {
 		err = errors.New("want true or false")
 	}
 	if err != nil {
@@ -317,27 +330,31 @@ func editDistance(a, b string) int {
 	return d[len(a)][len(b)]
 }
 
+// serfIgnored are the options of Serf that could only tune what needs no tuning here, with what happens instead. They are
+// taken, so that no start command has to change for them.
+var serfIgnored = map[string]string{
+	"broadcast-timeout":   "news goes out at once",
+	"disable-compression": "nothing is compressed",
+	"profile":             "there is one timing, for LAN and WAN alike",
+	"protocol":            "agents agree on a protocol by themselves",
+	"rejoin":              "an agent that left joins again by -join",
+	"relay-factor":        "an answer is sent again until it has arrived",
+	"retry-interval":      "seeds are tried once a second at first, then ever more rarely",
+	"snapshot":            "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found",
+	"syslog":              "the log goes to stderr: let systemd or 'logger' take it",
+}
+
 // serfAdvice is what to do instead of what Serf has and hamlet has not; "": it is no such word.
 func serfAdvice(word string) string {
 	switch word {
-	case "-snapshot", "-rejoin":
-		return "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found"
-	case "-config-file", "-config-dir":
-		return "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN"
-	case "-profile":
-		return "there is one timing, for LAN and WAN alike"
 	case "-discover", "-mdns-iface", "-mdns-disable-ipv4", "-mdns-disable-ipv6":
 		return "name the seeds with -join: one DNS name will do"
 	case "-keyring-file":
 		return "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens"
 	case "-tags-file":
 		return "give tags with -tag or HAMLET_TAG, and change them with the tags command"
-	case "-syslog":
-		return "the log goes to stderr: let systemd or 'logger' take it"
-	case "-protocol", "-broadcast-timeout", "-disable-compression", "-relay-factor":
-		return "leave it out: there is nothing of it to set"
 	case "keys":
-		return "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW"
+		return "change -encrypt to OLD,NEW, then NEW,OLD, then NEW, with a SIGHUP to every agent each time"
 	case "reachability":
 		return "every member is looked at all the time: see 'members' and 'info'"
 	case "rtt":
@@ -700,7 +717,7 @@ const versionExamples = "  {} version\n"
 
 func versionCommand(*flag.FlagSet) func([]string) error {
 	return func([]string) error {
-		return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+		return output(fmt.Sprintf("hamlet %s (protocol %d, %s, %s/%s)\n", version, protocolVersion, runtime.Version(), runtime.GOOS, runtime.GOARCH))
 	}
 }
 
@@ -722,7 +739,8 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 	fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", filter.set("name="))
 	fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
 	fs.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
-	fs.Bool("detailed", false, "has no effect: it is Serf's")
+	detailed := fs.Bool("detailed", false, "show each one's version and protocol, and for how long it has had its\n"+
+		"status")
 	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
 		"exit status 1 if it took too long")
 	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait (default: for ever)")
@@ -740,27 +758,67 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 			return err
 		}
 		if *asJSON {
-			return output(membersJSON(members))
+			return output(membersJSON(members, *detailed))
 		}
-		return output(membersText(members))
+		return output(membersText(members, *detailed))
 	}
 }
 
+// memberStatus is a member, and for how long it has had its status.
+type memberStatus struct {
+	Member
+	since time.Duration
+}
+
 // members asks for the members that match filter.
-func (c *client) members(filter memberFilter, timeout time.Duration) (members []Member, err error) {
+func (c *client) members(filter memberFilter, timeout time.Duration) (members []memberStatus, err error) {
 	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
 		for _, u := range us {
 			if filter.matches(u.Member) {
-				members = append(members, u.Member)
+				members = append(members, memberStatus{u.Member, time.Duration(u.Age) * ms})
 			}
 		}
 		return nil
 	})
+	slices.SortStableFunc(members, func(a, b memberStatus) int { return compareNames(a.Name, b.Name) })
 	return members, err
 }
 
+// compareNames orders names as people count: host-8 before host-79. Of numbers alike, the one with fewer zeros is first.
+func compareNames(a, b string) int {
+	x, y := a, b
+	for x != "" && y != "" {
+		digitsX, digitsY := leadingDigits(x), leadingDigits(y)
+		if digitsX == "" || digitsY == "" {
+			if x[0] != y[0] {
+				return strings.Compare(x, y)
+			}
+			x = x[1:]
+			y = y[1:]
+			continue
+		}
+		numberX, numberY := strings.TrimLeft(digitsX, "0"), strings.TrimLeft(digitsY, "0")
+		if len(numberX) != len(numberY) {
+			return len(numberX) - len(numberY)
+		}
+		if numberX != numberY {
+			return strings.Compare(numberX, numberY)
+		}
+		x = x[len(digitsX):]
+		y = y[len(digitsY):]
+	}
+	if x == y {
+		return len(a) - len(b)
+	}
+	return len(x) - len(y)
+}
+
+func leadingDigits(s string) string {
+	return s[:len(s)-len(strings.TrimLeft(s, "0123456789"))]
+}
+
 // waitForMembers asks for the members that match filter until wait of them are alive, or timeout (0: none) is over.
-func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]Member, error) {
+func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]memberStatus, error) {
 	const pause = 100 * ms
 	if timeout == 0 {
 		timeout = math.MaxInt64
@@ -797,7 +855,7 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 	}
 }
 
-func aliveNames(members []Member) (names []string) {
+func aliveNames(members []memberStatus) (names []string) {
 	for _, m := range members {
 		if m.Status == statusAlive {
 			names = append(names, m.Name)
@@ -840,30 +898,91 @@ func (f memberFilter) matches(m Member) bool {
 
 // membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
 // stay in place when a member fails.
-func membersText(members []Member) string {
-	var b strings.Builder
-	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
+func membersText(members []memberStatus, detailed bool) string {
+	var rows [][]string
 	for _, m := range members {
-		tags := printable(strings.Join(splitNUL(m.Tags), ","), "")
-		fmt.Fprintf(w, "%s\t%s\t%-6s\t%s\n", printable(m.Name, ""), m.Addr, m.Status, tags)
+		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
+		if detailed {
+			row = append(row, "for "+m.since.Round(time.Second).String(), "version "+printable(m.Version, ""),
+				fmt.Sprint("protocol ", m.Protocol))
+		}
+		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
 	}
-	w.Flush()
-	return regexp.MustCompile(" +\n").ReplaceAllString(b.String(), "\n")
+	return columns(rows)
 }
 
-// memberJSON is a member as Serf shows it.
+// columns lays rows out at least four blanks apart, without trailing blanks.
+func columns(rows [][]string) string {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], displayWidth(cell))
+		}
+	}
+
+	var b strings.Builder
+	for _, row := range rows {
+		line := ""
+		for i, cell := range row {
+			line += cell + strings.Repeat(" ", widths[i]-displayWidth(cell)+4)
+		}
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	return b.String()
+}
+
+// displayWidth is how many places s takes on a terminal: East Asian characters and emoji take two, marks that combine
+// none (Unicode Standard Annex 11, in coarse ranges).
+func displayWidth(s string) (width int) {
+	for _, r := range s {
+		switch {
+		case unicode.In(r, unicode.Mn, unicode.Me):
+		case r >= 0x1100 && isWide(r):
+			width += 2
+		default:
+			width++
+		}
+	}
+	return width
+}
+
+func isWide(r rune) bool {
+	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
+		return true
+	}
+	for _, wide := range [][2]rune{{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff}} {
+		if r >= wide[0] && r <= wide[1] {
+			return true
+		}
+	}
+	return false
+}
+
+// memberJSON is a member as Serf shows it; what follows the status is of -detailed.
 type memberJSON struct {
-	Name   string            `json:"name"`
-	Addr   string            `json:"addr"`
-	Port   uint16            `json:"port"`
-	Tags   map[string]string `json:"tags"`
-	Status string            `json:"status"`
+	Name     string            `json:"name"`
+	Addr     string            `json:"addr"`
+	Port     uint16            `json:"port"`
+	Tags     map[string]string `json:"tags"`
+	Status   string            `json:"status"`
+	For      string            `json:"for,omitempty"`
+	Version  string            `json:"version,omitempty"`
+	Protocol uint8             `json:"protocol,omitempty"`
 }
 
-func membersJSON(members []Member) string {
+func membersJSON(members []memberStatus, detailed bool) string {
 	var list []memberJSON // null where there is none, as Serf has it
 	for _, m := range members {
-		list = append(list, memberJSON{m.Name, m.Addr.String(), m.Addr.Port(), m.Tags.asMap(), m.Status.String()})
+		shown := memberJSON{Name: m.Name, Addr: m.Addr.String(), Port: m.Addr.Port(), Tags: m.Tags.asMap(), Status: m.Status.String()}
+		if detailed {
+			shown.For = m.since.Round(time.Second).String()
+			shown.Version = m.Version
+			shown.Protocol = m.Protocol
+		}
+		list = append(list, shown)
 	}
 	return toJSON(struct {
 		Members []memberJSON `json:"members"`
@@ -1118,13 +1237,20 @@ func (r *queryResult) totals() string {
 
 // agent is what the agent's options say; some need checking as the user wrote them.
 type agent struct {
-	gossip                     gossipConfig
-	handlers                   handlerConfig
-	bind, advertise, iface     string
-	rpcAddr, rpcAuth, logLevel string
-	keys                       []string
-	tags                       map[string]string
-	leaveOnTerminate           bool
+	gossip           gossipConfig
+	handlers         handlerConfig
+	bind             string
+	advertise        string
+	iface            string
+	rpcAddr          string
+	rpcAuth          string
+	logLevel         string
+	keys             []string
+	tags             map[string]string
+	leaveOnTerminate bool
+	files            []string // of configuration, and folders of such
+	folders          []string
+	notes            []string // what was not understood, for the log
 }
 
 const agentExamples = `  {} agent
@@ -1140,14 +1266,55 @@ Lists are split on commas, or on newlines if there are any. A flag wins.
 
 SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
 others see this node fail. A second signal ends at once, with exit status 1.
-SIGHUP does nothing.
+SIGHUP reads the files and options again: handlers, tags, the log level and keys
+change while the agent runs.
 `
 
 func agentCommand(fs *flag.FlagSet) func([]string) error {
+	newAgent(fs)
+
+	return func([]string) error {
+		if os.Getpid() == 1 {
+			os.Exit(runAsInit())
+		}
+		return agentSource{os.Args[2:], os.Environ()}.run()
+	}
+}
+
+// agentSource is where an agent's options come from. They are read at the start, and again at SIGHUP.
+type agentSource struct {
+	args    []string
+	environ []string
+}
+
+// newAgent defines the agent's options on fs.
+func newAgent(fs *flag.FlagSet) *agent {
 	a := &agent{tags: make(map[string]string)}
 	a.options(fs)
+	return a
+}
 
-	return func([]string) error { return a.run(fs) }
+// read reads the options: a flag wins over the environment, and that over files. What is a list adds up.
+func (src agentSource) read() (*agent, error) {
+	fs := flag.NewFlagSet("agent", flag.ContinueOnError)
+	a := newAgent(fs)
+	if _, _, err := parseArgs(fs, src.args); err != nil {
+		return nil, wrongUsage("agent", err)
+	}
+	unknown, err := setFromEnvironment(fs, src.environ)
+	if err != nil {
+		return nil, wrongUsage("agent", err)
+	}
+	for _, variable := range unknown {
+		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: it is not looked at", variable))
+	}
+	if err := a.readFiles(fs); err != nil {
+		return nil, err
+	}
+	if logLevelOf(a.logLevel) < 0 {
+		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
+	}
+	return a, nil
 }
 
 func (a *agent) options(fs *flag.FlagSet) {
@@ -1164,13 +1331,13 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "a `TOKEN` that the other commands must give")
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	fs.String("retry-interval", "", "`DURATION` has no effect: it is Serf's")
 	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
 		"further one 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
-		"repeatable, or separated by commas: the first seals, all can open.\n"+
+		"repeatable, or separated by commas: the first seals, all can open;\n"+
+		"'none' among them stands for no encryption, while keys are introduced.\n"+
 		"Others can see arguments: better set HAMLET_ENCRYPT", func(s string) error {
 		a.keys = append(a.keys, strings.Split(s, ",")...)
 		return nil
@@ -1183,6 +1350,14 @@ func (a *agent) options(fs *flag.FlagSet) {
 		"query:NAME or * (all of them)", func(s string) error { h.specs = append(h.specs, s); return nil })
 	durationOption(fs, &h.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
+	fs.Func("config-file", "read options from the JSON of `FILE`, as Serf's; repeatable", func(s string) error {
+		a.files = append(a.files, s)
+		return nil
+	})
+	fs.Func("config-dir", "read those of all *.json files in `DIR`; repeatable", func(s string) error {
+		a.folders = append(a.folders, s)
+		return nil
+	})
 }
 
 func (a *agent) seed(s string) error {
@@ -1192,10 +1367,10 @@ func (a *agent) seed(s string) error {
 }
 
 // setFromEnvironment sets the options that were not given from their variables, and names the variables of none.
-func setFromEnvironment(fs *flag.FlagSet) (unknown []string, err error) {
+func setFromEnvironment(fs *flag.FlagSet, environ []string) (unknown []string, err error) {
 	given := make(map[string]bool)
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	for _, kv := range os.Environ() {
+	for _, kv := range environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
@@ -1204,23 +1379,23 @@ func setFromEnvironment(fs *flag.FlagSet) (unknown []string, err error) {
 		case f == nil:
 			unknown = append(unknown, variable)
 		case text != "" && !given[name] && err == nil:
-			err = setFromVariable(variable, text, f)
+			err = setFromVariable(fs, variable, text, name)
 		}
 	}
 	return unknown, err
 }
 
 // setFromVariable sets an option to the text of a variable, or to each item of it where the option is repeatable.
-func setFromVariable(variable, text string, f *flag.Flag) error {
+func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
 	items, note := []string{text}, ""
-	if slices.Contains([]string{"encrypt", "event-handler", "join", "retry-join", "tag"}, f.Name) {
+	if slices.Contains([]string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}, name) {
 		items = splitList(text)
 	}
-	if len(items) > 1 && f.Name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
+	if len(items) > 1 && name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
 		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
 	}
 	for _, item := range items {
-		err := f.Value.Set(item)
+		err := fs.Set(name, item)
 		if note != "" && (strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0) {
 			err = errors.New("it breaks off inside quotes")
 		}
@@ -1249,6 +1424,132 @@ func splitList(text string) (items []string) {
 		}
 	}
 	return items
+}
+
+// serfKeys are the keys of Serf's configuration files whose option is called otherwise than the key with '-' for '_'.
+var serfKeys = map[string]string{
+	"node_name":          "node",
+	"interface":          "iface",
+	"encrypt_key":        "encrypt",
+	"event_handlers":     "event-handler",
+	"start_join":         "join",
+	"retry_max_attempts": "retry-max",
+	"replay_on_join":     "replay",
+	"tombstone_timeout":  "reap-after",
+	"tags":               "tag",
+	"snapshot_path":      "snapshot",
+	"rejoin_after_leave": "rejoin",
+	"enable_syslog":      "syslog",
+	"syslog_facility":    "syslog",
+	"enable_compression": "disable-compression",
+}
+
+// readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers are
+// added to those.
+func (a *agent) readFiles(fs *flag.FlagSet) error {
+	given := make(map[string]bool)
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	for _, list := range []string{"tag", "role", "join", "retry-join", "event-handler"} {
+		delete(given, list)
+	}
+
+	files := a.files
+	for _, folder := range a.folders {
+		entries, err := os.ReadDir(folder) // sorted by name
+		if err != nil {
+			return failf("", "-config-dir %s: %v", folder, reason(err))
+		}
+		for _, entry := range entries {
+			if strings.HasSuffix(entry.Name(), ".json") {
+				files = append(files, filepath.Join(folder, entry.Name()))
+			}
+		}
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return failf("", "-config-file %s: %v", file, reason(err))
+		}
+		if err := a.setFromJSON(fs, given, file, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setFromJSON sets options from one file. What an earlier file has set and is no list is set anew.
+func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string, text []byte) error {
+	var object map[string]any
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.UseNumber() // which keeps the text of a number
+	if err := decoder.Decode(&object); err != nil {
+		line := 1 + bytes.Count(text[:decoder.InputOffset()], []byte("\n"))
+		if se, ok := errors.AsType[*json.SyntaxError](err); ok {
+			line = 1 + bytes.Count(text[:min(int(se.Offset), len(text))], []byte("\n"))
+		}
+		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: line %d: this is not JSON: %v", file, line, err)
+	}
+
+	for _, key := range slices.Sorted(maps.Keys(object)) {
+		name, ok := serfKeys[key]
+		if !ok {
+			name = strings.ReplaceAll(key, "_", "-")
+		}
+		if fs.Lookup(name) == nil {
+			a.notes = append(a.notes, unknownKey(file, key, name))
+			continue
+		}
+		for _, value := range optionTexts(object[key]) {
+			if given[name] || a.hasTag(name, value) {
+				continue
+			}
+			if err := setOption(fs, name, value); err != nil {
+				return failf("", "%s: %s: %v", file, key, err)
+			}
+		}
+	}
+	return nil
+}
+
+// optionTexts is a JSON value as options take it: each item of a list, KEY=VALUE for each item of an object.
+func optionTexts(value any) (texts []string) {
+	switch value := value.(type) {
+	case nil:
+	case []any:
+		for _, item := range value {
+			texts = append(texts, optionTexts(item)...)
+		}
+	case map[string]any:
+		for _, key := range slices.Sorted(maps.Keys(value)) {
+			texts = append(texts, fmt.Sprintf("%s=%v", key, value[key]))
+		}
+	default:
+		texts = append(texts, fmt.Sprint(value))
+	}
+	return texts
+}
+
+// hasTag reports whether a flag or the environment has set the tag that this option is about.
+func (a *agent) hasTag(option, value string) bool {
+	key := "role"
+	if option == "tag" {
+		key, _, _ = strings.Cut(value, "=")
+	} else if option != "role" {
+		return false
+	}
+	_, ok := a.tags[key]
+	return ok
+}
+
+// unknownKey is what the log says of a key in a file that is no option.
+func unknownKey(file, key, option string) string {
+	if instead, ok := serfIgnored[option]; ok {
+		return fmt.Sprintf("%s: %q has no effect: %s", file, key, instead)
+	}
+	if advice := serfAdvice("-" + option); advice != "" {
+		return fmt.Sprintf("%s: hamlet has no %q: %s", file, key, advice)
+	}
+	return fmt.Sprintf("%s: there is no option %q: it is not looked at", file, key)
 }
 
 // check completes the configuration and returns the reason for the advertised address.
@@ -1281,51 +1582,61 @@ func (a *agent) check() (why string, err error) {
 // parseKeys decodes the keys. Its errors never show a key.
 func parseKeys(list []string) (keys [][]byte, err error) {
 	for i, s := range list {
+		if s == "none" {
+			keys = append(keys, noKey)
+			continue
+		}
 		key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(s))
 		if err != nil {
 			return nil, fmt.Errorf("key %d of %d is not base64", i+1, len(list))
-		} else if len(key) != keySize {
-			return nil, fmt.Errorf("key %d of %d has %d bytes, a key has %d", i+1, len(list), len(key), keySize)
+		}
+		if len(key) != 16 && len(key) != 24 && len(key) != 32 {
+			return nil, fmt.Errorf("key %d of %d has %d bytes, a key has 32, 24 or 16", i+1, len(list), len(key))
 		}
 		keys = append(keys, key)
 	}
 	return keys, nil
 }
 
-func (a *agent) run(fs *flag.FlagSet) error {
-	if os.Getpid() == 1 {
-		os.Exit(runAsInit())
-	}
-	unknown, err := setFromEnvironment(fs)
+// runningAgent is an agent that runs, and what it can change while it does.
+type runningAgent struct {
+	source   agentSource
+	started  agent // the options as they were read at the start
+	lastRead *agent
+	gossip   *gossip
+	handlers *handlers
+	logs     *logWriter
+	ended    chan struct{} // closed when all has ended
+}
+
+// run runs the agent until it is told to stop.
+func (src agentSource) run() error {
+	a, err := src.read()
 	if err != nil {
-		return wrongUsage("agent", err)
+		return err
 	}
-	level := slices.Index(logLevels, strings.ToLower(a.logLevel))
-	if level < 0 {
-		return usagef("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
-	}
-	logs := &logWriter{level: level, lines: make(chan string, 1024)}
+	logs := &logWriter{lines: make(chan string, 1024)}
+	logs.level.Store(int32(logLevelOf(a.logLevel)))
 	log.SetOutput(logs)
-	a.handlers.log, a.gossip.log = log.Default(), log.Default()
+	a.gossip.member.Version = version[:min(len(version), maxVersion)]
+	a.handlers.log = log.Default()
+	a.gossip.log = log.Default()
 	signals := prepareProcess()
+	started := *a // check completes what was read
 	why, err := a.check()
 	if err != nil {
 		return err
 	}
-	addr, err := rpcAddr(a.rpcAddr)
+
+	ln, err := a.listenRPC()
 	if err != nil {
 		return err
 	}
-	ap, _ := netip.ParseAddrPort(addr) // zero where it is a host by name
-	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
-	if err != nil {
-		return startFailure("the RPC", "-rpc-addr", addr, err)
-	}
-	a.gossip.otherPort = uint16(ln.Addr().(*net.TCPAddr).Port)
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return usagef(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
+	a.gossip.otherPort = uint16(ln.Addr().(*net.TCPAddr).Port)
 	a.gossip.events = handlers.deliver
 	g, err := newGossip(a.gossip)
 	if err != nil {
@@ -1335,17 +1646,107 @@ func (a *agent) run(fs *flag.FlagSet) error {
 		self, alone := g.self()
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
+	r := &runningAgent{src, started, &started, g, handlers, logs, make(chan struct{})}
+
 	go g.loop()
 	a.banner(g, why, ln.Addr())
-	for _, variable := range unknown {
-		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
+	for _, note := range a.notes {
+		log.Printf("[WARN] %s", note)
 	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
-	rpc := serveRPC(ln, g, a.rpcAuth, func() []string { return a.info(g, handlers) })
-	ended := make(chan struct{})
-	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
-	return a.wait(g, ended, signals)
+	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
+	go func() {
+		<-g.done
+		rpc.close()
+		handlers.close(g.last...)
+		close(r.ended)
+	}()
+	return r.wait(signals)
+}
+
+func (a *agent) listenRPC() (net.Listener, error) {
+	addr, err := rpcAddr(a.rpcAddr)
+	if err != nil {
+		return nil, err
+	}
+	ap, _ := netip.ParseAddrPort(addr) // zero where it is a host by name
+	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
+	if err != nil {
+		return nil, startFailure("the RPC", "-rpc-addr", addr, err)
+	}
+	return ln, nil
+}
+
+// reload reads the options again, and changes what can change while the agent runs. An error changes nothing.
+func (r *runningAgent) reload() error {
+	a, err := r.source.read()
+	if err != nil {
+		return err
+	}
+	keys, err := parseKeys(a.keys)
+	if err != nil {
+		return fmt.Errorf("-encrypt: %w", err)
+	}
+	if _, err := makeTags(a.tags); err != nil {
+		return fmt.Errorf("-tag: %w", err)
+	}
+	if err := r.handlers.reload(a.handlers); err != nil {
+		return err
+	}
+
+	for _, note := range a.notes {
+		if !slices.Contains(r.lastRead.notes, note) {
+			log.Printf("[WARN] %s", note)
+		}
+	}
+	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
+		log.Printf("[WARN] only a restart changes -%s", strings.Join(fixed, ", -"))
+	}
+	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
+	r.gossip.setKeys(keys)
+	set, remove := tagChanges(r.lastRead.tags, a.tags)
+	r.lastRead = a
+	return r.gossip.run(func(n *node) error { return n.setTags(set, remove) })
+}
+
+// tagChanges is what leads from one set of tags to another. What the tags command has changed meanwhile stays.
+func tagChanges(was, is map[string]string) (set map[string]string, remove []string) {
+	set = make(map[string]string)
+	for key, value := range is {
+		if old, ok := was[key]; !ok || old != value {
+			set[key] = value
+		}
+	}
+	for key := range was {
+		if _, ok := is[key]; !ok {
+			remove = append(remove, key)
+		}
+	}
+	return set, remove
+}
+
+// fixedChanges names the options that differ in b, and cannot change while the agent runs.
+func (a *agent) fixedChanges(b *agent) (names []string) {
+	for _, option := range []struct{ name, a, b string }{
+		{"advertise", a.advertise, b.advertise},
+		{"bind", a.bind, b.bind},
+		{"cluster", a.gossip.cluster, b.gossip.cluster},
+		{"iface", a.iface, b.iface},
+		{"join", strings.Join(a.gossip.seeds, ","), strings.Join(b.gossip.seeds, ",")},
+		{"leave-on-terminate", fmt.Sprint(a.leaveOnTerminate), fmt.Sprint(b.leaveOnTerminate)},
+		{"node", a.gossip.member.Name, b.gossip.member.Name},
+		{"reap-after", a.gossip.reapAfter.String(), b.gossip.reapAfter.String()},
+		{"replay", fmt.Sprint(a.gossip.replay), fmt.Sprint(b.gossip.replay)},
+		{"retry-max", fmt.Sprint(a.gossip.retryMax), fmt.Sprint(b.gossip.retryMax)},
+		{"rpc-addr", a.rpcAddr, b.rpcAddr},
+		{"rpc-auth", a.rpcAuth, b.rpcAuth},
+	} {
+		if option.a != option.b {
+			names = append(names, option.name)
+		}
+	}
+	return names
 }
 
 // prepareProcess fits the process to an agent, and returns the signals that it gets.
@@ -1383,11 +1784,11 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Advertise: '%s' (%s)
      RPC addr: '%s'
     Encrypted: %v
-`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, len(a.gossip.keys) > 0)
+`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, a.gossip.sealsWithKey())
 	switch ip := self.Addr.Addr(); {
 	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
-	case len(a.gossip.keys) == 0 && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+	case !a.gossip.sealsWithKey() && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
@@ -1398,16 +1799,17 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 }
 
 // info is what the agent knows of itself: group, key, value; and so on.
-func (a *agent) info(g *gossip, handlers *handlers) (facts []string) {
+func (r *runningAgent) info() (facts []string) {
 	add := func(group, key string, value any) { facts = append(facts, group, key, fmt.Sprint(value)) }
-	self, _ := g.self()
+	self, _ := r.gossip.self()
 	add("agent", "name", self.Name)
 	add("agent", "addr", self.Addr)
 	add("agent", "version", version)
-	add("agent", "uptime", time.Since(g.start).Round(time.Second))
+	add("agent", "protocol", protocolVersion)
+	add("agent", "uptime", time.Since(r.gossip.start).Round(time.Second))
 
 	add("event_handlers", "", "")
-	facts = append(facts, handlers.info()...)
+	facts = append(facts, r.handlers.info()...)
 
 	add("runtime", "arch", runtime.GOARCH)
 	add("runtime", "cpu_count", runtime.NumCPU())
@@ -1416,8 +1818,13 @@ func (a *agent) info(g *gossip, handlers *handlers) (facts []string) {
 	add("runtime", "os", runtime.GOOS)
 	add("runtime", "version", runtime.Version())
 
-	add("serf", "encrypted", len(a.gossip.keys) > 0)
-	g.run(func(n *node) error {
+	sealer := r.gossip.acceptor.sealer.Load()
+	add("serf", "encrypted", sealer.sealsWithKey())
+	add("serf", "keys", len(sealer.keys))
+	for i, key := range sealer.keys {
+		add("serf", fmt.Sprintf("key_%d", i+1), fingerprint(key))
+	}
+	r.gossip.run(func(n *node) error {
 		facts = append(facts, n.info()...)
 		return nil
 	})
@@ -1431,33 +1838,48 @@ func (a *agent) info(g *gossip, handlers *handlers) (facts []string) {
 }
 
 // wait returns when the agent has ended: told by a signal, by the leave command, or by itself.
-func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal) error {
+func (r *runningAgent) wait(signals <-chan os.Signal) error {
 	var told time.Time // to stop
 	for {
 		select {
-		case <-ended:
-			if errors.Is(g.err, errNameTaken) {
-				return failf("choose another name with -node", "%v", g.err)
+		case <-r.ended:
+			if errors.Is(r.gossip.err, errNameTaken) {
+				return failf("choose another name with -node", "%v", r.gossip.err)
 			}
-			return g.err
+			return r.gossip.err
 		case s := <-signals:
-			switch {
-			case s == syscall.SIGHUP: // Serf would read its configuration again
-				log.Print("[INFO] hangup: there is no configuration to reload, carrying on")
-			case !told.IsZero() && time.Since(told) > sameSignal:
+			if s == syscall.SIGHUP {
+				r.hangUp()
+				continue
+			}
+			if !told.IsZero() && time.Since(told) > sameSignal {
 				return failf("", "%v while stopping: ended at once", s)
-			case !told.IsZero():
-			case s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate:
-				log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+			}
+			if told.IsZero() {
 				told = time.Now()
-				go g.leave()
-			default:
-				log.Printf("[INFO] %v: ending without leaving", s)
-				told = time.Now()
-				go g.close() // peers notice at once; handlers get their grace
+				r.stop(s)
 			}
 		}
 	}
+}
+
+func (r *runningAgent) hangUp() {
+	if err := r.reload(); err != nil {
+		log.Printf("[ERR] nothing is changed, since the options cannot be read again: %v", err)
+		return
+	}
+	log.Print("[INFO] hangup: read the options again")
+}
+
+// stop begins to end the agent, in the way that the signal asks for.
+func (r *runningAgent) stop(s os.Signal) {
+	if s == os.Interrupt || s == syscall.SIGTERM && r.started.leaveOnTerminate {
+		log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+		go r.gossip.leave()
+		return
+	}
+	log.Printf("[INFO] %v: ending without leaving", s)
+	go r.gossip.close() // peers notice at once; handlers get their grace
 }
 
 // runAsInit is the first process of a container: it runs this same program as its child and returns that child's
@@ -1668,10 +2090,13 @@ func isOwnAddress(ip netip.Addr) bool {
 
 var logLevels = []string{"trace", "debug", "info", "warn", "err"}
 
+// logLevelOf is the number of a level; -1: there is none of that name.
+func logLevelOf(name string) int { return slices.Index(logLevels, strings.ToLower(name)) }
+
 // logWriter writes log lines of a level and above. It never blocks: a terminal that was halted must not halt the
 // agent. Until pump runs, lines wait.
 type logWriter struct {
-	level   int
+	level   atomic.Int32
 	lines   chan string // "" is the end
 	dropped atomic.Int64
 	pumping sync.WaitGroup
@@ -1681,7 +2106,7 @@ type logWriter struct {
 func (w *logWriter) Write(p []byte) (int, error) {
 	line := string(p)
 	word, _, _ := strings.Cut(line[min(len(line), len("2013/12/08 07:56:48 ")):], " ")
-	if level := slices.Index(logLevels, strings.ToLower(strings.Trim(word, "[]"))); level >= 0 && level < w.level {
+	if level := logLevelOf(strings.Trim(word, "[]")); level >= 0 && level < int(w.level.Load()) {
 		return len(p), nil
 	}
 	select {
