@@ -66,17 +66,18 @@ const (
 // The protocol's times and bounds. They were settled in simulation: the
 // scenarios in sim_test.go are the measurements.
 const (
-	broadcastBatch, broadcastRate = 2 * ms, 200     // packets a second
-	eventRate                     = 4000            // the same of user events: their senders are slowed down when it is not enough
-	eventsCalm                    = 200 * ms        // after which events that differ were missed, and are not under way
-	eventBurst                    = 64              // packets in one go: the watchers' sockets must hold those of four
-	eventRepairEvery              = 40 * ms         // floods that overtake each other need less
-	eventRepairTries              = 5               // by UDP, before tables are compared
-	eventRepairPackets            = 8               // in answer to one request
-	eventRepairRate               = 20              // of requests that are answered to one peer, a second
-	eventGapTimeout               = 5 * time.Second // then an event that did not come is given up
-	eventMemory                   = time.Minute     // for how long more than the last few events are remembered
-	eventCheckTimeout             = 2 * time.Second // for so long an agent waits for a member that does not keep up
+	broadcastBatch, broadcastRate = 2 * ms, 200      // packets a second
+	eventRate                     = 4000             // the same of user events: their senders are slowed down when it is not enough
+	eventsCalm                    = 200 * ms         // after which events that differ were missed, and are not under way
+	eventBurst                    = 64               // packets in one go: the watchers' sockets must hold those of four
+	eventRepairEvery              = 40 * ms          // floods that overtake each other need less
+	eventRepairTries              = 5                // by UDP, before tables are compared
+	eventRepairPackets            = 8                // in answer to one request
+	eventRepairRate               = 20               // of requests that are answered to one peer, a second
+	eventGapTimeout               = 5 * time.Second  // then an event that did not come is given up
+	eventAwayTimeout              = time.Minute      // the same while its sender is not there to ask: a split may end
+	eventMemory                   = 10 * time.Minute // for how long more than the last few events are remembered
+	eventCheckTimeout             = 2 * time.Second  // for so long an agent waits for a member that does not keep up
 	syncInterval                  = time.Second
 	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
 	claimInterval                 = 200 * ms
@@ -1077,7 +1078,7 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 	is := update{Member: Member{Name: name, Instance: source.instance}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce,
 		Number: u.Number, Nonce: u.Nonce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	is.Before = n.isBeforeItsTime(e, source, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), nil, sent))
+	is.Before = n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
 	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
 	if u.Number > source.number+1 {
 		if n.noteGap(e, source, u.Number, n.table.get(via)) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
@@ -1103,16 +1104,17 @@ func (n *node) forwardEvent(ev heldEvent) {
 
 // isBeforeItsTime reports whether an event was sent before this agent knew e, its sender or the one that tells of it, which
 // was in another cluster then, or this agent was not there yet. A restarted agent would run the handler of "reboot" again.
-// Times are inexact, numbers are not: what follows an event that has run is not before its time.
-func (n *node) isBeforeItsTime(e *entry, source *eventSource, sent time.Duration) bool {
-	if source != nil && source.ran {
-		return false
-	}
+func (n *node) isBeforeItsTime(e *entry, sent time.Duration) bool {
 	return e == nil || sent < e.known
 }
 
 // takeEvent counts an event whose turn has come.
 func (n *node) takeEvent(e *entry, source *eventSource, ev heldEvent) {
+	// Times are inexact, numbers are not: what follows an event that has run is not before this agent's time.
+	if source.ran && ev.Number > source.number {
+		ev.Before = false
+		ev.fresh = true
+	}
 	if ev.Number > source.number {
 		n.table.advance(e, source, ev.Number)
 	}
@@ -1210,7 +1212,7 @@ func (s *broadcasts) stepGaps(n *node) {
 		}
 		timeout := eventGapTimeout
 		if g.away {
-			timeout = eventMemory // a split may end
+			timeout = eventAwayTimeout
 		}
 		if n.now >= g.since+timeout {
 			end := g.upTo
