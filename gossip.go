@@ -1081,7 +1081,7 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 	is.Before = n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
 	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
 	if u.Number > source.number+1 {
-		if n.noteGap(e, source, u.Number, n.table.get(via)) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
+		if n.noteGap(e, source, u.Number) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
 			n.forwardEvent(ev)
 		}
 		return nil
@@ -1150,7 +1150,6 @@ type eventGap struct {
 	e      *entry
 	source *eventSource
 	upTo   uint64 // is known to have been sent
-	via    *entry // who has told of it
 	number uint64 // of the last that is known; when that changes, they are coming
 	since  time.Duration
 	askAt  time.Duration
@@ -1170,8 +1169,8 @@ func (s *broadcasts) heldCount() int {
 	return count
 }
 
-// noteGap notes that events of e up to number have been sent, as via says; nil: there are too many gaps.
-func (n *node) noteGap(e *entry, source *eventSource, number uint64, via *entry) *eventGap {
+// noteGap notes that events of e up to number have been sent; nil: there are too many gaps.
+func (n *node) noteGap(e *entry, source *eventSource, number uint64) *eventGap {
 	s := &n.broadcasts
 	i := slices.IndexFunc(s.gaps, func(g *eventGap) bool { return g.source == source })
 	if i < 0 && len(s.gaps) >= maxEvents {
@@ -1179,13 +1178,10 @@ func (n *node) noteGap(e *entry, source *eventSource, number uint64, via *entry)
 	}
 	if i < 0 {
 		i = len(s.gaps)
-		s.gaps = append(s.gaps, &eventGap{e: e, source: source, via: via, number: source.number, since: n.now, askAt: n.now + eventRepairEvery})
+		s.gaps = append(s.gaps, &eventGap{e: e, source: source, number: source.number, since: n.now, askAt: n.now + eventRepairEvery})
 	}
 	g := s.gaps[i]
-	if number > g.upTo {
-		g.upTo = number
-		g.via = via
-	}
+	g.upTo = max(g.upTo, number)
 	n.wakeAt(g.askAt)
 	return g
 }
@@ -1263,14 +1259,14 @@ func (n *node) handleEventRequest(e *entry, us []update) error {
 	return nil
 }
 
-// ask asks the one that told of what is missing, or the sender, which has it for certain.
+// ask asks the sender, which has what is missing for certain, and members at random, which may be nearer and outlive it.
 func (g *eventGap) ask(n *node) {
 	g.tries++
 	to := g.e
-	if g.tries%2 == 1 && g.via != nil && !g.via.isSkipped() {
-		to = g.via
+	if g.away || g.tries%2 == 1 {
+		to = n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isSkipped() })
 	}
-	if to == n.self || to.isSkipped() {
+	if to == nil || to == n.self {
 		return
 	}
 	if g.tries%(eventRepairTries+1) == 0 {
@@ -1395,7 +1391,7 @@ func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size 
 		n.sendAck(from, hdr, size)
 		return nil
 	}
-	if g := n.noteGap(e, source, us[0].Number, e); g != nil {
+	if g := n.noteGap(e, source, us[0].Number); g != nil {
 		g.check = &hdr
 		g.from = from
 		g.size = size
@@ -1651,7 +1647,7 @@ func (n *node) takeCounts(sync *stateSync) {
 		case e == n.self: // somebody has foretold events of this node, which goes on above them
 			n.skipEvents(e, source, c.number)
 		default: // the other side may have come later than they, and have none of them: others do
-			n.noteGap(e, source, c.number, n.table.get(sync.peer.Name))
+			n.noteGap(e, source, c.number)
 		}
 	}
 }
