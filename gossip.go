@@ -1324,11 +1324,12 @@ func (n *node) resendEvents() {
 // eventFlow bounds how many of this node's user events are under way. Floods are not acknowledged. When half of the
 // window is used up, every member is asked to answer as soon as it has all.
 type eventFlow struct {
-	instance uint64
-	settled  uint64 // all members have the events up to this one, or are not waited for
-	asked    uint64 // when it is higher: they have been asked for those up to this one
-	until    time.Duration
-	waiting  []Member // who has not answered
+	instance  uint64
+	settled   uint64 // all members have the events up to this one, or are not waited for
+	asked     uint64 // when it is higher: they have been asked for those up to this one
+	until     time.Duration
+	waiting   []Member // who has not answered
+	confirmed int      // how many have
 }
 
 // known is how many events of self everybody has.
@@ -1342,6 +1343,7 @@ func (f *eventFlow) known(self *entry) uint64 {
 // checked is told that e has all events for which it was asked.
 func (f *eventFlow) checked(e *entry) {
 	e.peer().lagging = false
+	f.confirmed++
 	f.waiting = slices.DeleteFunc(f.waiting, e.sameInstance)
 }
 
@@ -1353,20 +1355,36 @@ func (f *eventFlow) step(n *node) {
 			n.wakeAt(f.until)
 			return
 		}
-		// One that is stopped must not stop the others: it will catch up by itself.
-		for _, m := range f.waiting {
-			n.table.get(m.Name).peer().lagging = true
-		}
-		f.settled = f.asked
+		f.conclude(n)
 	}
 
 	outside := n.joining.joinedAt == 0 && len(n.seeds) > 0
-	if count-f.settled < eventWindow/2 || outside || n.detector.isolated {
+	if count-f.settled >= eventWindow/2 && !outside && !n.detector.isolated {
+		f.ask(n, count)
+	}
+}
+
+// conclude ends a check. One that is stopped must not stop the others: it will catch up by itself. But if nobody at all has
+// answered, nothing is known to have arrived.
+func (f *eventFlow) conclude(n *node) {
+	if len(f.waiting) > 0 && f.confirmed == 0 {
+		f.asked = f.settled
 		return
 	}
+	for _, m := range f.waiting {
+		n.table.get(m.Name).peer().lagging = true
+	}
+	f.settled = f.asked
+}
+
+// ask asks all members for the events up to count. Those that did not keep up are asked, too, but not waited for while
+// others are.
+func (f *eventFlow) ask(n *node, count uint64) {
 	f.asked = count
 	f.until = n.now + eventCheckTimeout
 	f.waiting = nil
+	f.confirmed = 0
+	var lagging []Member
 	hdr := n.header(msgEventCheck)
 	body := wire.encode(nil, &update{Number: count})
 	for _, e := range n.table.ordered {
@@ -1374,9 +1392,14 @@ func (f *eventFlow) step(n *node) {
 			continue
 		}
 		n.sendReliable(e.Member, hdr, body, eventCheckTimeout)
-		if !e.peer().lagging {
+		if e.peer().lagging {
+			lagging = append(lagging, e.Member)
+		} else {
 			f.waiting = append(f.waiting, e.Member)
 		}
+	}
+	if len(f.waiting) == 0 {
+		f.waiting = lagging
 	}
 	n.wakeAt(n.now)
 }

@@ -294,6 +294,128 @@ func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	`)
 }
 
+// 62 bytes with a high Lamport time cut an agent's events off from all others, and 140 between those who run and those
+// who come: a time decides nothing, and moves the clock by one step.
+func TestForgedLamportTimesCutNobodyOff(t *testing.T) {
+	l := newLab(t, 3)
+	for i := range uint64(300) {
+		ev := labEvent(1, i+1, "forged", maxCount)
+		l.udp(1, header{Kind: msgBroadcast}, ev)
+		l.udp(1, header{Kind: msgQuery, Query: uint32(i + 1)}, update{Member: Member{Name: "b"}, Name: "load", LTime: maxCount, Timeout: 1000})
+	}
+	l.udp(1, header{Kind: msgBroadcast}, labEvent(2, 1, "real", 1))
+	if !strings.Contains(l.text.String(), "event user c real") {
+		t.Error("a real event is not heard any more")
+	}
+	newcomer := newNode(nodeConfig{member: labMember(3), reapAfter: time.Hour}, 0)
+	for _, n := range []*node{l.n, newcomer} {
+		n.table.apply(n.now, labMember(0), 0)
+		n.table.apply(n.now, labMember(3), 0)
+	}
+	u := update{}
+	l.tell("own", func(n *node) {
+		n.userEvent("own", nil, false)
+		u = n.broadcasts.events.recent[len(n.broadcasts.events.recent)-1].update
+	})
+	if u.LTime > maxCount {
+		t.Errorf("the clock is at %d", u.LTime)
+	}
+	if err := newcomer.handleUserEvent(&u, "a", false); err != nil || len(newcomer.out.events) != 1 {
+		t.Errorf("a newcomer does not hear it: %v", err)
+	}
+}
+
+// An event that somebody foretold, alike but for what nobody can know, took the place of the real one.
+func TestForetoldEventDoesNotSwallowTheRealOne(t *testing.T) {
+	l := newLab(t, 3)
+	forged := labEvent(2, 1, "deploy", 1)
+	forged.Nonce = 99
+	l.udp(1, header{Kind: msgBroadcast}, forged)
+	l.udp(2, header{Kind: msgBroadcast}, labEvent(2, 1, "deploy", 1))
+	l.udp(2, header{Kind: msgBroadcast}, labEvent(2, 1, "deploy", 1))
+	if got := strings.Count(l.text.String(), "event user c deploy"); got != 2 {
+		t.Errorf("the forged one and the real one ran %d times", got)
+	}
+
+	// Whose number was used goes on above it.
+	own := labEvent(0, 7, "deploy", 1)
+	l.udp(1, header{Kind: msgBroadcast}, own)
+	l.udp(1, header{Kind: msgBroadcast}, labEvent(0, 1<<40, "deploy", 1))
+	l.tell("own", func(n *node) { n.userEvent("own", nil, false) })
+	if got := l.n.self.eventCount(); got != 8 {
+		t.Errorf("the own event has number %d", got)
+	}
+}
+
+func TestEventsOfOneSenderRunInTheOrderInWhichTheyWereSent(t *testing.T) {
+	l := newLab(t, 2)
+	for _, number := range []uint64{1, 3, 4, 3, 2, 4, 6} {
+		l.udp(1, header{Kind: msgBroadcast}, labEvent(1, number, fmt.Sprint("e", number), number))
+	}
+	var got []string
+	for _, line := range strings.Split(l.text.String(), "\n") {
+		if name, ok := strings.CutPrefix(line, "  event user b "); ok {
+			got = append(got, name)
+		}
+	}
+	if diff := cmp.Diff([]string{"e1", "e2", "e3", "e4"}, got); diff != "" {
+		t.Error(diff)
+	}
+	l.text.Reset()
+	l.after(2 * eventRepairEvery)
+	if !strings.Contains(l.text.String(), "to b: event request") {
+		t.Errorf("what is missing is not asked for:\n%s", l.text.String())
+	}
+	l.udp(1, header{Kind: msgBroadcast}, labEvent(1, 5, "e5", 5))
+	if !strings.Contains(l.text.String(), "event user b e5\n  event user b e6") {
+		t.Errorf("it does not go on:\n%s", l.text.String())
+	}
+}
+
+// A sender waits for all; for one that is silent, while others are not, for a moment.
+func TestEventsWaitUntilAllMembersHaveThoseBefore(t *testing.T) {
+	l := newLab(t, 3)
+	fill := func() (accepted int) {
+		for accepted < 10*eventWindow {
+			err := error(nil)
+			l.tell("event", func(n *node) { err = n.userEvent("e", nil, false) })
+			if err != nil {
+				break
+			}
+			accepted++
+		}
+		return accepted
+	}
+	pass := func(d time.Duration) {
+		for range d / (100 * ms) {
+			l.after(100 * ms)
+			l.udp(1, header{Kind: msgHeartbeat, Promise: 2000})
+			l.udp(2, header{Kind: msgHeartbeat, Promise: 2000})
+		}
+	}
+	if got := fill(); got != eventWindow {
+		t.Errorf("%d are accepted at once, the window is %d", got, eventWindow)
+	}
+	pass(5 * time.Second)
+	if got := fill(); got != 0 {
+		t.Errorf("%d are accepted while nobody has answered", got)
+	}
+	var asked [3]uint32
+	for _, q := range l.n.requests.open {
+		if q.h.Kind == msgEventCheck {
+			asked[q.m.Name[0]-'a'] = q.h.Seq
+		}
+	}
+	l.udp(1, header{Kind: msgAck, Seq: asked[1]})
+	if got := fill(); got != 0 {
+		t.Errorf("%d are accepted while one has not answered", got)
+	}
+	pass(3 * time.Second)
+	if got := fill(); got == 0 || got == 10*eventWindow {
+		t.Errorf("one that is silent: %d are accepted", got)
+	}
+}
+
 // By whichever way it comes in, what was sent before is over: a restarted agent
 // ran "reboot" again. What was only missed is delivered late.
 func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
