@@ -46,6 +46,8 @@ const (
 	keySize        = 32
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 10 * time.Second // a join or a leave takes the agent itself up to five
+	startPatience  = time.Second      // how long the banner waits for the name of -advertise
+	addressPoll    = 500 * ms         // between looks whether there is an address to advertise now
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
 )
@@ -492,7 +494,14 @@ func (q *client) join(fs *flag.FlagSet) error {
 	}
 	q.Args = strings.Join(fs.Args(), "\x00")
 	return q.call("join", slowTimeout, func(a rpcResponse, _ []update) error {
-		return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
+		if a.More {
+			return nil // the agent is at it
+		}
+		text := fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count)
+		if a.Text != "" {
+			text += printable(a.Text, "") + "\n"
+		}
+		return output(text)
 	})
 }
 
@@ -755,7 +764,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
 	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
-	fs.StringVar(&a.bind, "bind", "0.0.0.0:"+defaultPort, "`IP:PORT` where to listen for gossip, UDP and TCP")
+	fs.StringVar(&a.bind, "bind", "", "`HOST:PORT` where to listen for gossip, UDP and TCP (default\n"+
+		"0.0.0.0:7946; [::]:7946 where only IPv6 will do)")
 	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
 		"from which packets to the first seed go out)")
 	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`")
@@ -862,19 +872,49 @@ func (a *agent) check() (why string, err error) {
 	if cfg.member.Tags, err = makeTags(a.tags); err != nil {
 		return "", usagef("", "-tag: %v", err)
 	}
-	host, port, _ := hostPort(a.bind, defaultPort)
-	bind, err := netip.ParseAddrPort(net.JoinHostPort(cmp.Or(host, "0.0.0.0"), port)) // which takes no empty port
-	if err != nil || bind.Addr().IsMulticast() {
-		return "", usagef("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946",
-			"-bind: %q is not an IP address and a port", a.bind)
+	cfg.bind, err = a.bindAddress()
+	if err != nil {
+		return "", err
 	}
-	cfg.bind = netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port())
 	if cfg.keys, err = parseKeys(a.keys); err != nil {
 		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
-	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == "" && a.iface == ""
-	cfg.member.Addr, why, err = a.advertised()
-	return why, err
+	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == ""
+	cfg.iface = a.iface
+	return a.chooseAddress()
+}
+
+// chooseAddress chooses the address to advertise. Where it may become known later, a stopgap is taken until then.
+func (a *agent) chooseAddress() (why string, err error) {
+	cfg := &a.gossip
+	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
+	defer cancel()
+	cfg.member.Addr, why, err = a.advertised(ctx)
+	f, _ := errors.AsType[*failure](err)
+	if f == nil || !f.again {
+		return why, err
+	}
+	cfg.awaits = f.msg
+	_, port, _ := hostPort(a.advertise, fmt.Sprint(cfg.bind.Port()))
+	cfg.member.Addr = netip.MustParseAddrPort(net.JoinHostPort("127.0.0.1", port))
+	return "it is not known yet", nil
+}
+
+// awaitAddress waits until the address to advertise is known, and has the agent join then.
+func (a *agent) awaitAddress(g *gossip) {
+	log.Printf("[WARN] %s: this node joins as soon as it has an address to advertise", a.gossip.awaits)
+	for {
+		addr, _, err := a.advertised(g.ctx)
+		if err == nil {
+			g.addressKnown(addr.Addr())
+			return
+		}
+		select {
+		case <-time.After(addressPoll):
+		case <-g.ctx.Done():
+			return
+		}
+	}
 }
 
 // parseKeys decodes the keys. Its errors never show a key.
@@ -906,7 +946,6 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	logs := &logWriter{level: level, lines: make(chan string, 1024)}
 	log.SetOutput(logs)
 	a.handlers.log, a.gossip.log = log.Default(), log.Default()
-	signals := prepareProcess()
 	why, err := a.check()
 	if err != nil {
 		return err
@@ -920,6 +959,7 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if err != nil {
 		return startFailure("the RPC", "-rpc-addr", addr, err)
 	}
+	signals := prepareProcess() // only now: until here a signal ends the process, however long a resolver takes
 	a.gossip.otherPort = uint16(ln.Addr().(*net.TCPAddr).Port)
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
@@ -936,6 +976,9 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	}
 	go g.loop()
 	a.banner(g, why, ln.Addr())
+	if a.gossip.awaits != "" {
+		go a.awaitAddress(g)
+	}
 	for _, variable := range unknown {
 		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
 	}
@@ -984,9 +1027,10 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Encrypted: %v
 `, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, len(a.gossip.keys) > 0)
 	switch ip := self.Addr.Addr(); {
+	case a.gossip.awaits != "": // which is told
 	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
-	case len(a.gossip.keys) == 0 && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+	case len(a.gossip.keys) == 0 && !isPrivate(ip):
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
@@ -1150,88 +1194,234 @@ func rpcAddr(s string) (string, error) {
 	return net.JoinHostPort(host, port), err
 }
 
-// resolve looks up all addresses of all hosts at the same time; port stands in for a missing one. What takes
-// longer than 1.5 s counts as failed.
-func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.AddrPort, errs []string) {
-	ctx, cancel := context.WithTimeout(ctx, 1500*ms)
-	defer cancel()
-	found, failed := make([][]net.IPAddr, len(hosts)), make([]error, len(hosts))
-	var all sync.WaitGroup
-	for i, s := range hosts {
-		all.Go(func() {
-			host, _, err := hostPort(s, port)
-			if failed[i] = err; err == nil {
-				found[i], failed[i] = net.DefaultResolver.LookupIPAddr(ctx, host) // LookupNetIP would lose a zone
-			}
-		})
-	}
-	all.Wait()
-	for i, s := range hosts {
-		if failed[i] != nil {
-			errs = append(errs, fmt.Sprintf("%s: %v", s, failed[i]))
-		}
-		_, port, _ := hostPort(s, port)
-		for _, ip := range found[i] {
-			addr, _ := netip.AddrFromSlice(ip.IP) // only IPv6 has zones
-			a := netip.MustParseAddrPort(net.JoinHostPort(addr.Unmap().WithZone(ip.Zone).String(), port))
-			if !slices.Contains(addrs, a) {
-				addrs = append(addrs, a)
-			}
-		}
-	}
-	return addrs, errs
+// lookup is an answer of the system's resolver.
+type lookup struct {
+	addrs []netip.AddrPort
+	err   error
 }
 
-// advertised returns the address that others are told, and the reason. It is never a wildcard, and
-// loopback only if that is asked for or if there is nothing else.
-func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
-	bind := a.gossip.bind
-	try := func(ip netip.Addr, reason string) {
-		if !addr.IsValid() && usable(ip, bind.Addr()) {
-			addr, why = netip.AddrPortFrom(ip, bind.Port()), reason
+// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and each
+// answer comes as soon as it is there. The resolver takes as long as it takes: only ctx ends it. After the last answer
+// the channel is closed.
+func lookUp(ctx context.Context, s, port string) <-chan lookup {
+	answers := make(chan lookup, 2)
+	host, port, err := hostPort(s, port)
+	if err != nil {
+		answers <- lookup{err: err}
+		close(answers)
+		return answers
+	}
+	complete := func(ip netip.Addr) netip.AddrPort {
+		return netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
+	}
+	if ip, err := netip.ParseAddr(host); err == nil {
+		answers <- lookup{addrs: []netip.AddrPort{complete(ip)}}
+		close(answers)
+		return answers
+	}
+
+	var both sync.WaitGroup
+	for _, family := range []string{"ip4", "ip6"} {
+		both.Go(func() {
+			ips, err := net.DefaultResolver.LookupNetIP(ctx, family, host)
+			l := lookup{err: lookupError(err)}
+			for _, ip := range ips {
+				l.addrs = append(l.addrs, complete(ip))
+			}
+			answers <- l
+		})
+	}
+	go func() {
+		both.Wait()
+		close(answers)
+	}()
+	return answers
+}
+
+// lookupError says in plain words why a name has no address.
+func lookupError(err error) error {
+	dns, _ := errors.AsType[*net.DNSError](err)
+	switch {
+	case dns == nil || errors.Is(err, context.Canceled):
+		return err
+	case dns.IsNotFound:
+		return errors.New("no such host")
+	case dns.Server != "":
+		return fmt.Errorf("no usable answer from the name server %s", dns.Server)
+	}
+	return errors.New("the name cannot be looked up")
+}
+
+// lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
+func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) (addr netip.AddrPort, err error) {
+	err = errors.New("it has no address that fits")
+	for l := range lookUp(ctx, s, port) {
+		if l.err != nil && !addr.IsValid() {
+			err = l.err
+		}
+		for _, found := range l.addrs {
+			if fits(found.Addr()) && (!addr.IsValid() || found.Addr().Is4() && !addr.Addr().Is4()) {
+				addr = found
+			}
+		}
+		if addr.IsValid() && addr.Addr().Is4() {
+			break
 		}
 	}
+	if addr.IsValid() {
+		return addr, nil
+	}
+	return addr, err
+}
+
+// bindAddress returns the address to listen on.
+func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
+	host, port, err := hostPort(a.bind, defaultPort)
+	isName := strings.ContainsFunc(host, unicode.IsLetter) && !strings.Contains(host, ":")
+	ip, notIP := netip.ParseAddr(host)
+	if err != nil || notIP != nil && !isName && host != "" || ip.IsMulticast() {
+		return bind, usagef("-bind takes HOST:PORT, such as 0.0.0.0:7946 or [::1]:7946",
+			"-bind: %q is not an address to listen on", a.bind)
+	}
+
+	switch {
+	case host == "" && a.needsIPv6():
+		ip = netip.IPv6Unspecified() // which takes IPv4 as well
+	case host == "":
+		ip = netip.IPv4Unspecified()
+	case isName:
+		isOwn := func(ip netip.Addr) bool { return ip.IsLoopback() || isOwnAddress(ip) }
+		found, err := lookUpOne(context.Background(), host, port, isOwn)
+		if err != nil {
+			return bind, failf("-bind takes HOST:PORT; HOST must be, or resolve to, an address of this machine",
+				"-bind: cannot listen on %q: %v", a.bind, err)
+		}
+		ip = found.Addr()
+	}
+	return netip.ParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
+}
+
+// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or has no other.
+func (a *agent) needsIPv6() bool {
+	for _, s := range append(slices.Clone(a.gossip.seeds), a.advertise) {
+		host, _, _ := hostPort(s, defaultPort)
+		if ip, err := netip.ParseAddr(host); err == nil && ip.Unmap().Is6() {
+			return true
+		}
+	}
+	all, _ := addressesOf("")
+	own, _ := addressesOf(a.iface)
+	is4 := func(ip netip.Addr) bool { return ip.Is4() && !ip.IsLoopback() }
+	return !slices.ContainsFunc(own, is4) && slices.ContainsFunc(all, netip.Addr.Is6)
+}
+
+// advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if that
+// is asked for or if there is nothing else. An error whose failure is marked again may come right by itself.
+func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string, err error) {
+	bind := a.gossip.bind
 	switch {
 	case a.advertise != "" && a.iface != "":
 		return addr, "", usagef("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
 	case a.advertise != "":
-		found, errs := resolve(context.Background(), []string{a.advertise}, fmt.Sprint(bind.Port()))
-		for _, ap := range found {
-			if ip := ap.Addr(); !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr()) {
-				return ap, "set with -advertise", nil
-			}
-		}
-		errs = append(errs, fmt.Sprintf("no address at which others could reach %s", bind))
-		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise %q: %s", a.advertise, errs[0])
-	case a.iface == "" && !bind.Addr().IsUnspecified():
+		return a.namedAddress(ctx)
+	case a.iface != "":
+		return a.interfaceAddress()
+	case !bind.Addr().IsUnspecified():
 		return bind, "the bound address", nil
-	case a.iface == "":
-		seeds, _ := resolve(context.Background(), a.gossip.seeds, defaultPort)
-		for _, seed := range seeds {
-			try(sourceTo(seed.Addr()), fmt.Sprintf("source address of the route to %s", seed.Addr()))
+	}
+	ip, why := routeAddress(a.gossip.seeds, bind.Addr())
+	return netip.AddrPortFrom(ip, bind.Port()), why, nil
+}
+
+// namedAddress is the address of -advertise.
+func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why string, err error) {
+	bind := a.gossip.bind
+	host, _, err := hostPort(a.advertise, fmt.Sprint(bind.Port()))
+	if err != nil {
+		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise: %v", err)
+	}
+	addr, err = lookUpOne(ctx, a.advertise, fmt.Sprint(bind.Port()), func(ip netip.Addr) bool {
+		return !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr())
+	})
+	if err == nil {
+		return addr, "set with -advertise", nil
+	}
+	if _, notIP := netip.ParseAddr(host); notIP == nil {
+		return addr, "", usagef("-advertise takes HOST or HOST:PORT; -bind [::]:7946 takes IPv4 and IPv6",
+			"-advertise %q: no address at which others could reach %s", a.advertise, bind)
+	}
+	return addr, "", &failure{msg: fmt.Sprintf("-advertise %q: %v", a.advertise, err), code: 1, again: true}
+}
+
+// interfaceAddress is the address of -iface.
+func (a *agent) interfaceAddress() (addr netip.AddrPort, why string, err error) {
+	bind := a.gossip.bind
+	ips, err := addressesOf(a.iface)
+	if err != nil {
+		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", a.iface)
+	}
+	if !bind.Addr().IsUnspecified() {
+		if !slices.Contains(ips, bind.Addr()) {
+			return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
+				"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
 		}
-		for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
-			try(sourceTo(netip.MustParseAddr(far)), "source address of the default route")
+		return bind, "the bound address, of " + a.iface, nil
+	}
+	ip := bestAddress(ips, bind.Addr())
+	if !ip.IsValid() {
+		return addr, "", &failure{msg: fmt.Sprintf("-iface: %s has no address yet at which others could reach %s", a.iface, bind),
+			code: 1, again: true}
+	}
+	return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
+}
+
+// routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then to
+// the rest of the world. Names are not looked up here: the first seed that answers settles it.
+func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
+	for _, s := range seeds {
+		host, _, _ := hostPort(s, defaultPort)
+		seed, err := netip.ParseAddr(host)
+		if err != nil {
+			continue
+		}
+		if ip = sourceTo(seed); isReachable(ip, bind) {
+			return ip, fmt.Sprintf("source address of the route to %s", seed.Unmap())
+		}
+		if seed.Zone() == "" {
+			continue
+		}
+		// A link-local IPv6 address means nothing elsewhere: another one of that interface has to do.
+		ips, _ := addressesOf(seed.Zone())
+		if ip = bestAddress(ips, bind); ip.IsValid() {
+			return ip, "address of " + seed.Zone()
 		}
 	}
+	for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
+		if ip = sourceTo(netip.MustParseAddr(far)); isReachable(ip, bind) {
+			return ip, "source address of the default route"
+		}
+	}
+
+	var linkLocal netip.Addr // others on its network can be reached by it, but any other address is better
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
-		if ifc.Name == a.iface || a.iface == "" && ifc.Flags&net.FlagUp != 0 {
-			addrs, _ := ifc.Addrs()
-			for _, ip := range addrs {
-				try(ipOf(ip), "address of "+ifc.Name)
-			}
+		if ifc.Flags&net.FlagUp == 0 {
+			continue
+		}
+		ips, _ := addressesOf(ifc.Name)
+		ip := bestAddress(ips, bind)
+		if usable(ip, bind) {
+			return ip, "address of " + ifc.Name
+		}
+		if ip.IsValid() && !linkLocal.IsValid() {
+			linkLocal = ip
+			why = "address of " + ifc.Name
 		}
 	}
-	switch {
-	case addr.IsValid():
-		return addr, why, nil
-	case a.iface != "":
-		return addr, "", usagef("-iface takes the name of an interface",
-			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
+	if linkLocal.IsValid() {
+		return linkLocal, why
 	}
-	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1}) // which [::] takes as well
-	return netip.AddrPortFrom(loopback, bind.Port()), "no other address was found", nil
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1}), "no other address was found" // which [::] takes as well
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
@@ -1244,15 +1434,72 @@ func sourceTo(ip netip.Addr) netip.Addr {
 	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
 }
 
-// ipOf is the address of an interface, without the length of its network.
-func ipOf(a net.Addr) netip.Addr {
-	p, _ := netip.ParsePrefix(a.String())
-	return p.Addr().Unmap()
+// addressesOf are the addresses of an interface; of all for "".
+func addressesOf(iface string) (ips []netip.Addr, err error) {
+	var addrs []net.Addr
+	if iface == "" {
+		addrs, err = net.InterfaceAddrs()
+	} else if ifc, noSuch := net.InterfaceByName(iface); noSuch != nil {
+		err = noSuch
+	} else {
+		addrs, err = ifc.Addrs()
+	}
+	for _, a := range addrs {
+		prefix, _ := netip.ParsePrefix(a.String())
+		ips = append(ips, prefix.Addr().Unmap())
+	}
+	return ips, err
+}
+
+// bestAddress is the address among ips to tell others; the zero one if there is none.
+func bestAddress(ips []netip.Addr, bind netip.Addr) netip.Addr {
+	for _, fits := range []func(ip, bind netip.Addr) bool{usable, isReachable} {
+		for _, ip := range ips {
+			if fits(ip, bind) {
+				return ip
+			}
+		}
+	}
+	return netip.Addr{}
+}
+
+// followInterface is the address to advertise of an interface: own as long as it has that.
+func followInterface(iface string, own, bind netip.Addr) netip.Addr {
+	ips, _ := addressesOf(iface)
+	if slices.Contains(ips, own) {
+		return own
+	}
+	return bestAddress(ips, bind)
+}
+
+// onOneInterface reports whether both are addresses of the same interface.
+func onOneInterface(x, y netip.Addr) bool {
+	if x == y {
+		return true
+	}
+	ifcs, _ := net.Interfaces()
+	return slices.ContainsFunc(ifcs, func(ifc net.Interface) bool {
+		ips, _ := addressesOf(ifc.Name)
+		return slices.Contains(ips, x) && slices.Contains(ips, y)
+	})
 }
 
 // usable reports whether other machines may reach ip at a socket bound to bind.
 func usable(ip, bind netip.Addr) bool {
 	return ip.IsGlobalUnicast() && ip.Zone() == "" && sameFamily(ip, bind)
+}
+
+// isReachable reports whether the machines of some network may reach ip at a socket bound to bind: it is usable, or
+// a link-local address of IPv4. One of IPv6 is of use only with the name of an interface, which other machines do not share.
+func isReachable(ip, bind netip.Addr) bool {
+	return usable(ip, bind) || ip.Is4() && ip.IsLinkLocalUnicast() && sameFamily(ip, bind)
+}
+
+// isPrivate reports whether ip is one that the Internet does not route: also those of RFC 6598, which carriers,
+// clouds and VPNs use as private ones.
+func isPrivate(ip netip.Addr) bool {
+	shared := netip.MustParsePrefix("100.64.0.0/10")
+	return ip.IsPrivate() || ip.IsLoopback() || ip.IsLinkLocalUnicast() || shared.Contains(ip)
 }
 
 // family ends the name of the network for a socket bound to ip: as "4", or 0.0.0.0 would take IPv6 as well.
@@ -1270,8 +1517,8 @@ func sameFamily(ip, bind netip.Addr) bool {
 
 // isOwnAddress reports whether others can reach this machine at ip, as far as it knows.
 func isOwnAddress(ip netip.Addr) bool {
-	addrs, err := net.InterfaceAddrs()
-	return err != nil || !ip.IsLoopback() && slices.ContainsFunc(addrs, func(a net.Addr) bool { return ipOf(a) == ip })
+	ips, err := addressesOf("")
+	return err != nil || !ip.IsLoopback() && slices.Contains(ips, ip)
 }
 
 // ---- the log ----
