@@ -770,20 +770,19 @@ func (a *agent) options(fs *flag.FlagSet) {
 		"from which packets to the first seed go out)")
 	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`")
 	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
-	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "a `TOKEN` that the other commands must give")
+	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
 	fs.String("retry-interval", "", "`DURATION` has no effect: it is Serf's")
 	fs.Func("retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
 		"further one 30 s (default: never)", number(&g.retryMax))
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
-	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
+	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
 		"repeatable, or separated by commas: the first seals, all can open.\n"+
-		"Others can see arguments: better set HAMLET_ENCRYPT", func(s string) error {
+		"Others can see arguments: better set HAMLET_ENCRYPT", secret(func(s string) {
 		a.keys = append(a.keys, strings.Split(s, ",")...)
-		return nil
-	})
+	}))
 	fs.Func("reap-after", "forget failed and left members after `DURATION` (default 24h)", duration(&g.reapAfter))
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
@@ -807,16 +806,56 @@ func setFromEnvironment(fs *flag.FlagSet) (unknown []string, err error) {
 	for _, kv := range os.Environ() {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
+		if !ours {
+			continue
+		}
+
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
-		switch f := fs.Lookup(name); {
-		case !ours:
-		case f == nil:
-			unknown = append(unknown, variable)
-		case text != "" && !given[name] && err == nil:
+		f := fs.Lookup(name)
+		if f == nil {
+			if !isServiceLink(variable, text) {
+				unknown = append(unknown, variable)
+			}
+			continue
+		}
+		// Templates set all variables, also those that have no value. But an empty secret is one that is missing.
+		meant := text != "" || keepsOthersOut(name)
+		if meant && !given[name] && err == nil {
 			err = setFromVariable(variable, text, f)
 		}
 	}
 	return unknown, err
+}
+
+// keepsOthersOut reports whether the option of that name is there to keep others out. Without a value that would
+// silently not happen, so none is refused, wherever it comes from.
+func keepsOthersOut(option string) bool {
+	return slices.Contains([]string{"encrypt", "rpc-auth", "cluster"}, option)
+}
+
+// secret returns the way to take the value of an option that keeps others out.
+func secret(set func(string)) func(string) error {
+	return func(s string) error {
+		if strings.TrimSpace(s) == "" {
+			return errors.New("it is empty; leave it out altogether if there is to be none")
+		}
+		set(s)
+		return nil
+	}
+}
+
+// isServiceLink reports whether a variable was set by Kubernetes or by a Docker link, for a service or a container
+// that is called hamlet or hamlet-something, and not by the user.
+func isServiceLink(variable, text string) bool {
+	if strings.HasSuffix(variable, "_PORT") && strings.Contains(text, "://") { // HAMLET_PORT=tcp://10.0.0.1:7946
+		return true
+	}
+	if strings.HasSuffix(variable, "_NAME") && strings.HasPrefix(text, "/") { // HAMLET_NAME=/web/hamlet
+		return true
+	}
+	is, _ := regexp.MatchString(`^HAMLET(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|`+
+		`PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END|PORT_START|PORT_END))?|ENV_\w+)$`, variable)
+	return is
 }
 
 // setFromVariable sets an option to the text of a variable, or to each item of it where the option is repeatable.
@@ -824,6 +863,9 @@ func setFromVariable(variable, text string, f *flag.Flag) error {
 	items, note := []string{text}, ""
 	if slices.Contains([]string{"encrypt", "event-handler", "join", "retry-join", "tag"}, f.Name) {
 		items = splitList(text)
+	}
+	if len(items) == 0 && keepsOthersOut(f.Name) {
+		items = []string{""} // which it refuses
 	}
 	if len(items) > 1 && f.Name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
 		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
@@ -979,8 +1021,8 @@ func (a *agent) run(fs *flag.FlagSet) error {
 	if a.gossip.awaits != "" {
 		go a.awaitAddress(g)
 	}
-	for _, variable := range unknown {
-		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
+	if len(unknown) > 0 {
+		log.Printf("[WARN] no option is called %s: not looked at", strings.Join(unknown, ", "))
 	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
