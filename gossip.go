@@ -275,12 +275,30 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 // is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
 type sealer struct {
 	cluster   string
-	keys      [][]byte // of 32 bytes: the first one seals, any opens
+	keys      [][]byte // of 16, 24 or 32 bytes: the first one seals, any opens; see noKey
 	portKind  byte
 	otherPort uint16 // the agent's port of the other kind
 }
 
-func (d *sealer) hasKey() bool { return len(d.keys) > 0 }
+// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is first.
+// So a cluster that runs gets its first key in three rounds, as it gets another one.
+var noKey = []byte{}
+
+// sealsWithKey reports whether what is sent is encrypted, opensInClear whether what is not is taken.
+func (d *sealer) sealsWithKey() bool { return len(d.keys) > 0 && len(d.keys[0]) > 0 }
+
+func (d *sealer) opensInClear() bool {
+	return len(d.keys) == 0 || slices.ContainsFunc(d.keys, func(key []byte) bool { return len(key) == 0 })
+}
+
+// fingerprint tells keys apart without showing them.
+func fingerprint(key []byte) string {
+	if len(key) == 0 {
+		return "none"
+	}
+	sum := sha256.Sum256(append([]byte("fingerprint "), key...))
+	return fmt.Sprintf("%x", sum[:4])
+}
 
 // receiverHash tells in clear for whom something is, by a hash.
 func (d *sealer) receiverHash(whom string) []byte {
@@ -301,7 +319,8 @@ func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
 
 // seal appends to dst what data becomes for whom; open undoes that.
 func (d *sealer) seal(dst, data []byte, whom string) []byte {
-	if dst = append(dst, d.receiverHash(whom)...); !d.hasKey() {
+	dst = append(dst, d.receiverHash(whom)...)
+	if !d.sealsWithKey() {
 		return append(dst, data...)
 	}
 	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
@@ -311,13 +330,17 @@ func (d *sealer) open(b []byte, whom string) ([]byte, error) {
 	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(whom)) {
 		return nil, errNotForMe
 	}
-	if b = b[4:]; !d.hasKey() {
-		return b, nil
-	}
-	for _, k := range d.keys {
-		if data, err := d.aead(k, whom).Open(nil, nil, b, nil); err == nil {
+	b = b[4:]
+	for _, key := range d.keys {
+		if len(key) == 0 {
+			continue
+		}
+		if data, err := d.aead(key, whom).Open(nil, nil, b, nil); err == nil {
 			return data, nil
 		}
+	}
+	if d.opensInClear() {
+		return b, nil
 	}
 	return nil, errOtherKey
 }
@@ -1397,15 +1420,23 @@ func (n *node) members(after string, limit int) (ms []Member) {
 	return ms
 }
 
-// info is what this node knows of itself: key, value; and so on.
-func (n *node) info() []any {
+// info is what this node knows of itself: group, key, value; and so on.
+func (n *node) info() (facts []string) {
+	add := func(key string, value any) { facts = append(facts, "serf", key, fmt.Sprint(value)) }
+	members := n.members("", maxMembers)
 	count := make(map[Status]int)
-	ms := n.members("", maxMembers)
-	for _, m := range ms {
+	for _, m := range members {
 		count[m.Status]++
 	}
-	return []any{"cut_off", n.detector.isolated, "event_time", n.broadcasts.events.lamport, "failed", count[statusFailed], "left", count[statusLeft],
-		"members", len(ms), "seeds", strings.Join(n.seeds, ","), "seeds_error", n.joining.errors(math.MaxInt)}
+
+	add("cut_off", n.detector.isolated)
+	add("event_time", n.broadcasts.events.lamport)
+	add("failed", count[statusFailed])
+	add("left", count[statusLeft])
+	add("members", len(members))
+	add("seeds", strings.Join(n.seeds, ","))
+	add("seeds_error", n.joining.errors(math.MaxInt))
+	return facts
 }
 
 // ---- heartbeats ----
@@ -2040,7 +2071,8 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
 		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
 		acceptor: acceptor{limit: guestLimit(), log: cfg.log}}
-	g.sealer, g.cfg.portKind = &g.cfg.sealer, gossipPort
+	g.cfg.portKind = gossipPort
+	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
@@ -2119,8 +2151,9 @@ func (g *gossip) perform(out outputs) {
 	if len(out.packets) > 0 {
 		// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
 		g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+		sealer := g.acceptor.sealer.Load()
 		for _, p := range out.packets {
-			g.udp.WriteToUDPAddrPort(g.sealer.sealDatagram(p.data, p.to.Name, p.to.Instance), p.to.Addr)
+			g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to.Name, p.to.Instance), p.to.Addr)
 		}
 		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	}
@@ -2182,7 +2215,7 @@ func (g *gossip) readUDP() {
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		self := g.record.Load()
-		data, anyRun, err := g.sealer.openDatagram(buf[:size], self.Name, self.Instance)
+		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Name, self.Instance)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
 				g.logRejected(from.Addr(), err)
@@ -2220,6 +2253,13 @@ func (g *gossip) run(f func(*node) error) error {
 
 // self returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
 func (g *gossip) self() (m Member, alone bool) { return g.record.Load().Member, g.isolated.Load() }
+
+// setKeys has all that is sent from now on sealed with the first of keys, and opens what any of them has sealed.
+func (g *gossip) setKeys(keys [][]byte) {
+	next := *g.acceptor.sealer.Load()
+	next.keys = keys
+	g.acceptor.sealer.Store(&next)
+}
 
 // leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {

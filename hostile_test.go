@@ -922,7 +922,8 @@ func obeyable(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsGraphic
 
 func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	const esc = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r\x7f\xff"
-	logs := &logWriter{level: 1, lines: make(chan string, 1024)}
+	logs := &logWriter{lines: make(chan string, 1024)}
+	logs.level.Store(1)
 	r := newRig(t, []byte{1 << 2})
 	m := Member{Name: "evil", Addr: rigAddr(3), Incarnation: 5, Instance: 5, Status: statusAlive, Tags: "k" + esc + "=v" + esc + "\x00role=" + esc}
 	r.flood(update{Member: m})

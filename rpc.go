@@ -34,6 +34,7 @@ const (
 	maxDials        = 64               // addresses tried in one join
 	maxWatchQueue   = 4096             // events that wait for a slow watcher
 	pageSize        = 40               // members in a frame
+	factsPage       = 8 << 10          // bytes of facts in a frame, about; of one fact, at most
 	helloTimeout    = 2 * time.Second  // for a stranger's hello and first frame
 	frameTimeout    = 5 * time.Second  // for any other frame
 	sessionTimeout  = 1800 * ms        // until the other side of a session has answered
@@ -65,10 +66,18 @@ const (
 	helloLine                = "HAMLET/3\r\n\r\n"
 	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 16
 	gossipPort, rpcPort byte = 'g', 'r'
+	// What a hello says of keys. With a key and without, for a time, is helloEither.
+	helloInClear, helloKeyed, helloEither = 0, 1, 2
 )
 
 func (d *sealer) hello() []byte {
-	b := append([]byte(helloLine), d.portKind, byte(min(len(d.keys), 1)), byte(d.otherPort>>8), byte(d.otherPort))
+	keyed := byte(helloInClear)
+	if !d.opensInClear() {
+		keyed = helloKeyed
+	} else if len(d.keys) > 0 {
+		keyed = helloEither
+	}
+	b := append([]byte(helloLine), d.portKind, keyed, byte(d.otherPort>>8), byte(d.otherPort))
 	return append(append(b, d.receiverHash("")...), rand.Text()[:16]...) // 80 bits
 }
 
@@ -85,9 +94,9 @@ func (d *sealer) checkHello(b []byte, dialled bool) error {
 		return fmt.Errorf("%w, whose RPC is on port %d", errGossip, binary.BigEndian.Uint16(is[2:]))
 	case !bytes.Equal(is[4:8], d.receiverHash("")):
 		return errCluster
-	case is[1] != 0 && !d.hasKey():
+	case is[1] == helloKeyed && len(d.keys) == 0:
 		return errKeyless
-	case is[1] == 0 && d.hasKey():
+	case is[1] == helloInClear && !d.opensInClear():
 		return errKeyed
 	}
 	return nil
@@ -205,7 +214,7 @@ func plainError(err error) error {
 // acceptor are those who come in at a port, and all that is under way there. When there are too many connections,
 // the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
 type acceptor struct {
-	sealer *sealer
+	sealer atomic.Pointer[sealer] // keys may change
 	tcp    net.Listener
 	limit  int
 	wg     sync.WaitGroup
@@ -260,7 +269,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 			defer s.gone.Store(true)
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
-			gs.sealer.handshake(s)
+			gs.sealer.Load().handshake(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
 				gs.logRejected(addrOf(c.RemoteAddr()), plainError(err))
@@ -384,7 +393,7 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 
 // openSession opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
 func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about []update) {
-	s = g.sealer.handshake(&session{Conn: c, dialled: true})
+	s = g.acceptor.sealer.Load().handshake(&session{Conn: c, dialled: true})
 	var hdr header
 	g.doFor(s, func(n *node) error { hdr = n.header(k); return nil })
 	s.send(&hdr)
@@ -682,7 +691,6 @@ type rpcRequest struct {
 	Payload                 []byte
 	Args, DeleteTags        string // both separated by NUL; Drop are the tags to delete
 	Prune, Replay, Coalesce bool   // Merge: coalesce the event
-	JSON                    bool   // rather than text: what the agent knows of itself
 	Timeout                 time.Duration
 }
 
@@ -751,10 +759,10 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	case errors.Is(err, errOtherKey):
 		return failf("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with", "the agent at %s wants another token", addr)
 	case timedOut(err):
-		return &failure{code: 1, again: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
+		return &failure{code: 1, retriable: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
 			hint: "it may be stopped or overloaded: look at its process and its log"}
 	}
-	return &failure{code: 1, again: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
+	return &failure{code: 1, retriable: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
 		hint: fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or SERF_RPC_ADDR", prog)}
 }
 
@@ -768,17 +776,18 @@ func rpcSealer(token string, gossip uint16) *sealer {
 	return d
 }
 
-// serveRPC answers commands at ln; info is what the agent knows of itself, as text or as JSON.
-func serveRPC(ln net.Listener, g *gossip, token string, info func(json bool) string) *acceptor {
+// serveRPC answers commands at ln; info is what the agent knows of itself.
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	gs := &acceptor{sealer: rpcSealer(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs := &acceptor{tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
 	return gs
 }
 
 // command does what a command asks for, and answers it.
-func (g *gossip) command(s *session, ln net.Listener, info func(json bool) string) (err error) {
+func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
 	var req rpcRequest
 	var a rpcResponse // the last one
 	if s.receive(&req); s.err != nil {
@@ -801,7 +810,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 	case "tags":
 		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
-		a.Text = info(req.JSON)
+		s.sendFacts(info())
 	case "query":
 		var who []string
 		f := &subscriber{}
@@ -849,6 +858,23 @@ func (g *gossip) joinCommand(s *session, req rpcRequest, a *rpcResponse) error {
 		return errors.New(strings.Join(r.errs, "; "))
 	}
 	return nil
+}
+
+// sendFacts sends strings in frames of some KiB.
+func (s *session) sendFacts(facts []string) {
+	var page []string
+	size := 0
+	for _, fact := range facts {
+		fact = strings.ReplaceAll(fact[:min(len(fact), factsPage)], "\x00", "")
+		page = append(page, fact)
+		size += len(fact)
+		if size > factsPage {
+			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+			page = nil
+			size = 0
+		}
+	}
+	s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
 }
 
 // list sends all members, few at a time: a reader that does not read costs a page, however many they are.
