@@ -143,6 +143,7 @@ const (
 	msgHandshakeReply         // answer to a first frame
 	msgTable                  // a piece of the table
 	msgBye                    // this link ends without anybody having died
+	// Later versions have more kinds, and this one takes no notice of them.
 )
 
 // reply says what a member does about a query.
@@ -170,7 +171,8 @@ type header struct {
 	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing
 	Verdict     verdict
 	Reply       reply
-	More        bool // msgTable: another piece follows
+	More        bool   // msgTable: another piece follows
+	Ext         string // for what later versions will say; this one does not look at it
 }
 
 func (hdr *header) born() uint64 { return hdr.Incarnation - hdr.Raised }
@@ -345,27 +347,66 @@ func (d *sealer) open(b []byte, whom string) ([]byte, error) {
 	return nil, errOtherKey
 }
 
-const protocolVersion = 4
+// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and what is
+// sent to a member is of the highest that both understand. Those before 5 are nobody's.
+const (
+	protocolVersion = 5
+	maxProtocol     = 32 // of which is heard at all: what claims a higher one is noise
+	protocolOldest  = max(protocolVersion-1, 5)
+)
+
+// spokenWith is the protocol in which a member is told something; theirs is the highest that it understands, 0: unknown.
+func spokenWith(theirs uint8) uint8 {
+	if theirs == 0 {
+		return protocolOldest
+	}
+	return max(min(theirs, protocolVersion), protocolOldest)
+}
+
+// checkProtocol says what is wrong with a protocol that the other side speaks.
+func checkProtocol(theirs uint8) error {
+	if theirs < protocolOldest && theirs < 5 {
+		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
+	}
+	if theirs < protocolOldest {
+		return fmt.Errorf("%w %d, this agent %d: upgrade that one, one protocol at a time", errVersion, theirs, protocolVersion)
+	}
+	if theirs > protocolVersion+1 {
+		return fmt.Errorf("%w %d, this agent %d: upgrade this one, one protocol at a time", errVersion, theirs, protocolVersion)
+	}
+	return nil
+}
 
 // datagramFor is for whom a datagram is: a run of name, or (born 0) any.
 func datagramFor(name string, born uint64) string {
 	return "datagram " + strconv.FormatUint(born, 36) + " " + name
 }
 
-// sealDatagram makes a datagram of data for that run of name, or any: only a ping is.
-func (d *sealer) sealDatagram(data []byte, name string, born uint64) []byte {
-	return d.seal(append(make([]byte, 0, 64+len(data)), protocolVersion), data, datagramFor(name, born))
+// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a ping is.
+func (d *sealer) sealDatagram(data []byte, to Member) []byte {
+	b := append(make([]byte, 0, 64+len(data)), spokenWith(to.Protocol))
+	return d.seal(b, data, datagramFor(to.Name, to.Instance))
 }
 
-// openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (d *sealer) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
-	if len(b) == 0 || b[0] != protocolVersion {
-		return nil, false, errVersion
-	} else if len(b) > maxDatagram {
+// openDatagram opens one for self; errNotForMe: of another cluster, to who had the address before, or to a former run.
+func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, err error) {
+	if len(b) == 0 {
+		return nil, false, errMalformed
+	}
+	if protocol := b[0]; protocol < protocolOldest || protocol > protocolVersion {
+		err := checkProtocol(protocol)
+		if err == nil || protocol > maxProtocol {
+			err = errMalformed // a later one speaks this one to this agent
+		}
+		return nil, false, err
+	}
+	if len(b) > maxDatagram {
 		return nil, false, errors.New("sent a datagram that is too long")
 	}
-	if data, err = d.open(b[1:], datagramFor(name, born)); errors.Is(err, errNotForMe) {
-		data, err = d.open(b[1:], datagramFor(name, 0))
+
+	data, err = d.open(b[1:], datagramFor(self.Name, self.Instance))
+	if errors.Is(err, errNotForMe) {
+		data, err = d.open(b[1:], datagramFor(self.Name, 0))
 		anyRun = true
 	}
 	return data, anyRun, err
@@ -495,6 +536,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
 	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
 	cfg.member.Status = statusAlive
+	cfg.member.Protocol = protocolVersion
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
 	n.heartbeats = heartbeats{nextBeat: n.now + n.jitter(heartbeatInterval), linkAt: never}
@@ -580,6 +622,9 @@ func (n *node) allows(m Member, k msgKind) bool {
 // send sends h and a body of updates to one run of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
 	if hdr.Kind == msgAck || n.allows(to, hdr.Kind) {
+		if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
+			to.Protocol = e.Protocol
+		}
 		n.number++
 		hdr.Number = n.number
 		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
@@ -711,7 +756,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 	switch {
 	case hdr.Raised > hdr.Incarnation || !n.isPlausible(hdr.Incarnation, n.table.highest):
 		return errors.New("claims an incarnation far ahead of all that is known")
-	case hdr.Kind > msgReply || anyRun && hdr.Kind != msgPing:
+	case hdr.Kind > msgReply && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
 	case hdr.Kind == msgPing:
@@ -2153,7 +2198,7 @@ func (g *gossip) perform(out outputs) {
 		g.udp.SetWriteDeadline(time.Now().Add(writeFor))
 		sealer := g.acceptor.sealer.Load()
 		for _, p := range out.packets {
-			g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to.Name, p.to.Instance), p.to.Addr)
+			g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to), p.to.Addr)
 		}
 		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	}
@@ -2215,7 +2260,7 @@ func (g *gossip) readUDP() {
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		self := g.record.Load()
-		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Name, self.Instance)
+		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Member)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
 				g.logRejected(from.Addr(), err)

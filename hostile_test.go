@@ -933,7 +933,7 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	r.settle()
 	ms := r.n.members("", 100)
 	logs.Write([]byte("2013/12/08 07:56:48 [INFO] user-event: " + esc))
-	for what, s := range map[string]string{"members": membersText(ms), "JSON": membersJSON(ms), "the log": <-logs.lines} {
+	for what, s := range map[string]string{"members": membersText(shown(ms...), true), "JSON": membersJSON(shown(ms...), true), "the log": <-logs.lines} {
 		if i := strings.IndexFunc(s, obeyable); i >= 0 || !utf8.ValidString(s) {
 			t.Errorf("%s shows %q", what, s[max(i, 0):])
 		}

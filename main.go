@@ -32,7 +32,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"text/tabwriter"
 	"time"
 	"unicode"
 	"unicode/utf16"
@@ -727,7 +726,7 @@ const versionExamples = "  {} version\n"
 
 func versionCommand(*flag.FlagSet) func([]string) error {
 	return func([]string) error {
-		return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+		return output(fmt.Sprintf("hamlet %s (protocol %d, %s, %s/%s)\n", version, protocolVersion, runtime.Version(), runtime.GOOS, runtime.GOARCH))
 	}
 }
 
@@ -749,7 +748,8 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 	fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", filter.set("name="))
 	fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
 	fs.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
-	fs.Bool("detailed", false, "has no effect: it is Serf's")
+	detailed := fs.Bool("detailed", false, "show each one's version and protocol, and for how long it has had its\n"+
+		"status")
 	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
 		"exit status 1 if it took too long")
 	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait (default: for ever)")
@@ -767,27 +767,67 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 			return err
 		}
 		if *asJSON {
-			return output(membersJSON(members))
+			return output(membersJSON(members, *detailed))
 		}
-		return output(membersText(members))
+		return output(membersText(members, *detailed))
 	}
 }
 
+// memberStatus is a member, and for how long it has had its status.
+type memberStatus struct {
+	Member
+	since time.Duration
+}
+
 // members asks for the members that match filter.
-func (c *client) members(filter memberFilter, timeout time.Duration) (members []Member, err error) {
+func (c *client) members(filter memberFilter, timeout time.Duration) (members []memberStatus, err error) {
 	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
 		for _, u := range us {
 			if filter.matches(u.Member) {
-				members = append(members, u.Member)
+				members = append(members, memberStatus{u.Member, time.Duration(u.Age) * ms})
 			}
 		}
 		return nil
 	})
+	slices.SortStableFunc(members, func(a, b memberStatus) int { return compareNames(a.Name, b.Name) })
 	return members, err
 }
 
+// compareNames orders names as people count: host-8 before host-79. Of numbers alike, the one with fewer zeros is first.
+func compareNames(a, b string) int {
+	x, y := a, b
+	for x != "" && y != "" {
+		digitsX, digitsY := leadingDigits(x), leadingDigits(y)
+		if digitsX == "" || digitsY == "" {
+			if x[0] != y[0] {
+				return strings.Compare(x, y)
+			}
+			x = x[1:]
+			y = y[1:]
+			continue
+		}
+		numberX, numberY := strings.TrimLeft(digitsX, "0"), strings.TrimLeft(digitsY, "0")
+		if len(numberX) != len(numberY) {
+			return len(numberX) - len(numberY)
+		}
+		if numberX != numberY {
+			return strings.Compare(numberX, numberY)
+		}
+		x = x[len(digitsX):]
+		y = y[len(digitsY):]
+	}
+	if x == y {
+		return len(a) - len(b)
+	}
+	return len(x) - len(y)
+}
+
+func leadingDigits(s string) string {
+	return s[:len(s)-len(strings.TrimLeft(s, "0123456789"))]
+}
+
 // waitForMembers asks for the members that match filter until wait of them are alive, or timeout (0: none) is over.
-func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]Member, error) {
+func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]memberStatus, error) {
 	const pause = 100 * ms
 	if timeout == 0 {
 		timeout = math.MaxInt64
@@ -824,7 +864,7 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 	}
 }
 
-func aliveNames(members []Member) (names []string) {
+func aliveNames(members []memberStatus) (names []string) {
 	for _, m := range members {
 		if m.Status == statusAlive {
 			names = append(names, m.Name)
@@ -867,30 +907,91 @@ func (f memberFilter) matches(m Member) bool {
 
 // membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
 // stay in place when a member fails.
-func membersText(members []Member) string {
-	var b strings.Builder
-	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
+func membersText(members []memberStatus, detailed bool) string {
+	var rows [][]string
 	for _, m := range members {
-		tags := printable(strings.Join(splitNUL(m.Tags), ","), "")
-		fmt.Fprintf(w, "%s\t%s\t%-6s\t%s\n", printable(m.Name, ""), m.Addr, m.Status, tags)
+		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
+		if detailed {
+			row = append(row, "for "+m.since.Round(time.Second).String(), "version "+printable(m.Version, ""),
+				fmt.Sprint("protocol ", m.Protocol))
+		}
+		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
 	}
-	w.Flush()
-	return regexp.MustCompile(" +\n").ReplaceAllString(b.String(), "\n")
+	return columns(rows)
 }
 
-// memberJSON is a member as Serf shows it.
+// columns lays rows out at least four blanks apart, without trailing blanks.
+func columns(rows [][]string) string {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], displayWidth(cell))
+		}
+	}
+
+	var b strings.Builder
+	for _, row := range rows {
+		line := ""
+		for i, cell := range row {
+			line += cell + strings.Repeat(" ", widths[i]-displayWidth(cell)+4)
+		}
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	return b.String()
+}
+
+// displayWidth is how many places s takes on a terminal: East Asian characters and emoji take two, marks that combine
+// none (Unicode Standard Annex 11, in coarse ranges).
+func displayWidth(s string) (width int) {
+	for _, r := range s {
+		switch {
+		case unicode.In(r, unicode.Mn, unicode.Me):
+		case r >= 0x1100 && isWide(r):
+			width += 2
+		default:
+			width++
+		}
+	}
+	return width
+}
+
+func isWide(r rune) bool {
+	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
+		return true
+	}
+	for _, wide := range [][2]rune{{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff}} {
+		if r >= wide[0] && r <= wide[1] {
+			return true
+		}
+	}
+	return false
+}
+
+// memberJSON is a member as Serf shows it; what follows the status is of -detailed.
 type memberJSON struct {
-	Name   string            `json:"name"`
-	Addr   string            `json:"addr"`
-	Port   uint16            `json:"port"`
-	Tags   map[string]string `json:"tags"`
-	Status string            `json:"status"`
+	Name     string            `json:"name"`
+	Addr     string            `json:"addr"`
+	Port     uint16            `json:"port"`
+	Tags     map[string]string `json:"tags"`
+	Status   string            `json:"status"`
+	For      string            `json:"for,omitempty"`
+	Version  string            `json:"version,omitempty"`
+	Protocol uint8             `json:"protocol,omitempty"`
 }
 
-func membersJSON(members []Member) string {
+func membersJSON(members []memberStatus, detailed bool) string {
 	var list []memberJSON // null where there is none, as Serf has it
 	for _, m := range members {
-		list = append(list, memberJSON{m.Name, m.Addr.String(), m.Addr.Port(), m.Tags.asMap(), m.Status.String()})
+		shown := memberJSON{Name: m.Name, Addr: m.Addr.String(), Port: m.Addr.Port(), Tags: m.Tags.asMap(), Status: m.Status.String()}
+		if detailed {
+			shown.For = m.since.Round(time.Second).String()
+			shown.Version = m.Version
+			shown.Protocol = m.Protocol
+		}
+		list = append(list, shown)
 	}
 	return toJSON(struct {
 		Members []memberJSON `json:"members"`
@@ -1602,6 +1703,7 @@ func (src agentSource) run() error {
 	logs := &logWriter{lines: make(chan string, 1024)}
 	logs.level.Store(int32(logLevelOf(a.logLevel)))
 	log.SetOutput(logs)
+	a.gossip.member.Version = version[:min(len(version), maxVersion)]
 	a.handlers.log = log.Default()
 	a.gossip.log = log.Default()
 	started := *a // check completes what was read
@@ -1792,6 +1894,7 @@ func (r *runningAgent) info() (facts []string) {
 	add("agent", "name", self.Name)
 	add("agent", "addr", self.Addr)
 	add("agent", "version", version)
+	add("agent", "protocol", protocolVersion)
 	add("agent", "uptime", time.Since(r.gossip.start).Round(time.Second))
 
 	add("event_handlers", "", "")

@@ -254,17 +254,51 @@ var exampleMembers = []Member{
 	{Name: "precise64", Addr: netip.MustParseAddrPort("10.0.2.15:7946"), Status: statusAlive, Tags: "role=lb"},
 }
 
+// shown are members as the agent tells them to a command.
+func shown(members ...Member) (list []memberStatus) {
+	for _, m := range members {
+		list = append(list, memberStatus{m, 90 * time.Second})
+	}
+	return list
+}
+
+func TestNamesAreSortedAsPeopleCount(t *testing.T) {
+	want := []string{"Z", "a", "a-b", "host-8", "host-08", "host-79", "host-79a", "host-100", "web1.dc2", "web2.dc1", "web10.dc1"}
+	got := slices.Clone(want)
+	slices.Sort(got)
+	slices.SortFunc(got, compareNames)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestMembersDetailedShowsVersionAndTime(t *testing.T) {
+	m := exampleMembers[1]
+	m.Version = "0.2.0"
+	m.Protocol = 5
+	want := "precise64    10.0.2.15:7946    alive     for 1m30s    version 0.2.0    protocol 5    role=lb\n"
+	if got := membersText(shown(m), true); got != want {
+		t.Errorf("got:\n%swant:\n%s", got, want)
+	}
+	js := membersJSON(shown(m), true)
+	for _, want := range []string{`"for": "1m30s"`, `"version": "0.2.0"`, `"protocol": 5`} {
+		if !strings.Contains(js, want) {
+			t.Errorf("no %s in %s", want, js)
+		}
+	}
+}
+
 func TestMembersTextIsAligned(t *testing.T) {
 	want := "c1fbbfe7c9ea    172.17.0.20:7946    alive\n" +
 		"precise64       10.0.2.15:7946      alive     role=lb\n"
-	if got := membersText(exampleMembers); got != want {
+	if got := membersText(shown(exampleMembers...), false); got != want {
 		t.Errorf("got:\n%swant:\n%s", got, want)
 	}
 	ms := append(slices.Clone(exampleMembers), Member{Name: "ノード", Addr: netip.MustParseAddrPort("[2001:db8::7]:7946"), Status: statusLeaving, Tags: "a=1\x00b=x y"})
 	want = "c1fbbfe7c9ea    172.17.0.20:7946      alive\n" +
 		"precise64       10.0.2.15:7946        alive      role=lb\n" +
-		"ノード             [2001:db8::7]:7946    leaving    a=1,b=x y\n"
-	if got := membersText(ms); got != want {
+		"ノード          [2001:db8::7]:7946    leaving    a=1,b=x y\n"
+	if got := membersText(shown(ms...), false); got != want {
 		t.Errorf("got:\n%swant:\n%s", got, want)
 	}
 }
@@ -291,10 +325,10 @@ func TestMembersJSONIsSerfs(t *testing.T) {
   ]
 }
 `
-	if got := membersJSON(exampleMembers); got != want {
+	if got := membersJSON(shown(exampleMembers...), false); got != want {
 		t.Error(cmp.Diff(want, got))
 	}
-	if got := membersJSON(nil); got != "{\n  \"members\": null\n}\n" {
+	if got := membersJSON(nil, false); got != "{\n  \"members\": null\n}\n" {
 		t.Errorf("no members: %q", got)
 	}
 }
@@ -305,7 +339,7 @@ func TestEscapeSequencesFromPeersDoNotReachTheTerminal(t *testing.T) {
 	graphic := func(s string) bool {
 		return strings.IndexFunc(s, func(r rune) bool { return !unicode.IsGraphic(r) && r != '\n' }) < 0
 	}
-	text, js := membersText(ms), membersJSON(ms)
+	text, js := membersText(shown(ms...), false), membersJSON(shown(ms...), false)
 	if !graphic(text) || strings.Count(text, "\n") != 1 {
 		t.Errorf("text: %q", text)
 	}

@@ -47,7 +47,7 @@ const (
 
 // What is wrong with who is at the other end, as seen from this one.
 var (
-	errVersion  = errors.New("speaks another version of the protocol: run the same hamlet on both sides")
+	errVersion  = errors.New("speaks protocol")
 	errCluster  = errors.New("belongs to another cluster: give both the same -cluster")
 	errKeyless  = errors.New("wants a key, and this agent has none: start this one with -encrypt too")
 	errKeyed    = errors.New("has no key, and this agent has one: start that one with -encrypt too")
@@ -56,15 +56,16 @@ var (
 	errForeign  = errors.New("is no hamlet agent")
 	errRPC      = errors.New("is the RPC port of a hamlet agent")
 	errGossip   = errors.New("is the gossip port of a hamlet agent")
+	errSerfRPC  = errors.New("speaks the RPC of Serf, which this agent does not: see 'watch -format json' and the other commands")
 	errSilent   = fmt.Errorf("hung up without a word: it %w (a Serf agent hangs up so)", errForeign)
 	errHungUp   = errors.New("closed the connection")
 )
 
 // A hello is a line at which an HTTP server answers at once, the kind of the port and the number of the
-// agent's other one, whether there is a key, the cluster's tag, and a challenge.
+// agent's other one, whether there is a key, the cluster's tag, the highest protocol, and a challenge.
 const (
-	helloLine                = "HAMLET/3\r\n\r\n"
-	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 16
+	helloLine                = "HAMLET/5\r\n\r\n" // of protocol 5 and all after it
+	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 1 + 16
 	gossipPort, rpcPort byte = 'g', 'r'
 	// What a hello says of keys. With a key and without, for a time, is helloEither.
 	helloInClear, helloKeyed, helloEither = 0, 1, 2
@@ -78,14 +79,18 @@ func (d *sealer) hello() []byte {
 		keyed = helloEither
 	}
 	b := append([]byte(helloLine), d.portKind, keyed, byte(d.otherPort>>8), byte(d.otherPort))
-	return append(append(b, d.receiverHash("")...), rand.Text()[:16]...) // 80 bits
+	b = append(b, d.receiverHash("")...)
+	b = append(b, protocolVersion)
+	return append(b, rand.Text()[:16]...) // 80 bits
 }
 
 // checkHello says what is wrong with the hello of the other side.
 func (d *sealer) checkHello(b []byte, dialled bool) error {
 	switch is := b[len(helloLine):]; {
 	case string(b[:len(helloLine)]) != helloLine:
-		return errVersion
+		return checkProtocol(4)
+	case checkProtocol(is[8]) != nil:
+		return checkProtocol(is[8])
 	case is[0] != d.portKind && !dialled:
 		return errors.New("looks for the other port of this agent")
 	case is[0] != d.portKind && d.portKind == gossipPort:
@@ -126,6 +131,8 @@ func (d *sealer) handshake(s *session) *session {
 	}
 	n, err := io.ReadFull(s, theirs)
 	switch {
+	case n > 0 && bytes.Contains(theirs[:n], []byte("Command")): // msgpack: {"Command": "handshake", ...}
+		s.err = errSerfRPC
 	case n > 0 && !bytes.HasPrefix(theirs, []byte(helloLine[:7])):
 		s.err = fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
 	case n == 0 && s.dialled && !timedOut(err):
@@ -547,8 +554,10 @@ func (g *gossip) serve(s *session) error {
 	}
 	if s.receive(&hdr); s.err != nil {
 		return s.err
-	} else if validName(hdr.From) != nil || hdr.Kind < msgTCPProbe || hdr.Kind > msgSync {
+	} else if validName(hdr.From) != nil || hdr.Kind < msgTCPProbe || hdr.Kind > msgSync && hdr.Kind <= msgBye {
 		return errMalformed
+	} else if hdr.Kind > msgBye { // of a later version
+		return nil
 	}
 	g.noteInbound(addrOf(s.LocalAddr()), hdr.Kind == msgSync)
 	if hdr.Kind == msgSync {
@@ -751,7 +760,7 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	case errors.Is(err, errForeign):
 		return failf(where, "what listens at %s is not the RPC of a hamlet agent", addr)
 	case errors.Is(err, errVersion):
-		return failf("use one version for both; this is "+version, "the agent at %s speaks another version of the RPC", addr)
+		return failf("this is hamlet "+version, "the agent at %s %v", addr, err)
 	case errors.Is(err, errKeyless):
 		return failf("give it with -rpc-auth or SERF_RPC_AUTH", "the agent at %s wants a token", addr)
 	case errors.Is(err, errKeyed):
@@ -883,7 +892,9 @@ func (g *gossip) list(s *session) {
 		var us []update
 		g.doFor(s, func(n *node) error {
 			for _, m := range n.members(after, pageSize) {
-				us, after = append(us, update{Member: m}), m.Name
+				since := n.table.get(m.Name).since
+				us = append(us, update{Member: m, Age: uint64((n.now - since) / ms)})
+				after = m.Name
 			}
 			return nil
 		})

@@ -128,7 +128,7 @@ func TestASealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
 func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	for name, keys := range map[string][][]byte{"with a key": testKey(1), "without": nil} {
 		s, other := &sealer{cluster: "c", keys: keys}, &sealer{cluster: "d", keys: keys}
-		b, ping := s.sealDatagram([]byte("hello"), "web1", 77), s.sealDatagram([]byte("hello"), "web1", 0)
+		b, ping := s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 77}), s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 0})
 		for _, tt := range []struct {
 			fact  string
 			s     *sealer
@@ -144,7 +144,7 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 			{"a ping to any run", s, ping, "web1", 78, true},
 			{"a ping to another member", s, ping, "web2", 78, false},
 		} {
-			data, anyRun, err := tt.s.openDatagram(tt.b, tt.name, tt.born)
+			data, anyRun, err := tt.s.openDatagram(tt.b, Member{Name: tt.name, Instance: tt.born})
 			if (err == nil) != tt.opens || err != nil && !errors.Is(err, errNotForMe) || (string(data) == "hello") != tt.opens || tt.opens && anyRun != (&tt.b[0] == &ping[0]) {
 				t.Errorf("%s, %s: %q, %v, %v", name, tt.fact, data, anyRun, err)
 			}
@@ -152,16 +152,16 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	}
 	plain, keyed, wrong := &sealer{}, &sealer{keys: testKey(1)}, &sealer{keys: testKey(3)}
 	both := &sealer{keys: append(testKey(2), testKey(1)...)}
-	b := keyed.sealDatagram([]byte("a secret"), "a", 1)
-	if data, _, err := plain.openDatagram(b, "a", 1); err == nil && bytes.Contains(data, []byte("secret")) {
+	b := keyed.sealDatagram([]byte("a secret"), Member{Name: "a", Instance: 1})
+	if data, _, err := plain.openDatagram(b, Member{Name: "a", Instance: 1}); err == nil && bytes.Contains(data, []byte("secret")) {
 		t.Error("who has no key reads it")
 	}
 	for want, s := range map[error]*sealer{nil: both, errOtherKey: wrong} {
-		if _, _, err := s.openDatagram(b, "a", 1); !errors.Is(err, want) {
+		if _, _, err := s.openDatagram(b, Member{Name: "a", Instance: 1}); !errors.Is(err, want) {
 			t.Errorf("got %v, want %v", err, want)
 		}
 	}
-	if _, _, err := keyed.openDatagram(plain.sealDatagram([]byte("x"), "a", 1), "a", 1); !errors.Is(err, errOtherKey) {
+	if _, _, err := keyed.openDatagram(plain.sealDatagram([]byte("x"), Member{Name: "a", Instance: 1}), Member{Name: "a", Instance: 1}); !errors.Is(err, errOtherKey) {
 		t.Error(err)
 	}
 }
@@ -169,7 +169,7 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 func BenchmarkASealedDatagram(b *testing.B) {
 	d := testDoor("c", testKey(1), gossipPort)
 	for b.Loop() {
-		if _, _, err := d.openDatagram(d.sealDatagram(make([]byte, 40), "web1", 77), "web1", 77); err != nil {
+		if _, _, err := d.openDatagram(d.sealDatagram(make([]byte, 40), Member{Name: "web1", Instance: 77}), Member{Name: "web1", Instance: 77}); err != nil {
 			b.Fatal(err)
 		}
 	}

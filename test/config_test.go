@@ -200,7 +200,7 @@ func TestHangupChangesHandlersTagsAndLogLevel(t *testing.T) {
 	config(`{"event_handlers": ["member-jion=x"]}`)
 	a.signal(syscall.SIGHUP)
 	a.waitLog("member-jion")
-	if a.count("member-failed")+a.count("member-leave")+b.count("member-failed")+b.count("member-leave") > 0 {
+	if a.count("] member-failed:")+a.count("] member-leave:")+b.count("] member-failed:")+b.count("] member-leave:") > 0 {
 		t.Errorf("somebody went:\n%s%s", a.stderr, b.stderr)
 	}
 }
