@@ -1336,7 +1336,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 		"0.0.0.0:7946; [::]:7946 where only IPv6 will do)")
 	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
 		"from which packets to the first seed go out)")
-	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`")
+	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`, also when\n"+
+		"it changes")
 	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
 	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
@@ -1876,7 +1877,11 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	switch ip := self.Addr.Addr(); {
 	case a.gossip.awaits != "": // which is told
 	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
-		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
+		remedy := "-advertise sets one"
+		if ips, _ := addressesOf(""); !bestAddress(ips, netip.IPv6Unspecified()).Is4() && a.gossip.bind.Addr().Is4() {
+			remedy = fmt.Sprintf("-bind [::]:%d takes IPv6 as well", a.gossip.bind.Port())
+		}
+		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (%s)", self.Addr, why, remedy)
 	case !a.gossip.sealsWithKey() && !isPrivate(ip):
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
@@ -2265,8 +2270,8 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 		if ifc.Flags&net.FlagUp == 0 {
 			continue
 		}
-		ips, _ := addressesOf(ifc.Name)
-		ip := bestAddress(ips, bind)
+		addrs, _ := ifc.Addrs()
+		ip := bestAddress(ipsOf(addrs), bind)
 		if usable(ip, bind) {
 			return ip, "address of " + ifc.Name
 		}
@@ -2293,19 +2298,25 @@ func sourceTo(ip netip.Addr) netip.Addr {
 
 // addressesOf are the addresses of an interface; of all for "".
 func addressesOf(iface string) (ips []netip.Addr, err error) {
-	var addrs []net.Addr
 	if iface == "" {
-		addrs, err = net.InterfaceAddrs()
-	} else if ifc, noSuch := net.InterfaceByName(iface); noSuch != nil {
-		err = noSuch
-	} else {
-		addrs, err = ifc.Addrs()
+		addrs, err := net.InterfaceAddrs()
+		return ipsOf(addrs), err
 	}
+	ifc, err := net.InterfaceByName(iface)
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := ifc.Addrs()
+	return ipsOf(addrs), err
+}
+
+// ipsOf drops from addresses of interfaces the length of their network.
+func ipsOf(addrs []net.Addr) (ips []netip.Addr) {
 	for _, a := range addrs {
 		prefix, _ := netip.ParsePrefix(a.String())
 		ips = append(ips, prefix.Addr().Unmap())
 	}
-	return ips, err
+	return ips
 }
 
 // bestAddress is the address among ips to tell others; the zero one if there is none.
@@ -2336,7 +2347,8 @@ func onOneInterface(x, y netip.Addr) bool {
 	}
 	ifcs, _ := net.Interfaces()
 	return slices.ContainsFunc(ifcs, func(ifc net.Interface) bool {
-		ips, _ := addressesOf(ifc.Name)
+		addrs, _ := ifc.Addrs()
+		ips := ipsOf(addrs)
 		return slices.Contains(ips, x) && slices.Contains(ips, y)
 	})
 }

@@ -333,7 +333,15 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 	switch {
 	case err == nil:
 		c.SetDeadline(time.Now().Add(sessionTimeout))
-		g.noteLocalAddr(addrOf(c.LocalAddr()), joins)
+		local := addrOf(c.LocalAddr())
+		g.noteLocalAddr(local, joins)
+		if joins && g.cfg.moves {
+			err = g.checkAdvertised(local)
+		}
+		if err != nil {
+			c.Close()
+			return nil, err
+		}
 		return c, nil
 	case ip.IsLoopback() && !to.Addr().IsLoopback():
 		err = fmt.Errorf("this agent is bound to %s, from where no other machine can be reached (-bind sets another address)", ip)
@@ -365,14 +373,30 @@ func (g *gossip) noteLocalAddr(local netip.Addr, settles bool) {
 }
 
 // noteInbound is told at which address of this machine a peer came in; joins: in order to sync. A node that knows
-// nobody yet learns from that on which network its peers are. Of the addresses of one interface it keeps its own:
-// the other may be a virtual one, which can move to another machine.
+// nobody yet learns from that on which network its peers are. Of the addresses of one kind and interface it keeps its
+// own: the other may be a virtual one, which can move to another machine.
 func (g *gossip) noteInbound(local netip.Addr, joins bool) {
 	self, _ := g.self()
-	if joins && onOneInterface(local, self.Addr.Addr()) {
-		joins = false
+	own := self.Addr.Addr()
+	if !g.cfg.moves || local == own {
+		return
 	}
-	g.noteLocalAddr(local, joins)
+
+	alone := false
+	if joins {
+		g.run(func(n *node) error { alone = n.joining.joinedAt == 0; return nil })
+	}
+	elsewhere := local.Is4() != own.Is4() || !onOneInterface(local, own)
+	g.noteLocalAddr(local, alone && elsewhere)
+}
+
+// checkAdvertised says what is wrong with joining from the address local of this machine: a peer could not answer.
+func (g *gossip) checkAdvertised(local netip.Addr) error {
+	self, _ := g.self()
+	if self.Addr.Addr().IsLoopback() && local.Is6() && local.IsLinkLocalUnicast() {
+		return errors.New("this machine has only a link-local IPv6 address, which means nothing to others: give its interface another one")
+	}
+	return nil
 }
 
 // isReady reports whether this node has an address to tell.

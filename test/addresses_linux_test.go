@@ -217,6 +217,15 @@ func onlyLinkLocal(w *world) {
 	w.staysSo(c...)
 }
 
+// ipv6JoinsBoth has a host with IPv6 alone, which joins one with both families.
+func ipv6JoinsBoth(w *world) {
+	w.ip(2, "addr del 10.77.0.2/24 dev eth0")
+	a := w.start(1, "-bind", "[::]:7946")
+	b := w.start(2, "-join", "fd77::1")
+	w.agree(3*time.Second, everybody(2), a, b)
+	w.staysSo(a, b)
+}
+
 // staysSo demands that nothing happens any more and that every agent answers a query.
 func (w *world) staysSo(c ...*agent) {
 	w.Helper()
@@ -242,11 +251,32 @@ func ipv6ByDefault(w *world) {
 	refused.signal(syscall.SIGTERM)
 	refused.exit(3 * time.Second)
 
+	if l := refused.find(time.Time{}, "advertising 127.0.0.1:7946"); l == nil || !strings.Contains(l.text, "-bind [::]:7946") {
+		w.Errorf("it does not say how to listen on IPv6:\n%s", refused.log(10))
+	}
+
 	w.nameServer(1, "[fd77::1]", map[string][]string{"seed.test": {"fd77::1"}}, "")
 	c := []*agent{w.start(1), w.start(2, "-join", "fd77::1")}
 	c = append(c, w.spawn(w.resolvers("fd77::1"), 3, "-join", "seed.test"))
 	w.agree(3*time.Second, everybody(3), c...)
 	w.staysSo(c...)
+}
+
+// linkLocalIPv6Seed joins a seed by an address that has a zone. It works for a node that has another address to advertise.
+func linkLocalIPv6Seed(w *world) {
+	w.ip(1, "addr add fe80::77/64 dev eth0 nodad")
+	w.ip(2, "addr flush dev eth0", "addr add fe80::2/64 dev eth0 nodad", "addr add fd77::2/64 dev eth0 nodad")
+	w.ip(3, "addr flush dev eth0", "addr add fe80::3/64 dev eth0 nodad")
+	a := w.start(1, "-advertise", "fd77::1")
+	b := w.start(2, "-join", "fe80::77%eth0")
+	c := w.start(3, "-join", "[fe80::77%eth0]:7946")
+	w.agree(3*time.Second, everybody(2), a, b)
+	if got := a.member("n2").Addr; got != "[fd77::2]:7946" {
+		w.Errorf("n2 advertises %s", got)
+	}
+	c.waitLog("only a link-local IPv6 address")
+	w.agree(0, everybody(2), a, b)
+	w.staysSo(a, b)
 }
 
 // seedOnTwoNetworks has a seed whose default route does not lead to its members.

@@ -89,6 +89,8 @@ var netnsTests = []netnsTest{
 	{"an advertised name that has no address yet is waited for", 2, nameWithoutAddress, false},
 	{"a cluster lives on link-local addresses", 3, onlyLinkLocal, false},
 	{"a host with IPv6 alone needs no options", 3, ipv6ByDefault, false},
+	{"a host with IPv6 alone joins one with both families", 2, ipv6JoinsBoth, false},
+	{"a seed is joined by a link-local IPv6 address", 3, linkLocalIPv6Seed, false},
 	{"a seed takes the address at which its first peer comes", 3, seedOnTwoNetworks, false},
 	{"a lone node whose address changes is joined at the new one", 2, loneAddressChanges, false},
 	{"the advertised address is one that others reach", 0, advertised, false},
