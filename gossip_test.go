@@ -723,7 +723,7 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 func TestSeedThatIsSlowHoldsUpNoOther(t *testing.T) {
 	n := newNode(nodeConfig{member: labMember(0), seeds: []string{"slow", "dead"}, retryMax: 3}, 0)
 	now := ms
-	var all outputs // of a minute and a half, in which the rest of the machine is as busy as ever
+	var all outputs // of a minute and a half
 	pass := func() {
 		all = outputs{}
 		for end := now + 90*time.Second; now < end; now += 250 * ms {

@@ -2116,17 +2116,20 @@ func lookupError(err error) error {
 
 // lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
 func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) (addr netip.AddrPort, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	err = errors.New("it has no address that fits")
 	for l := range lookUp(ctx, s, port) {
 		if l.err != nil && !addr.IsValid() {
 			err = l.err
 		}
 		for _, found := range l.addrs {
-			if fits(found.Addr()) && (!addr.IsValid() || found.Addr().Is4() && !addr.Addr().Is4()) {
+			better := !addr.IsValid() || found.Addr().Is4() && !addr.Addr().Is4()
+			if better && fits(found.Addr()) {
 				addr = found
 			}
 		}
-		if addr.IsValid() && addr.Addr().Is4() {
+		if addr.Addr().Is4() {
 			break
 		}
 	}
@@ -2138,29 +2141,36 @@ func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) 
 
 // bindAddress returns the address to listen on.
 func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
+	wrong := usagef("-bind takes HOST:PORT, such as 0.0.0.0:7946 or [::1]:7946",
+		"-bind: %q is not an address to listen on", a.bind)
 	host, port, err := hostPort(a.bind, defaultPort)
-	isName := strings.ContainsFunc(host, unicode.IsLetter) && !strings.Contains(host, ":")
-	ip, notIP := netip.ParseAddr(host)
-	if err != nil || notIP != nil && !isName && host != "" || ip.IsMulticast() {
-		return bind, usagef("-bind takes HOST:PORT, such as 0.0.0.0:7946 or [::1]:7946",
-			"-bind: %q is not an address to listen on", a.bind)
+	if err != nil {
+		return bind, wrong
+	}
+	if host == "" {
+		host = "0.0.0.0"
+		if a.needsIPv6() {
+			host = "::" // which takes IPv4 as well
+		}
 	}
 
-	switch {
-	case host == "" && a.needsIPv6():
-		ip = netip.IPv6Unspecified() // which takes IPv4 as well
-	case host == "":
-		ip = netip.IPv4Unspecified()
-	case isName:
-		isOwn := func(ip netip.Addr) bool { return ip.IsLoopback() || isOwnAddress(ip) }
-		found, err := lookUpOne(context.Background(), host, port, isOwn)
-		if err != nil {
-			return bind, failf("-bind takes HOST:PORT; HOST must be, or resolve to, an address of this machine",
-				"-bind: cannot listen on %q: %v", a.bind, err)
+	if ip, err := netip.ParseAddr(host); err == nil {
+		if ip.IsMulticast() {
+			return bind, wrong
 		}
-		ip = found.Addr()
+		return netip.ParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
 	}
-	return netip.ParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
+	isName := strings.ContainsFunc(host, unicode.IsLetter) && !strings.Contains(host, ":")
+	if !isName {
+		return bind, wrong
+	}
+	isOwn := func(ip netip.Addr) bool { return ip.IsLoopback() || isOwnAddress(ip) }
+	bind, err = lookUpOne(context.Background(), host, port, isOwn)
+	if err != nil {
+		err = failf("-bind takes HOST:PORT; HOST must be, or resolve to, an address of this machine",
+			"-bind: cannot listen on %q: %v", a.bind, err)
+	}
+	return bind, err
 }
 
 // needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or has no other.

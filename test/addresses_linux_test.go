@@ -117,6 +117,13 @@ func slowResolver(w *world) {
 	if c.find(time.Time{}, "[WARN]") != nil {
 		w.Errorf("it warns:\n%s", c.log(10))
 	}
+	c.signal(syscall.SIGINT)
+	c.exit(3 * time.Second)
+	d := w.spawn(w.resolvers("10.77.0.201", "10.77.0.202"), 2, "-node", "n4")
+	d.waitBanner()
+	if out, errs, code := d.run("join", "seed.test"); code != 0 {
+		w.Errorf("the join command: exit status %d, %s%s", code, out, errs)
+	}
 }
 
 func hangingResolver(w *world) {
