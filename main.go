@@ -2256,7 +2256,8 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 		if err != nil {
 			continue
 		}
-		if ip = sourceTo(seed); isReachable(ip, bind) {
+		ip = sourceTo(seed)
+		if isReachable(ip, bind) {
 			return ip, fmt.Sprintf("source address of the route to %s", seed.Unmap())
 		}
 		if seed.Zone() == "" {
@@ -2264,12 +2265,14 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 		}
 		// A link-local IPv6 address means nothing elsewhere: another one of that interface has to do.
 		ips, _ := addressesOf(seed.Zone())
-		if ip = bestAddress(ips, bind); ip.IsValid() {
+		ip = bestAddress(ips, bind)
+		if ip.IsValid() {
 			return ip, "address of " + seed.Zone()
 		}
 	}
 	for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
-		if ip = sourceTo(netip.MustParseAddr(far)); isReachable(ip, bind) {
+		ip = sourceTo(netip.MustParseAddr(far))
+		if isReachable(ip, bind) {
 			return ip, "source address of the default route"
 		}
 	}
