@@ -26,7 +26,7 @@ cleanup() {
 	[ -z "$host" ] || kill "$host" 2>/dev/null || true
 	[ -z "$compose" ] || compose down -t 1 >/dev/null 2>&1 || true
 	docker ps -aq --filter "label=$id" | xargs -r docker rm -f >/dev/null 2>&1 || true
-	docker network rm "$id" "$id-2" >/dev/null 2>&1 || true
+	docker network rm "$id" "$id-2" "$id-readme" >/dev/null 2>&1 || true
 	docker rmi -f "$id" >/dev/null 2>&1 || true
 	rm -rf "$dir"
 	exit $status
@@ -211,6 +211,18 @@ status=$?
 set -e
 [ $status -ne 0 ] && [ "$(echo "$err" | grep -c 'error:')" = 1 ] && echo "$err" | grep -q 'needs a shell' || fail "shell syntax without a shell, status $status: $err"
 ok "an init, a health check and handlers in an image without a shell"
+
+# --- what the README shows, with other names
+
+readme=$(sed -e ':a' -e '/\\$/{N;s/ *\\\n */ /;ba' -e '}' README.md | sed -n 's/^\$ \(docker .*\)/\1/p' | grep -v ' logs ' |
+	sed -e "s/--name seed/--name $id-seed --label $id/; s/exec seed/exec $id-seed/; s/ create cluster/ create $id-readme/; s/ cluster / $id-readme /" \
+		-e "s/-d --network/-d --label $id --network/; s/ hamlet\$/ $id/")
+[ "$(echo "$readme" | wc -l)" = 5 ] || fail "the README shows other commands of Docker: $readme"
+sh -ec "$readme" >"$dir/readme" 2>&1 || fail "the README's commands: $readme: $(cat "$dir/readme")"
+[ "$(awk '$3 == "alive" { printf "%s ", $1 }' "$dir/readme")" = "seed web1 web2 " ] || fail "the README's three containers: $(cat "$dir/readme")"
+handled() { docker logs "$id-seed" 2>&1 | grep -A9 'script output:' | grep -q '^web2 .* alive'; }
+within 3000 "the handler of the README runs" handled
+ok "three containers with a handler, as the README has them"
 
 # --- compose
 
