@@ -64,7 +64,7 @@ func TestManPagesAreWellFormed(t *testing.T) {
 			t.Errorf("%s: %v: %s", kind, err, out)
 		}
 		// Mandoc on other systems may not be there: groff must take them as well.
-		if odd := regexp.MustCompile("(?m)^\\.[a-z]{2,} *.*$").FindAllString(page, -1); slices.ContainsFunc(odd, func(s string) bool {
+		if odd := regexp.MustCompile(`(?m)^\.[a-z]{2,} *.*$`).FindAllString(page, -1); slices.ContainsFunc(odd, func(s string) bool {
 			return !slices.Contains([]string{".nf", ".fi", ".br", ".in", ".in 2", ".in 4"}, s)
 		}) {
 			t.Errorf("%s: requests beyond man(7): %q", kind, odd)
