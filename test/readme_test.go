@@ -70,7 +70,7 @@ func pageSession(text string) (commands, shown []string) {
 // run in the background, and the next command waits until they are ready, as a
 // reader would. make targets are only looked up.
 func pageScript(commands []string) string {
-	script := "set -e\npids=\ntrap 'kill $pids || :' EXIT\n" +
+	script := "set -e\n: >agents.log\npids=\ntrap 'kill $pids || :' EXIT\n" +
 		"until_shown() { for i in $(seq 100); do [ $(grep -c \"$1\" agents.log) -lt $2 ] || return 0; sleep 0.1; done; return 1; }\n"
 	here, agents := false, 0
 	for _, line := range commands {
@@ -356,6 +356,29 @@ func TestHandlersPageNamesEveryVariableAndEvent(t *testing.T) {
 	for line := range strings.Lines(page) {
 		if len(line) > 81 {
 			t.Errorf("help shows this page, and a terminal may have 80 columns: %q", line)
+		}
+	}
+}
+
+// The limits that a user meets first: what refuses more says the same number.
+func TestPagesSayWhichLimitsHold(t *testing.T) {
+	t.Parallel()
+	_, table, _ := strings.Cut(readFile("docs/operations.md"), "\n## Limits\n")
+	a := startAgent(t, "-node", "a")
+	long := strings.Repeat("x", 3000)
+	for row, args := range map[string][]string{
+		"a name":                     {"agent", "-node", long},
+		"the tags of a node":         {"agent", "-tag", "k=" + long},
+		"a user event or a query":    {"event", "-rpc-addr", a.rpc, "deploy", long},
+		"a user event or a query, n": {"query", "-rpc-addr", a.rpc, "load", long},
+	} {
+		_, stderr, code := hamlet(t, args...)
+		refused := regexp.MustCompile(`the limit is (\d+)`).FindStringSubmatch(stderr)
+		said := regexp.MustCompile(`(?m)^\| ` + row + `[^|]*\| ([0-9,]+) bytes`).FindStringSubmatch(table)
+		if code == 0 || refused == nil || said == nil {
+			t.Errorf("%s: exit %d, %q; the page says %q", row, code, stderr, said)
+		} else if number := strings.ReplaceAll(said[1], ",", ""); number != refused[1] {
+			t.Errorf("%s: the limit is %s, the page says %s", row, refused[1], number)
 		}
 	}
 }
