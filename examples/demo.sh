@@ -60,6 +60,7 @@ port=$((20000 + $$ % 1000 * 10))
 for _ in 1 2 3 4 5 6 7 8 9; do
 	free=yes
 	for p in $port $((port + 2)) $((port + 4)); do
+		: >"$dir/try"
 		hamlet agent -bind 127.0.0.1:$p -rpc-addr 127.0.0.1:$((p + 1)) >"$dir/try" 2>&1 &
 		until grep -qE 'agent running|error:' "$dir/try"; do sleep 0.02; done
 		grep -q 'agent running' "$dir/try" || free=
