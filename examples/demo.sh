@@ -62,8 +62,8 @@ for _ in 1 2 3 4 5 6 7 8 9; do
 	for p in $port $((port + 2)) $((port + 4)); do
 		: >"$dir/try"
 		hamlet agent -bind 127.0.0.1:$p -rpc-addr 127.0.0.1:$((p + 1)) >"$dir/try" 2>&1 &
-		until grep -qE 'agent running|error:' "$dir/try"; do sleep 0.02; done
-		grep -q 'agent running' "$dir/try" || free=
+		until grep -qE 'running!|error:' "$dir/try"; do sleep 0.02; done
+		grep -q 'running!' "$dir/try" || free=
 		kill -9 $! 2>/dev/null || :
 		wait $! 2>/dev/null || :
 	done
