@@ -12,8 +12,8 @@ import (
 func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
 	l := newLab(t, 3)
 	l.breaks(1)
-	l.sees(1, vRefused)
-	l.udp(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vRefused})
+	l.sees(1, verdictRefused)
+	l.udp(2, header{Kind: msgProbeResult, Seq: l.check("b"), Target: "b", Verdict: verdictRefused})
 	l.want(`
 		link to b breaks
 		  to b: ping b
@@ -30,22 +30,22 @@ func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
 func TestARefusedDialIsNoVerdictWhenSomebodyReachesIt(t *testing.T) {
 	l := newLab(t, 3)
 	l.breaks(1)
-	l.sees(1, vRefused)
-	l.udp(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
+	l.sees(1, verdictRefused)
+	l.udp(2, header{Kind: msgProbeResult, Seq: l.check("b"), Target: "b", Verdict: verdictAlive})
 	l.text.Reset()
 	l.after(700 * ms)
-	if e := l.n.t.get("b"); e.Status != statusAlive {
+	if e := l.n.table.get("b"); e.Status != statusAlive {
 		t.Errorf("b is %v\n%s", e.Status, l.text.String())
 	}
 }
 
 func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
 	l := newLab(t, 4)
-	l.udp(1, head{Kind: kHeartbeat, Promise: 500})
-	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
-	l.udp(3, head{Kind: kHeartbeat, Promise: 9000})
+	l.udp(1, header{Kind: msgHeartbeat, Promise: 500})
+	l.udp(2, header{Kind: msgHeartbeat, Promise: 9000})
+	l.udp(3, header{Kind: msgHeartbeat, Promise: 9000})
 	l.after(650 * ms)
-	l.udp(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vUnreachable})
+	l.udp(2, header{Kind: msgProbeResult, Seq: l.check("b"), Target: "b", Verdict: verdictUnreachable})
 	l.text.Reset()
 	l.after(600 * ms)
 	l.want(`
@@ -59,28 +59,28 @@ func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
 		  log [DEBUG] b at 10.0.0.2:7946 is suspect: nothing at all comes back
 	`)
 	l.after(time.Second)
-	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
+	l.udp(2, header{Kind: msgHeartbeat, Promise: 9000})
 	l.text.Reset()
 	l.after(550 * ms)
-	if e := l.n.t.get("b"); e.Status != statusFailed {
+	if e := l.n.table.get("b"); e.Status != statusFailed {
 		t.Errorf("b is %v\n%s", e.Status, l.text.String())
 	}
 }
 
 func TestASuspectThatRefutesIsNotFailed(t *testing.T) {
 	l := newLab(t, 2)
-	l.after(newGrace + probeFor + 10*ms)
-	if l.n.t.get("b").Status != statusSuspect {
+	l.after(newWatchGrace + probeTimeout + 10*ms)
+	if l.n.table.get("b").Status != statusSuspect {
 		t.Fatalf("b is not suspect:\n%s", l.text.String())
 	}
 	again := labMember(1)
 	again.Incarnation = 11
-	l.udp(1, head{Kind: kFlood, From: "b", Incarnation: 11, Raised: 1}, claimed(again, statusAlive))
+	l.udp(1, header{Kind: msgBroadcast, From: "b", Incarnation: 11, Raised: 1}, claimed(again, statusAlive))
 	l.text.Reset()
-	l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: 11, Raised: 1, Promise: 9000})
+	l.udp(1, header{Kind: msgHeartbeat, From: "b", Incarnation: 11, Raised: 1, Promise: 9000})
 	l.after(2 * time.Second)
-	if l.n.t.get("b").Status != statusAlive || len(l.n.detector.probes) > 0 {
-		t.Errorf("b is %v:\n%s", l.n.t.get("b").Status, l.text.String())
+	if l.n.table.get("b").Status != statusAlive || len(l.n.detector.probes) > 0 {
+		t.Errorf("b is %v:\n%s", l.n.table.get("b").Status, l.text.String())
 	}
 }
 
@@ -91,10 +91,10 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	l.breaks(1)
 	l.after(200 * ms)
 	moved := labMember(1)
-	moved.Born, moved.Incarnation, moved.Addr = 20, 20, labMember(9).Addr
-	h := l.head(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
-	l.raw(2, wire.encode(nil, &h, update{Member: moved}))
-	if e := l.n.t.get("b"); e.Addr != moved.Addr || e.Born != 20 {
+	moved.Instance, moved.Incarnation, moved.Addr = 20, 20, labMember(9).Addr
+	hdr := l.head(2, header{Kind: msgProbeResult, Seq: l.check("b"), Target: "b", Verdict: verdictAlive})
+	l.raw(2, wire.encode(nil, &hdr, update{Member: moved}))
+	if e := l.n.table.get("b"); e.Addr != moved.Addr || e.Instance != 20 {
 		t.Errorf("it believes %v, want %v", e.Member, moved)
 	}
 	// An older run than mine is no news, and what was seen of it does not count.
@@ -102,10 +102,10 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	l.breaks(1)
 	l.after(200 * ms)
 	former := labMember(1)
-	former.Born, former.Incarnation = 5, 5
-	h = l.head(2, head{Kind: kVote, Seq: l.check("b"), Target: "b", Verdict: vAlive})
-	l.raw(2, wire.encode(nil, &h, update{Member: former}))
-	if p := l.n.detector.probeOf(l.n.t.get("b")); p == nil || len(p.votes) > 0 || l.n.t.get("b").Born != 10 {
+	former.Instance, former.Incarnation = 5, 5
+	hdr = l.head(2, header{Kind: msgProbeResult, Seq: l.check("b"), Target: "b", Verdict: verdictAlive})
+	l.raw(2, wire.encode(nil, &hdr, update{Member: former}))
+	if p := l.n.detector.ownProbe(l.n.table.get("b")); p == nil || len(p.results) > 0 || l.n.table.get("b").Instance != 10 {
 		t.Errorf("the probe has ended, or has a vote")
 	}
 }
@@ -117,27 +117,27 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 		l.after(50 * ms)
 		if k, ok := l.looks["b"]; ok {
 			delete(l.looks, "b")
-			l.tell("", func(n *node) { n.saw(k, vSilent, head{}) })
+			l.tell("", func(n *node) { n.handleTCPProbeResult(k, verdictSilent, header{}) })
 		}
-		if l.n.t.get("b").Status == statusFailed {
+		if l.n.table.get("b").Status == statusFailed {
 			died = l.now
 		}
 	}
-	if died < stallFor || died > stallFor+3*time.Second || strings.Count(l.text.String(), "is stalled") != 1 || strings.Contains(l.text.String(), "flood") && died == 0 {
+	if died < stallTimeout || died > stallTimeout+3*time.Second || strings.Count(l.text.String(), "is stalled") != 1 || strings.Contains(l.text.String(), "flood") && died == 0 {
 		t.Errorf("called failed after %v:\n%s", died, l.text.String())
 	}
 }
 
 func TestWhoIsAskedBetweenTwoRoundsLooksAnew(t *testing.T) {
 	l := newLab(t, 3)
-	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
+	l.udp(2, header{Kind: msgHeartbeat, Promise: 9000})
 	l.breaks(1)
-	l.sees(1, vSilent)
-	l.after(probeFor + 10*ms) // it is stalled, and the next round begins later
+	l.sees(1, verdictSilent)
+	l.after(probeTimeout + 10*ms) // it is stalled, and the next round begins later
 	l.text.Reset()
-	l.udp(2, head{Kind: kCheck, Seq: 7, Target: "b"})
-	l.sees(1, vSilent)
-	l.after(helpFor + 10*ms)
+	l.udp(2, header{Kind: msgIndirectProbe, Seq: 7, Target: "b"})
+	l.sees(1, verdictSilent)
+	l.after(helperTimeout + 10*ms)
 	l.want(`
 		c says check b
 		  to b: ping b
@@ -151,15 +151,15 @@ func TestWhoIsAskedBetweenTwoRoundsLooksAnew(t *testing.T) {
 
 func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
 	l := newLab(t, 3)
-	l.udp(1, head{Kind: kCheck, Seq: 1, Target: "stranger"})
-	l.udp(1, head{Kind: kCheck, Seq: 2, Target: "c"})
+	l.udp(1, header{Kind: msgIndirectProbe, Seq: 1, Target: "stranger"})
+	l.udp(1, header{Kind: msgIndirectProbe, Seq: 2, Target: "c"})
 	l.want(`
 		b says check stranger
 		b says check c
 		  to c: ping c
 		  looks at c
 	`)
-	l.sees(2, vAlive)
+	l.sees(2, verdictAlive)
 	l.want(`
 		look at c: alive
 		  to b: vote c alive [c alive 10]
@@ -168,11 +168,11 @@ func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
 
 func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
 	l := newLab(t, 2)
-	l.udp(1, head{Kind: kHeartbeat, Promise: 500})
+	l.udp(1, header{Kind: msgHeartbeat, Promise: 500})
 	l.text.Reset()
 	l.now += 8 * time.Second
-	beat := l.head(1, head{Kind: kHeartbeat, Promise: 500})
-	l.n.enter(l.now, func(n *node) { n.datagram(labMember(1).Addr, wire.encode(nil, &beat), false) })
+	beat := l.head(1, header{Kind: msgHeartbeat, Promise: 500})
+	l.n.step(l.now, func(n *node) { n.handleDatagram(labMember(1).Addr, wire.encode(nil, &beat), false) })
 	l.after(400 * ms)
 	if strings.Contains(l.text.String(), "ping") {
 		t.Errorf("it doubts b:\n%s", l.text.String())
@@ -183,14 +183,14 @@ func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
 // member that had never sent a heartbeat here, and stretched its deadline.
 func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 	l := newLab(t, 3)
-	l.udp(2, head{Kind: kHeartbeat, Promise: 9000})
-	e := l.n.t.get("b")
-	e.deal().tcpOnly = 1
-	e.deal().due = l.n.now + 100*ms
+	l.udp(2, header{Kind: msgHeartbeat, Promise: 9000})
+	e := l.n.table.get("b")
+	e.peer().tcpOnly = 1
+	e.peer().due = l.n.now + 100*ms
 	again := labMember(1)
 	again.Incarnation, again.Tags = 11, "k=v"
-	l.udp(2, head{Kind: kFlood}, claimed(again, statusAlive))
-	if d := e.deal(); d.tcpOnly == 0 || !d.met {
+	l.udp(2, header{Kind: msgBroadcast}, claimed(again, statusAlive))
+	if d := e.peer(); d.tcpOnly == 0 || !d.validated {
 		t.Errorf("what was known of this run is gone: %+v", d)
 	}
 	l.text.Reset()
@@ -198,9 +198,9 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 	if !strings.Contains(l.text.String(), "ping b") {
 		t.Errorf("b is overdue and not probed:\n%s", l.text.String())
 	}
-	again.Born, again.Incarnation = 20, 20
-	l.udp(2, head{Kind: kFlood}, claimed(again, statusAlive))
-	if d := e.deal(); d.tcpOnly != 0 || d.met {
+	again.Instance, again.Incarnation = 20, 20
+	l.udp(2, header{Kind: msgBroadcast}, claimed(again, statusAlive))
+	if d := e.peer(); d.tcpOnly != 0 || d.validated {
 		t.Errorf("what was seen of a former run is held against this one: %+v", d)
 	}
 }
@@ -208,24 +208,24 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 // Whoever reads what the table counts must not hide it from the next reader.
 func TestTheRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
 	l := newLab(t, 3)
-	l.n.enter(l.now, func(n *node) {
-		n.t.apply(n.now, labMember(3), 0)
-		n.ring.refresh(n) // as a leave does
+	l.n.step(l.now, func(n *node) {
+		n.table.apply(n.now, labMember(3), 0)
+		n.heartbeats.refresh(n) // as a leave does
 		dead := labMember(1)
 		dead.Status = statusFailed
-		n.t.apply(n.now, dead, 0)
+		n.table.apply(n.now, dead, 0)
 	})
 	l.n.tick(l.now)
-	if l.n.t.failed != 1 || l.n.ring.seen != l.n.t.version || len(l.n.ring.watchers) != 2 {
-		t.Errorf("%d failed, version %d of %d, %d watchers", l.n.t.failed, l.n.ring.seen, l.n.t.version, len(l.n.ring.watchers))
+	if l.n.table.failed != 1 || l.n.heartbeats.version != l.n.table.version || len(l.n.heartbeats.watchers) != 2 {
+		t.Errorf("%d failed, version %d of %d, %d watchers", l.n.table.failed, l.n.heartbeats.version, l.n.table.version, len(l.n.heartbeats.watchers))
 	}
 }
 
 func TestFirstPromisesAreSpreadOverTheCycle(t *testing.T) {
 	l := newLab(t, 5)
 	promises := make(map[time.Duration]bool)
-	for _, w := range l.n.ring.watchers {
-		promises[(w.deal().promised-l.n.now)/beatEvery] = true
+	for _, w := range l.n.heartbeats.watchers {
+		promises[(w.peer().promised-l.n.now)/heartbeatInterval] = true
 	}
 	if len(promises) != 4 {
 		t.Errorf("four watchers are promised %v", promises)
@@ -240,7 +240,7 @@ func TestAForgedCrowdAtABystandersAddressCostsHimLittle(t *testing.T) {
 	for i := range 50 {
 		m := labMember(9)
 		m.Name = "m" + string(rune('A'+i))
-		l.n.enter(l.now, func(n *node) { n.adopt(&update{Member: m}) })
+		l.n.step(l.now, func(n *node) { n.applyAndForward(&update{Member: m}) })
 	}
 	for end := l.now + 25*time.Second; l.now < end; {
 		o := l.n.tick(l.now)
@@ -249,7 +249,7 @@ func TestAForgedCrowdAtABystandersAddressCostsHimLittle(t *testing.T) {
 				sent++
 			}
 		}
-		dialled += len(o.looks) + len(o.exchanges)
+		dialled += len(o.tcpProbes) + len(o.syncs)
 		for _, m := range o.links {
 			if m.Addr == labMember(9).Addr {
 				t.Fatal("a link to one who has never answered")
@@ -257,11 +257,11 @@ func TestAForgedCrowdAtABystandersAddressCostsHimLittle(t *testing.T) {
 		}
 		l.now = max(o.wake, l.now+ms)
 		for i := 1; i < 3; i++ {
-			beat := l.head(i, head{Kind: kHeartbeat, Promise: 5000})
-			l.n.enter(l.now, func(n *node) { n.datagram(labMember(i).Addr, wire.encode(nil, &beat), false) })
+			beat := l.head(i, header{Kind: msgHeartbeat, Promise: 5000})
+			l.n.step(l.now, func(n *node) { n.handleDatagram(labMember(i).Addr, wire.encode(nil, &beat), false) })
 		}
 	}
-	if limit := strangerBurst + 25*strangerRate; sent+dialled > limit {
+	if limit := amplificationBurst + 25*amplificationRate; sent+dialled > limit {
 		t.Errorf("%d datagrams and %d dials", sent, dialled)
 	}
 	t.Logf("%d datagrams and %d dials in 25 s", sent, dialled)

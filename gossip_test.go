@@ -43,9 +43,9 @@ func newLab(t *testing.T, count int) *lab {
 	l := &lab{t: t, n: newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0),
 		numbers: make(map[string]uint64), seqs: make(map[string]uint32), looks: make(map[string]Member)}
 	for i := 1; i < count; i++ {
-		l.n.t.apply(l.n.now, labMember(i), 0).deal().met = true
+		l.n.table.apply(l.n.now, labMember(i), 0).peer().validated = true
 	}
-	l.n.joining.since = 1
+	l.n.joining.joinedAt = 1
 	l.n.tick(0)
 	return l
 }
@@ -53,7 +53,7 @@ func newLab(t *testing.T, count int) *lab {
 // tell hands in what happens, and prints what comes of it.
 func (l *lab) tell(what string, input func(n *node)) {
 	fmt.Fprintln(&l.text, what)
-	l.n.enter(l.now, input)
+	l.n.step(l.now, input)
 	l.print(l.n.tick(l.now))
 }
 
@@ -72,28 +72,28 @@ func (l *lab) after(d time.Duration) {
 }
 
 // head is one as member from writes it.
-func (l *lab) head(from int, h head) head {
+func (l *lab) head(from int, hdr header) header {
 	m := labMember(from)
-	if h.From == "" {
-		h.From, h.Incarnation = m.Name, m.Incarnation
+	if hdr.From == "" {
+		hdr.From, hdr.Incarnation = m.Name, m.Incarnation
 	}
-	l.numbers[h.From]++
-	h.Number = l.numbers[h.From]
-	return h
+	l.numbers[hdr.From]++
+	hdr.Number = l.numbers[hdr.From]
+	return hdr
 }
 
 // udp hands in a datagram of member from, with updates.
-func (l *lab) udp(from int, h head, updates ...update) {
-	h = l.head(from, h)
-	if h.Kind == kVote {
-		updates = append(updates, update{Member: labMember(int(h.Target[0] - 'a'))})
+func (l *lab) udp(from int, hdr header, updates ...update) {
+	hdr = l.head(from, hdr)
+	if hdr.Kind == msgProbeResult {
+		updates = append(updates, update{Member: labMember(int(hdr.Target[0] - 'a'))})
 	}
-	l.raw(from, wire.encode(nil, &h, updates...))
+	l.raw(from, wire.encode(nil, &hdr, updates...))
 }
 
 func (l *lab) raw(from int, b []byte) {
 	l.tell(labMember(from).Name+" says "+l.say(b), func(n *node) {
-		if err := n.datagram(labMember(from).Addr, b, false); err != nil {
+		if err := n.handleDatagram(labMember(from).Addr, b, false); err != nil {
 			fmt.Fprintf(&l.text, "  error: %v\n", err)
 		}
 	})
@@ -102,39 +102,39 @@ func (l *lab) raw(from int, b []byte) {
 // sees tells the node what its look at a member has seen.
 func (l *lab) sees(whom int, v verdict) {
 	m := labMember(whom)
-	w := head{From: m.Name, Incarnation: m.Born}
-	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.saw(l.looks[m.Name], v, w) })
+	w := header{From: m.Name, Incarnation: m.Instance}
+	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.handleTCPProbeResult(l.looks[m.Name], v, w) })
 }
 
 // check is the number of the checks that the node has sent about a member.
-func (l *lab) check(name string) uint32 { return l.n.detector.probeOf(l.n.t.get(name)).seq }
+func (l *lab) check(name string) uint32 { return l.n.detector.ownProbe(l.n.table.get(name)).seq }
 
 // breaks ends the watch link with a member, as its death would.
 func (l *lab) breaks(with int) {
 	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.linkEnded(labMember(with), 0, false) })
 }
 
-var kindWords = map[kind]string{kHeartbeat: "heartbeat", kPing: "ping", kAck: "ack", kCheck: "check", kVote: "vote", kFlood: "flood", kQuery: "query", kReply: "reply"}
+var kindWords = map[msgKind]string{msgHeartbeat: "heartbeat", msgPing: "ping", msgAck: "ack", msgIndirectProbe: "check", msgProbeResult: "vote", msgBroadcast: "flood", msgQuery: "query", msgReply: "reply"}
 var verdictWords = []string{"hung up", "unreachable", "refused", "accepted", "alive"}
 var statusWords = map[Status]string{statusAlive: "alive", statusSuspect: "suspect", statusFailed: "failed", statusLeft: "left"}
 var replyWords = []string{"over", "heard", "nothing", "done", "failed"}
 
 // say renders a datagram.
 func (l *lab) say(b []byte) string {
-	var h head
-	rest, err := wire.decode(b, &h)
+	var hdr header
+	rest, err := wire.decode(b, &hdr)
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	s := kindWords[h.Kind]
-	if h.Target != "" {
-		s += " " + h.Target
+	s := kindWords[hdr.Kind]
+	if hdr.Target != "" {
+		s += " " + hdr.Target
 	}
-	if h.Kind == kVote {
-		s += " " + verdictWords[h.Verdict]
+	if hdr.Kind == msgProbeResult {
+		s += " " + verdictWords[hdr.Verdict]
 	}
-	if h.Kind == kReply {
-		s += " " + replyWords[h.Reply]
+	if hdr.Kind == msgReply {
+		s += " " + replyWords[hdr.Reply]
 	}
 	us, err := wire.decodeAll(rest)
 	if err != nil {
@@ -142,10 +142,10 @@ func (l *lab) say(b []byte) string {
 	}
 	for _, u := range us {
 		switch m := u.Member; {
-		case h.Kind == kReply && len(u.Payload) == 0:
-		case h.Kind == kReply:
+		case hdr.Kind == msgReply && len(u.Payload) == 0:
+		case hdr.Kind == msgReply:
 			s += fmt.Sprintf(" %q", u.Payload)
-		case h.Kind == kQuery:
+		case hdr.Kind == msgQuery:
 			s += fmt.Sprintf(" %s %q", u.Name, u.Payload)
 		case u.Name != "":
 			s += fmt.Sprintf(" [event %s %d]", u.Name, u.LTime)
@@ -159,18 +159,18 @@ func (l *lab) say(b []byte) string {
 // print writes the outputs that matter: heartbeats and watch links are silence.
 func (l *lab) print(o outputs) {
 	for _, p := range o.packets {
-		var h head
-		wire.decode(p.data, &h)
-		l.seqs[p.to.Name] = h.Seq
+		var hdr header
+		wire.decode(p.data, &hdr)
+		l.seqs[p.to.Name] = hdr.Seq
 		if s := l.say(p.data); s != "heartbeat" {
 			fmt.Fprintf(&l.text, "  to %s: %s\n", p.to.Name, s)
 		}
 	}
-	for _, k := range o.looks {
+	for _, k := range o.tcpProbes {
 		l.looks[k.Name] = k
 		fmt.Fprintf(&l.text, "  looks at %s\n", k.Name)
 	}
-	for _, m := range o.exchanges {
+	for _, m := range o.syncs {
 		fmt.Fprintf(&l.text, "  compares tables with %s\n", m.Name)
 	}
 	for _, ev := range o.events {
@@ -202,19 +202,19 @@ func claimed(m Member, s Status) update { m.Status = s; return update{Member: m}
 func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 	l := newLab(t, 3)
 	me := claimed(labMember(0), statusSuspect)
-	l.udp(1, head{Kind: kFlood}, me)
+	l.udp(1, header{Kind: msgBroadcast}, me)
 	l.want(`
 		b says flood [a suspect 10]
 		  to b: flood [a alive 11]
 		  to c: flood [a alive 11]
 		  log [DEBUG] refuting what is said of this node, incarnation 11
 	`)
-	l.n.ring.watchers = l.n.ring.watchers[:1] // the other one is on the far side of a split
-	far := map[string]int{"b": 2, "c": 1}[l.n.ring.watchers[0].Name]
+	l.n.heartbeats.watchers = l.n.heartbeats.watchers[:1] // the other one is on the far side of a split
+	far := map[string]int{"b": 2, "c": 1}[l.n.heartbeats.watchers[0].Name]
 	me.Member.Incarnation = 11
 	l.after(10 * ms)
 	l.text.Reset()
-	l.udp(far, head{Kind: kFlood}, me)
+	l.udp(far, header{Kind: msgBroadcast}, me)
 	if got := strings.Count(l.text.String(), "to "+labMember(far).Name+": flood [a alive 12]"); got != 1 {
 		t.Errorf("the accuser is told %d times:\n%s", got, l.text.String())
 	}
@@ -222,11 +222,11 @@ func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 
 func TestWhoeverIsThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
 	l := newLab(t, 3)
-	l.udp(2, head{Kind: kFlood}, claimed(labMember(1), statusFailed))
-	l.udp(1, head{Kind: kHeartbeat, Promise: 1000})
+	l.udp(2, header{Kind: msgBroadcast}, claimed(labMember(1), statusFailed))
+	l.udp(1, header{Kind: msgHeartbeat, Promise: 1000})
 	again := labMember(1)
 	again.Incarnation = 11
-	l.udp(1, head{Kind: kFlood}, claimed(again, statusAlive))
+	l.udp(1, header{Kind: msgBroadcast}, claimed(again, statusAlive))
 	l.want(`
 		c says flood [b failed 10]
 		  to c: flood [b failed 10]
@@ -241,10 +241,10 @@ func TestWhoeverIsThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
 // Its tags may have changed with it: what was missed is asked for, not guessed.
 func TestWhoeverHasAnUnknownIncarnationIsAskedForItsRecord(t *testing.T) {
 	l := newLab(t, 2)
-	l.udp(1, head{Kind: kHeartbeat, Incarnation: 12, Raised: 2, From: "b", Promise: 1000})
+	l.udp(1, header{Kind: msgHeartbeat, Incarnation: 12, Raised: 2, From: "b", Promise: 1000})
 	again := labMember(1)
 	again.Incarnation, again.Tags = 12, "k=v"
-	l.udp(1, head{Kind: kFlood, Incarnation: 12, Raised: 2, From: "b"}, claimed(again, statusAlive))
+	l.udp(1, header{Kind: msgBroadcast, Incarnation: 12, Raised: 2, From: "b"}, claimed(again, statusAlive))
 	l.want(`
 		b says heartbeat
 		  to b: flood [b alive 10]
@@ -256,8 +256,8 @@ func TestWhoeverHasAnUnknownIncarnationIsAskedForItsRecord(t *testing.T) {
 
 func TestAPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
 	l := newLab(t, 2)
-	l.udp(1, head{Kind: kPing, Seq: 5, Target: "z", Digest: 1})
-	l.udp(1, head{Kind: kPing, Seq: 6, Target: "a", Digest: 1})
+	l.udp(1, header{Kind: msgPing, Seq: 5, Target: "z", Digest: 1})
+	l.udp(1, header{Kind: msgPing, Seq: 6, Target: "a", Digest: 1})
 	l.want(`
 		b says ping z
 		b says ping a
@@ -268,8 +268,8 @@ func TestAPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
 func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	l := newLab(t, 2)
 	ev := update{Member: Member{Name: "b"}, Name: "deploy", Payload: []byte("1"), LTime: 7}
-	l.udp(1, head{Kind: kFlood}, ev)
-	l.udp(1, head{Kind: kFlood}, ev)
+	l.udp(1, header{Kind: msgBroadcast}, ev)
+	l.udp(1, header{Kind: msgBroadcast}, ev)
 	l.after(10 * ms)
 	l.tell("user event", func(n *node) {
 		if err := n.userEvent("reply", nil, true); err != nil {
@@ -294,7 +294,7 @@ func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
 	event := func(of string, age time.Duration) update {
 		return update{Member: Member{Name: of}, Name: "reboot", LTime: 7, Age: uint64(age / ms)}
 	}
-	table := head{Kind: kTable}
+	table := header{Kind: msgTable}
 	for _, tt := range []struct {
 		fact, of  string
 		known     time.Duration // how long the sender has been known; 0: it comes along
@@ -311,19 +311,19 @@ func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
 	} {
 		l := newLab(t, 1)
 		l.now = time.Hour
-		l.n.enter(l.now-tt.known, func(n *node) {
+		l.n.step(l.now-tt.known, func(n *node) {
 			if tt.known > 0 {
-				n.adopt(&update{Member: labMember(1)})
+				n.applyAndForward(&update{Member: labMember(1)})
 			}
 		})
 		l.tell("table", func(n *node) {
-			n.merge(&exchange{replay: tt.replay}, table, []update{{Member: labMember(1)}, event(tt.of, tt.age)})
+			n.mergeChunk(&stateSync{replay: tt.replay}, table, []update{{Member: labMember(1)}, event(tt.of, tt.age)})
 		})
 		if got := strings.Contains(l.text.String(), "event user"); got != tt.delivered {
 			t.Errorf("%s: delivered %v", tt.fact, got)
 		}
 		l.text.Reset()
-		l.tell("again", func(n *node) { n.merge(&exchange{}, table, []update{event(tt.of, tt.age)}) })
+		l.tell("again", func(n *node) { n.mergeChunk(&stateSync{}, table, []update{event(tt.of, tt.age)}) })
 		if strings.Contains(l.text.String(), "event user") {
 			t.Errorf("%s: delivered the second time", tt.fact)
 		}
@@ -332,23 +332,23 @@ func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
 
 func TestADatagramCountsOnce(t *testing.T) {
 	l := newLab(t, 2)
-	beat := l.head(1, head{Kind: kHeartbeat, Promise: 500})
+	beat := l.head(1, header{Kind: msgHeartbeat, Promise: 500})
 	b := wire.encode(nil, &beat)
 	l.raw(1, b)
-	due := l.n.ring.watched[0].deal().due
+	due := l.n.heartbeats.watched[0].peer().due
 	l.after(300 * ms)
 	l.raw(1, b)
-	if got := l.n.ring.watched[0].deal().due; got != due {
+	if got := l.n.heartbeats.watched[0].peer().due; got != due {
 		t.Errorf("a recorded heartbeat moves the deadline from %v to %v", due, got)
 	}
-	var w window
+	var w replayWindow
 	for _, step := range []struct {
 		number uint64
 		counts bool
 	}{{0, false}, {3, true}, {3, false}, {0, false}, {1, true}, {1, false}, {2, true}, {600, true}, {600 - windowSize, false}, {601 - windowSize, true},
 		{601 - windowSize, false}, {599, true}, {1 << 40, true}, {600, false}, {1<<40 - windowSize, false}, {1<<40 - windowSize + 1, true},
 		{1<<40 + windowSize, true}, {1<<40 + 1, true}, {1 << 40, false}, {1<<40 + 1, false}, {1<<64 - 1, true}, {1<<64 - 1, false}, {1<<64 - 2, true}} {
-		if w.take(step.number) != step.counts {
+		if w.accept(step.number) != step.counts {
 			t.Errorf("datagram %d counts: %v", step.number, !step.counts)
 		}
 	}
@@ -358,15 +358,15 @@ func TestADatagramCountsOnce(t *testing.T) {
 // nothing. Its answer to a ping shows what it is at.
 func TestAForgedNumberDoesNotMuteAMember(t *testing.T) {
 	l := newLab(t, 3)
-	forged := head{Kind: kHeartbeat, From: "b", Incarnation: 10, Number: 1 << 60}
+	forged := header{Kind: msgHeartbeat, From: "b", Incarnation: 10, Number: 1 << 60}
 	l.raw(1, wire.encode(nil, &forged))
-	l.udp(1, head{Kind: kFlood}, claimed(labMember(2), statusFailed))
-	if !l.n.t.get("c").Status.dead() {
+	l.udp(1, header{Kind: msgBroadcast}, claimed(labMember(2), statusFailed))
+	if !l.n.table.get("c").Status.isDead() {
 		l.breaks(1)
-		l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
-		l.udp(1, head{Kind: kFlood}, claimed(labMember(2), statusFailed))
+		l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
+		l.udp(1, header{Kind: msgBroadcast}, claimed(labMember(2), statusFailed))
 	}
-	if !l.n.t.get("c").Status.dead() {
+	if !l.n.table.get("c").Status.isDead() {
 		t.Errorf("b is not heard any more:\n%s", l.text.String())
 	}
 }
@@ -375,13 +375,13 @@ func TestWhoeverIsNotRememberedCountsForNothing(t *testing.T) {
 	l := newLab(t, 2)
 	l.after(2900 * ms) // nobody is heard of
 	l.text.Reset()
-	l.udp(2, head{Kind: kHeartbeat, Promise: 500, Seq: 3})
-	l.udp(2, head{Kind: kFlood}, claimed(labMember(3), statusAlive))
-	l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: 9, Promise: 500}) // a former run
-	if l.n.t.get("d") != nil || l.n.t.get("c") != nil || l.n.now-l.n.detector.heard < 2*time.Second {
+	l.udp(2, header{Kind: msgHeartbeat, Promise: 500, Seq: 3})
+	l.udp(2, header{Kind: msgBroadcast}, claimed(labMember(3), statusAlive))
+	l.udp(1, header{Kind: msgHeartbeat, From: "b", Incarnation: 9, Promise: 500}) // a former run
+	if l.n.table.get("d") != nil || l.n.table.get("c") != nil || l.n.now-l.n.detector.lastHeard < 2*time.Second {
 		t.Errorf("strangers count:\n%s", l.text.String())
 	}
-	l.udp(2, head{Kind: kPing, Target: "a", Seq: 9, Digest: 1})
+	l.udp(2, header{Kind: msgPing, Target: "a", Seq: 9, Digest: 1})
 	if !strings.HasSuffix(l.text.String(), "to c: ack\n") {
 		t.Errorf("a stranger's ping is not answered:\n%s", l.text.String())
 	}
@@ -392,14 +392,14 @@ func TestNumbersFarAheadOfAllThatIsKnownAreRefused(t *testing.T) {
 	for _, far := range []uint64{1<<64 - 1, 1 << 62, 1 << 60} {
 		l := newLab(t, 3)
 		m := labMember(2)
-		m.Incarnation, m.Born = far, far
-		l.udp(1, head{Kind: kHeartbeat, From: "b", Incarnation: far, Raised: far - 10})
-		l.udp(1, head{Kind: kFlood}, claimed(m, statusFailed))
+		m.Incarnation, m.Instance = far, far
+		l.udp(1, header{Kind: msgHeartbeat, From: "b", Incarnation: far, Raised: far - 10})
+		l.udp(1, header{Kind: msgBroadcast}, claimed(m, statusFailed))
 		me := claimed(labMember(0), statusFailed)
 		me.Member.Incarnation = far
-		l.udp(1, head{Kind: kFlood}, me)
-		l.udp(1, head{Kind: kFlood}, update{Member: Member{Name: "b"}, Name: "e", LTime: far})
-		if got := strings.Count(l.text.String(), "error:"); got != 4 || l.n.self.Incarnation != 10 || l.n.t.get("c").Incarnation != 10 || l.n.spread.events.lamport != 0 {
+		l.udp(1, header{Kind: msgBroadcast}, me)
+		l.udp(1, header{Kind: msgBroadcast}, update{Member: Member{Name: "b"}, Name: "e", LTime: far})
+		if got := strings.Count(l.text.String(), "error:"); got != 4 || l.n.self.Incarnation != 10 || l.n.table.get("c").Incarnation != 10 || l.n.broadcasts.events.lamport != 0 {
 			t.Errorf("%d of 4 are refused:\n%s", got, l.text.String())
 		}
 	}
@@ -407,22 +407,22 @@ func TestNumbersFarAheadOfAllThatIsKnownAreRefused(t *testing.T) {
 	l := newLab(t, 3)
 	limit := uint64(1)
 	for bit := uint64(1) << 62; bit > 0; bit >>= 1 {
-		if l.n.plausible(limit|bit, 10) {
+		if l.n.isPlausible(limit|bit, 10) {
 			limit |= bit
 		}
 	}
 	me := claimed(labMember(0), statusFailed)
 	me.Member.Incarnation = limit
-	l.udp(1, head{Kind: kFlood}, me)
+	l.udp(1, header{Kind: msgBroadcast}, me)
 	if l.n.self.Incarnation != limit+1 {
 		t.Fatalf("the incarnation is %d", l.n.self.Incarnation)
 	}
 	other := newLab(t, 3)
 	other.after(2 * ms)
-	if !other.n.plausible(limit+1, 10) {
+	if !other.n.isPlausible(limit+1, 10) {
 		t.Error("who has not heard of the attack refuses the refutation")
 	}
-	if !newLab(t, 1).n.plausible(birth(1_900_000_000_000, 0), 10) {
+	if !newLab(t, 1).n.isPlausible(newInstanceID(1_900_000_000_000, 0), 10) {
 		t.Error("an agent without a clock refuses the others' births")
 	}
 }
@@ -436,12 +436,12 @@ func TestOneBadRecordCostsThatRecord(t *testing.T) {
 	tags := labMember(4)
 	tags.Tags = "k=1\x00k=2"
 	l.tell("table", func(n *node) {
-		more, count, err := n.merge(&exchange{}, head{Kind: kTable}, []update{{Member: bad}, {Member: far}, {Member: tags}, {Member: labMember(5)}})
+		more, count, err := n.mergeChunk(&stateSync{}, header{Kind: msgTable}, []update{{Member: bad}, {Member: far}, {Member: tags}, {Member: labMember(5)}})
 		if more || count != 3 || err != nil {
 			t.Errorf("more %v, bad %d, %v", more, count, err)
 		}
 	})
-	if l.n.t.get("f") == nil || l.n.t.get("c") != nil || l.n.t.get("d") != nil || l.n.t.get("e") != nil {
+	if l.n.table.get("f") == nil || l.n.table.get("c") != nil || l.n.table.get("d") != nil || l.n.table.get("e") != nil {
 		t.Error("the good record is lost, or a bad one is not")
 	}
 }
@@ -450,23 +450,23 @@ func TestADeadClaimThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
 	l := newLab(t, 2)
 	old := claimed(labMember(2), statusFailed)
 	old.Age = uint64(time.Hour / ms)
-	l.udp(1, head{Kind: kFlood}, old)
-	if l.n.t.get("c") != nil {
+	l.udp(1, header{Kind: msgBroadcast}, old)
+	if l.n.table.get("c") != nil {
 		t.Error("it comes back from whoever forgets later")
 	}
-	l.n.t.apply(l.n.now, labMember(2), 0)
-	l.udp(1, head{Kind: kFlood}, old)
-	if l.n.t.get("c").Status != statusFailed {
+	l.n.table.apply(l.n.now, labMember(2), 0)
+	l.udp(1, header{Kind: msgBroadcast}, old)
+	if l.n.table.get("c").Status != statusFailed {
 		t.Error("the death of one who is believed alive is not taken")
 	}
 }
 
 func TestAJoinThatMeetsTheNamesakeOfAThirdIsNoConflictOverTheOwnName(t *testing.T) {
 	l := newLab(t, 2)
-	h := head{From: "b", Incarnation: 20}
+	hdr := header{From: "b", Incarnation: 20}
 	l.tell("", func(n *node) {
-		err := n.welcomed(&exchange{with: Member{Addr: labMember(5).Addr}}, h, nil)
-		if err == nil || errors.Is(err, errTaken) || !strings.Contains(err.Error(), `"b" is taken: the member at `+labMember(1).Addr.String()) {
+		err := n.handleWelcome(&stateSync{peer: Member{Addr: labMember(5).Addr}}, hdr, nil)
+		if err == nil || errors.Is(err, errNameTaken) || !strings.Contains(err.Error(), `"b" is taken: the member at `+labMember(1).Addr.String()) {
 			t.Error(err)
 		}
 	})
@@ -475,7 +475,7 @@ func TestAJoinThatMeetsTheNamesakeOfAThirdIsNoConflictOverTheOwnName(t *testing.
 // Nobody sends it anything, and it has no heartbeats to send.
 func TestWhoeverIsAloneForgetsInTime(t *testing.T) {
 	l := newLab(t, 2)
-	l.udp(1, head{Kind: kFlood}, claimed(labMember(1), statusLeft))
+	l.udp(1, header{Kind: msgBroadcast}, claimed(labMember(1), statusLeft))
 	l.after(time.Hour + 2*time.Second)
 	if !strings.Contains(l.text.String(), "event member-reap b") {
 		t.Errorf("b has left and is not forgotten:\n%s", l.text.String())
@@ -487,21 +487,21 @@ func TestAComparisonThatCanChangeNothingIsNotRepeated(t *testing.T) {
 	l := newLab(t, 2)
 	compared := func() int { return strings.Count(l.text.String(), "compares tables") }
 	beat := func() {
-		l.udp(1, head{Kind: kHeartbeat, Promise: 500, Digest: 77})
+		l.udp(1, header{Kind: msgHeartbeat, Promise: 500, Digest: 77})
 		l.after(400 * ms)
 	}
 	beat()
 	if compared() != 1 {
 		t.Fatalf("no comparison:\n%s", l.text.String())
 	}
-	l.n.enter(l.now, func(n *node) { n.exchanged(&exchange{with: labMember(1), digest: 77}) })
+	l.n.step(l.now, func(n *node) { n.syncDone(&stateSync{peer: labMember(1), digest: 77}) })
 	for range 10 {
 		beat()
 	}
 	if n := compared(); n != 1 {
 		t.Errorf("%d comparisons", n)
 	}
-	l.n.t.apply(l.n.now, labMember(2), 0)
+	l.n.table.apply(l.n.now, labMember(2), 0)
 	for range 4 {
 		beat()
 	}
@@ -511,16 +511,16 @@ func TestAComparisonThatCanChangeNothingIsNotRepeated(t *testing.T) {
 }
 
 // passPiece gives the next piece of a table to the other side; more says that another follows.
-func passPiece(t *testing.T, from, to *node, x, y *exchange) (more bool) {
+func passPiece(t *testing.T, from, to *node, sync, y *stateSync) (more bool) {
 	t.Helper()
-	b, more := from.piece(x)
+	b, more := from.tableChunk(sync)
 	if len(b) > maxFrame {
 		t.Fatalf("a frame of %d bytes", len(b))
 	}
-	var h head
-	rest, _ := wire.decode(b, &h)
+	var hdr header
+	rest, _ := wire.decode(b, &hdr)
 	us, err := wire.decodeAll(rest)
-	if _, bad, merr := to.merge(y, h, us); err != nil || merr != nil || bad > 0 {
+	if _, bad, merr := to.mergeChunk(y, hdr, us); err != nil || merr != nil || bad > 0 {
 		t.Fatalf("%v %v %d bad", err, merr, bad)
 	}
 	return more
@@ -530,27 +530,27 @@ func passPiece(t *testing.T, from, to *node, x, y *exchange) (more bool) {
 // hears the other side from the beginning.
 func TestNewsBetweenTwoPiecesOfATableEndNoComparison(t *testing.T) {
 	a, b := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0), newNode(nodeConfig{member: labMember(1), reapAfter: time.Hour}, 0)
-	a.t.apply(a.now, labMember(1), 0)
-	b.t.apply(b.now, labMember(0), 0)
+	a.table.apply(a.now, labMember(1), 0)
+	b.table.apply(b.now, labMember(0), 0)
 	var news Member
 	for i := range 900 {
 		news = testMember(fmt.Sprintf("m-%04d", i), 10, statusAlive)
 		news.Tags = Tags("k=" + strings.Repeat("v", 150))
-		if b.t.apply(b.now, news, 0); i < 899 {
-			a.t.apply(a.now, news, 0)
+		if b.table.apply(b.now, news, 0); i < 899 {
+			a.table.apply(a.now, news, 0)
 		}
 	}
-	x, y := &exchange{with: labMember(1), digest: b.digest()}, &exchange{with: labMember(0), digest: a.digest()}
-	if !passPiece(t, a, b, x, y) {
+	sync, y := &stateSync{peer: labMember(1), digest: b.digest()}, &stateSync{peer: labMember(0), digest: a.digest()}
+	if !passPiece(t, a, b, sync, y) {
 		t.Fatal("one piece is enough")
 	}
-	a.adopt(&update{Member: news})
+	a.applyAndForward(&update{Member: news})
 	if a.digest() != b.digest() {
 		t.Fatal("the tables differ")
 	}
-	for passPiece(t, a, b, x, y) {
+	for passPiece(t, a, b, sync, y) {
 	}
-	for passPiece(t, b, a, y, x) {
+	for passPiece(t, b, a, y, sync) {
 	}
 }
 
@@ -563,20 +563,20 @@ func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 			for i := range sizes[k] {
 				m := testMember(fmt.Sprintf("m%d-%04d", i%2*(1+k), i), uint64(10+i%3*k), statusAlive)
 				m.Tags = Tags("k=" + strings.Repeat("v", i%200))
-				n.t.apply(n.now, m, 0)
+				n.table.apply(n.now, m, 0)
 			}
 			n.userEvent(fmt.Sprint("of", k), make([]byte, 900), false)
 		}
-		x, y := &exchange{with: labMember(1)}, &exchange{with: labMember(0), digest: a.digest()}
+		sync, y := &stateSync{peer: labMember(1)}, &stateSync{peer: labMember(0), digest: a.digest()}
 		frames := 0
 		for more := true; more; frames++ {
-			more = passPiece(t, a, b, x, y)
+			more = passPiece(t, a, b, sync, y)
 		}
 		for more := true; more; frames++ {
-			more = passPiece(t, b, a, y, x)
+			more = passPiece(t, b, a, y, sync)
 		}
-		if a.digest() != b.digest() || len(a.t.ordered) != len(b.t.ordered) {
-			t.Errorf("%v: %d and %d members after %d frames", sizes, len(a.t.ordered), len(b.t.ordered), frames)
+		if a.digest() != b.digest() || len(a.table.ordered) != len(b.table.ordered) {
+			t.Errorf("%v: %d and %d members after %d frames", sizes, len(a.table.ordered), len(b.table.ordered), frames)
 		}
 	}
 }
@@ -585,12 +585,14 @@ func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 	l := newLab(t, 4)
 	var id uint32
 	l.tell("query", func(n *node) { id, _, _ = n.query("load", []byte("?"), nil, time.Second) })
-	l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
-	l.udp(1, head{Kind: kReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
-	l.udp(1, head{Kind: kReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
-	l.udp(2, head{Kind: kReply, Seq: 6, Query: id, Reply: replyNothing}, update{})
-	l.tell("handler", func(n *node) { n.replied(Event{update: update{Member: n.self.Member}, id: id}, replyDone, []byte("1")) })
-	l.udp(1, head{Kind: kFlood}, claimed(labMember(3), statusFailed))
+	l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
+	l.udp(1, header{Kind: msgReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
+	l.udp(1, header{Kind: msgReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
+	l.udp(2, header{Kind: msgReply, Seq: 6, Query: id, Reply: replyNothing}, update{})
+	l.tell("handler", func(n *node) {
+		n.sendReply(Event{update: update{Member: n.self.Member}, id: id}, replyDone, []byte("1"))
+	})
+	l.udp(1, header{Kind: msgBroadcast}, claimed(labMember(3), statusFailed))
 	l.want(`
 		query
 		  to b: query load "?"
@@ -620,22 +622,22 @@ func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 
 func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 	l := newLab(t, 2)
-	q := update{Member: Member{Name: "b"}, Name: "load", LTime: 3, Within: 1000}
-	l.udp(1, head{Kind: kHeartbeat, Promise: 9000})
-	l.udp(1, head{Kind: kQuery, Query: 8, Seq: 1}, q)
-	l.udp(1, head{Kind: kQuery, Query: 8, Seq: 1}, q)
+	q := update{Member: Member{Name: "b"}, Name: "load", LTime: 3, Timeout: 1000}
+	l.udp(1, header{Kind: msgHeartbeat, Promise: 9000})
+	l.udp(1, header{Kind: msgQuery, Query: 8, Seq: 1}, q)
+	l.udp(1, header{Kind: msgQuery, Query: 8, Seq: 1}, q)
 	l.tell("handler", func(n *node) {
-		n.replied(Event{update: update{Member: labMember(1), Within: 1000}, id: 8}, replyDone, []byte("x"))
+		n.sendReply(Event{update: update{Member: labMember(1), Timeout: 1000}, id: 8}, replyDone, []byte("x"))
 	})
 	l.after(60 * ms)
-	l.udp(1, head{Kind: kAck, Seq: l.seqs["b"]})
+	l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
 	l.after(2 * time.Second)
 	l.text.WriteString("\n")
 	if got := l.text.String(); strings.Count(got, "event query") != 1 || strings.Count(got, `reply done "x"`) != 2 || strings.Count(got, "to b: ack") != 2 {
 		t.Errorf("transcript:\n%s", got)
 	}
 	l.text.Reset()
-	l.udp(1, head{Kind: kQuery, Query: 9, Seq: 2}, update{Member: Member{Name: "b"}, Name: "other", LTime: 4, Within: 1000})
+	l.udp(1, header{Kind: msgQuery, Query: 9, Seq: 2}, update{Member: Member{Name: "b"}, Name: "other", LTime: 4, Timeout: 1000})
 	l.want(`
 		b says query other ""
 		  to b: ack
@@ -692,21 +694,21 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	l := newLab(t, 1)
 	n, own := l.n, labMember(0).Addr.Addr().String()
 	moved := func(ip string, gone, joins bool) string {
-		n.moved(netip.MustParseAddr(ip), gone, joins, 20)
+		n.addressChanged(netip.MustParseAddr(ip), gone, joins, 20)
 		return n.self.Addr.Addr().String()
 	}
 	if got := moved("10.66.0.1", false, true); got != own { // others know the address
 		t.Errorf("after it has joined it moves to %s", got)
 	}
-	n.joining.since = 0
+	n.joining.joinedAt = 0
 	if got := moved("10.88.0.1", false, false); got != own {
 		t.Errorf("a look moves it to %s", got)
 	}
-	born := n.self.Born
-	if got := moved("10.77.0.1", false, true); got != "10.77.0.1" || n.self.Born <= born {
-		t.Errorf("the dial to a seed moves it to %s, born %d", got, n.self.Born)
+	born := n.self.Instance
+	if got := moved("10.77.0.1", false, true); got != "10.77.0.1" || n.self.Instance <= born {
+		t.Errorf("the dial to a seed moves it to %s, born %d", got, n.self.Instance)
 	}
-	if err := n.welcomed(&exchange{}, head{From: "b", Incarnation: 10}, nil); err != nil {
+	if err := n.handleWelcome(&stateSync{}, header{From: "b", Incarnation: 10}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := moved("10.88.0.1", false, true); got != "10.77.0.1" {
@@ -721,22 +723,22 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 // watcher were newer than what it knew, and did not count there.
 func TestAHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
 	for _, tt := range []struct {
-		h    head
+		h    header
 		want int
 	}{
-		{head{From: "z", Incarnation: 50, Number: 7, Promise: 2000}, 1},
-		{head{From: "b", Incarnation: 50, Number: 7, Promise: 2000}, 1}, // restarted
-		{head{From: "b", Incarnation: 5, Number: 7, Promise: 2000}, 0},  // a former run
-		{head{Kind: kFlood, From: "z", Incarnation: 50, Number: 7}, 0},
+		{header{From: "z", Incarnation: 50, Number: 7, Promise: 2000}, 1},
+		{header{From: "b", Incarnation: 50, Number: 7, Promise: 2000}, 1}, // restarted
+		{header{From: "b", Incarnation: 5, Number: 7, Promise: 2000}, 0},  // a former run
+		{header{Kind: msgBroadcast, From: "z", Incarnation: 50, Number: 7}, 0},
 	} {
 		l := newLab(t, 3)
 		n := l.n
 		for range 5 { // it may be sent again, or recorded and played back
-			n.datagram(netip.MustParseAddrPort("10.0.0.99:7946"), wire.encode(nil, &tt.h), false)
+			n.handleDatagram(netip.MustParseAddrPort("10.0.0.99:7946"), wire.encode(nil, &tt.h), false)
 		}
 		asked := 0
 		for l.now = 10 * ms; l.now < 90*ms; l.now += 10 * ms {
-			for _, m := range n.tick(l.now).exchanges {
+			for _, m := range n.tick(l.now).syncs {
 				if asked++; m.Name != "b" && m.Name != "c" {
 					t.Errorf("it asks %v, who may be anybody", m)
 				}
@@ -753,13 +755,13 @@ func TestAHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
 func TestWhoeverIsSupersededElsewhereIsTold(t *testing.T) {
 	l := newLab(t, 3)
 	twin := labMember(1)
-	twin.Born, twin.Incarnation, twin.Addr = 11, 11, netip.MustParseAddrPort("10.0.0.99:7946")
-	l.n.message(l.n.t.get("c"), labMember(2).Addr, head{Kind: kFlood}, 100, wire.encode(nil, &update{Member: twin}))
+	twin.Instance, twin.Incarnation, twin.Addr = 11, 11, netip.MustParseAddrPort("10.0.0.99:7946")
+	l.n.handleMessage(l.n.table.get("c"), labMember(2).Addr, header{Kind: msgBroadcast}, 100, wire.encode(nil, &update{Member: twin}))
 	told := slices.ContainsFunc(l.n.tick(l.now).packets, func(p packet) bool {
-		return p.to.Addr == labMember(1).Addr && p.to.Born == 10
+		return p.to.Addr == labMember(1).Addr && p.to.Instance == 10
 	})
-	if l.n.t.get("b").Addr != twin.Addr || !told {
-		t.Errorf("b is at %s; its former run is told: %v", l.n.t.get("b").Addr, told)
+	if l.n.table.get("b").Addr != twin.Addr || !told {
+		t.Errorf("b is at %s; its former run is told: %v", l.n.table.get("b").Addr, told)
 	}
 }
 
@@ -767,13 +769,13 @@ func TestWhoeverIsSupersededElsewhereIsTold(t *testing.T) {
 // that it lives.
 func TestANamesakeIsLookedAtWhereItAnswered(t *testing.T) {
 	l := newLab(t, 1)
-	l.n.joining.since = 0
+	l.n.joining.joinedAt = 0
 	claim, at := labMember(0), netip.MustParseAddrPort("10.0.0.77:7946")
-	claim.Born, claim.Incarnation = 9, 9
+	claim.Instance, claim.Incarnation = 9, 9
 	claim.Addr = netip.MustParseAddrPort("10.99.99.99:7946")
-	err := l.n.welcomed(&exchange{with: Member{Addr: at}}, head{From: claim.Name, Incarnation: 9}, []update{{Member: claim}})
-	if o := l.n.tick(l.now); !errors.Is(err, errWait) || len(o.looks) != 1 || o.looks[0].Addr != at {
-		t.Errorf("%v, looks at %v, want one at %s", err, o.looks, at)
+	err := l.n.handleWelcome(&stateSync{peer: Member{Addr: at}}, header{From: claim.Name, Incarnation: 9}, []update{{Member: claim}})
+	if o := l.n.tick(l.now); !errors.Is(err, errConflictPending) || len(o.tcpProbes) != 1 || o.tcpProbes[0].Addr != at {
+		t.Errorf("%v, looks at %v, want one at %s", err, o.tcpProbes, at)
 	}
 }
 
@@ -785,7 +787,7 @@ func TestAnAddressBringsNoTextAlong(t *testing.T) {
 	} {
 		m := labMember(1)
 		m.Addr = netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(zone), 7946)
-		if err := newLab(t, 1).n.check(&update{Member: m}); (err == nil) != ok {
+		if err := newLab(t, 1).n.sanitizeClaim(&update{Member: m}); (err == nil) != ok {
 			t.Errorf("zone %.20q: %v", zone, err)
 		}
 	}
@@ -816,14 +818,14 @@ func TestAUserEventThatIsTooLongSaysBothNumbers(t *testing.T) {
 // The ids of gob's types depend on what a process touches first; all agents must
 // agree on them.
 func TestAHeartbeatHasTheseBytes(t *testing.T) {
-	h := head{From: "web10", Incarnation: birth(1_700_000_000_000, 5<<60), Number: 300, Digest: 0x0123456789abcdef, Promise: 2000}
-	got := fmt.Sprintf("% x", wire.encode(nil, &h))
+	hdr := header{From: "web10", Incarnation: newInstanceID(1_700_000_000_000, 5<<60), Number: 300, Digest: 0x0123456789abcdef, Promise: 2000}
+	got := fmt.Sprintf("% x", wire.encode(nil, &hdr))
 	want := strings.TrimSpace(string(readGolden(t, "heartbeat.hex")))
 	if got != want {
 		t.Errorf("heartbeat\n%s\nwant\n%s", got, want)
 	}
-	if s := (&door{}); len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)) > 45 {
-		t.Errorf("a heartbeat of %d bytes", len(s.closeDatagram(wire.encode(nil, &h), "web11", h.Incarnation)))
+	if s := (&sealer{}); len(s.sealDatagram(wire.encode(nil, &hdr), Member{Name: "web11", Instance: hdr.Incarnation})) > 45 {
+		t.Errorf("a heartbeat of %d bytes", len(s.sealDatagram(wire.encode(nil, &hdr), Member{Name: "web11", Instance: hdr.Incarnation})))
 	}
 }
 
@@ -836,15 +838,15 @@ func readGolden(t *testing.T, name string) []byte {
 }
 
 func TestMessagesComeBackInAnyOrder(t *testing.T) {
-	h := head{Kind: kVote, From: "a", Incarnation: 5, Raised: 1, Number: 9, Seq: 7, Target: "b", Verdict: vSilent}
+	hdr := header{Kind: msgProbeResult, From: "a", Incarnation: 5, Raised: 1, Number: 9, Seq: 7, Target: "b", Verdict: verdictSilent}
 	u := update{Member: labMember(3), Age: 3}
 	ev := update{Member: Member{Name: "b"}, Name: "deploy", Payload: []byte{0, 255}, LTime: 9, Coalesce: true}
 	for range 3 {
-		b := wire.encode(nil, &h, ev, u)
-		var got head
+		b := wire.encode(nil, &hdr, ev, u)
+		var got header
 		rest, err := wire.decode(b, &got)
 		us, uerr := wire.decodeAll(rest)
-		if err != nil || uerr != nil || got != h {
+		if err != nil || uerr != nil || got != hdr {
 			t.Fatalf("%v %v: %+v", err, uerr, got)
 		}
 		if diff := cmp.Diff([]update{ev, u}, us, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
@@ -854,21 +856,21 @@ func TestMessagesComeBackInAnyOrder(t *testing.T) {
 }
 
 func FuzzDatagram(f *testing.F) {
-	s := &door{cluster: "c"}
-	k := &door{cluster: "c", keys: [][]byte{bytes.Repeat([]byte{7}, keySize)}}
-	h := head{Kind: kFlood, From: "b", Incarnation: 10, Number: 1}
-	f.Add(s.closeDatagram(wire.encode(nil, &h, update{Member: labMember(1)}), "a", 10), uint64(10))
-	f.Add(k.closeDatagram(wire.encode(nil, &h), "a", 10), uint64(10))
-	f.Add(s.closeDatagram([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}, "a", 0), uint64(10)) // a million elements
+	s := &sealer{cluster: "c"}
+	k := &sealer{cluster: "c", keys: [][]byte{bytes.Repeat([]byte{7}, keySize)}}
+	hdr := header{Kind: msgBroadcast, From: "b", Incarnation: 10, Number: 1}
+	f.Add(s.sealDatagram(wire.encode(nil, &hdr, update{Member: labMember(1)}), Member{Name: "a", Instance: 10}), uint64(10))
+	f.Add(k.sealDatagram(wire.encode(nil, &hdr), Member{Name: "a", Instance: 10}), uint64(10))
+	f.Add(s.sealDatagram([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}, Member{Name: "a", Instance: 0}), uint64(10)) // a million elements
 	f.Fuzz(func(t *testing.T, b []byte, born uint64) {
-		k.openDatagram(b, "a", born)
-		data, anyRun, err := s.openDatagram(b, "a", born)
+		k.openDatagram(b, Member{Name: "a", Instance: born})
+		data, anyRun, err := s.openDatagram(b, Member{Name: "a", Instance: born})
 		if err != nil {
 			return
 		}
 		n := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0)
-		n.t.apply(n.now, labMember(1), 0)
-		n.enter(0, func(n *node) { n.datagram(labMember(1).Addr, data, anyRun) })
+		n.table.apply(n.now, labMember(1), 0)
+		n.step(0, func(n *node) { n.handleDatagram(labMember(1).Addr, data, anyRun) })
 		n.tick(0)
 	})
 }
@@ -876,10 +878,10 @@ func FuzzDatagram(f *testing.F) {
 // Whatever is logged of a member can be found by a user's grep.
 func TestEventsAreLoggedWithAddressSenderAndSize(t *testing.T) {
 	g, logged := startTestGossip(t, "red", gossipConfig{})
-	if err := g.do(func(n *node) error { return n.userEvent("deploy\n2013/12/08", []byte("12345"), false) }); err != nil {
+	if err := g.run(func(n *node) error { return n.userEvent("deploy\n2013/12/08", []byte("12345"), false) }); err != nil {
 		t.Fatal(err)
 	}
-	self, _ := g.me()
+	self, _ := g.self()
 	for _, want := range []string{`\[INFO\] member-join: red ` + regexp.QuoteMeta(self.Addr.String()) + `\n`, `\[INFO\] user-event: deploy 2013/12/08 \(from red, 5 bytes\)\n`} {
 		eventually(t, want, func() bool { return regexp.MustCompile(want).MatchString(logged.String()) })
 	}
@@ -891,9 +893,9 @@ func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
 	var told atomic.Int64
 	g, logged := startTestGossip(t, "red", gossipConfig{events: func(Event, func(reply, []byte)) { told.Add(1) }})
 	publish := func(from, to int) {
-		g.do(func(*node) error {
+		g.run(func(*node) error {
 			for i := from; i < to; i++ {
-				g.publish(Event{kind: eventJoin, update: update{Member: labMember(i % 26)}})
+				g.dispatch(Event{kind: eventJoin, update: update{Member: labMember(i % 26)}})
 			}
 			return nil
 		})
@@ -913,27 +915,27 @@ func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
 
 func BenchmarkHeartbeat(b *testing.B) {
 	n := benchNode(1000)
-	w := n.ring.watched[0]
-	h := head{From: w.Name, Incarnation: w.Incarnation, Digest: n.digest(), Promise: 2000, Number: 1000}
-	data := wire.encode(nil, &h)
+	w := n.heartbeats.watched[0]
+	hdr := header{From: w.Name, Incarnation: w.Incarnation, Digest: n.digest(), Promise: 2000, Number: 1000}
+	data := wire.encode(nil, &hdr)
 	b.Run("encode", func(b *testing.B) {
 		for b.Loop() {
-			data = wire.encode(data[:0], &h)
+			data = wire.encode(data[:0], &hdr)
 		}
 		b.ReportMetric(float64(len(data)), "bytes")
 	})
 	b.Run("decode", func(b *testing.B) {
 		for b.Loop() {
-			var h head
-			if _, err := wire.decode(data, &h); err != nil {
+			var hdr header
+			if _, err := wire.decode(data, &hdr); err != nil {
 				b.Fatal(err)
 			}
 		}
 	})
 	b.Run("handle", func(b *testing.B) {
 		for b.Loop() {
-			w.deal().datagrams = window{}
-			if err := n.datagram(w.Addr, data, false); err != nil || w.deal().datagrams.top != h.Number {
+			w.peer().datagrams = replayWindow{}
+			if err := n.handleDatagram(w.Addr, data, false); err != nil || w.peer().datagrams.top != hdr.Number {
 				b.Fatal("the heartbeat was not taken", err)
 			}
 		}
@@ -964,18 +966,18 @@ func BenchmarkRings(b *testing.B) {
 	n := benchNode(1000)
 	b.Run("watchers", func(b *testing.B) {
 		for b.Loop() {
-			n.t.watchers(n.self)
+			n.table.watchers(n.self)
 		}
 	})
 	b.Run("watched", func(b *testing.B) {
 		for b.Loop() {
-			n.t.watched(n.self)
+			n.table.watched(n.self)
 		}
 	})
 	b.Run("all after a change", func(b *testing.B) {
 		for b.Loop() {
-			n.t.version++
-			n.ring.refresh(n)
+			n.table.version++
+			n.heartbeats.refresh(n)
 		}
 	})
 }
@@ -984,9 +986,9 @@ func BenchmarkRings(b *testing.B) {
 func benchNode(count int) *node {
 	n := newNode(nodeConfig{member: benchMember(0), reapAfter: 24 * time.Hour}, 0)
 	for i := 1; i < count; i++ {
-		n.t.apply(n.now, benchMember(i), 0).deal().met = true
+		n.table.apply(n.now, benchMember(i), 0).peer().validated = true
 	}
-	n.joining.since = 1
+	n.joining.joinedAt = 1
 	for range 3 {
 		benchTick(n, n.planned)
 	}
@@ -995,14 +997,14 @@ func benchNode(count int) *node {
 
 func benchMember(i int) Member {
 	addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 7946)
-	return Member{Name: fmt.Sprintf("n%d", i), Addr: addr, Incarnation: birth(1386489408000, 0), Born: birth(1386489408000, 0), Status: statusAlive}
+	return Member{Name: fmt.Sprintf("n%d", i), Addr: addr, Incarnation: newInstanceID(1386489408000, 0), Instance: newInstanceID(1386489408000, 0), Status: statusAlive}
 }
 
 // benchTick ticks as if everybody had been heard of just now.
 func benchTick(n *node, after time.Duration) outputs {
-	for _, w := range n.ring.watched {
-		w.deal().due = n.now + time.Minute
+	for _, w := range n.heartbeats.watched {
+		w.peer().due = n.now + time.Minute
 	}
-	n.detector.heard = n.now
+	n.detector.lastHeard = n.now
 	return n.tick(n.real + after)
 }

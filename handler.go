@@ -15,10 +15,10 @@ import (
 	"math"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -49,6 +49,7 @@ type handlerConfig struct {
 // handlers are all handlers of one agent.
 type handlers struct {
 	handlerConfig
+	mu      sync.Mutex // guards all and timeout, which a reload changes
 	all     []*handler
 	ending  context.Context // done: what still runs is ended, and nothing new is taken
 	end     context.CancelCauseFunc
@@ -56,18 +57,18 @@ type handlers struct {
 }
 
 type handler struct {
-	of     *handlers
-	name   string // the spec, for the log
-	events []string
-	script string
-	argv   []string
+	handlers *handlers
+	spec     string // the spec, for the log
+	events   []string
+	script   string
+	argv     []string
 
-	mu      sync.Mutex // guards what follows
-	working bool       // somebody takes what is queued
-	queue   []delivery
-	dropped int    // since the last run
-	lost    int    // in all
-	last    string // how the last run ended
+	mu           sync.Mutex // guards what follows
+	working      bool       // somebody takes what is queued
+	queue        []delivery
+	dropped      int    // since the last run
+	droppedTotal int    // in all
+	last         string // how the last run ended
 }
 
 // delivery is an event on its way to a handler.
@@ -88,16 +89,55 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
-		h.of = hs
+		h.handlers = hs
 		hs.all = append(hs.all, h)
 	}
 	return hs, nil
 }
 
+// reload replaces the handlers by those of cfg. One that stays goes on with what it has queued; one that goes ends what
+// it has queued, and gets nothing new. An error changes nothing.
+func (hs *handlers) reload(cfg handlerConfig) error {
+	cfg.shell = hs.shell
+	next, err := newHandlers(cfg)
+	if err != nil {
+		return err
+	}
+
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	stay := slices.Clone(hs.all)
+	for i, h := range next.all {
+		h.handlers = hs
+		same := func(o *handler) bool { return o.script == h.script && slices.Equal(o.events, h.events) }
+		if at := slices.IndexFunc(stay, same); at >= 0 {
+			next.all[i] = stay[at]
+			stay = slices.Delete(stay, at, at+1)
+		}
+	}
+	hs.all = next.all
+	hs.timeout = cfg.timeout
+	return nil
+}
+
+// runTimeout is how long a run may take; 0: as long as it likes.
+func (hs *handlers) runTimeout() time.Duration {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	return hs.timeout
+}
+
+// now are the handlers at this moment.
+func (hs *handlers) now() []*handler {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	return hs.all
+}
+
 // newHandler takes "script" or "event[,event...]=script" apart.
 func newHandler(spec, shell string) (*handler, error) {
 	events, script, found := strings.Cut(spec, "=")
-	h := &handler{name: oneLine(spec), events: strings.Split(events, ","), script: script}
+	h := &handler{spec: oneLine(spec), last: "never", events: strings.Split(events, ","), script: script}
 	bad := checkEvents(h.events)
 	if !found && bad == nil { // a forgotten script, or a list that was cut at its commas: run, it would only fail later
 		return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
@@ -136,8 +176,8 @@ func checkEvents(events []string) error {
 	return nil
 }
 
-// wants reports whether events, as in a spec, hold that of kind and name.
-func wants(events []string, kind eventKind, name string) bool {
+// matches reports whether events, as in a spec, hold that of kind and name.
+func matches(events []string, kind eventKind, name string) bool {
 	return slices.ContainsFunc(events, func(ev string) bool {
 		return ev == "*" || ev == kind.String() || ev == kind.String()+":"+name
 	})
@@ -150,10 +190,10 @@ func wants(events []string, kind eventKind, name string) bool {
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	d := delivery{Event: ev}
 	if ev.kind == eventQuery {
-		d.until, d.answer = time.Now().Add(time.Duration(ev.Within)*ms), answer
+		d.until, d.answer = time.Now().Add(time.Duration(ev.Timeout)*ms), answer
 	}
-	for _, h := range hs.all {
-		if hs.ending.Err() == nil && wants(h.events, ev.kind, ev.Name) {
+	for _, h := range hs.now() {
+		if hs.ending.Err() == nil && matches(h.events, ev.kind, ev.Name) {
 			h.enqueue(d)
 			d.answer = nil
 		}
@@ -177,14 +217,14 @@ func (h *handler) enqueue(d delivery) {
 		h.queue = slices.Delete(h.queue, i, i+1)
 	case len(h.queue) == queueLimit:
 		h.queue = h.queue[1:]
-		h.lost++
+		h.droppedTotal++
 		if h.dropped++; h.dropped == 1 {
-			h.of.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.name, queueLimit)
+			h.handlers.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
 		}
 	}
 	if h.queue = append(h.queue, d); !h.working {
 		h.working = true
-		h.of.workers.Go(h.work)
+		h.handlers.workers.Go(h.work)
 	}
 }
 
@@ -198,7 +238,7 @@ func (h *handler) take() []delivery {
 		return nil
 	}
 	if h.dropped > 0 {
-		h.of.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.name, h.dropped)
+		h.handlers.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.spec, h.dropped)
 		h.dropped = 0
 	}
 	n, kind := 1, h.queue[0].kind
@@ -210,11 +250,33 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// state is how many events wait, how many were dropped, and how the last run ended.
-func (h *handler) state() (waiting, lost int, last string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.queue), h.lost, cmp.Or(h.last, "never")
+// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME, and the
+// values of equal ones stand side by side.
+func (hs *handlers) info() (facts []string) {
+	const group = "event_handlers"
+	place := make(map[string]int) // of each key's value
+	add := func(key, value string) {
+		if i, ok := place[key]; ok {
+			facts[i] += ", " + value
+			return
+		}
+		place[key] = len(facts) + 2
+		facts = append(facts, group, key, value)
+	}
+	for _, h := range hs.now() {
+		for _, ev := range h.events {
+			kind, name, _ := strings.Cut(ev, ":")
+			add(kind+":"+name, h.script)
+		}
+
+		events := strings.Join(h.events, ",")
+		h.mu.Lock()
+		add(events+" waiting", strconv.Itoa(len(h.queue)))
+		add(events+" dropped", strconv.Itoa(h.droppedTotal))
+		add(events+" last run", h.last)
+		h.mu.Unlock()
+	}
+	return facts
 }
 
 // work runs what is queued, until that is nothing. Late, nobody wants the answer to a query.
@@ -229,7 +291,7 @@ func (h *handler) work() {
 // close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
 // ended. Whatever else waits is dropped.
 func (hs *handlers) close(last ...Event) {
-	for _, h := range hs.all {
+	for _, h := range hs.now() {
 		h.mu.Lock()
 		h.queue = nil
 		h.mu.Unlock()
@@ -247,19 +309,19 @@ func (hs *handlers) close(last ...Event) {
 // run runs the handler's script once, to its end or its timeout, and tells what came of it.
 func (h *handler) run(batch []delivery) {
 	event, started := batch[0], time.Now()
-	var printed, answer capture // answer: what a query's handler prints to stdout
-	status := h.execute(batch, &printed, &answer)
+	var printed, answer outputCapture // answer: what a query's handler prints to stdout
+	status := h.runScript(batch, &printed, &answer)
 	end := fmt.Sprintf("%s after %v", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond))
 	h.mu.Lock()
 	h.last = end + ", " + started.Format(time.DateTime)
 	h.mu.Unlock()
 	output := string(answer.last) + string(printed.last)
-	h.of.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
+	h.handlers.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
 	r, text, size := replyDone, string(answer.first), answer.size
 	if status != "" {
 		what := strings.TrimSuffix(event.kind.String()+":"+event.Name, ":")
 		lines := strings.Split(strings.TrimSpace(output), "\n")
-		h.of.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.name, oneLine(what), end,
+		h.handlers.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.spec, oneLine(what), end,
 			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
 		r, text, size = replyFailed, status+"\n"+text+string(printed.first), len(status)+1+size+printed.size
 	}
@@ -271,12 +333,12 @@ func (h *handler) run(batch []delivery) {
 	}
 }
 
-// execute runs the script in a process group of its own. The status says what was wrong with its end, if anything.
-func (h *handler) execute(batch []delivery, printed, answer *capture) (status string) {
-	ctx, cancel := context.WithTimeoutCause(h.of.ending, cmp.Or(h.of.timeout, math.MaxInt64), errors.New("timed out"))
+// runScript runs the script in a process group of its own. The status says what was wrong with its end, if anything.
+func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
+	ctx, cancel := context.WithTimeoutCause(h.handlers.ending, cmp.Or(h.handlers.runTimeout(), math.MaxInt64), errors.New("timed out"))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
-	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.of.ending); return nil }
+	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.handlers.ending); return nil }
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env, cmd.Stdin = h.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
@@ -327,8 +389,8 @@ func groupLives(pgid int) bool {
 	})
 }
 
-// capture keeps the first and the last bytes written to it, and their number.
-type capture struct {
+// outputCapture keeps the first and the last bytes written to it, and their number.
+type outputCapture struct {
 	first, last []byte
 	size        int
 	r, w        *os.File       // a pipe
@@ -336,7 +398,7 @@ type capture struct {
 }
 
 // open makes a pipe for a script to print to.
-func (c *capture) open() (err error) {
+func (c *outputCapture) open() (err error) {
 	c.r, c.w, err = os.Pipe()
 	c.copying.Go(func() { c.r.WriteTo(c) })
 	return err
@@ -345,7 +407,7 @@ func (c *capture) open() (err error) {
 // close waits, after the script has ended, until all is read: not for a child in the background that holds the
 // pipe open, but in looks and not by the clock, as this agent may be kept from running where it has a small share
 // of a processor.
-func (c *capture) close() {
+func (c *outputCapture) close() {
 	c.w.Close()
 	for range 10 {
 		if waitAtMost(pipesFor/10, c.copying.Wait) {
@@ -356,7 +418,7 @@ func (c *capture) close() {
 	c.copying.Wait()
 }
 
-func (c *capture) Write(p []byte) (int, error) {
+func (c *outputCapture) Write(p []byte) (int, error) {
 	c.size += len(p)
 	c.first = append(c.first, p[:min(len(p), maxPayload-len(c.first))]...)
 	c.last = append(c.last, p[max(0, len(p)-outputKept):]...)
@@ -387,14 +449,14 @@ func stdinFor(batch []delivery) string {
 	for _, ev := range batch {
 		m := ev.Member
 		fmt.Fprintf(&b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
-			escape(m.Tags.asMap()["role"]), escape(strings.Join(list(m.Tags), ",")))
+			escape(m.Tags.asMap()["role"]), escape(strings.Join(splitNUL(m.Tags), ",")))
 	}
 	return b.String()
 }
 
 // environ is the environment of a run about ev; of doubles, the last counts.
 func (h *handler) environ(ev Event) []string {
-	env := slices.Concat(os.Environ(), h.of.env(), []string{"SERF_EVENT=" + ev.kind.String()})
+	env := slices.Concat(os.Environ(), h.handlers.env(), []string{"SERF_EVENT=" + ev.kind.String()})
 	name := strings.ReplaceAll(ev.Name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
 	case eventUser:
@@ -417,44 +479,9 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
 	}
 	odd := regexp.MustCompile("[^0-9A-Z]") // in the name of a variable
-	for _, tag := range list(self.Tags) {
+	for _, tag := range splitNUL(self.Tags) {
 		k, v, _ := strings.Cut(tag, "=")
 		env = append(env, "SERF_TAG_"+odd.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
 	}
 	return env
-}
-
-// runAsInit is the first process of a container: it runs this same program as its child and returns that child's
-// exit status. It forwards the signals that stop an agent and waits for every process that lost its parent. It
-// starts nothing else, because wait4(-1) would take os/exec's children away from it.
-func runAsInit() (exit int) {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
-	exe, _ := os.Executable()
-	exe = cmp.Or(exe, os.Args[0])
-	// In a group of its own, so that ^C at a terminal arrives once: from here.
-	child, err := syscall.ForkExec(exe, os.Args, &syscall.ProcAttr{
-		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setpgid: true},
-	})
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "hamlet: error: cannot start %s: %v\n", exe, err)
-		return 1
-	}
-	go func() {
-		for s := range signals {
-			syscall.Kill(child, s.(syscall.Signal))
-		}
-	}()
-	for {
-		var ws syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &ws, 0, nil)
-		switch {
-		case err != nil && err != syscall.EINTR:
-			return 1
-		case pid == child && ws.Exited():
-			return ws.ExitStatus()
-		case pid == child && ws.Signaled():
-			return 128 + int(ws.Signal())
-		}
-	}
 }

@@ -263,7 +263,7 @@ func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
 		var got []string
 		for _, name := range all {
 			kind, user, _ := strings.Cut(name, ":")
-			if wants(h.events, eventKind(slices.Index(eventNames[:], kind)), user) {
+			if matches(h.events, eventKind(slices.Index(eventNames[:], kind)), user) {
 				got = append(got, name)
 			}
 		}
@@ -739,7 +739,7 @@ func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
 
 func TestACaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
 	var all []byte
-	var c capture
+	var c outputCapture
 	for i := range 500 {
 		p := bytes.Repeat([]byte{byte('a' + i%26)}, i*i%(3*outputKept))
 		if n, err := c.Write(p); n != len(p) || err != nil {
@@ -824,7 +824,7 @@ func answersTo(t *testing.T, script string) (reply, string) {
 		text string
 	}
 	got := make(chan said, 1)
-	hs.deliver(Event{kind: eventQuery, update: update{Name: "q", Within: 20000}}, func(r reply, b []byte) { got <- said{r, string(b)} })
+	hs.deliver(Event{kind: eventQuery, update: update{Name: "q", Timeout: 20000}}, func(r reply, b []byte) { got <- said{r, string(b)} })
 	select {
 	case s := <-got:
 		return s.r, s.text
@@ -837,7 +837,7 @@ func answersTo(t *testing.T, script string) (reply, string) {
 func TestAQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
 	hs, _ := startHandlers(t, handlerConfig{}, "query:other=true", "user=true")
 	got := make(chan reply)
-	hs.deliver(Event{kind: eventQuery, update: update{Name: "load", Within: 20000}}, func(r reply, _ []byte) { got <- r })
+	hs.deliver(Event{kind: eventQuery, update: update{Name: "load", Timeout: 20000}}, func(r reply, _ []byte) { got <- r })
 	if r := <-got; r != replyNothing {
 		t.Errorf("the reply is %d", r)
 	}

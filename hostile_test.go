@@ -51,7 +51,7 @@ type rig struct {
 
 // rigTable is an exchange of tables.
 type rigTable struct {
-	exchange
+	stateSync
 	dialled bool // by the node
 }
 
@@ -88,11 +88,11 @@ func rigPeer(a netip.AddrPort) int {
 func newRig(t *testing.T, in []byte) *rig {
 	r := &rig{t: t, in: in, numbers: make(map[string]uint64), may: make(map[netip.AddrPort]bool), incs: make(map[*entry]uint64),
 		got: make(map[netip.AddrPort]int), sent: make(map[netip.AddrPort]int), told: make(map[string]eventKind)}
-	self := Member{Name: "n", Addr: rigAddr(0), Incarnation: 1000, Born: 1000}
+	self := Member{Name: "n", Addr: rigAddr(0), Incarnation: 1000, Instance: 1000}
 	setup := r.byte()
 	if setup&1 > 0 {
 		self.Name, self.Tags = strings.Repeat("n", maxName), Tags("k="+strings.Repeat("v", maxTags-2))
-		self.Incarnation, self.Born = 1<<55+1<<20, 1<<55
+		self.Incarnation, self.Instance = 1<<55+1<<20, 1<<55
 	}
 	cfg := nodeConfig{member: self, reapAfter: 20 * time.Second}
 	if setup&2 > 0 {
@@ -103,8 +103,8 @@ func newRig(t *testing.T, in []byte) *rig {
 	r.note()
 	for i := 1; i <= int(setup>>2%rigPeers); i++ {
 		r.mode[i] = peerAnswers
-		r.n.adopt(&update{Member: Member{Name: rigNames[i], Addr: rigAddr(i), Incarnation: 1005, Born: 1000, Status: statusAlive}})
-		r.n.joining.since = 1
+		r.n.applyAndForward(&update{Member: Member{Name: rigNames[i], Addr: rigAddr(i), Incarnation: 1005, Instance: 1000, Status: statusAlive}})
+		r.n.joining.joinedAt = 1
 	}
 	r.settle()
 	return r
@@ -134,7 +134,7 @@ func (r *rig) name() string {
 func (r *rig) source(name string) netip.AddrPort {
 	if k := r.pick(4); k > 0 {
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(k)}), 9)
-	} else if e := r.n.t.get(name); e != nil {
+	} else if e := r.n.table.get(name); e != nil {
 		return e.Addr
 	}
 	return rigAddr(1)
@@ -143,8 +143,8 @@ func (r *rig) source(name string) netip.AddrPort {
 // incarnation is near what the node believes of name, or far from it.
 func (r *rig) incarnation(name string) (inc, raised uint64) {
 	inc, born := uint64(1000), uint64(1000)
-	if e := r.n.t.get(name); e != nil {
-		inc, born = e.Incarnation, e.Born
+	if e := r.n.table.get(name); e != nil {
+		inc, born = e.Incarnation, e.Instance
 	}
 	switch r.byte() % 8 {
 	case 0:
@@ -161,27 +161,27 @@ func (r *rig) incarnation(name string) (inc, raised uint64) {
 	return inc, inc - born
 }
 
-func (r *rig) head() head {
-	h := head{Kind: kind(r.byte() % 10), From: r.name(), Promise: uint32(r.byte()) * 20}
-	h.Incarnation, h.Raised = r.incarnation(h.From)
-	r.numbers[h.From]++
-	if h.Number = r.numbers[h.From]; r.byte()%16 == 0 {
-		h.Number = 1 << (r.byte() % 64)
+func (r *rig) head() header {
+	hdr := header{Kind: msgKind(r.byte() % 10), From: r.name(), Promise: uint32(r.byte()) * 20}
+	hdr.Incarnation, hdr.Raised = r.incarnation(hdr.From)
+	r.numbers[hdr.From]++
+	if hdr.Number = r.numbers[hdr.From]; r.byte()%16 == 0 {
+		hdr.Number = 1 << (r.byte() % 64)
 	}
 	sel := r.byte()
-	if h.Target = r.name(); sel&1 > 0 {
-		h.Target = r.n.self.Name
+	if hdr.Target = r.name(); sel&1 > 0 {
+		hdr.Target = r.n.self.Name
 	}
-	if h.Seq = uint32(sel); sel&2 > 0 && len(r.seqs) > 0 {
-		h.Seq = r.seqs[len(r.seqs)-1-int(sel>>2)%len(r.seqs)]
+	if hdr.Seq = uint32(sel); sel&2 > 0 && len(r.seqs) > 0 {
+		hdr.Seq = r.seqs[len(r.seqs)-1-int(sel>>2)%len(r.seqs)]
 	}
-	if h.Verdict = verdict(r.byte() % 6); sel&4 > 0 {
-		h.Digest = r.n.digest()
+	if hdr.Verdict = verdict(r.byte() % 6); sel&4 > 0 {
+		hdr.Digest = r.n.digest()
 	} else if sel&8 > 0 {
-		h.Digest = uint64(sel)
+		hdr.Digest = uint64(sel)
 	}
-	h.Query, h.Reply, h.More = uint32(sel>>5), reply(sel>>4%6), sel&16 > 0
-	return h
+	hdr.Query, hdr.Reply, hdr.More = uint32(sel>>5), reply(sel>>4%6), sel&16 > 0
+	return hdr
 }
 
 func (r *rig) update() update {
@@ -189,9 +189,9 @@ func (r *rig) update() update {
 	m := Member{Name: r.name(), Status: Status(r.byte() % 8)}
 	u := update{}
 	inc, raised := r.incarnation(m.Name)
-	m.Incarnation, m.Born = inc, inc-raised
+	m.Incarnation, m.Instance = inc, inc-raised
 	m.Addr = rigAddr(1 + slices.Index(rigNames[1:], m.Name))
-	if e := r.n.t.get(m.Name); e != nil {
+	if e := r.n.table.get(m.Name); e != nil {
 		m.Addr = e.Addr
 	}
 	switch sel % 8 {
@@ -208,7 +208,7 @@ func (r *rig) update() update {
 		if u.Coalesce = sel&32 > 0; u.Coalesce {
 			u.LTime = 1 << (u.LTime % 64)
 		}
-		u.Within = uint32(r.byte()) * 100
+		u.Timeout = uint32(r.byte()) * 100
 	case sel&32 > 0:
 		u.Age = 1 << (r.byte() % 64)
 	case sel&64 > 0:
@@ -219,13 +219,13 @@ func (r *rig) update() update {
 }
 
 // message is a head and some updates, sometimes with damage.
-func (r *rig) message(h head) []byte {
+func (r *rig) message(hdr header) []byte {
 	how := r.byte()
 	var us []update
 	for range how % 4 {
 		us = append(us, r.update())
 	}
-	b := wire.encode(nil, &h, us...)
+	b := wire.encode(nil, &hdr, us...)
 	if how>>4 == 15 {
 		r.damage(b)
 	}
@@ -244,8 +244,8 @@ func (r *rig) damage(b []byte) {
 func (r *rig) step() {
 	switch op := r.byte() % 24; op {
 	default:
-		h := r.head()
-		r.datagram(r.source(h.From), r.message(h))
+		hdr := r.head()
+		r.datagram(r.source(hdr.From), r.message(hdr))
 	case 0:
 		n := r.pick(256)
 		b := r.in[:min(len(r.in), n)]
@@ -261,21 +261,21 @@ func (r *rig) step() {
 		}
 	case 3, 4, 5: // somebody compares tables with the node, or the other way round
 		if len(r.tables) < 16 {
-			with := Member{Name: r.name(), Born: 1000, Addr: rigAddr(1)}
-			r.tables = append(r.tables, &rigTable{exchange{with: with}, op == 3})
+			with := Member{Name: r.name(), Instance: 1000, Addr: rigAddr(1)}
+			r.tables = append(r.tables, &rigTable{stateSync{peer: with}, op == 3})
 		}
 		x := r.tables[r.pick(len(r.tables))]
-		h := r.head()
+		hdr := r.head()
 		if x.dialled && op == 3 {
 			about := []update{r.update()}
 			about[0].Member.Name = r.n.self.Name
-			r.tell(func(n *node) { n.welcomed(&x.exchange, h, about) })
+			r.tell(func(n *node) { n.handleWelcome(&x.stateSync, hdr, about) })
 			break
 		}
-		if h.Kind = kTable; h.More {
-			h.Target = r.name()
+		if hdr.Kind = msgTable; hdr.More {
+			hdr.Target = r.name()
 		}
-		r.table(x, r.message(h))
+		r.table(x, r.message(hdr))
 	case 6:
 		if len(r.tables) > 0 && len(r.pieces) > 0 {
 			r.table(r.tables[r.pick(len(r.tables))], r.pieces[r.pick(len(r.pieces))])
@@ -283,19 +283,19 @@ func (r *rig) step() {
 	case 7:
 		if len(r.tables) > 0 {
 			i := r.pick(len(r.tables))
-			r.tell(func(n *node) { n.exchanged(&r.tables[i].exchange) })
+			r.tell(func(n *node) { n.syncDone(&r.tables[i].stateSync) })
 			r.tables = slices.Delete(r.tables, i, i+1)
 		}
 	case 8: // a link ends
 		name, tries, refused := r.name(), r.pick(6), r.byte()&1 > 0
-		if e := r.n.t.get(name); e != nil {
+		if e := r.n.table.get(name); e != nil {
 			r.tell(func(n *node) { n.linkEnded(e.Member, tries, refused) })
 		}
 	case 9:
 		if len(r.looks) > 0 {
-			m, v := r.looks[r.pick(len(r.looks))], []verdict{vNone, vRefused, vSilent, vAlive}[r.pick(4)]
-			w := head{From: r.name(), Incarnation: 1000}
-			r.tell(func(n *node) { n.saw(m, v, w) })
+			m, v := r.looks[r.pick(len(r.looks))], []verdict{verdictNone, verdictRefused, verdictSilent, verdictAlive}[r.pick(4)]
+			w := header{From: r.name(), Incarnation: 1000}
+			r.tell(func(n *node) { n.handleTCPProbeResult(m, v, w) })
 		}
 	case 10:
 		r.mode[1+r.pick(rigPeers-1)] = peerMode(r.byte() % 4)
@@ -308,7 +308,7 @@ func (r *rig) step() {
 		if r.resolve {
 			r.resolve = false
 			errs, names := []string{fmt.Sprint(addrs)}, []string{r.name()}
-			r.tell(func(n *node) { n.seedsTried(names[:len(addrs)%2], errs, nil) })
+			r.tell(func(n *node) { n.handleSeedsTried(names[:len(addrs)%2], errs, nil) })
 		}
 	case 12:
 		size, how := r.pick(256), r.byte()
@@ -329,14 +329,14 @@ func (r *rig) step() {
 		for i := range 40 {
 			m := fmt.Sprintf("m%03d", from+byte(i))
 			if much&1 == 0 {
-				r.flood(update{Member: Member{Name: m, Addr: rigAddr(300 + int(from) + i), Incarnation: 1000, Born: 1000, Status: statusAlive}})
+				r.flood(update{Member: Member{Name: m, Addr: rigAddr(300 + int(from) + i), Incarnation: 1000, Instance: 1000, Status: statusAlive}})
 				continue
 			}
-			h := head{Kind: kCheck, Target: m, Seq: uint32(i) + uint32(much)<<8}
+			hdr := header{Kind: msgIndirectProbe, Target: m, Seq: uint32(i) + uint32(much)<<8}
 			if much&2 > 0 {
-				h.Target = fmt.Sprintf("m%03d", from)
+				hdr.Target = fmt.Sprintf("m%03d", from)
 			}
-			r.datagram(source, r.from("a", h))
+			r.datagram(source, r.from("a", hdr))
 		}
 	case 15:
 		if r.byte()%8 == 0 {
@@ -356,7 +356,7 @@ func (r *rig) step() {
 // ---- inputs, as the loop would hand them in ----
 
 func (r *rig) tell(input func(n *node)) {
-	r.n.enter(r.now, input)
+	r.n.step(r.now, input)
 	r.note()
 }
 
@@ -366,24 +366,24 @@ func (r *rig) datagram(from netip.AddrPort, b []byte) {
 	}
 	r.sealed = append(r.sealed[max(0, len(r.sealed)-200):], b)
 	r.got[from] += len(b)
-	var h head
-	if rest, err := wire.decode(b, &h); err == nil {
-		if e := r.n.t.get(h.From); e != nil && e.Born == h.born() {
+	var hdr header
+	if rest, err := wire.decode(b, &hdr); err == nil {
+		if e := r.n.table.get(hdr.From); e != nil && e.Instance == hdr.born() {
 			r.claims(wire.decodeAll(rest))
 		}
 	}
-	r.tell(func(n *node) { n.datagram(from, b, len(b)%7 == 0) })
+	r.tell(func(n *node) { n.handleDatagram(from, b, len(b)%7 == 0) })
 }
 
 // from is a datagram as member name writes it.
-func (r *rig) from(name string, h head, us ...update) []byte {
-	h.From, h.Incarnation = name, 1000
-	if e := r.n.t.get(name); e != nil {
-		h.Incarnation, h.Raised = e.Incarnation, e.Incarnation-e.Born
+func (r *rig) from(name string, hdr header, us ...update) []byte {
+	hdr.From, hdr.Incarnation = name, 1000
+	if e := r.n.table.get(name); e != nil {
+		hdr.Incarnation, hdr.Raised = e.Incarnation, e.Incarnation-e.Instance
 	}
 	r.numbers[name]++
-	h.Number = r.numbers[name]
-	return wire.encode(nil, &h, us...)
+	hdr.Number = r.numbers[name]
+	return wire.encode(nil, &hdr, us...)
 }
 
 // claims: where a member is said to live it may be asked, also if another claim of
@@ -395,25 +395,25 @@ func (r *rig) claims(us []update, _ error) {
 }
 
 // flood has member a tell of u.
-func (r *rig) flood(u update) { r.datagram(rigAddr(1), r.from("a", head{Kind: kFlood}, u)) }
+func (r *rig) flood(u update) { r.datagram(rigAddr(1), r.from("a", header{Kind: msgBroadcast}, u)) }
 
 // table hands in a piece of a table.
 func (r *rig) table(x *rigTable, b []byte) {
 	r.pieces = append(r.pieces[max(0, len(r.pieces)-100):], b)
-	var h head
-	rest, err := wire.decode(b, &h)
+	var hdr header
+	rest, err := wire.decode(b, &hdr)
 	us, uerr := wire.decodeAll(rest)
 	if err != nil || uerr != nil {
 		return
 	}
 	r.claims(us, nil)
 	r.tell(func(n *node) {
-		if _, _, err := n.merge(&x.exchange, h, us); err != nil {
+		if _, _, err := n.mergeChunk(&x.stateSync, hdr, us); err != nil {
 			return
 		}
 		for more := true; more; {
 			var frame []byte
-			if frame, more = n.piece(&x.exchange); len(frame) > maxFrame {
+			if frame, more = n.tableChunk(&x.stateSync); len(frame) > maxFrame {
 				r.t.Fatalf("a frame of %d bytes", len(frame))
 			}
 			r.pieces = append(r.pieces, frame)
@@ -425,9 +425,9 @@ func (r *rig) table(x *rigTable, b []byte) {
 }
 
 // note remembers whom the node may speak to: those it was told are members,
-// and where a namesake is said to live.
+// and where a conflict is said to live.
 func (r *rig) note() {
-	for _, e := range r.n.t.ordered {
+	for _, e := range r.n.table.ordered {
 		r.may[e.Addr] = true
 	}
 	for _, p := range r.n.detector.probes {
@@ -467,7 +467,7 @@ func (r *rig) pass(d time.Duration) {
 			r.beatAt = r.now + 500*ms
 			for i := 1; i < rigPeers; i++ {
 				if r.mode[i] == peerAnswers {
-					r.datagram(rigAddr(i), r.from(rigNames[i], head{Kind: kHeartbeat, Promise: 600, Digest: r.n.digest()}))
+					r.datagram(rigAddr(i), r.from(rigNames[i], header{Kind: msgHeartbeat, Promise: 600, Digest: r.n.digest()}))
 				}
 			}
 		}
@@ -487,39 +487,41 @@ func (r *rig) react(o outputs) {
 	r.resolve = r.resolve || o.resolve
 	for _, p := range o.packets {
 		r.sealed = append(r.sealed[max(0, len(r.sealed)-200):], p.data)
-		var h head
-		wire.decode(p.data, &h)
-		if h.Seq == 0 || h.Kind == kAck {
+		var hdr header
+		wire.decode(p.data, &hdr)
+		if hdr.Seq == 0 || hdr.Kind == msgAck {
 			continue
 		}
-		r.seqs = append(r.seqs[max(0, len(r.seqs)-32):], h.Seq)
+		r.seqs = append(r.seqs[max(0, len(r.seqs)-32):], hdr.Seq)
 		if i := rigPeer(p.to.Addr); r.mode[i] == peerAnswers {
-			a, about := head{Kind: kAck, Seq: h.Seq}, []update(nil)
-			if e := r.n.t.get(h.Target); h.Kind == kCheck && e != nil {
-				a = head{Kind: kVote, Seq: h.Seq, Target: h.Target, Verdict: vAlive}
+			a, about := header{Kind: msgAck, Seq: hdr.Seq}, []update(nil)
+			if e := r.n.table.get(hdr.Target); hdr.Kind == msgIndirectProbe && e != nil {
+				a = header{Kind: msgProbeResult, Seq: hdr.Seq, Target: hdr.Target, Verdict: verdictAlive}
 				about = []update{{Member: e.Member}}
 			}
 			r.todo = append(r.todo, func() { r.datagram(rigAddr(i), r.from(rigNames[i], a, about...)) })
 		}
 	}
-	for _, l := range o.looks {
+	for _, l := range o.tcpProbes {
 		r.looks = append(r.looks[max(0, len(r.looks)-64):], l)
-		v := vNone
+		v := verdictNone
 		switch r.mode[rigPeer(l.Addr)] {
 		case peerAnswers:
-			v = vAlive
+			v = verdictAlive
 		case peerSilent:
-			v = vSilent
+			v = verdictSilent
 		case peerRefuses:
-			v = vRefused
+			v = verdictRefused
 		default:
 			continue
 		}
-		r.todo = append(r.todo, func() { r.tell(func(n *node) { n.saw(l, v, head{From: l.Name, Incarnation: l.Born}) }) })
+		r.todo = append(r.todo, func() {
+			r.tell(func(n *node) { n.handleTCPProbeResult(l, v, header{From: l.Name, Incarnation: l.Instance}) })
+		})
 	}
 	for _, ev := range o.events {
 		if ev.kind == eventQuery && r.byte()&1 > 0 {
-			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.replied(ev, replyDone, make([]byte, maxPayload)) }) })
+			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.sendReply(ev, replyDone, make([]byte, maxPayload)) }) })
 		}
 	}
 }
@@ -539,17 +541,17 @@ func (r *rig) check(o outputs) {
 		}
 		to := p.to.Addr
 		if r.sent[to] += len(p.data); !r.may[to] && r.sent[to] > r.got[to] {
-			var h head
-			wire.decode(p.data, &h)
-			r.t.Fatalf("%v got %d bytes for %d: %+v", to, r.sent[to], r.got[to], h)
+			var hdr header
+			wire.decode(p.data, &hdr)
+			r.t.Fatalf("%v got %d bytes for %d: %+v", to, r.sent[to], r.got[to], hdr)
 		}
 	}
-	for _, l := range o.looks {
+	for _, l := range o.tcpProbes {
 		if !r.may[l.Addr] {
 			r.t.Fatalf("it looks at %v", l)
 		}
 	}
-	for _, m := range slices.Concat(o.links, o.exchanges) {
+	for _, m := range slices.Concat(o.links, o.syncs) {
 		if !r.may[m.Addr] {
 			r.t.Fatalf("it dials %v", m)
 		}
@@ -568,8 +570,8 @@ func (r *rig) check(o outputs) {
 }
 
 func (r *rig) checkTable() {
-	n, tb := r.n, r.n.t
-	if n.self != tb.get(n.self.Name) || n.self.Status != statusAlive || n.self.lost || n.self.reaped {
+	n, tb := r.n, r.n.table
+	if n.self != tb.get(n.self.Name) || n.self.Status != statusAlive || n.self.isolated || n.self.reaped {
 		r.t.Fatalf("it thinks of itself as %+v", n.self)
 	}
 	digest, alive, failed, total := uint64(0), 0, 0, 0
@@ -589,11 +591,11 @@ func (r *rig) checkTable() {
 			if e.Status < statusLeft {
 				total++
 			}
-			if e.visible() == statusFailed {
+			if e.displayStatus() == statusFailed {
 				failed++
 			}
 		}
-		if !e.Status.dead() {
+		if !e.Status.isDead() {
 			alive++
 		}
 	}
@@ -608,7 +610,7 @@ func (r *rig) checkTable() {
 }
 
 func (r *rig) checkBounds() {
-	n, members := r.n, len(r.n.t.ordered)
+	n, members := r.n, len(r.n.table.ordered)
 	bound := func(what string, is, limit int) {
 		if is > limit {
 			r.t.Fatalf("%d %s, the limit is %d", is, what, limit)
@@ -616,20 +618,20 @@ func (r *rig) checkBounds() {
 	}
 	bound("members", members, maxMembers)
 	bound("probes", len(n.detector.probes), maxProbes+1)
-	bound("questions", len(n.questions.open), maxQuestions)
-	bound("floods", len(n.spread.queue), maxQueue)
-	bound("events", len(n.spread.events.recent), maxEvents)
+	bound("questions", len(n.requests.open), maxRequests)
+	bound("floods", len(n.broadcasts.queue), maxQueue)
+	bound("events", len(n.broadcasts.events.recent), maxEvents)
 	bound("seeds' names", len(n.joining.names), 64+4)
-	bound("queries", len(n.queries.mine), maxQueries)
+	bound("queries", len(n.queries.open), maxQueries)
 	bound("queries of others", len(n.queries.heard), maxHeard)
-	for _, ev := range n.spread.events.recent {
+	for _, ev := range n.broadcasts.events.recent {
 		bound("bytes of an event", len(ev.Name)+len(ev.Payload), maxPayload)
 	}
-	for _, f := range n.spread.queue {
+	for _, f := range n.broadcasts.queue {
 		bound("bytes of a flood", len(f), maxPayload+maxName+60)
 	}
 	for _, p := range n.detector.probes {
-		bound("votes", len(p.votes), members+300)
+		bound("votes", len(p.results), members+300)
 	}
 }
 
@@ -697,15 +699,15 @@ func (r *rig) aftermath() {
 	if r.over {
 		return
 	}
-	if n := r.n; len(n.queries.mine) > 0 && n.queries.mine[0].until < n.now {
+	if n := r.n; len(n.queries.open) > 0 && n.queries.open[0].until < n.now {
 		r.t.Fatal("a query has not ended")
 	}
-	h := head{Kind: kPing, From: rigNames[7], Incarnation: 1000, Target: r.n.self.Name, Seq: 77, Digest: 1 << 63, Number: 1}
-	b := wire.encode(nil, &h)
-	r.n.enter(r.now, func(n *node) { n.datagram(rigAddr(7), b, true) })
+	hdr := header{Kind: msgPing, From: rigNames[7], Incarnation: 1000, Target: r.n.self.Name, Seq: 77, Digest: 1 << 63, Number: 1}
+	b := wire.encode(nil, &hdr)
+	r.n.step(r.now, func(n *node) { n.handleDatagram(rigAddr(7), b, true) })
 	for _, p := range r.n.tick(r.now).packets {
-		var a head
-		if wire.decode(p.data, &a); a.Kind == kAck && a.Seq == 77 && p.to.Addr == rigAddr(7) {
+		var a header
+		if wire.decode(p.data, &a); a.Kind == msgAck && a.Seq == 77 && p.to.Addr == rigAddr(7) {
 			return
 		}
 	}
@@ -715,7 +717,7 @@ func (r *rig) aftermath() {
 // crowd tells the node of count more members, m000 and so on.
 func (r *rig) crowd(count int) {
 	for i := range count {
-		r.flood(update{Member: Member{Name: fmt.Sprintf("m%03d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Born: 1000, Status: statusAlive}})
+		r.flood(update{Member: Member{Name: fmt.Sprintf("m%03d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Instance: 1000, Status: statusAlive}})
 	}
 	r.settle()
 }
@@ -724,20 +726,20 @@ func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T
 	r := newRig(t, []byte{7 << 2})
 	r.crowd(2 * maxProbes)
 	for i := range 2 * maxProbes {
-		r.datagram(rigAddr(1), r.from("a", head{Kind: kCheck, Target: fmt.Sprintf("m%03d", i), Seq: uint32(i)}))
+		r.datagram(rigAddr(1), r.from("a", header{Kind: msgIndirectProbe, Target: fmt.Sprintf("m%03d", i), Seq: uint32(i)}))
 	}
 	for i := range 100 { // of the same member
-		r.datagram(rigAddr(1), r.from("a", head{Kind: kCheck, Target: "m000", Seq: uint32(1000 + i)}))
+		r.datagram(rigAddr(1), r.from("a", header{Kind: msgIndirectProbe, Target: "m000", Seq: uint32(1000 + i)}))
 	}
 	r.mode = [rigPeers]peerMode{} // nobody answers any more
-	for _, w := range r.n.ring.watched {
-		w.deal().due = r.n.now
+	for _, w := range r.n.heartbeats.watched {
+		w.peer().due = r.n.now
 	}
-	if r.settle(); len(r.n.ring.watched) == 0 {
+	if r.settle(); len(r.n.heartbeats.watched) == 0 {
 		t.Fatal("the node watches nobody")
 	}
-	for _, w := range r.n.ring.watched {
-		if r.n.detector.probeOf(w) == nil {
+	for _, w := range r.n.heartbeats.watched {
+		if r.n.detector.ownProbe(w) == nil {
 			t.Errorf("%s is overdue and not probed", w.Name)
 		}
 	}
@@ -747,7 +749,7 @@ func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T
 func TestMoreNewsThanCanBeSentIsNotKept(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range 2 * maxQueue {
-		r.n.spread.add(&update{Member: Member{Name: strconv.Itoa(i)}})
+		r.n.broadcasts.add(&update{Member: Member{Name: strconv.Itoa(i)}})
 	}
 	r.checkBounds()
 }
@@ -755,12 +757,12 @@ func TestMoreNewsThanCanBeSentIsNotKept(t *testing.T) {
 // A table without an end would hold the place of an exchange for ever.
 func TestATableThatGoesBackIsCutOff(t *testing.T) {
 	r := newRig(t, []byte{3 << 2})
-	x := &exchange{with: Member{Name: "a", Born: 1000}}
+	sync := &stateSync{peer: Member{Name: "a", Instance: 1000}}
 	for _, step := range []struct {
 		upto string
 		ok   bool
 	}{{"b", true}, {"b", false}, {"a", false}, {"c", true}} {
-		if _, _, err := r.n.merge(x, head{Kind: kTable, More: true, Target: step.upto}, nil); (err == nil) != step.ok {
+		if _, _, err := r.n.mergeChunk(sync, header{Kind: msgTable, More: true, Target: step.upto}, nil); (err == nil) != step.ok {
 			t.Errorf("up to %s: %v", step.upto, err)
 		}
 	}
@@ -768,25 +770,25 @@ func TestATableThatGoesBackIsCutOff(t *testing.T) {
 
 func TestAStrangersTableThatTellsOfANamesakeMakesTheNodeJoinNobody(t *testing.T) {
 	r := newRig(t, nil)
-	x := &exchange{with: Member{Name: "a", Born: 1000}}
-	m := Member{Name: "n", Addr: rigAddr(2), Incarnation: 900, Born: 900, Status: statusAlive}
-	r.tell(func(n *node) { n.merge(x, head{Kind: kTable}, []update{{Member: m}}) })
-	frame, _ := r.n.piece(x)
+	sync := &stateSync{peer: Member{Name: "a", Instance: 1000}}
+	m := Member{Name: "n", Addr: rigAddr(2), Incarnation: 900, Instance: 900, Status: statusAlive}
+	r.tell(func(n *node) { n.mergeChunk(sync, header{Kind: msgTable}, []update{{Member: m}}) })
+	frame, _ := r.n.tableChunk(sync)
 	if _, us := (&sim{}).frame(frame); len(us) > 0 {
 		t.Errorf("while it is found out whose the name is, it tells of %+v", us[0].Member)
 	}
 	r.pass(time.Second)
-	if len(r.n.detector.probes) > 0 || r.n.own.gone.Addr != m.Addr {
-		t.Errorf("the namesake was not found gone: %+v", r.n.own)
+	if len(r.n.detector.probes) > 0 || r.n.identity.former.Addr != m.Addr {
+		t.Errorf("the namesake was not found gone: %+v", r.n.identity)
 	}
 }
 
 func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	r := newRig(t, []byte{2 << 2})
-	failed := r.n.t.get("b").with(statusFailed) // of which b itself is told
-	table := r.from("a", head{Kind: kTable}, update{Member: failed, Payload: make([]byte, 9000)})
-	r.table(&rigTable{exchange: exchange{with: Member{Name: "a", Born: 1000}}}, table)
-	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Born: 9, Status: statusAlive}
+	failed := r.n.table.get("b").with(statusFailed) // of which b itself is told
+	table := r.from("a", header{Kind: msgTable}, update{Member: failed, Payload: make([]byte, 9000)})
+	r.table(&rigTable{stateSync: stateSync{peer: Member{Name: "a", Instance: 1000}}}, table)
+	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Instance: 9, Status: statusAlive}
 	r.flood(update{Member: m, Payload: make([]byte, 1201)})
 	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Name: "deploy", LTime: 1})
 	had := len(r.sealed)
@@ -796,28 +798,28 @@ func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 			t.Errorf("%d bytes are sent", len(b))
 		}
 	}
-	if r.n.t.get("c") == nil {
+	if r.n.table.get("c") == nil {
 		t.Error("the claim itself is not believed")
 	}
 }
 
 func TestTheSumsAreRightWhenAMemberComesBackThatWasForgotten(t *testing.T) {
 	r := newRig(t, []byte{1 << 2})
-	m := r.n.t.get("a").Member
+	m := r.n.table.get("a").Member
 	m.Status = statusFailed
-	r.n.adopt(&update{Member: m})
+	r.n.applyAndForward(&update{Member: m})
 	r.pass(r.n.reapAfter + 3*time.Second)
-	if !r.n.t.get("a").reaped {
+	if !r.n.table.get("a").reaped {
 		t.Fatal("a is not forgotten yet")
 	}
 	m.Status, m.Incarnation = statusAlive, m.Incarnation+1
-	r.n.adopt(&update{Member: m})
+	r.n.applyAndForward(&update{Member: m})
 	r.settle() // compares
 }
 
 func TestARecordedAnswerDoesNotReviveWhoeverFailedForMe(t *testing.T) {
 	r := newRig(t, []byte{5 << 2})
-	a := r.n.t.get("a")
+	a := r.n.table.get("a")
 	for range 3 {
 		r.n.ping(a.Member)
 		r.pass(time.Second)
@@ -825,13 +827,13 @@ func TestARecordedAnswerDoesNotReviveWhoeverFailedForMe(t *testing.T) {
 	recorded := slices.Clone(r.sealed)
 	r.mode = [rigPeers]peerMode{}
 	r.pass(8 * time.Second)
-	if a.visible() != statusFailed || !a.lost {
-		t.Fatalf("a is %v", a.visible())
+	if a.displayStatus() != statusFailed || !a.isolated {
+		t.Fatalf("a is %v", a.displayStatus())
 	}
 	for _, b := range recorded {
 		r.datagram(a.Addr, b)
 		r.settle()
-		if a.visible() != statusFailed {
+		if a.displayStatus() != statusFailed {
 			t.Fatalf("revived by %s", (&lab{t: t}).say(b))
 		}
 	}
@@ -841,7 +843,7 @@ func TestARecordedAnswerDoesNotReviveWhoeverFailedForMe(t *testing.T) {
 // datagrams, and kept alive by its recorded heartbeats.
 func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
 	r := newRig(t, []byte{2 << 2})
-	b := r.n.t.get("b").Member
+	b := r.n.table.get("b").Member
 	r.pass(3 * time.Second)
 	recorded := slices.Clone(r.sealed)
 	dead := b
@@ -849,7 +851,7 @@ func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
 	r.flood(update{Member: dead})
 	r.mode[2] = peerAbsent
 	r.pass(2*r.n.reapAfter + 3*time.Second)
-	if r.n.t.get("b") != nil {
+	if r.n.table.get("b") != nil {
 		t.Fatal("b is not forgotten")
 	}
 	for range 3 {
@@ -858,7 +860,7 @@ func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
 			r.pass(20 * ms)
 		}
 	}
-	if e := r.n.t.get("b"); e != nil {
+	if e := r.n.table.get("b"); e != nil {
 		t.Errorf("b is back: %+v", e.Member)
 	}
 }
@@ -874,7 +876,7 @@ func TestARecordingDoesNotHideThatTheNodeIsCutOff(t *testing.T) {
 		r.datagram(rigAddr(1), recorded[len(recorded)-1-i%3])
 		r.pass(500 * ms)
 	}
-	if !r.n.detector.alone {
+	if !r.n.detector.isolated {
 		t.Error("it has not noticed")
 	}
 }
@@ -883,28 +885,28 @@ func TestARecordingDoesNotHideThatTheNodeIsCutOff(t *testing.T) {
 func TestForgedSuspectsInAFullTableCostLittle(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range maxMembers - 10 {
-		m := Member{Name: fmt.Sprintf("m%05d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Born: 1000, Status: statusAlive}
-		r.n.t.apply(r.n.now, m, 0)
+		m := Member{Name: fmt.Sprintf("m%05d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Instance: 1000, Status: statusAlive}
+		r.n.table.apply(r.n.now, m, 0)
 		if m.Status = statusSuspect; i%3 == 0 {
-			r.n.t.apply(r.n.now, m, 0)
+			r.n.table.apply(r.n.now, m, 0)
 		}
 	}
 	r.n.tick(r.now)
-	r.n.t.events = nil
+	r.n.table.events = nil
 	began, ticks := time.Now(), 0
 	for i := range 200 { // each datagram names twenty more
 		var us []update
 		for k := range 20 {
-			us = append(us, update{Member: Member{Name: fmt.Sprintf("m%05d", (i*20+k)*3+1), Addr: rigAddr(300 + (i*20+k)*3 + 1), Incarnation: 1000, Born: 1000, Status: statusSuspect}})
+			us = append(us, update{Member: Member{Name: fmt.Sprintf("m%05d", (i*20+k)*3+1), Addr: rigAddr(300 + (i*20+k)*3 + 1), Incarnation: 1000, Instance: 1000, Status: statusSuspect}})
 		}
-		b := r.from("a", head{Kind: kFlood}, us...)
-		r.n.enter(r.now, func(n *node) { n.datagram(rigAddr(1), b, false) })
+		b := r.from("a", header{Kind: msgBroadcast}, us...)
+		r.n.step(r.now, func(n *node) { n.handleDatagram(rigAddr(1), b, false) })
 		r.n.tick(r.now)
 		r.now += ms
 		ticks++
 	}
 	each := time.Since(began) / time.Duration(ticks)
-	t.Logf("%v a datagram with 20 suspects among %d members", each.Round(time.Microsecond), len(r.n.t.ordered))
+	t.Logf("%v a datagram with 20 suspects among %d members", each.Round(time.Microsecond), len(r.n.table.ordered))
 	if each > 50*ms {
 		t.Errorf("%v each", each)
 	}
@@ -918,9 +920,10 @@ func obeyable(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsGraphic
 
 func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	const esc = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r\x7f\xff"
-	logs := &logWriter{level: 1, lines: make(chan string, 1024)}
+	logs := &logWriter{lines: make(chan string, 1024)}
+	logs.level.Store(1)
 	r := newRig(t, []byte{1 << 2})
-	m := Member{Name: "evil", Addr: rigAddr(3), Incarnation: 5, Born: 5, Status: statusAlive, Tags: "k" + esc + "=v" + esc + "\x00role=" + esc}
+	m := Member{Name: "evil", Addr: rigAddr(3), Incarnation: 5, Instance: 5, Status: statusAlive, Tags: "k" + esc + "=v" + esc + "\x00role=" + esc}
 	r.flood(update{Member: m})
 	bad := m
 	bad.Name += esc
@@ -928,7 +931,7 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	r.settle()
 	ms := r.n.members("", 100)
 	logs.Write([]byte("2013/12/08 07:56:48 [INFO] user-event: " + esc))
-	for what, s := range map[string]string{"members": membersText(ms), "JSON": membersJSON(ms), "the log": <-logs.lines} {
+	for what, s := range map[string]string{"members": membersText(shown(ms...), true), "JSON": membersJSON(shown(ms...), true), "the log": <-logs.lines} {
 		if i := strings.IndexFunc(s, obeyable); i >= 0 || !utf8.ValidString(s) {
 			t.Errorf("%s shows %q", what, s[max(i, 0):])
 		}
@@ -942,20 +945,20 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 // has no key.
 func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	t.Helper()
-	self, _ := g.me()
+	self, _ := g.self()
 	c, err := net.Dial("tcp", self.Addr.String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	return c, (&door{kind: gossipPort}).meet(&session{Conn: c, dialled: true})
+	return c, (&sealer{portKind: gossipPort}).handshake(&session{Conn: c, dialled: true})
 }
 
 func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
 	t.Parallel()
 	g, l := startTestGossip(t, "red", gossipConfig{})
-	self, _ := g.me()
+	self, _ := g.self()
 	t.Cleanup(func() {
 		if strings.Contains(l.String(), "[WARN]") { // a look whether the port is open is no news
 			t.Errorf("logged:\n%s", l)
@@ -965,7 +968,7 @@ func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
 		"who says nothing":          func() net.Conn { c, _ := net.Dial("tcp", self.Addr.String()); return c },
 		"who says half of a hello":  func() net.Conn { c, _ := net.Dial("tcp", self.Addr.String()); io.WriteString(c, helloLine); return c },
 		"who says hello, no more":   func() net.Conn { c, _ := greeting(t, g); return c },
-		"who is no member, as link": func() net.Conn { c, s := greeting(t, g); s.write(&head{Kind: kLink, From: "x"}); return c },
+		"who is no member, as link": func() net.Conn { c, s := greeting(t, g); s.send(&header{Kind: msgLink, From: "x"}); return c },
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
@@ -982,8 +985,8 @@ func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
 
 // A recorded first frame of 93 bytes was answered with the whole table.
 func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
-	g, _ := startTestGossip(t, "red", gossipConfig{door: door{keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}}})
-	self, _ := g.me()
+	g, _ := startTestGossip(t, "red", gossipConfig{sealer: sealer{keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}}})
+	self, _ := g.self()
 	recorded := &bytes.Buffer{} // what a member says
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -1003,7 +1006,7 @@ func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
 		io.Copy(io.MultiWriter(recorded, to), c)
 		to.Close()
 	}()
-	other, _ := startTestGossip(t, "green", gossipConfig{door: door{keys: g.cfg.keys}})
+	other, _ := startTestGossip(t, "green", gossipConfig{sealer: sealer{keys: g.cfg.keys}})
 	if n, err := joined(other, ln.Addr().String()); n != 1 {
 		t.Fatal(err)
 	}
@@ -1039,7 +1042,7 @@ func TestTablesThatPourInFillNoMemoryAndDelayNoAnswer(t *testing.T) {
 	worst := time.Duration(0)
 	for frames.Load() < 1000 {
 		start := time.Now()
-		g.do(func(*node) error { return nil })
+		g.run(func(*node) error { return nil })
 		worst = max(worst, time.Since(start))
 		time.Sleep(ms)
 	}
@@ -1061,22 +1064,22 @@ func heapInUse() int64 {
 
 // pour sends pieces of a table until the agent has enough of it.
 func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
-	self, _ := g.me()
+	self, _ := g.self()
 	c, err := net.DialTimeout("tcp", self.Addr.String(), time.Second)
 	if err != nil {
 		return false
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	s := (&door{kind: gossipPort}).meet(&session{Conn: c, dialled: true})
-	s.write(&head{Kind: kExchange, From: "x", Digest: 1})
-	s.read(&head{})
+	s := (&sealer{portKind: gossipPort}).handshake(&session{Conn: c, dialled: true})
+	s.send(&header{Kind: msgSync, From: "x", Digest: 1})
+	s.receive(&header{})
 	for i := 0; s.err == nil; i++ {
 		var us []update
 		for k := range 300 {
-			us = append(us, update{Member: Member{Name: fmt.Sprintf("y%d-%d", i, k), Addr: rigAddr(1), Incarnation: 9, Born: 9, Status: statusLeft}})
+			us = append(us, update{Member: Member{Name: fmt.Sprintf("y%d-%d", i, k), Addr: rigAddr(1), Incarnation: 9, Instance: 9, Status: statusLeft}})
 		}
-		s.write(&head{Kind: kTable, From: "x", More: true, Target: fmt.Sprintf("z%06d", i)}, us...)
+		s.send(&header{Kind: msgTable, From: "x", More: true, Target: fmt.Sprintf("z%06d", i)}, us...)
 		frames.Add(1)
 		select {
 		case <-quit:
@@ -1089,7 +1092,7 @@ func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
 
 func TestConnectionsComeAndGoWithoutATrace(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
-	self, _ := g.me()
+	self, _ := g.self()
 	before := runtime.NumGoroutine()
 	rng := rand.New(rand.NewPCG(1, 2))
 	for i := range 300 {

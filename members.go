@@ -25,6 +25,8 @@ import (
 const (
 	maxName    = 128
 	maxTags    = 512
+	maxVersion = 32
+	maxExt     = 256
 	maxMembers = 1 << 14
 	maxPayload = 1024 // of a user event or a query, with its name, and of an answer
 )
@@ -46,8 +48,8 @@ var statusNames = [...]string{"unknown", "alive", "alive", "leaving", "failed", 
 
 func (s Status) String() string { return statusNames[s] }
 
-// dead reports whether the member is believed to be gone.
-func (s Status) dead() bool { return s >= statusFailed }
+// isDead reports whether the member is believed to be gone.
+func (s Status) isDead() bool { return s >= statusFailed }
 
 // Tags are a member's key=value pairs, sorted by key and joined by NUL, so that a Member stays comparable and
 // goes flat on the wire.
@@ -69,8 +71,8 @@ func makeTags(kv map[string]string) (Tags, error) {
 	return t, nil
 }
 
-// list splits what NUL separates: of Tags it is "key=value", sorted by key.
-func list[S ~string](s S) []string {
+// splitNUL splits what NUL separates: of Tags it is "key=value", sorted by key.
+func splitNUL[S ~string](s S) []string {
 	if s == "" {
 		return nil
 	}
@@ -80,7 +82,7 @@ func list[S ~string](s S) []string {
 // asMap returns the tags as a map; it is never nil.
 func (t Tags) asMap() map[string]string {
 	kv := make(map[string]string)
-	for _, tag := range list(t) {
+	for _, tag := range splitNUL(t) {
 		k, v, _ := strings.Cut(tag, "=")
 		kv[k] = v
 	}
@@ -94,10 +96,15 @@ type Member struct {
 	// Incarnation orders the claims about a name. It starts as Born, and only the member itself raises it: to
 	// refute a claim, or to change its tags.
 	Incarnation uint64
-	// Born tells one run of an agent from all others; see birth.
-	Born   uint64
-	Status Status
-	Tags   Tags
+	// Instance tells one run of an agent from all others; see birth.
+	Instance uint64
+	Status   Status
+	Tags     Tags
+	// Version is the release that the member runs, Protocol the highest protocol that it understands.
+	Version  string
+	Protocol uint8
+	// Ext is for what later versions will say of a member. This one passes it on, unread.
+	Ext string
 }
 
 func (m Member) with(s Status) Member {
@@ -105,25 +112,30 @@ func (m Member) with(s Status) Member {
 	return m
 }
 
-// sameRun reports whether m and o are about one run of an agent.
-func (m Member) sameRun(o Member) bool { return m.Name == o.Name && m.Born == o.Born }
+// sameInstance reports whether m and o are about one run of an agent.
+func (m Member) sameInstance(o Member) bool { return m.Name == o.Name && m.Instance == o.Instance }
 
-// birthBits is how many random bits stand below the milliseconds of a birth.
-const birthBits = 14
+// instanceRandomBits is how many random bits stand below the milliseconds of a birth.
+const instanceRandomBits = 14
 
-// birth makes the number of a run that starts at unixMs. Later starts are higher, so that a restart
+// newInstanceID makes the number of a run that starts at unixMs. Later starts are higher, so that a restart
 // supersedes its former self without any file; the random bits tell apart two that start in one millisecond.
-func birth(unixMs, random uint64) uint64 { return unixMs<<birthBits | random>>(64-birthBits) }
+func newInstanceID(unixMs, random uint64) uint64 {
+	return unixMs<<instanceRandomBits | random>>(64-instanceRandomBits)
+}
 
 // supersedes is the one rule that decides which of two claims about a name wins: the higher incarnation, then
 // the worse status. The rest makes the order total, so that no two members can believe forged claims differently.
 func (m Member) supersedes(old Member) bool {
 	return cmp.Or(
 		cmp.Compare(m.Incarnation, old.Incarnation),
-		cmp.Compare(m.Born, old.Born),
+		cmp.Compare(m.Instance, old.Instance),
 		cmp.Compare(m.Status, old.Status),
 		m.Addr.Compare(old.Addr),
 		cmp.Compare(m.Tags, old.Tags),
+		cmp.Compare(m.Version, old.Version),
+		cmp.Compare(m.Protocol, old.Protocol),
+		cmp.Compare(m.Ext, old.Ext),
 	) > 0
 }
 
@@ -142,13 +154,31 @@ func validName(s string) error {
 	return nil
 }
 
-// valid reports whether a claim from outside can be one about a member.
-func (m Member) valid() bool {
-	ip := m.Addr.Addr()
+// isValid reports whether a claim from outside can be one about a member.
+func (m Member) isValid() bool {
 	tags, err := makeTags(m.Tags.asMap())
-	return err == nil && tags == m.Tags && validName(m.Name) == nil &&
-		ip.IsValid() && m.Addr.Port() != 0 && !ip.IsUnspecified() && !ip.IsMulticast() && validName("%"+ip.Zone()) == nil &&
-		m.Status != 0 && m.Status != statusLeaving && m.Status <= statusPruned && m.Born <= m.Incarnation
+	if err != nil || tags != m.Tags {
+		return false
+	}
+	if validName(m.Name) != nil || validName("v"+m.Version) != nil {
+		return false
+	}
+	if len(m.Version) > maxVersion || len(m.Ext) > maxExt {
+		return false
+	}
+	if m.Status == 0 || m.Status == statusLeaving || m.Status > statusPruned {
+		return false
+	}
+	return m.Instance <= m.Incarnation && isMemberAddr(m.Addr)
+}
+
+// isMemberAddr reports whether a member can live at addr.
+func isMemberAddr(addr netip.AddrPort) bool {
+	ip := addr.Addr()
+	if !ip.IsValid() || ip.IsUnspecified() || ip.IsMulticast() {
+		return false
+	}
+	return addr.Port() != 0 && validName("%"+ip.Zone()) == nil
 }
 
 // eventKind is the kind of an event; its String is what handlers are told.
@@ -178,7 +208,7 @@ type update struct {
 	Payload  []byte
 	LTime    uint64 // Lamport time at which it was sent
 	Coalesce bool   // of several that wait in a queue, the last will do
-	Within   uint32 // of a query: milliseconds in which it wants answers
+	Timeout  uint32 // of a query: milliseconds in which it wants answers
 }
 
 // key tells updates apart, and orders them: members by name, then (no name begins so) user events by their time.
@@ -198,8 +228,8 @@ type Event struct {
 	reply reply  // eventAnswer
 }
 
-// checkPayload returns an error that says why a user event or query is refused.
-func checkPayload(what, name string, payload []byte) error {
+// validatePayload returns an error that says why a user event or query is refused.
+func validatePayload(what, name string, payload []byte) error {
 	if size := len(name) + len(payload); size > maxPayload {
 		return fmt.Errorf("%s name and payload take %d bytes, the limit is %d", what, size, maxPayload)
 	} else if name == "" {
@@ -228,23 +258,23 @@ type claim struct {
 // entry is what the table holds about one name.
 type entry struct {
 	*claim
-	shown Status // as which events last showed it; 0: not yet, or not any more
-	// lost marks a member that failed for me because I was cut off. It stays local: exported, it would make
+	announced Status // as which events last showed it; 0: not yet, or not any more
+	// isolated marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
-	lost bool
+	isolated bool
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
-	reaped   bool
-	since    time.Duration // when it died, for reaping
-	known    time.Duration // when the name was first heard of, on the caller's clock
-	dealings *dealings     // the protocol's, with this instance; another one starts anew
+	reaped bool
+	since  time.Duration // when it came, or died
+	known  time.Duration // when the name was first heard of, on the caller's clock
+	state  *peerState    // the protocol's, with this instance; another one starts anew
 }
 
-// visible is the status that users see; 0: they see nothing.
-func (e *entry) visible() Status {
+// displayStatus is the status that users see; 0: they see nothing.
+func (e *entry) displayStatus() Status {
 	switch {
 	case e.reaped || e.Status == statusPruned:
 		return 0
-	case e.lost && !e.Status.dead():
+	case e.isolated && !e.Status.isDead():
 		return statusFailed
 	case e.Status == statusSuspect: // that is short, and settles itself
 		return statusAlive
@@ -252,8 +282,8 @@ func (e *entry) visible() Status {
 	return e.Status
 }
 
-// skipped members are walked over on the rings: nobody there would pass on what it is told.
-func (e *entry) skipped() bool { return e.Status != statusAlive || e.lost }
+// isSkipped members are walked over on the rings: nobody there would pass on what it is told.
+func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.isolated }
 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
@@ -268,22 +298,22 @@ type table struct {
 	events  []Event         // news that nobody has taken yet
 }
 
-// find returns where name is in ordered, or would be.
-func (t *table) find(name string) (int, bool) {
+// index returns where name is in ordered, or would be.
+func (t *table) index(name string) (int, bool) {
 	return slices.BinarySearchFunc(t.ordered, name, func(e *entry, name string) int { return strings.Compare(e.Name, name) })
 }
 
 func (t *table) get(name string) *entry {
-	if at, ok := t.find(name); ok {
+	if at, ok := t.index(name); ok {
 		return t.ordered[at]
 	}
 	return nil
 }
 
-// over reports whether m's run is believed to have ended.
-func (t *table) over(m Member) bool {
+// ended reports whether m's run is believed to have ended.
+func (t *table) ended(m Member) bool {
 	e := t.get(m.Name)
-	return e == nil || e.Born != m.Born || e.Status.dead()
+	return e == nil || e.Instance != m.Instance || e.Status.isDead()
 }
 
 // apply takes claim m into the table when it wins over what is there, and returns its entry then, else nil.
@@ -298,26 +328,30 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 		for i := range e.pos {
 			e.pos[i] = ringHash(i, m.Name)
 		}
-		at, _ := t.find(m.Name)
+		at, _ := t.index(m.Name)
 		t.ordered = slices.Insert(t.ordered, at, e)
 	}
 	t.highest = max(t.highest, m.Incarnation)
 	t.change(e, func() {
-		if e.Born != m.Born {
-			e.lost, e.dealings = false, nil
+		if e.Instance != m.Instance {
+			e.isolated, e.state = false, nil
 		}
-		if m.Status.dead() && (!e.Status.dead() || e.Incarnation != m.Incarnation) {
+		if m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation) {
 			e.since = now - age
+		}
+		returned := e.Status.isDead() || e.Instance != m.Instance
+		if !m.Status.isDead() && returned {
+			e.since = now
 		}
 		e.claim, e.reaped = &claim{m, e.pos}, false
 	})
 	return e
 }
 
-// setLost marks or clears "failed for me".
-func (t *table) setLost(e *entry, lost bool) {
-	if e.lost != lost {
-		t.change(e, func() { e.lost = lost })
+// setIsolated marks or clears "failed for me".
+func (t *table) setIsolated(e *entry, lost bool) {
+	if e.isolated != lost {
+		t.change(e, func() { e.isolated = lost })
 	}
 }
 
@@ -327,22 +361,22 @@ func (t *table) change(e *entry, f func()) {
 	t.count(e, -1)
 	f()
 	t.count(e, +1)
-	if e.Status.dead() != was.Status.dead() {
+	if e.Status.isDead() != was.Status.isDead() {
 		for i, ring := range t.ring {
-			if at, on := t.place(i, e); on {
+			if at, on := t.ringIndex(i, e); on {
 				t.ring[i] = slices.Delete(ring, at, at+1)
 			} else {
 				t.ring[i] = slices.Insert(ring, at, e)
 			}
 		}
 	}
-	if e.Status != was.Status || e.Born != was.Born || e.lost != was.lost { // walks over the rings may end elsewhere
+	if e.Status != was.Status || e.Instance != was.Instance || e.isolated != was.isolated { // walks over the rings may end elsewhere
 		t.version++
-		if e.skipped() {
+		if e.isSkipped() {
 			t.shrunk = t.version
 		}
 	}
-	t.announce(e, was.with(e.shown))
+	t.announce(e, was.with(e.announced))
 }
 
 // count adds e to the sums over the table, or takes it out.
@@ -354,7 +388,7 @@ func (t *table) count(e *entry, by int) {
 	if e.Status < statusLeft {
 		t.total += by
 	}
-	if e.visible() == statusFailed {
+	if e.displayStatus() == statusFailed {
 		t.failed += by
 	}
 }
@@ -363,7 +397,7 @@ func (t *table) count(e *entry, by int) {
 func (t *table) makeRoom() bool {
 	before, oldest := len(t.ordered), never
 	for _, e := range t.ordered {
-		if e.Status.dead() {
+		if e.Status.isDead() {
 			oldest = min(oldest, e.since)
 		}
 	}
@@ -374,13 +408,13 @@ func (t *table) makeRoom() bool {
 // announce tells the events that lead from what was shown last to what is visible now. Per member they
 // alternate: nobody joins twice without an end.
 func (t *table) announce(e *entry, was Member) {
-	is := e.with(e.visible())
+	is := e.with(e.displayStatus())
 	if was.Status == statusLeft && is.Status == statusFailed {
 		is.Status = statusLeft // no event tells of it, or it would leave twice
 	}
-	e.shown = is.Status
+	e.announced = is.Status
 	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, update: update{Member: m}}) }
-	if was.Status == statusAlive && is.Status == statusAlive && was.Born != is.Born { // nobody noticed the end
+	if was.Status == statusAlive && is.Status == statusAlive && was.Instance != is.Instance { // nobody noticed the end
 		was.Status = statusFailed
 		tell(eventFailed, was)
 	}
@@ -403,7 +437,7 @@ func (t *table) announce(e *entry, was Member) {
 // reap hides the members that have been dead for longer than after, and drops them after as long again.
 func (t *table) reap(now, after time.Duration) {
 	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool {
-		if !e.Status.dead() || now-e.since < after {
+		if !e.Status.isDead() || now-e.since < after {
 			return false
 		}
 		t.change(e, func() { e.reaped = true })
@@ -411,11 +445,11 @@ func (t *table) reap(now, after time.Duration) {
 	})
 }
 
-// alive counts the members on the rings, oneself included.
-func (t *table) alive() int { return len(t.ring[0]) }
+// aliveCount counts the members on the rings, oneself included.
+func (t *table) aliveCount() int { return len(t.ring[0]) }
 
-// place is where e stands on ring i, or would stand, and whether it does.
-func (t *table) place(i int, e *entry) (int, bool) {
+// ringIndex is where e stands on ring i, or would stand, and whether it does.
+func (t *table) ringIndex(i int, e *entry) (int, bool) {
 	return slices.BinarySearchFunc(t.ring[i], e, func(a, b *entry) int {
 		return cmp.Or(cmp.Compare(a.pos[i], b.pos[i]), strings.Compare(a.Name, b.Name))
 	})
@@ -428,7 +462,7 @@ func (t *table) watchers(e *entry) []*entry {
 	ws := make([]*entry, 0, rings)
 	for i := range t.ring {
 		for w := range t.neighbours(i, e, +1) {
-			if !w.skipped() && !slices.Contains(ws, w) {
+			if !w.isSkipped() && !slices.Contains(ws, w) {
 				ws = append(ws, w)
 				break
 			}
@@ -442,7 +476,7 @@ func (t *table) watchers(e *entry) []*entry {
 func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
 		for p := range t.neighbours(i, e, -1) {
-			if !p.lost && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
+			if !p.isolated && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
 				ps = append(ps, p)
 			}
 		}
@@ -455,13 +489,13 @@ func (t *table) watched(e *entry) (ps []*entry) {
 func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	return func(yield func(*entry) bool) {
 		ring, left := t.ring[i], rings
-		at, _ := t.place(i, e)
+		at, _ := t.ringIndex(i, e)
 		for step := 1; step < len(ring) && step <= maxWalk && left > 0; step++ {
 			o := ring[(at+dir*step+len(ring))%len(ring)]
 			if !yield(o) {
 				return
 			}
-			if !o.skipped() {
+			if !o.isSkipped() {
 				left--
 			}
 		}
@@ -487,25 +521,25 @@ func mix(x uint64) uint64 {
 	return hi ^ lo
 }
 
-// userEvent is one remembered user event, as it travels. Its key orders it, see update.key.
-type userEvent struct {
+// bufferedEvent is one remembered user event, as it travels. Its key orders it, see update.key.
+type bufferedEvent struct {
 	update
 	key  string
 	sent time.Duration // on the caller's clock, as far as is known
 }
 
-// memory is the latest user events. Everybody who has heard the same ones remembers the same ones, so they
+// eventBuffer is the latest user events. Everybody who has heard the same ones remembers the same ones, so they
 // can be part of the digest.
-type memory struct {
-	lamport uint64      // the highest time heard of
-	recent  []userEvent // in the order of their keys
+type eventBuffer struct {
+	lamport uint64          // the highest time heard of
+	recent  []bufferedEvent // in the order of their keys
 	digest  uint64
 }
 
 // add remembers ev; false: it was heard before, or is too old to be told from one that was.
-func (m *memory) add(ev userEvent) bool {
+func (m *eventBuffer) add(ev bufferedEvent) bool {
 	m.lamport = max(m.lamport, ev.LTime)
-	byKey := func(o userEvent, key string) int { return strings.Compare(o.key, key) }
+	byKey := func(o bufferedEvent, key string) int { return strings.Compare(o.key, key) }
 	at, heard := slices.BinarySearchFunc(m.recent, ev.key, byKey)
 	if heard || at == 0 && len(m.recent) == maxEvents {
 		return false

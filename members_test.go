@@ -13,7 +13,7 @@ import (
 
 // testMember is a member in short: name, incarnation, status.
 func testMember(name string, inc uint64, s Status) Member {
-	return Member{Name: name, Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Incarnation: inc, Born: inc, Status: s}
+	return Member{Name: name, Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Incarnation: inc, Instance: inc, Status: s}
 }
 
 func TestWhichClaimWins(t *testing.T) {
@@ -31,7 +31,7 @@ func TestWhichClaimWins(t *testing.T) {
 		{"failed beats alive", with(func(m *Member) { m.Status = statusFailed }), true},
 		{"left beats alive", with(func(m *Member) { m.Status = statusLeft }), true},
 		{"pruned beats alive", with(func(m *Member) { m.Status = statusPruned }), true},
-		{"of two births in one incarnation the later wins", with(func(m *Member) { m.Born = 11 }), true},
+		{"of two births in one incarnation the later wins", with(func(m *Member) { m.Instance = 11 }), true},
 		{"of two addresses in one incarnation, which only a forger makes, the higher wins", with(func(m *Member) { m.Addr = netip.MustParseAddrPort("10.0.0.2:7946") }), true},
 	} {
 		if got := c.m.supersedes(base); got != c.wins {
@@ -54,7 +54,7 @@ func TestWhichClaimWins(t *testing.T) {
 func TestEventsOfOneMemberAlternate(t *testing.T) {
 	restarted := testMember("a", 20, statusAlive)
 	refuted := testMember("a", 11, statusAlive)
-	refuted.Born = 10
+	refuted.Instance = 10
 	moved := refuted
 	moved.Incarnation, moved.Addr = 12, netip.MustParseAddrPort("10.0.0.9:7946")
 	for _, c := range []struct {
@@ -96,8 +96,8 @@ func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
 	tb := &table{}
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	digest := tb.digest
-	tb.setLost(tb.get("a"), true)
-	tb.setLost(tb.get("a"), false)
+	tb.setIsolated(tb.get("a"), true)
+	tb.setIsolated(tb.get("a"), false)
 	if got := kinds(tb.events); got != "join failed join" {
 		t.Errorf("events %q", got)
 	}
@@ -134,13 +134,13 @@ func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	tb.apply(0, testMember("a", 1, statusFailed), 0)
 	tb.reap(time.Hour, 2*time.Hour)
-	if len((&node{t: tb}).members("", 100)) != 1 {
+	if len((&node{table: tb}).members("", 100)) != 1 {
 		t.Fatal("reaped too early")
 	}
 	tb.reap(2*time.Hour, 2*time.Hour)
 	tb.reap(3*time.Hour, 2*time.Hour)
-	if tb.apply(3*time.Hour, testMember("a", 1, statusFailed), 0) != nil || len((&node{t: tb}).members("", 100)) != 0 || tb.digest != 0 {
-		t.Errorf("came back: %v, digest %x", (&node{t: tb}).members("", 100), tb.digest)
+	if tb.apply(3*time.Hour, testMember("a", 1, statusFailed), 0) != nil || len((&node{table: tb}).members("", 100)) != 0 || tb.digest != 0 {
+		t.Errorf("came back: %v, digest %x", (&node{table: tb}).members("", 100), tb.digest)
 	}
 	if got := kinds(tb.events); got != "join failed reap" {
 		t.Errorf("events %q", got)
@@ -152,13 +152,13 @@ func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 
 func TestBirthsFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
 	const now = 1_700_000_000_000
-	if a, b := birth(now, ^uint64(0)), birth(now+1, 0); a >= b {
+	if a, b := newInstanceID(now, ^uint64(0)), newInstanceID(now+1, 0); a >= b {
 		t.Errorf("a start a millisecond later is not higher: %x, %x", a, b)
 	}
-	if a, b := birth(now, 1<<63), birth(now, 1<<62); a == b {
+	if a, b := newInstanceID(now, 1<<63), newInstanceID(now, 1<<62); a == b {
 		t.Error("two starts in one millisecond are the same")
 	}
-	if birth(1<<42-1, ^uint64(0)) > 1<<56 {
+	if newInstanceID(1<<42-1, ^uint64(0)) > 1<<56 {
 		t.Error("a start in 2109 is above what is plausible from the beginning")
 	}
 }
@@ -216,10 +216,10 @@ func TestRowsOfSuspectsMakeNoWalkLonger(t *testing.T) {
 }
 
 func TestAnEventIsRememberedOnceAndInOrder(t *testing.T) {
-	var a, b memory
-	event := func(ltime uint64) userEvent {
+	var a, b eventBuffer
+	event := func(ltime uint64) bufferedEvent {
 		u := update{Member: Member{Name: "n"}, Name: "e", LTime: ltime}
-		return userEvent{update: u, key: u.key()}
+		return bufferedEvent{update: u, key: u.key()}
 	}
 	for i := range uint64(2 * maxEvents) {
 		if !a.add(event(i+1)) || a.add(event(i+1)) {
@@ -304,7 +304,7 @@ func TestNamesAndTagsHaveLimits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{"a=x=y", "role=web"}, list(tags)); diff != "" {
+	if diff := cmp.Diff([]string{"a=x=y", "role=web"}, splitNUL(tags)); diff != "" {
 		t.Error(diff)
 	}
 	if diff := cmp.Diff(map[string]string{"role": "web", "a": "x=y"}, tags.asMap()); diff != "" {

@@ -1,34 +1,25 @@
-// rpc.go: how bytes are made of what is said, and all that is said over TCP.
+// rpc.go: all that is said over TCP.
 //
-// Here are the codec, the seal, and what makes a datagram count once; the handshake, and the bound on who may
-// come in; the sessions of agents (look, link, exchange), and those of commands. Both speak one dialect: a hello
-// each way with a challenge, then frames, each sealed and bound to both challenges, its direction and its count.
-// A session is straight blocking code in a goroutine; what it learns it tells the loop, which it asks for what it
-// shall say. What a claim means is not known here.
+// Here are the handshake, the bound on inbound connections, the sessions of agents (probe, link, sync), and those of
+// commands. Both speak one dialect: a hello each way with a challenge, then frames, each sealed and bound to both
+// challenges, its direction and its count. A session is straight blocking code in a goroutine; it posts what it learns
+// to the loop, and asks the loop for what it shall say. What a claim means is not known here.
 
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/gob"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"log"
 	"net"
 	"net/netip"
-	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,211 +28,26 @@ import (
 )
 
 const (
-	maxInbound  = 512              // accepted connections at a time, of agents
-	maxRPCConns = 256              // and of commands
-	maxTables   = 16               // exchanges that others have dialled, at a time
-	maxDials    = 64               // addresses tried in one join
-	maxWatch    = 4096             // events that wait for a slow watcher
-	pageSize    = 40               // members in a frame
-	helloFor    = 2 * time.Second  // for a stranger's hello and first frame
-	frameFor    = 5 * time.Second  // for any other frame
-	sessionFor  = 1800 * ms        // until the other side of a session has answered
-	linkMax     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
-	busyFor     = time.Second      // until a place for an exchange must be free
-	windowSize  = 64
+	maxInbound      = 512              // accepted connections at a time, of agents
+	maxRPCConns     = 256              // and of commands
+	maxSyncs        = 16               // exchanges that others have dialled, at a time
+	maxDials        = 64               // addresses tried in one join
+	maxWatchQueue   = 4096             // events that wait for a slow watcher
+	pageSize        = 40               // members in a frame
+	factsPage       = 8 << 10          // bytes of facts in a frame, about; of one fact, at most
+	helloTimeout    = 2 * time.Second  // for a stranger's hello and first frame
+	frameTimeout    = 5 * time.Second  // for any other frame
+	sessionTimeout  = 1800 * ms        // until the other side of a session has answered
+	maxLinkWait     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
+	syncSlotTimeout = time.Second      // until a place for an exchange must be free
+	windowSize      = 64
 )
-
-// ---- the codec ----
-
-// codec encodes and decodes messages with one gob encoder and one decoder that have seen the type
-// definitions, so that what travels is bare values in any order and with any loss. Safe for concurrent use.
-type codec struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-	enc *gob.Encoder
-	in  bytes.Reader
-	dec *gob.Decoder
-	ids map[reflect.Type][]byte // the type ids as they stand in a message: two bytes, for those of 64 to 127
-}
-
-// wire is the process's codec. gob's type ids depend on the order in which the process touches types, so it
-// is made before anything else can use gob.
-var wire = newCodec(&head{}, &update{}, &request{}, &answer{})
-
-func newCodec(messages ...any) *codec {
-	c := &codec{ids: make(map[reflect.Type][]byte)}
-	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
-	for _, m := range messages {
-		c.in.Reset(c.encode(nil, m)) // the first time with the type's definition
-		c.dec.Decode(m)
-		c.ids[reflect.TypeOf(m)] = c.encode(nil, m)[1:3] // length, then id
-	}
-	return c
-}
-
-// encode appends the encoding of m, a pointer to a message, and of the updates that follow it to dst.
-func (c *codec) encode(dst []byte, m any, us ...update) []byte {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.buf.Reset()
-	err := c.enc.Encode(m)
-	for i := range us {
-		err = cmp.Or(err, c.enc.Encode(&us[i]))
-	}
-	if err != nil {
-		panic(err) // flat structs always encode
-	}
-	return append(dst, c.buf.Bytes()...)
-}
-
-// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
-// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
-// definitions, which could grow the decoder without bound, do not get in.
-func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: %v", errMalformed, r)
-		}
-	}()
-	size, n := 0, 0 // n: of the length itself, as gob writes it
-	switch {
-	case len(b) > 0 && b[0] < 128:
-		size, n = int(b[0]), 1
-	case len(b) > 1 && b[0] == 0xff:
-		size, n = int(b[1]), 2
-	case len(b) > 2 && b[0] == 0xfe: // more than a frame holds
-		size, n = int(binary.BigEndian.Uint16(b[1:])), 3
-	}
-	if n == 0 || size > len(b)-n || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
-		return nil, errMalformed
-	}
-	c.in.Reset(b[:n+size])
-	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
-		return nil, errMalformed
-	}
-	return b[n+size:], nil
-}
-
-// decodeAll decodes updates up to the end of b.
-func (c *codec) decodeAll(b []byte) (us []update, err error) {
-	for len(b) > 0 && err == nil {
-		var u update
-		b, err = c.decode(b, &u)
-		us = append(us, u)
-	}
-	return us, err
-}
-
-// ---- the seal ----
-
-// door closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
-// is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
-type door struct {
-	cluster string
-	keys    [][]byte // of 32 bytes: the first one seals, any opens
-	kind    byte
-	other   uint16 // the agent's port of the other kind
-}
-
-func (d *door) keyed() bool { return len(d.keys) > 0 }
-
-// tag tells in clear for whom something is, by a hash.
-func (d *door) tag(whom string) []byte {
-	h := fnv.New32a()
-	io.WriteString(h, d.cluster+"\x00"+whom)
-	return h.Sum(nil)
-}
-
-// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, the pings to one name, or one frame get fewer. For anybody else than whom it does not open.
-func (d *door) aead(key []byte, whom string) cipher.AEAD {
-	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
-	block, _ := aes.NewCipher(derived)
-	a, _ := cipher.NewGCMWithRandomNonce(block)
-	return a
-}
-
-// close appends to dst what data becomes for whom; open undoes that.
-func (d *door) close(dst, data []byte, whom string) []byte {
-	if dst = append(dst, d.tag(whom)...); !d.keyed() {
-		return append(dst, data...)
-	}
-	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
-}
-
-func (d *door) open(b []byte, whom string) ([]byte, error) {
-	if len(b) < 4 || !bytes.Equal(b[:4], d.tag(whom)) {
-		return nil, errNotForMe
-	}
-	if b = b[4:]; !d.keyed() {
-		return b, nil
-	}
-	for _, k := range d.keys {
-		if data, err := d.aead(k, whom).Open(nil, nil, b, nil); err == nil {
-			return data, nil
-		}
-	}
-	return nil, errOtherKey
-}
-
-const protocolVersion = 4
-
-// datagramFor is for whom a datagram is: a run of name, or (born 0) any.
-func datagramFor(name string, born uint64) string {
-	return "datagram " + strconv.FormatUint(born, 36) + " " + name
-}
-
-// closeDatagram makes a datagram of data for that run of name, or any: only a ping is.
-func (d *door) closeDatagram(data []byte, name string, born uint64) []byte {
-	return d.close(append(make([]byte, 0, 64+len(data)), protocolVersion), data, datagramFor(name, born))
-}
-
-// openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (d *door) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
-	if len(b) == 0 || b[0] != protocolVersion {
-		return nil, false, errVersion
-	} else if len(b) > maxDatagram {
-		return nil, false, errors.New("sent a datagram that is too long")
-	}
-	if data, err = d.open(b[1:], datagramFor(name, born)); errors.Is(err, errNotForMe) {
-		data, err = d.open(b[1:], datagramFor(name, 0))
-		anyRun = true
-	}
-	return data, anyRun, err
-}
-
-// window tells which of the numbers that a run gives its datagrams have counted: none counts twice (RFC 4303,
-// section 3.4.3). What is windowSize behind the highest counts for nothing.
-type window struct {
-	top  uint64
-	seen uint64 // a bit for each number, from top down
-}
-
-func (w *window) take(number uint64) bool {
-	if number > w.top {
-		w.seen, w.top = w.seen<<(number-w.top), number
-	}
-	bit := uint64(1) << (w.top - number) // 0 when it is too far behind
-	fresh := number > 0 && bit > 0 && w.seen&bit == 0
-	w.seen |= bit
-	return fresh
-}
-
-// lower makes number the highest that has counted.
-func (w *window) lower(number uint64) {
-	if number+windowSize < w.top {
-		*w = window{number, ^uint64(0)}
-	}
-}
 
 // ---- the handshake, and frames ----
 
 // What is wrong with who is at the other end, as seen from this one.
 var (
-	errVersion  = errors.New("speaks another version of the protocol: run the same hamlet on both sides")
+	errVersion  = errors.New("speaks protocol")
 	errCluster  = errors.New("belongs to another cluster: give both the same -cluster")
 	errKeyless  = errors.New("wants a key, and this agent has none: start this one with -encrypt too")
 	errKeyed    = errors.New("has no key, and this agent has one: start that one with -encrypt too")
@@ -250,39 +56,52 @@ var (
 	errForeign  = errors.New("is no hamlet agent")
 	errRPC      = errors.New("is the RPC port of a hamlet agent")
 	errGossip   = errors.New("is the gossip port of a hamlet agent")
+	errSerfRPC  = errors.New("speaks the RPC of Serf, which this agent does not: see 'watch -format json' and the other commands")
 	errSilent   = fmt.Errorf("hung up without a word: it %w (a Serf agent hangs up so)", errForeign)
 	errHungUp   = errors.New("closed the connection")
 )
 
 // A hello is a line at which an HTTP server answers at once, the kind of the port and the number of the
-// agent's other one, whether there is a key, the cluster's tag, and a challenge.
+// agent's other one, whether there is a key, the cluster's tag, the highest protocol, and a challenge.
 const (
-	helloLine                = "HAMLET/3\r\n\r\n"
-	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 16
+	helloLine                = "HAMLET/5\r\n\r\n" // of protocol 5 and all after it
+	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 1 + 16
 	gossipPort, rpcPort byte = 'g', 'r'
+	// What a hello says of keys. With a key and without, for a time, is helloEither.
+	helloInClear, helloKeyed, helloEither = 0, 1, 2
 )
 
-func (d *door) hello() []byte {
-	b := append([]byte(helloLine), d.kind, byte(min(len(d.keys), 1)), byte(d.other>>8), byte(d.other))
-	return append(append(b, d.tag("")...), rand.Text()[:16]...) // 80 bits
+func (d *sealer) hello() []byte {
+	keyed := byte(helloInClear)
+	if !d.opensInClear() {
+		keyed = helloKeyed
+	} else if len(d.keys) > 0 {
+		keyed = helloEither
+	}
+	b := append([]byte(helloLine), d.portKind, keyed, byte(d.otherPort>>8), byte(d.otherPort))
+	b = append(b, d.receiverHash("")...)
+	b = append(b, protocolVersion)
+	return append(b, rand.Text()[:16]...) // 80 bits
 }
 
-// check says what is wrong with the hello of the other side.
-func (d *door) check(b []byte, dialled bool) error {
+// checkHello says what is wrong with the hello of the other side.
+func (d *sealer) checkHello(b []byte, dialled bool) error {
 	switch is := b[len(helloLine):]; {
 	case string(b[:len(helloLine)]) != helloLine:
-		return errVersion
-	case is[0] != d.kind && !dialled:
+		return checkProtocol(4)
+	case checkProtocol(is[8]) != nil:
+		return checkProtocol(is[8])
+	case is[0] != d.portKind && !dialled:
 		return errors.New("looks for the other port of this agent")
-	case is[0] != d.kind && d.kind == gossipPort:
+	case is[0] != d.portKind && d.portKind == gossipPort:
 		return fmt.Errorf("%w, which gossips on port %d: join that one", errRPC, binary.BigEndian.Uint16(is[2:]))
-	case is[0] != d.kind:
+	case is[0] != d.portKind:
 		return fmt.Errorf("%w, whose RPC is on port %d", errGossip, binary.BigEndian.Uint16(is[2:]))
-	case !bytes.Equal(is[4:8], d.tag("")):
+	case !bytes.Equal(is[4:8], d.receiverHash("")):
 		return errCluster
-	case is[1] != 0 && !d.keyed():
+	case is[1] == helloKeyed && len(d.keys) == 0:
 		return errKeyless
-	case is[1] == 0 && d.keyed():
+	case is[1] == helloInClear && !d.opensInClear():
 		return errKeyed
 	}
 	return nil
@@ -293,25 +112,27 @@ func (d *door) check(b []byte, dialled bool) error {
 // before it. After the first error, err, nothing is sent or read any more.
 type session struct {
 	net.Conn
-	proven    atomic.Bool // a frame has opened
-	gone      atomic.Bool // it is over, for the one who has accepted it
-	door      *door
-	context   string // both challenges
-	dialled   bool
-	patient   bool // its reader may pause for as long as it likes
-	sent, got uint64
-	err       error
+	proven         atomic.Bool // a frame has opened
+	gone           atomic.Bool // it is over, for the one who has accepted it
+	sealer         *sealer
+	hellos         string // both challenges
+	dialled        bool
+	patient        bool // its reader may pause for as long as it likes
+	sent, received uint64
+	err            error
 }
 
-// meet exchanges hellos: the dialler's comes first. Whoever has not answered a challenge gets nothing else.
+// handshake exchanges hellos: the dialler's comes first. Whoever has not answered a challenge gets nothing else.
 // What cannot be written is noticed by the next that is read.
-func (d *door) meet(s *session) *session {
+func (d *sealer) handshake(s *session) *session {
 	mine, theirs := d.hello(), make([]byte, helloSize)
 	if s.dialled {
 		s.Write(mine)
 	}
 	n, err := io.ReadFull(s, theirs)
 	switch {
+	case n > 0 && bytes.Contains(theirs[:n], []byte("Command")): // msgpack: {"Command": "handshake", ...}
+		s.err = errSerfRPC
 	case n > 0 && !bytes.HasPrefix(theirs, []byte(helloLine[:7])):
 		s.err = fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
 	case n == 0 && s.dialled && !timedOut(err):
@@ -319,34 +140,34 @@ func (d *door) meet(s *session) *session {
 	case err != nil:
 		s.err = err
 	case s.dialled:
-		s.err, s.context = d.check(theirs, true), string(mine)+string(theirs)
+		s.err, s.hellos = d.checkHello(theirs, true), string(mine)+string(theirs)
 	default:
 		s.Write(mine)
-		s.err, s.context = d.check(theirs, false), string(theirs)+string(mine)
+		s.err, s.hellos = d.checkHello(theirs, false), string(theirs)+string(mine)
 	}
-	s.door = d
+	s.sealer = d
 	return s
 }
 
-// write sends one frame: a message, and what may follow it.
-func (s *session) write(message any, us ...update) { s.writeBytes(wire.encode(nil, message, us...)) }
+// send sends one frame: a message, and what may follow it.
+func (s *session) send(message any, us ...update) { s.sendBytes(wire.encode(nil, message, us...)) }
 
-func (s *session) writeBytes(data []byte) {
+func (s *session) sendBytes(data []byte) {
 	if s.err != nil {
 		return
 	}
-	b := s.door.close(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.context))
+	b := s.sealer.seal(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.hellos))
 	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
 	s.sent++
 	if !s.patient {
-		s.SetWriteDeadline(time.Now().Add(frameFor))
+		s.SetWriteDeadline(time.Now().Add(frameTimeout))
 	}
 	_, s.err = s.Write(b)
 }
 
-// read reads one frame until the deadline that is set: a message, and what may follow it. A length of 0 says
+// receive reads one frame until the deadline that is set: a message, and what may follow it. A length of 0 says
 // that the other side could not open the first one.
-func (s *session) read(message any) (us []update) {
+func (s *session) receive(message any) (us []update) {
 	var size [4]byte
 	if s.err == nil {
 		_, s.err = io.ReadFull(s, size[:])
@@ -365,8 +186,8 @@ func (s *session) read(message any) (us []update) {
 	if s.err != nil {
 		return nil
 	}
-	b, s.err = s.door.open(b, fmt.Sprint("frame ", !s.dialled, s.got, s.context))
-	if s.got++; s.err != nil && !s.dialled {
+	b, s.err = s.sealer.open(b, fmt.Sprint("frame ", !s.dialled, s.received, s.hellos))
+	if s.received++; s.err != nil && !s.dialled {
 		s.Write(make([]byte, 4))
 	}
 	if s.err == nil {
@@ -383,36 +204,36 @@ func timedOut(err error) bool {
 	return ok && ne.Timeout()
 }
 
-// plain says in plain words how a session has ended.
-func plain(err error) error {
+// plainError says in plain words how a session has ended.
+func plainError(err error) error {
 	switch {
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
 		errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed):
 		return errHungUp
 	case timedOut(err) || errors.Is(err, context.Canceled):
-		return fmt.Errorf("no answer within %v", sessionFor)
+		return fmt.Errorf("no answer within %v", sessionTimeout)
 	}
 	return reason(err)
 }
 
 // ---- who may come in ----
 
-// guests are those who come in at a port, and all that is under way there. When there are too many connections,
+// acceptor are those who come in at a port, and all that is under way there. When there are too many connections,
 // the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
-type guests struct {
-	door  *door
-	tcp   net.Listener
-	limit int
-	wg    sync.WaitGroup
-	ctx   context.Context // of all connections
-	quit  context.CancelFunc
+type acceptor struct {
+	sealer atomic.Pointer[sealer] // keys may change
+	tcp    net.Listener
+	limit  int
+	wg     sync.WaitGroup
+	ctx    context.Context // of all connections
+	quit   context.CancelFunc
 
-	log     *log.Logger  // of what unwelcome ones do; see unwelcome
-	dropped atomic.Int64 // packets lost to a full inbox
-	mu      sync.Mutex   // guards what follows
-	minute  time.Time
-	peers   map[netip.Addr]bool // that were logged in this minute
-	more    int                 // that were not
+	log        *log.Logger  // of what logRejected ones do; see logRejected
+	dropped    atomic.Int64 // packets lost to a full inbox
+	mu         sync.Mutex   // guards what follows
+	minute     time.Time
+	logged     map[netip.Addr]bool // that were logged in this minute
+	suppressed int                 // that were not
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
@@ -423,21 +244,21 @@ func guestLimit() int {
 }
 
 // close takes nobody in any more, and waits a second at most for what is under way: a peer may read too slowly.
-func (gs *guests) close() {
+func (gs *acceptor) close() {
 	gs.tcp.Close()
 	waitAtMost(time.Second, gs.wg.Wait)
 	gs.quit()
 }
 
 // accept serves what comes in until the port is closed.
-func (gs *guests) accept(serve func(*session) error) {
+func (gs *acceptor) accept(serve func(*session) error) {
 	var here []*session // oldest first
 	for {
 		c, err := gs.tcp.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			gs.unwelcome(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
+			gs.logRejected(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
@@ -448,17 +269,17 @@ func (gs *guests) accept(serve func(*session) error) {
 			here = slices.Delete(here, i, i+1)
 		}
 		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
-		c.SetDeadline(time.Now().Add(helloFor))
+		c.SetDeadline(time.Now().Add(helloTimeout))
 		s := &session{Conn: c}
 		here = append(here, s)
 		gs.wg.Go(func() {
 			defer s.gone.Store(true)
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
-			gs.door.meet(s)
+			gs.sealer.Load().handshake(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
-			if err := serve(s); !timedOut(err) && !errors.Is(plain(err), errHungUp) && !errors.Is(err, errStopped) {
-				gs.unwelcome(addrOf(c.RemoteAddr()), plain(err))
+			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
+				gs.logRejected(addrOf(c.RemoteAddr()), plainError(err))
 			}
 		})
 	}
@@ -466,25 +287,25 @@ func (gs *guests) accept(serve func(*session) error) {
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
-// unwelcome logs what is wrong with who came from there: one line per peer a minute, at most ten lines a minute in
+// logRejected logs what is wrong with who came from there: one line per peer a minute, at most ten lines a minute in
 // all, and counts the rest.
-func (gs *guests) unwelcome(who netip.Addr, err error) {
+func (gs *acceptor) logRejected(who netip.Addr, err error) {
 	if err == nil {
 		return
 	}
 	gs.mu.Lock()
 	defer gs.mu.Unlock()
 	if now := time.Now(); now.Sub(gs.minute) >= time.Minute {
-		if drops := gs.dropped.Swap(0); gs.more > 0 || drops > 0 {
-			gs.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", gs.more, drops)
+		if drops := gs.dropped.Swap(0); gs.suppressed > 0 || drops > 0 {
+			gs.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", gs.suppressed, drops)
 		}
-		gs.minute, gs.peers, gs.more = now, make(map[netip.Addr]bool), 0
+		gs.minute, gs.logged, gs.suppressed = now, make(map[netip.Addr]bool), 0
 	}
-	if gs.peers[who] || len(gs.peers) >= 10 {
-		gs.more++
+	if gs.logged[who] || len(gs.logged) >= 10 {
+		gs.suppressed++
 		return
 	}
-	gs.peers[who] = true
+	gs.logged[who] = true
 	if who.IsValid() {
 		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
 	}
@@ -493,26 +314,26 @@ func (gs *guests) unwelcome(who netip.Addr, err error) {
 
 // ---- sessions of agents ----
 
-// connect dials to, for sessionFor at most, and gives the session as long. A lost SYN costs a second in the
+// connect dials to, for sessionTimeout at most, and gives the session as long. A lost SYN costs a second in the
 // kernel, so it dials anew after each of waits; joins: for a join. It tells the node from which address the dial
 // went out, where it may take another one.
 func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, waits ...time.Duration) (c net.Conn, err error) {
-	dialer, ip := net.Dialer{KeepAlive: -1, Deadline: time.Now().Add(sessionFor)}, g.cfg.bind.Addr()
+	dialer, ip := net.Dialer{KeepAlive: -1, Deadline: time.Now().Add(sessionTimeout)}, g.cfg.bind.Addr()
 	if !ip.IsUnspecified() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0))
 	}
-	for _, dialer.Timeout = range append(waits, sessionFor) {
+	for _, dialer.Timeout = range append(waits, sessionTimeout) {
 		if c, err = dialer.DialContext(ctx, "tcp", to.String()); !timedOut(err) {
 			break
 		}
 	}
 	switch {
 	case err == nil:
-		c.SetDeadline(time.Now().Add(sessionFor))
+		c.SetDeadline(time.Now().Add(sessionTimeout))
 		if from := addrOf(c.LocalAddr()); g.cfg.moves && usable(from, ip) {
-			g.call(func(n *node) {
+			g.post(func(n *node) {
 				own := n.self.Addr.Addr()
-				n.moved(from, from != own && !isMine(own), joins, uint64(time.Now().UnixMilli()))
+				n.addressChanged(from, from != own && !isOwnAddress(own), joins, uint64(time.Now().UnixMilli()))
 			})
 		}
 		return c, nil
@@ -521,55 +342,55 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 	case ip.IsLoopback() && !to.Addr().IsLoopback():
 		err = fmt.Errorf("this agent is bound to %s, from where no other machine can be reached (-bind sets another address)", ip)
 	}
-	return nil, plain(err)
+	return nil, plainError(err)
 }
 
 // doFor has the loop run f for a session, unless it has ended; an error of f ends it.
 func (g *gossip) doFor(s *session, f func(*node) error) {
 	if s.err == nil {
-		s.err = g.do(f)
+		s.err = g.run(f)
 	}
 }
 
-// begin opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
-func (g *gossip) begin(c net.Conn, k kind) (s *session, w head, about []update) {
-	s = g.door.meet(&session{Conn: c, dialled: true})
-	var h head
-	g.doFor(s, func(n *node) error { h = n.head(k); return nil })
-	s.write(&h)
-	about = s.read(&w)
-	if s.err == nil && (w.Kind != kWelcome || validName(w.From) != nil) {
+// openSession opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
+func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about []update) {
+	s = g.acceptor.sealer.Load().handshake(&session{Conn: c, dialled: true})
+	var hdr header
+	g.doFor(s, func(n *node) error { hdr = n.header(k); return nil })
+	s.send(&hdr)
+	about = s.receive(&w)
+	if s.err == nil && (w.Kind != msgHandshakeReply || validName(w.From) != nil) {
 		s.err = errMalformed
 	}
 	return s, w, about
 }
 
-// look looks at a member, and tells the node what it sees. Whoever is cut off looks again: a dying process's
+// tcpProbe looks at a member, and tells the node what it sees. Whoever is cut off looks again: a dying process's
 // listener accepts until the kernel has come to it, which resets who dialled just before, and then refuses.
-func (g *gossip) look(m Member) {
-	ctx, cancel := context.WithTimeout(g.ctx, probeFor)
+func (g *gossip) tcpProbe(m Member) {
+	ctx, cancel := context.WithTimeout(g.ctx, probeTimeout)
 	defer cancel()
-	tell := func(v verdict, w head) { g.call(func(n *node) { n.saw(m, v, w) }) }
+	tell := func(v verdict, w header) { g.post(func(n *node) { n.handleTCPProbeResult(m, v, w) }) }
 	for range 4 {
 		c, err := g.connect(ctx, m.Addr, false, 150*ms, 150*ms)
 		if errors.Is(err, syscall.ECONNREFUSED) {
-			tell(vRefused, head{})
+			tell(verdictRefused, header{})
 		}
 		if err != nil {
 			return
 		}
-		tell(vSilent, head{})
+		tell(verdictSilent, header{})
 		defer context.AfterFunc(ctx, func() { c.Close() })()
-		s, w, _ := g.begin(c, kLook)
+		s, w, _ := g.openSession(c, msgTCPProbe)
 		c.Close()
 		switch {
 		case s.err == nil:
-			tell(vAlive, w)
+			tell(verdictAlive, w)
 			return
 		case ctx.Err() != nil:
 			return // it accepts and is silent
 		}
-		tell(vNone, head{})
+		tell(verdictNone, header{})
 	}
 }
 
@@ -578,7 +399,7 @@ func (g *gossip) relink(self Member, links []Member) {
 	old := g.links
 	g.links = make(map[string]context.CancelFunc)
 	for _, m := range links {
-		key := fmt.Sprint(self.Born, m.Born, m.Name)
+		key := fmt.Sprint(self.Instance, m.Instance, m.Name)
 		if g.links[key] = old[key]; old[key] == nil {
 			ctx, cancel := context.WithCancel(g.ctx)
 			g.links[key] = cancel
@@ -600,9 +421,9 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 			tries = 0
 		}
 		if ctx.Err() == nil {
-			g.call(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
+			g.post(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
 		}
-		wait, cancel := context.WithTimeout(ctx, min(time.Second<<min(max(tries-1, 0), 10), linkMax))
+		wait, cancel := context.WithTimeout(ctx, min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait))
 		<-wait.Done()
 		cancel()
 	}
@@ -615,63 +436,63 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 		return err
 	}
 	defer c.Close()
-	s, w, _ := g.begin(c, kLink)
-	if s.err != nil || w.From != m.Name || w.born() != m.Born { // another run answers there: this one has ended
+	s, w, _ := g.openSession(c, msgLink)
+	if s.err != nil || w.From != m.Name || w.born() != m.Instance { // another run answers there: this one has ended
 		return s.err
 	}
 	c.SetDeadline(time.Time{})
 	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Now()) })()
-	if s.read(&head{}); ctx.Err() != nil && g.ctx.Err() == nil {
+	if s.receive(&header{}); ctx.Err() != nil && g.ctx.Err() == nil {
 		s.err = nil
-		s.write(&head{Kind: kBye}) // nobody has died
+		s.send(&header{Kind: msgBye}) // nobody has died
 	}
 	return nil
 }
 
-// compare compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
-func (g *gossip) compare(to netip.AddrPort, x *exchange, joins bool) error {
+// syncWith compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
+func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error {
 	c, err := g.connect(g.ctx, to, joins, 300*ms, 400*ms)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	s, w, about := g.begin(c, kExchange)
-	x.with.Addr = to
+	s, w, about := g.openSession(c, msgSync)
+	sync.peer.Addr = to
 	differ := false
 	welcomed := func(n *node) error {
 		differ = w.Digest != n.digest()
-		return n.welcomed(x, w, about)
+		return n.handleWelcome(sync, w, about)
 	}
-	for g.doFor(s, welcomed); errors.Is(s.err, errWait); g.doFor(s, welcomed) {
+	for g.doFor(s, welcomed); errors.Is(s.err, errConflictPending); g.doFor(s, welcomed) {
 		s.err = nil
 		time.Sleep(20 * ms)
 	}
 	if differ {
-		g.say(s, x)
-		g.hear(s, x)
+		g.sendTable(s, sync)
+		g.receiveTable(s, sync)
 	}
-	g.doFor(s, func(n *node) error { n.exchanged(x); return nil })
-	return plain(s.err)
+	g.doFor(s, func(n *node) error { n.syncDone(sync); return nil })
+	return plainError(s.err)
 }
 
-// say sends the table, hear takes one.
-func (g *gossip) say(s *session, x *exchange) {
+// sendTable sends the table, hear takes one.
+func (g *gossip) sendTable(s *session, sync *stateSync) {
 	for more := true; more && s.err == nil; {
 		var frame []byte
-		g.doFor(s, func(n *node) error { frame, more = n.piece(x); return nil })
-		s.writeBytes(frame)
+		g.doFor(s, func(n *node) error { frame, more = n.tableChunk(sync); return nil })
+		s.sendBytes(frame)
 	}
 }
 
-func (g *gossip) hear(s *session, x *exchange) {
+func (g *gossip) receiveTable(s *session, sync *stateSync) {
 	for more := true; more && s.err == nil; {
-		var h head
-		s.SetReadDeadline(time.Now().Add(frameFor))
-		us := s.read(&h)
+		var hdr header
+		s.SetReadDeadline(time.Now().Add(frameTimeout))
+		us := s.receive(&hdr)
 		g.doFor(s, func(n *node) (err error) {
 			bad := 0
-			if more, bad, err = n.merge(x, h, us); bad > 0 {
-				g.unwelcome(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+			if more, bad, err = n.mergeChunk(sync, hdr, us); bad > 0 {
+				g.logRejected(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 			}
 			return err
 		})
@@ -680,44 +501,46 @@ func (g *gossip) hear(s *session, x *exchange) {
 
 // serve answers one agent that has dialled.
 func (g *gossip) serve(s *session) error {
-	var h, w head
+	var hdr, w header
 	var about []update
-	if s.read(&h); s.err != nil {
+	if s.receive(&hdr); s.err != nil {
 		return s.err
-	} else if validName(h.From) != nil || h.Kind < kLook || h.Kind > kExchange {
+	} else if validName(hdr.From) != nil || hdr.Kind < msgTCPProbe || hdr.Kind > msgSync && hdr.Kind <= msgBye {
 		return errMalformed
+	} else if hdr.Kind > msgBye { // of a later version
+		return nil
 	}
-	if h.Kind == kExchange {
+	if hdr.Kind == msgSync {
 		select {
-		case g.tables <- struct{}{}:
-			defer func() { <-g.tables }()
-		case <-time.After(busyFor):
+		case g.syncSlots <- struct{}{}:
+			defer func() { <-g.syncSlots }()
+		case <-time.After(syncSlotTimeout):
 			return errors.New("wants to compare tables while too many others do")
 		}
 	}
-	g.doFor(s, func(n *node) error { w, about = n.welcome(h); return nil })
-	s.write(&w, about...)
-	switch from := (Member{Name: h.From, Born: h.born()}); h.Kind {
-	case kLink:
+	g.doFor(s, func(n *node) error { w, about = n.handshakeReply(hdr); return nil })
+	s.send(&w, about...)
+	switch from := (Member{Name: hdr.From, Instance: hdr.born()}); hdr.Kind {
+	case msgLink:
 		return g.holdLink(s, from)
-	case kExchange: // who hangs up now has the same table
-		x := &exchange{with: from, digest: h.Digest}
-		g.hear(s, x)
-		g.say(s, x)
+	case msgSync: // who hangs up now has the same table
+		sync := &stateSync{peer: from, digest: hdr.Digest}
+		g.receiveTable(s, sync)
+		g.sendTable(s, sync)
 	}
 	return s.err
 }
 
 // holdLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
 func (g *gossip) holdLink(s *session, m Member) error {
-	for wait := helloFor; s.err == nil; wait = linkMax {
+	for wait := helloTimeout; s.err == nil; wait = maxLinkWait {
 		s.SetReadDeadline(time.Now().Add(wait))
-		if s.read(&head{}); s.err == nil {
+		if s.receive(&header{}); s.err == nil {
 			return nil // a bye
 		}
 		quiet := timedOut(s.err)
-		s.err = g.do(func(n *node) error {
-			if quiet && !n.t.over(m) {
+		s.err = g.run(func(n *node) error {
+			if quiet && !n.table.ended(m) {
 				return nil
 			}
 			n.linkEnded(m, 0, false) // of a run that is over this is no news
@@ -735,16 +558,16 @@ func (g *gossip) join(addrs []string, replay bool) (names, errs []string, why er
 	var all sync.WaitGroup
 	for _, ip := range ips[:min(len(ips), maxDials)] {
 		all.Go(func() {
-			x := exchange{replay: replay}
-			err := g.compare(ip, &x, true)
+			with := stateSync{replay: replay}
+			err := g.syncWith(ip, &with, true)
 			mu.Lock()
 			defer mu.Unlock()
 			if err == nil {
-				names = append(names, x.with.Name)
+				names = append(names, with.peer.Name)
 				return
 			}
 			errs = append(errs, fmt.Sprintf("%s: %v", ip, err))
-			if errors.Is(err, errTaken) {
+			if errors.Is(err, errNameTaken) {
 				why = err
 			}
 		})
@@ -755,32 +578,31 @@ func (g *gossip) join(addrs []string, replay bool) (names, errs []string, why er
 
 // ---- sessions of commands ----
 
-// request is what a command asks of its agent. Flat: a slice or a map could claim more than it brings.
-type request struct {
-	Op                   string // members, join, leave, force-leave, event, tags, query, watch or info
-	Name                 string
-	Payload              []byte
-	Args, Drop           string // both separated by NUL; Drop are the tags to delete
-	Prune, Replay, Merge bool   // Merge: coalesce the event
-	JSON                 bool   // rather than text: what the agent knows of itself
-	Within               time.Duration
+// rpcRequest is what a command asks of its agent. Flat: a slice or a map could claim more than it brings.
+type rpcRequest struct {
+	Op                      string // members, join, leave, force-leave, event, tags, query, watch or info
+	Name                    string
+	Payload                 []byte
+	Args, DeleteTags        string // both separated by NUL; Drop are the tags to delete
+	Prune, Replay, Coalesce bool   // Merge: coalesce the event
+	Timeout                 time.Duration
 }
 
-// answer is one frame of what an agent says to a command; updates may follow.
-type answer struct {
-	Error string
-	More  bool   // it is not the last
-	Count int    // join: how many answered
-	Text  string // separated by NUL
-	Kind  eventKind
-	Reply reply
-	At    int64 // Unix nanoseconds of the event
-	Lost  int   // events before this one that the reader was too slow for
+// rpcResponse is one frame of what an agent says to a command; updates may follow.
+type rpcResponse struct {
+	Error   string
+	More    bool   // it is not the last
+	Count   int    // join: how many answered
+	Text    string // separated by NUL
+	Kind    eventKind
+	Reply   reply
+	At      int64 // Unix nanoseconds of the event
+	Dropped int   // events before this one that the reader was too slow for
 }
 
 // callRPC asks the agent at addr and calls each with each answer, until it returns an error (io.EOF: it has
 // enough). The first answer, and but for a stream all of them, must come within timeout.
-func callRPC(addr, token string, req request, timeout time.Duration, each func(answer, []update) error) error {
+func callRPC(addr, token string, req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
 	deadline := time.Now().Add(timeout)
 	c, err := net.DialTimeout("tcp", addr, timeout)
 	if err != nil {
@@ -790,18 +612,18 @@ func callRPC(addr, token string, req request, timeout time.Duration, each func(a
 	c.SetDeadline(deadline)
 	b := wire.encode(nil, &req)
 	if len(b) > maxFrame {
-		return trouble("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
+		return failf("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
 	}
-	s := rpcDoor(token, 0).meet(&session{Conn: c, dialled: true})
-	s.writeBytes(b)
+	s := rpcSealer(token, 0).handshake(&session{Conn: c, dialled: true})
+	s.sendBytes(b)
 	for {
-		var a answer
-		us := s.read(&a)
+		var a rpcResponse
+		us := s.receive(&a)
 		if s.err != nil {
 			return unreachable(addr, timeout, s.err)
 		}
 		if a.Error != "" {
-			return trouble("", "%s", a.Error)
+			return failf("", "%s", a.Error)
 		}
 		if err := each(a, us); err == io.EOF {
 			return nil
@@ -819,28 +641,28 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	where := "-rpc-addr is the agent's RPC address (default " + defaultRPC + ")"
 	switch {
 	case errors.Is(err, errGossip):
-		return trouble(where, "%s %v", addr, err)
+		return failf(where, "%s %v", addr, err)
 	case errors.Is(err, errForeign):
-		return trouble(where, "what listens at %s is not the RPC of a hamlet agent", addr)
+		return failf(where, "what listens at %s is not the RPC of a hamlet agent", addr)
 	case errors.Is(err, errVersion):
-		return trouble("use one version for both; this is "+version, "the agent at %s speaks another version of the RPC", addr)
+		return failf("this is hamlet "+version, "the agent at %s %v", addr, err)
 	case errors.Is(err, errKeyless):
-		return trouble("give it with -rpc-auth or SERF_RPC_AUTH", "the agent at %s wants a token", addr)
+		return failf("give it with -rpc-auth or SERF_RPC_AUTH", "the agent at %s wants a token", addr)
 	case errors.Is(err, errKeyed):
-		return trouble("leave out -rpc-auth and SERF_RPC_AUTH", "the agent at %s has no token", addr)
+		return failf("leave out -rpc-auth and SERF_RPC_AUTH", "the agent at %s has no token", addr)
 	case errors.Is(err, errOtherKey):
-		return trouble("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with", "the agent at %s wants another token", addr)
+		return failf("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with", "the agent at %s wants another token", addr)
 	case timedOut(err):
-		return &failure{code: 1, again: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
+		return &failure{code: 1, retriable: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
 			hint: "it may be stopped or overloaded: look at its process and its log"}
 	}
-	return &failure{code: 1, again: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plain(err)),
+	return &failure{code: 1, retriable: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
 		hint: fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or SERF_RPC_ADDR", prog)}
 }
 
-// rpcDoor is that of a token, which is a key: it never travels.
-func rpcDoor(token string, gossip uint16) *door {
-	d := &door{cluster: "RPC", kind: rpcPort, other: gossip}
+// rpcSealer is that of a token, which is a key: it never travels.
+func rpcSealer(token string, gossip uint16) *sealer {
+	d := &sealer{cluster: "RPC", portKind: rpcPort, otherPort: gossip}
 	if token != "" {
 		key := sha256.Sum256([]byte(token))
 		d.keys = [][]byte{key[:]}
@@ -848,20 +670,21 @@ func rpcDoor(token string, gossip uint16) *door {
 	return d
 }
 
-// serveRPC answers commands at ln; info is what the agent knows of itself, as text or as JSON.
-func serveRPC(ln net.Listener, g *gossip, token string, info func(json bool) string) *guests {
-	self, _ := g.me()
-	gs := &guests{door: rpcDoor(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+// serveRPC answers commands at ln; info is what the agent knows of itself.
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
+	self, _ := g.self()
+	gs := &acceptor{tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
 	return gs
 }
 
 // command does what a command asks for, and answers it.
-func (g *gossip) command(s *session, ln net.Listener, info func(json bool) string) (err error) {
-	var req request
-	var a answer // the last one
-	if s.read(&req); s.err != nil {
+func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
+	var req rpcRequest
+	var a rpcResponse // the last one
+	if s.receive(&req); s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
 	s.SetDeadline(time.Time{})
@@ -869,7 +692,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 	case "members":
 		g.list(s)
 	case "join":
-		names, errs, _ := g.join(list(req.Args), req.Replay)
+		names, errs, _ := g.join(splitNUL(req.Args), req.Replay)
 		if a.Count = len(names); a.Count == 0 {
 			err = errors.New(strings.Join(errs, "; "))
 		}
@@ -878,30 +701,30 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 		ln.Close() // who reads the answer may start the next agent at once
 		err = g.leave()
 	case "force-leave":
-		err = g.do(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
+		err = g.run(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
 	case "event":
-		err = g.do(func(n *node) error { return n.userEvent(req.Name, req.Payload, req.Merge) })
+		err = g.run(func(n *node) error { return n.userEvent(req.Name, req.Payload, req.Coalesce) })
 	case "tags":
-		err = g.do(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), list(req.Drop)) })
+		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
-		a.Text = info(req.JSON)
+		s.sendFacts(info())
 	case "query":
 		var who []string
-		f := &feed{}
-		err = g.do(func(n *node) (err error) {
-			if f.query, who, err = n.query(req.Name, req.Payload, list(req.Args), req.Within); err == nil {
-				f.events = make(chan *queued, 2*len(who)+1) // each has the query, and answers it; then it is over
-				g.feeds[f] = true
+		f := &subscriber{}
+		err = g.run(func(n *node) (err error) {
+			if f.query, who, err = n.query(req.Name, req.Payload, splitNUL(req.Args), req.Timeout); err == nil {
+				f.events = make(chan *item, 2*len(who)+1) // each has the query, and answers it; then it is over
+				g.subscribers[f] = true
 			}
 			return err
 		})
 		if err == nil {
-			s.write(&answer{More: true, Text: strings.Join(who, "\x00")})
+			s.send(&rpcResponse{More: true, Text: strings.Join(who, "\x00")})
 			g.stream(s, f)
 		}
 	case "watch":
-		f := &feed{events: make(chan *queued, maxWatch)}
-		g.doFor(s, func(*node) error { g.feeds[f] = true; return nil })
+		f := &subscriber{events: make(chan *item, maxWatchQueue)}
+		g.doFor(s, func(*node) error { g.subscribers[f] = true; return nil })
 		s.patient = true
 		g.list(s)
 		g.stream(s, f)
@@ -911,8 +734,25 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 	if err != nil {
 		a.Error = err.Error()
 	}
-	s.write(&a)
+	s.send(&a)
 	return s.err
+}
+
+// sendFacts sends strings in frames of some KiB.
+func (s *session) sendFacts(facts []string) {
+	var page []string
+	size := 0
+	for _, fact := range facts {
+		fact = strings.ReplaceAll(fact[:min(len(fact), factsPage)], "\x00", "")
+		page = append(page, fact)
+		size += len(fact)
+		if size > factsPage {
+			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+			page = nil
+			size = 0
+		}
+	}
+	s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
 }
 
 // list sends all members, few at a time: a reader that does not read costs a page, however many they are.
@@ -921,44 +761,46 @@ func (g *gossip) list(s *session) {
 		var us []update
 		g.doFor(s, func(n *node) error {
 			for _, m := range n.members(after, pageSize) {
-				us, after = append(us, update{Member: m}), m.Name
+				since := n.table.get(m.Name).since
+				us = append(us, update{Member: m, Age: uint64((n.now - since) / ms)})
+				after = m.Name
 			}
 			return nil
 		})
-		s.write(&answer{More: true, At: time.Now().UnixNano()}, us...)
+		s.send(&rpcResponse{More: true, At: time.Now().UnixNano()}, us...)
 		more = len(us) == pageSize
 	}
 }
 
-// feed holds the events for one reader, who may be slow: a query's answers, or (query 0) all else.
-type feed struct {
-	query  uint32
-	events chan *queued
-	lost   int // events that did not fit, since the last one that did
+// subscriber holds the events for one reader, who may be slow: a query's answers, or (query 0) all else.
+type subscriber struct {
+	query   uint32
+	events  chan *item
+	dropped int // events that did not fit, since the last one that did
 }
 
-type queued struct {
+type item struct {
 	Event
-	at   time.Time
-	lost int // before it
+	at      time.Time
+	dropped int // before it
 }
 
-// put never blocks; what a reader is too slow for is counted.
-func (f *feed) put(ev Event) {
+// publish never blocks; what a reader is too slow for is counted.
+func (f *subscriber) publish(ev Event) {
 	if ev.kind == eventAnswer && ev.id != f.query || ev.kind != eventAnswer && f.query != 0 {
 		return
 	}
 	select {
-	case f.events <- &queued{ev, time.Now(), f.lost}:
-		f.lost = 0
+	case f.events <- &item{ev, time.Now(), f.dropped}:
+		f.dropped = 0
 	default:
-		f.lost++
+		f.dropped++
 	}
 }
 
 // stream sends what f brings until the reader or the agent has gone, or the query is over.
-func (g *gossip) stream(s *session, f *feed) {
-	defer g.call(func(*node) { delete(g.feeds, f) })
+func (g *gossip) stream(s *session, f *subscriber) {
+	defer g.post(func(*node) { delete(g.subscribers, f) })
 	gone := make(chan struct{})
 	go func() { io.Copy(io.Discard, s.Conn); close(gone) }()
 	for s.err == nil {
@@ -967,7 +809,7 @@ func (g *gossip) stream(s *session, f *feed) {
 			if ev.kind == eventAnswer && ev.reply == replyNone {
 				return
 			}
-			s.write(&answer{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Lost: ev.lost}, ev.update)
+			s.send(&rpcResponse{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Dropped: ev.dropped}, ev.update)
 		case <-gone:
 			return
 		case <-g.done:

@@ -69,17 +69,17 @@ func startTestGossip(t testing.TB, name string, cfg gossipConfig) (*gossip, *log
 	if err != nil {
 		t.Fatal(err)
 	}
-	go g.run()
+	go g.loop()
 	t.Cleanup(g.close)
 	return g, l
 }
 
-func address(g *gossip) netip.AddrPort { m, _ := g.me(); return m.Addr }
+func address(g *gossip) netip.AddrPort { m, _ := g.self(); return m.Addr }
 
 // seen are the statuses that g shows, by name.
 func seen(g *gossip) map[string]Status {
 	all := make(map[string]Status)
-	g.do(func(n *node) error {
+	g.run(func(n *node) error {
 		for _, m := range n.members("", maxMembers) {
 			all[m.Name] = m.Status
 		}
@@ -99,8 +99,8 @@ func eventually(t testing.TB, what string, cond func() bool) {
 
 func testKey(b byte) [][]byte { return [][]byte{bytes.Repeat([]byte{b}, keySize)} }
 
-func testDoor(cluster string, keys [][]byte, kind byte) *door {
-	return &door{cluster, keys, kind, 4242}
+func testDoor(cluster string, keys [][]byte, kind byte) *sealer {
+	return &sealer{cluster, keys, kind, 4242}
 }
 
 // ---- the seal ----
@@ -108,7 +108,7 @@ func testDoor(cluster string, keys [][]byte, kind byte) *door {
 // The derived key is written out here as RFC 5869, section 2.3, has it: one HMAC, since one is long enough.
 func TestASealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
 	key := testKey(1)[0]
-	sealed := (&door{cluster: "c", keys: [][]byte{key}}).close(nil, []byte("hello"), "web1")[4:]
+	sealed := (&sealer{cluster: "c", keys: [][]byte{key}}).seal(nil, []byte("hello"), "web1")[4:]
 	mac := hmac.New(sha256.New, key)
 	mac.Write([]byte("c\x00web1\x01"))
 	block, err := aes.NewCipher(mac.Sum(nil))
@@ -127,11 +127,11 @@ func TestASealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
 
 func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	for name, keys := range map[string][][]byte{"with a key": testKey(1), "without": nil} {
-		s, other := &door{cluster: "c", keys: keys}, &door{cluster: "d", keys: keys}
-		b, ping := s.closeDatagram([]byte("hello"), "web1", 77), s.closeDatagram([]byte("hello"), "web1", 0)
+		s, other := &sealer{cluster: "c", keys: keys}, &sealer{cluster: "d", keys: keys}
+		b, ping := s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 77}), s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 0})
 		for _, tt := range []struct {
 			fact  string
-			s     *door
+			s     *sealer
 			b     []byte
 			name  string
 			born  uint64
@@ -144,24 +144,24 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 			{"a ping to any run", s, ping, "web1", 78, true},
 			{"a ping to another member", s, ping, "web2", 78, false},
 		} {
-			data, anyRun, err := tt.s.openDatagram(tt.b, tt.name, tt.born)
+			data, anyRun, err := tt.s.openDatagram(tt.b, Member{Name: tt.name, Instance: tt.born})
 			if (err == nil) != tt.opens || err != nil && !errors.Is(err, errNotForMe) || (string(data) == "hello") != tt.opens || tt.opens && anyRun != (&tt.b[0] == &ping[0]) {
 				t.Errorf("%s, %s: %q, %v, %v", name, tt.fact, data, anyRun, err)
 			}
 		}
 	}
-	plain, keyed, wrong := &door{}, &door{keys: testKey(1)}, &door{keys: testKey(3)}
-	both := &door{keys: append(testKey(2), testKey(1)...)}
-	b := keyed.closeDatagram([]byte("a secret"), "a", 1)
-	if data, _, err := plain.openDatagram(b, "a", 1); err == nil && bytes.Contains(data, []byte("secret")) {
+	plain, keyed, wrong := &sealer{}, &sealer{keys: testKey(1)}, &sealer{keys: testKey(3)}
+	both := &sealer{keys: append(testKey(2), testKey(1)...)}
+	b := keyed.sealDatagram([]byte("a secret"), Member{Name: "a", Instance: 1})
+	if data, _, err := plain.openDatagram(b, Member{Name: "a", Instance: 1}); err == nil && bytes.Contains(data, []byte("secret")) {
 		t.Error("who has no key reads it")
 	}
-	for want, s := range map[error]*door{nil: both, errOtherKey: wrong} {
-		if _, _, err := s.openDatagram(b, "a", 1); !errors.Is(err, want) {
+	for want, s := range map[error]*sealer{nil: both, errOtherKey: wrong} {
+		if _, _, err := s.openDatagram(b, Member{Name: "a", Instance: 1}); !errors.Is(err, want) {
 			t.Errorf("got %v, want %v", err, want)
 		}
 	}
-	if _, _, err := keyed.openDatagram(plain.closeDatagram([]byte("x"), "a", 1), "a", 1); !errors.Is(err, errOtherKey) {
+	if _, _, err := keyed.openDatagram(plain.sealDatagram([]byte("x"), Member{Name: "a", Instance: 1}), Member{Name: "a", Instance: 1}); !errors.Is(err, errOtherKey) {
 		t.Error(err)
 	}
 }
@@ -169,7 +169,7 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 func BenchmarkASealedDatagram(b *testing.B) {
 	d := testDoor("c", testKey(1), gossipPort)
 	for b.Loop() {
-		if _, _, err := d.openDatagram(d.closeDatagram(make([]byte, 40), "web1", 77), "web1", 77); err != nil {
+		if _, _, err := d.openDatagram(d.sealDatagram(make([]byte, 40), Member{Name: "web1", Instance: 77}), Member{Name: "web1", Instance: 77}); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -185,12 +185,12 @@ func joined(g *gossip, addr string) (n int, err error) {
 }
 
 // pipe returns both ends of a session over a pipe.
-func pipe(t *testing.T, d, a *door) (dialler, acceptor *session, wires [2]net.Conn) {
+func pipe(t *testing.T, d, a *sealer) (dialler, acceptor *session, wires [2]net.Conn) {
 	x, y := net.Pipe()
 	t.Cleanup(func() { x.Close(); y.Close() })
 	done := make(chan *session)
-	go func() { done <- a.meet(&session{Conn: y}) }()
-	dialler = d.meet(&session{Conn: x, dialled: true})
+	go func() { done <- a.handshake(&session{Conn: y}) }()
+	dialler = d.handshake(&session{Conn: x, dialled: true})
 	return dialler, <-done, [2]net.Conn{x, y}
 }
 
@@ -198,7 +198,7 @@ func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
 	plain := testDoor("", nil, gossipPort)
 	keyed := testDoor("", testKey(1), gossipPort)
 	for _, tt := range []struct {
-		d, a       *door
+		d, a       *sealer
 		atD, atA   error
 		atDialText string
 	}{
@@ -215,9 +215,9 @@ func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
 		}
 	}
 	s, r, _ := pipe(t, keyed, testDoor("", testKey(2), gossipPort)) // which only a frame shows
-	go func() { var h head; r.read(&h) }()
-	s.write(&head{Kind: kLook})
-	if s.read(&head{}); !errors.Is(s.err, errOtherKey) {
+	go func() { var hdr header; r.receive(&hdr) }()
+	s.send(&header{Kind: msgTCPProbe})
+	if s.receive(&header{}); !errors.Is(s.err, errOtherKey) {
 		t.Errorf("another key: %v", s.err)
 	}
 }
@@ -226,13 +226,13 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 	d := testDoor("", testKey(1), gossipPort)
 	record := func() (context string, frames [][]byte) {
 		var b bytes.Buffer
-		s := &session{Conn: writeOnly{w: &b}, door: d, context: fmt.Sprint(time.Now()), dialled: true}
+		s := &session{Conn: writeOnly{w: &b}, sealer: d, hellos: fmt.Sprint(time.Now()), dialled: true}
 		for i := range 3 {
 			b.Reset()
-			s.write(&head{Kind: kTable, Seq: uint32(i)})
+			s.send(&header{Kind: msgTable, Seq: uint32(i)})
 			frames = append(frames, bytes.Clone(b.Bytes()))
 		}
-		return s.context, frames
+		return s.hellos, frames
 	}
 	context, f := record()
 	_, g := record()
@@ -247,10 +247,10 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 		{"one twice", [][]byte{f[0], f[0]}, 1},
 		{"one of another stream", [][]byte{f[0], g[1]}, 1},
 	} {
-		s := &session{Conn: writeOnly{Reader: bytes.NewReader(slices.Concat(tt.frames...)), w: io.Discard}, door: d, context: context}
+		s := &session{Conn: writeOnly{Reader: bytes.NewReader(slices.Concat(tt.frames...)), w: io.Discard}, sealer: d, hellos: context}
 		taken := 0
 		for s.err == nil {
-			if s.read(&head{}); s.err == nil {
+			if s.receive(&header{}); s.err == nil {
 				taken++
 			}
 		}
@@ -258,8 +258,8 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 			t.Errorf("%s: %d frames are taken, want %d", tt.fact, taken, tt.taken)
 		}
 	}
-	back := &session{Conn: writeOnly{Reader: bytes.NewReader(f[0]), w: io.Discard}, door: d, context: context, dialled: true}
-	if back.read(&head{}); back.err == nil {
+	back := &session{Conn: writeOnly{Reader: bytes.NewReader(f[0]), w: io.Discard}, sealer: d, hellos: context, dialled: true}
+	if back.receive(&header{}); back.err == nil {
 		t.Error("a frame is taken by the side that sent it")
 	}
 }
@@ -280,7 +280,7 @@ func TestAWriterThatIsNotReadGivesUp(t *testing.T) {
 		d := testDoor("", nil, gossipPort)
 		s, _, _ := pipe(t, d, d)
 		began := time.Now()
-		if s.write(&head{}); !timedOut(s.err) || time.Since(began) != frameFor {
+		if s.send(&header{}); !timedOut(s.err) || time.Since(began) != frameTimeout {
 			t.Errorf("after %v: %v", time.Since(began), s.err)
 		}
 	})
@@ -289,15 +289,15 @@ func TestAWriterThatIsNotReadGivesUp(t *testing.T) {
 func FuzzFrames(f *testing.F) {
 	d := testDoor("", nil, gossipPort)
 	var b bytes.Buffer
-	s := &session{Conn: writeOnly{w: &b}, door: d, dialled: true}
-	s.write(&head{Kind: kExchange, From: "a"})
-	s.write(&head{Kind: kTable}, update{Member: labMember(1)})
+	s := &session{Conn: writeOnly{w: &b}, sealer: d, dialled: true}
+	s.send(&header{Kind: msgSync, From: "a"})
+	s.send(&header{Kind: msgTable}, update{Member: labMember(1)})
 	f.Add(b.Bytes())
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 1, 2, 3})
 	f.Fuzz(func(t *testing.T, in []byte) {
-		s := &session{Conn: writeOnly{Reader: bytes.NewReader(in), w: io.Discard}, door: d}
+		s := &session{Conn: writeOnly{Reader: bytes.NewReader(in), w: io.Discard}, sealer: d}
 		for i := 0; s.err == nil; i++ {
-			if s.read(&head{}); i > len(in) {
+			if s.receive(&header{}); i > len(in) {
 				t.Fatal("more frames than bytes")
 			}
 		}
@@ -311,14 +311,14 @@ func FuzzHello(f *testing.F) {
 	f.Add([]byte("GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"), false)
 	f.Fuzz(func(t *testing.T, in []byte, dialled bool) {
 		var out bytes.Buffer
-		s := keyed.meet(&session{Conn: writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled: dialled})
+		s := keyed.handshake(&session{Conn: writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled: dialled})
 		if out.Len() > helloSize {
 			t.Fatalf("%d bytes are said", out.Len())
 		}
-		if s.err == nil && keyed.check(in[:helloSize], dialled) != nil {
+		if s.err == nil && keyed.checkHello(in[:helloSize], dialled) != nil {
 			t.Fatal("a bad hello is taken")
 		}
-		if s.read(&head{}); s.err == nil {
+		if s.receive(&header{}); s.err == nil {
 			t.Fatal("a frame is taken from one who has no key")
 		}
 	})
@@ -348,9 +348,9 @@ func TestAJoinTellsBothOfAllOthers(t *testing.T) {
 
 func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	plain, plainLog := startTestGossip(t, "plain", gossipConfig{})
-	keyed, keyedLog := startTestGossip(t, "keyed", gossipConfig{door: door{keys: testKey(1)}})
-	other, _ := startTestGossip(t, "other", gossipConfig{door: door{keys: testKey(2)}})
-	apart, _ := startTestGossip(t, "apart", gossipConfig{door: door{cluster: "elsewhere"}})
+	keyed, keyedLog := startTestGossip(t, "keyed", gossipConfig{sealer: sealer{keys: testKey(1)}})
+	other, _ := startTestGossip(t, "other", gossipConfig{sealer: sealer{keys: testKey(2)}})
+	apart, _ := startTestGossip(t, "apart", gossipConfig{sealer: sealer{cluster: "elsewhere"}})
 	rpc := startTestRPC(t, plain, "")
 	web := &http.Server{Handler: http.NotFoundHandler()}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -423,37 +423,37 @@ func fakeServer(t *testing.T, says string) (addr string) {
 // lookAt has g look at whoever is at addr, and returns what it saw.
 func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint64) (saw []verdict) {
 	t.Helper()
-	m := Member{Name: name, Addr: addr, Born: born, Incarnation: born, Status: statusAlive}
-	g.do(func(n *node) error {
-		p := n.detector.begin(n, m)
+	m := Member{Name: name, Addr: addr, Instance: born, Incarnation: born, Status: statusAlive}
+	g.run(func(n *node) error {
+		p := n.detector.addProbe(n, m)
 		p.e, p.start = &entry{claim: &claim{Member: m}}, n.now+time.Hour
 		return nil
 	})
 	done := make(chan struct{})
-	go func() { g.look(m); close(done) }()
+	go func() { g.tcpProbe(m); close(done) }()
 	for over := false; !over; {
 		select {
 		case <-done:
 			over = true
 		case <-time.After(ms):
 		}
-		g.do(func(n *node) error {
+		g.run(func(n *node) error {
 			if len(n.detector.probes) > 0 {
-				if v := n.detector.probes[0].mine; len(saw) == 0 && v > 0 || len(saw) > 0 && saw[len(saw)-1] != v {
+				if v := n.detector.probes[0].result; len(saw) == 0 && v > 0 || len(saw) > 0 && saw[len(saw)-1] != v {
 					saw = append(saw, v)
 				}
 			}
 			return nil
 		})
 	}
-	g.do(func(n *node) error { n.detector.probes = nil; return nil })
+	g.run(func(n *node) error { n.detector.probes = nil; return nil })
 	return saw
 }
 
 func TestALookTellsWhoIsThere(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	other, _ := startTestGossip(t, "blue", gossipConfig{})
-	self, _ := other.me()
+	self, _ := other.self()
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -467,15 +467,15 @@ func TestALookTellsWhoIsThere(t *testing.T) {
 		born uint64
 		last verdict
 	}{
-		{"the member itself", "blue", self.Addr, self.Born, vAlive},
-		{"another run of it", "blue", self.Addr, self.Born - 1, vRefused},
-		{"another member", "green", self.Addr, self.Born, vRefused},
-		{"nobody", "green", netip.MustParseAddrPort("127.0.0.1:1"), 5, vRefused},
-		{"a kernel whose process is silent", "green", at(silent), 5, vSilent},
-		{"one who accepts and hangs up", "green", netip.MustParseAddrPort(fakeServer(t, "")), 5, vNone},
+		{"the member itself", "blue", self.Addr, self.Instance, verdictAlive},
+		{"another run of it", "blue", self.Addr, self.Instance - 1, verdictRefused},
+		{"another member", "green", self.Addr, self.Instance, verdictRefused},
+		{"nobody", "green", netip.MustParseAddrPort("127.0.0.1:1"), 5, verdictRefused},
+		{"a kernel whose process is silent", "green", at(silent), 5, verdictSilent},
+		{"one who accepts and hangs up", "green", netip.MustParseAddrPort(fakeServer(t, "")), 5, verdictNone},
 	} {
 		saw := lookAt(t, g, tt.name, tt.addr, tt.born)
-		if last := append([]verdict{vNone}, saw...)[len(saw)]; last != tt.last {
+		if last := append([]verdict{verdictNone}, saw...)[len(saw)]; last != tt.last {
 			t.Errorf("%s: it saw %v, want %v at the end", tt.fact, saw, tt.last)
 		}
 	}
@@ -508,10 +508,10 @@ func relay(t *testing.T, to string, through func(dst, src net.Conn, dialled bool
 
 // full makes g know of count more members who have left: a table of many frames.
 func full(g *gossip, prefix string, count int) {
-	g.do(func(n *node) error {
+	g.run(func(n *node) error {
 		for i := range count {
-			m := Member{Name: fmt.Sprintf("%s%05d", prefix, i), Addr: netip.MustParseAddrPort("127.0.0.1:9"), Incarnation: 5, Born: 5, Status: statusLeft, Tags: Tags("k=" + strings.Repeat("v", 300))}
-			n.t.apply(n.now, m, 0)
+			m := Member{Name: fmt.Sprintf("%s%05d", prefix, i), Addr: netip.MustParseAddrPort("127.0.0.1:9"), Incarnation: 5, Instance: 5, Status: statusLeft, Tags: Tags("k=" + strings.Repeat("v", 300))}
+			n.table.apply(n.now, m, 0)
 		}
 		return nil
 	})
@@ -534,7 +534,7 @@ func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
 				src.Close()
 			})
 			start := time.Now()
-			if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor {
+			if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionTimeout+frameTimeout {
 				t.Errorf("cut after %d bytes: %d, %v after %v", cut, n, err, time.Since(start))
 			}
 			if n, err := joined(blue, address(red).String()); n != 1 {
@@ -558,10 +558,10 @@ func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 		io.CopyN(dst, src, 20_000) // then half-open: nothing comes, and nobody is told
 	})
 	start := time.Now()
-	if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionFor+frameFor+time.Second {
+	if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionTimeout+frameTimeout+time.Second {
 		t.Errorf("%d, %v after %v", n, err, time.Since(start))
 	}
-	eventually(t, "the place for an exchange is free again", func() bool { return len(red.tables) == 0 })
+	eventually(t, "the place for an exchange is free again", func() bool { return len(red.syncSlots) == 0 })
 }
 
 func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
@@ -585,10 +585,10 @@ func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
 
 func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
-	for range maxTables {
+	for range maxSyncs {
 		_, s := greeting(t, red)
-		s.write(&head{Kind: kExchange, From: "x", Digest: 1})
-		if s.read(&head{}); s.err != nil {
+		s.send(&header{Kind: msgSync, From: "x", Digest: 1})
+		if s.receive(&header{}); s.err != nil {
 			t.Fatal(s.err)
 		}
 	}
@@ -596,8 +596,8 @@ func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
 	if n, err := joined(blue, address(red).String()); n > 0 || err == nil {
 		t.Error("an exchange more than there are places")
 	}
-	look := lookAt(t, blue, "red", address(red), func() uint64 { m, _ := red.me(); return m.Born }())
-	if len(look) == 0 || look[len(look)-1] != vAlive {
+	look := lookAt(t, blue, "red", address(red), func() uint64 { m, _ := red.self(); return m.Instance }())
+	if len(look) == 0 || look[len(look)-1] != verdictAlive {
 		t.Errorf("full of exchanges it is seen as %v", look)
 	}
 	eventually(t, "places become free, and it can join", func() bool {
@@ -614,12 +614,12 @@ func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	}
 	eventually(t, "links stand", func() bool {
 		n := 0
-		red.do(func(*node) error { n = len(red.links); return nil })
+		red.run(func(*node) error { n = len(red.links); return nil })
 		return n == 1
 	})
 	time.Sleep(50 * ms)
-	probes := func() (n int) { red.do(func(m *node) error { n = len(m.detector.probes); return nil }); return n }
-	blue.do(func(n *node) error { blue.relink(n.self.Member, nil); return nil })
+	probes := func() (n int) { red.run(func(m *node) error { n = len(m.detector.probes); return nil }); return n }
+	blue.run(func(n *node) error { blue.relink(n.self.Member, nil); return nil })
 	time.Sleep(20 * ms)
 	if probes() > 0 {
 		t.Error("a bye starts a probe")
@@ -643,16 +643,16 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 		up, bye := make(chan bool), make(chan bool)
 		go func() {
 			c, _ := ln.Accept()
-			s := blue.door.meet(&session{Conn: c})
-			s.read(&head{})
-			s.write(&head{Kind: kWelcome, From: "green", Incarnation: 7})
+			s := blue.acceptor.sealer.Load().handshake(&session{Conn: c})
+			s.receive(&header{})
+			s.send(&header{Kind: msgHandshakeReply, From: "green", Incarnation: 7})
 			close(up)
-			var h head
-			s.read(&h)
-			bye <- s.err == nil && h.Kind == kBye
+			var hdr header
+			s.receive(&hdr)
+			bye <- s.err == nil && hdr.Kind == msgBye
 		}()
 		ctx, cancel := context.WithCancel(blue.ctx)
-		go blue.linkOnce(ctx, Member{Name: "green", Addr: netip.MustParseAddrPort(ln.Addr().String()), Born: 7})
+		go blue.linkOnce(ctx, Member{Name: "green", Addr: netip.MustParseAddrPort(ln.Addr().String()), Instance: 7})
 		if <-up; ends {
 			blue.close()
 		} else {
@@ -667,7 +667,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 
 func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
-	limit := red.guests.limit
+	limit := red.acceptor.limit
 	var held []net.Conn
 	for range limit + 50 {
 		c, err := net.Dial("tcp", address(red).String())
@@ -686,7 +686,7 @@ func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 		t.Error(err)
 	}
 	for i, c := range held[:50] {
-		c.SetReadDeadline(time.Now().Add(helloFor / 4)) // before its time to say hello is over
+		c.SetReadDeadline(time.Now().Add(helloTimeout / 4)) // before its time to say hello is over
 		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
 			t.Fatalf("%d connections are open, the limit is %d: number %d still is: %v", limit+50, limit, i, err)
 		}
@@ -701,12 +701,15 @@ func startTestRPC(t testing.TB, g *gossip, token string) (addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(serveRPC(ln, g, token, func(json bool) string { return fmt.Sprint("json: ", json) }).close)
+	t.Cleanup(serveRPC(ln, g, token, func() []string { return manyFacts }).close)
 	return ln.Addr().String()
 }
 
-func call(addr, token string, req request) (last answer, us []update, err error) {
-	err = callRPC(addr, token, req, rpcTimeout, func(a answer, more []update) error {
+// manyFacts take several frames.
+var manyFacts = slices.Repeat([]string{"group", "key", strings.Repeat("v", 900)}, 100)
+
+func call(addr, token string, req rpcRequest) (last rpcResponse, us []update, err error) {
+	err = callRPC(addr, token, req, rpcTimeout, func(a rpcResponse, more []update) error {
 		last, us = a, append(us, more...)
 		return nil
 	})
@@ -728,47 +731,50 @@ func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 	}})
 	addr := startTestRPC(t, g, "")
 	full(g, "m", 3*pageSize)
-	if _, us, err := call(addr, "", request{Op: "members"}); err != nil || len(us) != 3*pageSize+1 || us[0].Member.Status != statusLeft {
+	if _, us, err := call(addr, "", rpcRequest{Op: "members"}); err != nil || len(us) != 3*pageSize+1 || us[0].Member.Status != statusLeft {
 		t.Errorf("members: %d, %v", len(us), err)
 	}
 	other, _ := startTestGossip(t, "blue", gossipConfig{})
-	if a, _, err := call(addr, "", request{Op: "join", Args: address(other).String() + "\x00127.0.0.1:1"}); err != nil || a.Count != 1 {
+	if a, _, err := call(addr, "", rpcRequest{Op: "join", Args: address(other).String() + "\x00127.0.0.1:1"}); err != nil || a.Count != 1 {
 		t.Errorf("a join that one of two missed: %+v, %v", a, err)
 	}
-	if _, _, err := call(addr, "", request{Op: "join", Args: "127.0.0.1:1"}); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1: connection refused") {
+	if _, _, err := call(addr, "", rpcRequest{Op: "join", Args: "127.0.0.1:1"}); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1: connection refused") {
 		t.Errorf("a join that nobody answered: %v", err)
 	}
-	if _, _, err := call(addr, "", request{Op: "force-leave", Name: "blue"}); err == nil || !strings.Contains(err.Error(), "is alive") {
+	if _, _, err := call(addr, "", rpcRequest{Op: "force-leave", Name: "blue"}); err == nil || !strings.Contains(err.Error(), "is alive") {
 		t.Errorf("force-leave: %v", err)
 	}
-	if _, _, err := call(addr, "", request{Op: "event", Name: "e", Payload: []byte("\x00\xff"), Merge: true}); err != nil {
+	if _, _, err := call(addr, "", rpcRequest{Op: "event", Name: "e", Payload: []byte("\x00\xff"), Coalesce: true}); err != nil {
 		t.Errorf("event: %v", err)
 	}
-	if _, _, err := call(addr, "", request{Op: "tags", Args: "k=v"}); err != nil {
+	if _, _, err := call(addr, "", rpcRequest{Op: "tags", Args: "k=v"}); err != nil {
 		t.Errorf("tags: %v", err)
 	}
 	eventually(t, "the tags are everywhere", func() (ok bool) {
-		other.do(func(n *node) error { e := n.t.get("red"); ok = e != nil && e.Tags == "k=v"; return nil })
+		other.run(func(n *node) error { e := n.table.get("red"); ok = e != nil && e.Tags == "k=v"; return nil })
 		return ok
 	})
-	if _, us, err := call(addr, "", request{Op: "query", Name: "load", Within: 5 * time.Second}); err != nil || !slices.ContainsFunc(us, func(u update) bool { return u.Member.Name == "red" && string(u.Payload) == "0.5" }) {
+	if _, us, err := call(addr, "", rpcRequest{Op: "query", Name: "load", Timeout: 5 * time.Second}); err != nil || !slices.ContainsFunc(us, func(u update) bool { return u.Member.Name == "red" && string(u.Payload) == "0.5" }) {
 		t.Errorf("query: %+v, %v", us, err)
 	}
-	for _, json := range []bool{false, true} {
-		if a, _, err := call(addr, "", request{Op: "info", JSON: json}); err != nil || a.Text != fmt.Sprint("json: ", json) {
-			t.Errorf("info: %q, %v", a.Text, err)
-		}
+	var facts []string
+	err := callRPC(addr, "", rpcRequest{Op: "info"}, rpcTimeout, func(a rpcResponse, _ []update) error {
+		facts = append(facts, splitNUL(a.Text)...)
+		return nil
+	})
+	if err != nil || !slices.Equal(facts, manyFacts) {
+		t.Errorf("info: %d facts, %v", len(facts), err)
 	}
-	if err := callRPC(addr, "", request{Op: "info"}, rpcTimeout, func(answer, []update) error { return io.ErrShortWrite }); err != io.ErrShortWrite {
+	if err := callRPC(addr, "", rpcRequest{Op: "info"}, rpcTimeout, func(rpcResponse, []update) error { return io.ErrShortWrite }); err != io.ErrShortWrite {
 		t.Errorf("an answer that cannot be shown: %v", err)
 	}
-	if _, _, err := call(addr, "", request{Op: "dance"}); err == nil || !strings.Contains(err.Error(), `"dance"`) {
+	if _, _, err := call(addr, "", rpcRequest{Op: "dance"}); err == nil || !strings.Contains(err.Error(), `"dance"`) {
 		t.Errorf("unknown request: %v", err)
 	}
-	if _, _, err := call(addr, "", request{Op: "leave"}); err != nil {
+	if _, _, err := call(addr, "", rpcRequest{Op: "leave"}); err != nil {
 		t.Errorf("leave: %v", err)
 	}
-	if _, _, err := call(addr, "", request{Op: "members"}); err == nil {
+	if _, _, err := call(addr, "", rpcRequest{Op: "members"}); err == nil {
 		t.Error("after a leave the port still answers")
 	}
 	mu.Lock()
@@ -797,19 +803,19 @@ func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
 		}
 	})
 	for _, token := range []string{"", "sesam", "sesame2", "SESAME"} {
-		_, _, err := call(addr, token, request{Op: "leave"})
+		_, _, err := call(addr, token, rpcRequest{Op: "leave"})
 		f, ok := errors.AsType[*failure](err)
-		if !ok || f.again || f.code != 1 || !strings.Contains(f.msg, "token") || !strings.Contains(f.hint, "SERF_RPC_AUTH") || strings.Contains(f.msg+f.hint, "sesam") {
+		if !ok || f.retriable || f.code != 1 || !strings.Contains(f.msg, "token") || !strings.Contains(f.hint, "SERF_RPC_AUTH") || strings.Contains(f.msg+f.hint, "sesam") {
 			t.Errorf("token %q: %+v", token, err)
 		}
 	}
 	if seen(g)["red"] != statusAlive {
 		t.Error("done without the token")
 	}
-	if _, _, err := call(addr, "sesame", request{Op: "members"}); err != nil {
+	if _, _, err := call(addr, "sesame", rpcRequest{Op: "members"}); err != nil {
 		t.Errorf("with the token: %v", err)
 	}
-	if _, _, err := call(startTestRPC(t, g, ""), "sesame", request{Op: "members"}); err == nil || !strings.Contains(err.Error(), "has no token") {
+	if _, _, err := call(startTestRPC(t, g, ""), "sesame", rpcRequest{Op: "members"}); err == nil || !strings.Contains(err.Error(), "has no token") {
 		t.Errorf("a token for an agent without: %v", err)
 	}
 	mu.Lock()
@@ -835,11 +841,11 @@ func TestARecordedRequestIsNotAnswered(t *testing.T) {
 		io.Copy(dst, src)
 		dst.Close()
 	})
-	if _, _, err := call(through, "sesame", request{Op: "event", Name: "reboot"}); err != nil {
+	if _, _, err := call(through, "sesame", rpcRequest{Op: "event", Name: "reboot"}); err != nil {
 		t.Fatal(err)
 	}
 	lamport := func() (l uint64) {
-		g.do(func(n *node) error { l = n.spread.events.lamport; return nil })
+		g.run(func(n *node) error { l = n.broadcasts.events.lamport; return nil })
 		return l
 	}
 	c, err := net.Dial("tcp", addr)
@@ -876,7 +882,7 @@ func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
 	addr := startTestRPC(t, g, "")
 	for name, in := range map[string]string{
 		"nothing": "", "HTTP": "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n", "TLS": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-		"hello only": helloLine, "random": strings.Repeat("\x9c\x01\xff", 3000), "a huge frame": string((&door{kind: rpcPort}).hello()) + "\x7f\xff\xff\xff",
+		"hello only": helloLine, "random": strings.Repeat("\x9c\x01\xff", 3000), "a huge frame": string((&sealer{portKind: rpcPort}).hello()) + "\x7f\xff\xff\xff",
 	} {
 		c, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -904,11 +910,11 @@ func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
 		"":   "is not the RPC of a hamlet agent",
 	} {
 		at := fakeServer(t, answer)
-		if _, _, err := call(at, "", request{Op: "members"}); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), at) {
+		if _, _, err := call(at, "", rpcRequest{Op: "members"}); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), at) {
 			t.Errorf("answer %q: %v; want %q", answer, err, want)
 		}
 	}
-	if _, _, err := call(address(g).String(), "", request{Op: "members"}); err == nil || !strings.Contains(err.Error(), "is the gossip port of a hamlet agent") {
+	if _, _, err := call(address(g).String(), "", rpcRequest{Op: "members"}); err == nil || !strings.Contains(err.Error(), "is the gossip port of a hamlet agent") {
 		t.Errorf("the gossip port: %v", err)
 	}
 }
@@ -917,7 +923,7 @@ func TestAStuckClientDelaysNobody(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	silent := fakeSilence(t)
-	go call(addr, "", request{Op: "join", Args: silent})
+	go call(addr, "", rpcRequest{Op: "join", Args: silent})
 	start := time.Now()
 	for range 2 * maxRPCConns {
 		c, err := net.Dial("tcp", addr)
@@ -926,7 +932,7 @@ func TestAStuckClientDelaysNobody(t *testing.T) {
 		}
 		defer c.Close()
 	}
-	if _, _, err := call(addr, "", request{Op: "members"}); err != nil || time.Since(start) > 5*time.Second {
+	if _, _, err := call(addr, "", rpcRequest{Op: "members"}); err != nil || time.Since(start) > 5*time.Second {
 		t.Errorf("members took %v: %v", time.Since(start), err)
 	}
 }
@@ -947,7 +953,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 	addr := startTestRPC(t, g, "")
 	full(g, "m", maxMembers-10)
 	before := heapInUse()
-	d := rpcDoor("", 0)
+	d := rpcSealer("", 0)
 	clients := maxRPCConns - 10
 	if underRace() {
 		clients = 20 // each has the agent make up a megabyte or more
@@ -959,7 +965,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 		}
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(8 * time.Second))
-		d.meet(&session{Conn: c, dialled: true}).write(&request{Op: "members"})
+		d.handshake(&session{Conn: c, dialled: true}).send(&rpcRequest{Op: "members"})
 	}
 	time.Sleep(500 * ms)
 	if grown := heapInUse() - before; grown > 64<<20 {
@@ -968,14 +974,14 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 		t.Logf("%d clients that do not read cost %d MB", clients, grown>>20)
 	}
 	eventually(t, "another one gets its answer", func() bool {
-		_, us, _ := call(addr, "", request{Op: "members"})
+		_, us, _ := call(addr, "", rpcRequest{Op: "members"})
 		return len(us) == maxMembers-9
 	})
 }
 
 func TestTooLargeARequestIsNotSent(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
-	_, _, err := call(startTestRPC(t, g, ""), "", request{Op: "join", Args: strings.Repeat("x", maxFrame)})
+	_, _, err := call(startTestRPC(t, g, ""), "", rpcRequest{Op: "join", Args: strings.Repeat("x", maxFrame)})
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxFrame)) {
 		t.Errorf("%v", err)
 	}
@@ -992,7 +998,7 @@ func TestHostileMessagesAllocateLittle(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for _, in := range inputs {
-		for _, m := range []any{&head{}, &update{}, &request{}, &answer{}} {
+		for _, m := range []any{&header{}, &update{}, &rpcRequest{}, &rpcResponse{}} {
 			if _, err := wire.decode(in, m); err == nil {
 				t.Errorf("% x is a %T", in[:4], m)
 			}
@@ -1005,16 +1011,16 @@ func TestHostileMessagesAllocateLittle(t *testing.T) {
 }
 
 func FuzzRPCRequest(f *testing.F) {
-	f.Add(wire.encode(nil, &request{Op: "join", Args: "a\x00b", Within: time.Second}))
-	f.Add(wire.encode(nil, &request{Op: "event", Name: "n", Payload: []byte("p"), Prune: true, Merge: true}))
+	f.Add(wire.encode(nil, &rpcRequest{Op: "join", Args: "a\x00b", Timeout: time.Second}))
+	f.Add(wire.encode(nil, &rpcRequest{Op: "event", Name: "n", Payload: []byte("p"), Prune: true, Coalesce: true}))
 	f.Add([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'})
 	f.Fuzz(func(t *testing.T, in []byte) {
-		var req, again request
+		var req, again rpcRequest
 		rest, err := wire.decode(in, &req)
 		if err != nil {
 			return
 		}
-		if n := len(req.Op) + len(req.Args) + len(req.Drop) + len(req.Name) + len(req.Payload) + len(rest); n > len(in) {
+		if n := len(req.Op) + len(req.Args) + len(req.DeleteTags) + len(req.Name) + len(req.Payload) + len(rest); n > len(in) {
 			t.Fatalf("%d bytes out of %d", n, len(in))
 		}
 		if _, err := wire.decode(wire.encode(nil, &req), &again); err != nil || !reflect.DeepEqual(req, again) && len(req.Payload) > 0 {
@@ -1026,28 +1032,28 @@ func FuzzRPCRequest(f *testing.F) {
 // ---- streams ----
 
 func TestAFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
-	f := &feed{events: make(chan *queued, 10)}
+	f := &subscriber{events: make(chan *item, 10)}
 	for i := range 25 {
-		f.put(Event{kind: eventUser, update: update{LTime: uint64(i)}})
+		f.publish(Event{kind: eventUser, update: update{LTime: uint64(i)}})
 	}
-	f.put(Event{kind: eventAnswer, id: 3}) // is for another one
-	if len(f.events) != 10 || f.lost != 15 {
-		t.Errorf("%d wait, %d are lost", len(f.events), f.lost)
+	f.publish(Event{kind: eventAnswer, id: 3}) // is for another one
+	if len(f.events) != 10 || f.dropped != 15 {
+		t.Errorf("%d wait, %d are lost", len(f.events), f.dropped)
 	}
 	for i := range uint64(10) {
-		if ev := <-f.events; ev.LTime != i || ev.lost != 0 {
-			t.Errorf("event %d comes with %d lost, want %d with none", ev.LTime, ev.lost, i)
+		if ev := <-f.events; ev.LTime != i || ev.dropped != 0 {
+			t.Errorf("event %d comes with %d lost, want %d with none", ev.LTime, ev.dropped, i)
 		}
 	}
-	f.put(Event{kind: eventUser, update: update{LTime: 25}})
-	f.put(Event{kind: eventUser, update: update{LTime: 26}})
-	if a, b := <-f.events, <-f.events; a.lost != 15 || b.lost != 0 {
-		t.Errorf("lost before the next two: %d, %d, want 15, 0", a.lost, b.lost)
+	f.publish(Event{kind: eventUser, update: update{LTime: 25}})
+	f.publish(Event{kind: eventUser, update: update{LTime: 26}})
+	if a, b := <-f.events, <-f.events; a.dropped != 15 || b.dropped != 0 {
+		t.Errorf("lost before the next two: %d, %d, want 15, 0", a.dropped, b.dropped)
 	}
-	q := &feed{query: 3, events: make(chan *queued, 10)}
-	q.put(Event{kind: eventUser})
-	q.put(Event{kind: eventAnswer, id: 4})
-	q.put(Event{kind: eventAnswer, id: 3})
+	q := &subscriber{query: 3, events: make(chan *item, 10)}
+	q.publish(Event{kind: eventUser})
+	q.publish(Event{kind: eventAnswer, id: 4})
+	q.publish(Event{kind: eventAnswer, id: 3})
 	if len(q.events) != 1 {
 		t.Errorf("%d answers", len(q.events))
 	}
@@ -1056,13 +1062,13 @@ func TestAFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
 func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
-	feeds := func() (n int) { g.do(func(*node) error { n = len(g.feeds); return nil }); return n }
+	feeds := func() (n int) { g.run(func(*node) error { n = len(g.subscribers); return nil }); return n }
 	const watchers, events = 20, 100
 	var all sync.WaitGroup
 	for range watchers {
 		all.Go(func() {
 			got, there := 0, 0
-			err := callRPC(addr, "", request{Op: "watch"}, rpcTimeout, func(a answer, us []update) error {
+			err := callRPC(addr, "", rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
 				for _, u := range us {
 					if a.Kind == 0 && u.Member.Name == "red" {
 						there++
@@ -1081,18 +1087,18 @@ func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 			}
 		})
 	}
-	d := rpcDoor("", 0)
+	d := rpcSealer("", 0)
 	for range 5 { // these never read, and vanish
 		c, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
 		}
-		d.meet(&session{Conn: c, dialled: true}).write(&request{Op: "watch"})
+		d.handshake(&session{Conn: c, dialled: true}).send(&rpcRequest{Op: "watch"})
 		defer c.Close()
 	}
 	eventually(t, "all watch", func() bool { return feeds() == watchers+5 })
 	for i := range events {
-		g.do(func(n *node) error { return n.userEvent(fmt.Sprint("e", i), []byte("x"), false) })
+		g.run(func(n *node) error { return n.userEvent(fmt.Sprint("e", i), []byte("x"), false) })
 	}
 	all.Wait()
 	eventually(t, "those that have gone are forgotten", func() bool { return feeds() == 5 })

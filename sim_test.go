@@ -352,8 +352,8 @@ func (s *sim) reach(a, b *simHost) bool {
 
 // start runs an agent on h; it joins through seeds.
 func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
-	born := birth(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
-	self := Member{Name: name, Addr: h.addr, Incarnation: born, Born: born, Status: statusAlive}
+	born := newInstanceID(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
+	self := Member{Name: name, Addr: h.addr, Incarnation: born, Instance: born, Status: statusAlive}
 	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[lifetime]*simLink)}
 	cfg := nodeConfig{member: self, reapAfter: s.reapAfter}
 	for _, seed := range seeds {
@@ -390,9 +390,9 @@ func (s *sim) cluster(n int) []*proc {
 	}
 	clone := cloner(model)
 	for _, p := range ps {
-		p.n.t = clone()
-		p.n.self = p.n.t.get(p.name)
-		p.n.joining.since = s.now
+		p.n.table = clone()
+		p.n.self = p.n.table.get(p.name)
+		p.n.joining.joinedAt = s.now
 		p.known = slices.Clone(all)
 	}
 	s.run(4 * time.Second)
@@ -405,7 +405,7 @@ func cloner(t *table) func() *table {
 	var at [rings][]int // where who stands on a ring stands in ordered
 	for i, ring := range t.ring {
 		for _, e := range ring {
-			where, _ := t.find(e.Name)
+			where, _ := t.index(e.Name)
 			at[i] = append(at[i], where)
 		}
 	}
@@ -476,12 +476,12 @@ func (p *proc) run() {
 		s.show(p, in)
 		if in.fn == nil {
 			in.fn = func(n *node) {
-				if err := n.datagram(in.from, in.data, in.any); err != nil {
+				if err := n.handleDatagram(in.from, in.data, in.any); err != nil {
 					s.problem("%s: datagram of %s: %v", p.name, in.from, err)
 				}
 			}
 		}
-		n.enter(s.now, in.fn)
+		n.step(s.now, in.fn)
 	}
 	p.carryOut(n.tick(s.now))
 }
@@ -491,12 +491,12 @@ func (s *sim) show(p *proc, in arrival) {
 	if !s.packetTrace || in.data == nil {
 		return
 	}
-	var h head
-	rest, _ := wire.decode(in.data, &h)
-	text := fmt.Sprintf("%+v", h)
+	var hdr header
+	rest, _ := wire.decode(in.data, &hdr)
+	text := fmt.Sprintf("%+v", hdr)
 	us, _ := wire.decodeAll(rest)
 	for _, u := range us {
-		text += fmt.Sprintf(" | %s %v inc %d+%d %s", u.Member.Name, u.Member.Status, u.Member.Born, u.Member.Incarnation-u.Member.Born, u.Name)
+		text += fmt.Sprintf(" | %s %v inc %d+%d %s", u.Member.Name, u.Member.Status, u.Member.Instance, u.Member.Incarnation-u.Member.Instance, u.Name)
 	}
 	s.logf("%s <- %s %s", p.name, in.from, text)
 }
@@ -506,7 +506,7 @@ func (p *proc) do(fn func(n *node)) {
 	if p.state != procRunning {
 		panic("call to an agent that does not run")
 	}
-	p.n.enter(p.s.now, fn)
+	p.n.step(p.s.now, fn)
 	p.run()
 }
 
@@ -520,11 +520,11 @@ func (p *proc) carryOut(o outputs) {
 		}
 		s.push(s.now+s.latency(), &work{kind: itemPacket, from: p.host, to: pk.to, data: pk.data})
 	}
-	for _, l := range o.looks {
-		s.look(p, l, 4, s.now+probeFor)
+	for _, l := range o.tcpProbes {
+		s.look(p, l, 4, s.now+probeTimeout)
 	}
-	for _, m := range o.exchanges {
-		s.compare(p, m.Addr, &exchange{}, func(error) {})
+	for _, m := range o.syncs {
+		s.compare(p, m.Addr, &stateSync{}, func(error) {})
 	}
 	if o.links != nil {
 		p.relink(o.links)
@@ -626,8 +626,8 @@ func (s *sim) arrive(from *simHost, to Member, data []byte) {
 	if h == nil || !s.reach(from, h) || from != h && s.lost() || h.p == nil {
 		return
 	}
-	if self := h.p.n.self; to.Name == self.Name && (to.Born == 0 || to.Born == self.Born) { // else the seal does not open it
-		h.p.put(arrival{from: from.addr, data: data, any: to.Born == 0})
+	if self := h.p.n.self; to.Name == self.Name && (to.Instance == 0 || to.Instance == self.Instance) { // else the seal does not open it
+		h.p.put(arrival{from: from.addr, data: data, any: to.Instance == 0})
 	}
 }
 
@@ -669,7 +669,7 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 		})
 	}
 	at := time.Duration(0)
-	for _, wait := range append(waits, sessionFor) {
+	for _, wait := range append(waits, sessionTimeout) {
 		for kernel := time.Duration(0); kernel < wait && s.now+at+kernel < deadline; kernel += time.Second {
 			s.after(at+kernel+s.latency(), func() { attempt(wait - kernel) })
 		}
@@ -734,12 +734,12 @@ func (c *simSession) deliver(end, tries int, fn func()) {
 }
 
 // meet plays the hellos and the first frame: at the dialler then gets who is there.
-func (c *simSession) meet(k kind, then func(n *node, w head, about []update)) {
+func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update)) {
 	c.send(1, func(*node) { // a hello
 		c.send(0, func(n *node) { // and one back
-			h := n.head(k)
+			hdr := n.header(k)
 			c.send(1, func(n *node) {
-				w, about := n.welcome(h)
+				w, about := n.handshakeReply(hdr)
 				c.send(0, func(n *node) { then(n, w, about) })
 			})
 		})
@@ -749,22 +749,22 @@ func (c *simSession) meet(k kind, then func(n *node, w head, about []update)) {
 func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
 	s.dial(p, m.Addr, deadline, func(c *simSession, err error) {
 		if err == nil {
-			p.tell(func(n *node) { n.saw(m, vSilent, head{}) })
+			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictSilent, header{}) })
 			c.failed = func(end int, err error) {
 				if end == 0 && s.now < deadline {
-					p.tell(func(n *node) { n.saw(m, vNone, head{}) })
+					p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictNone, header{}) })
 					if tries > 1 {
 						s.look(p, m, tries-1, deadline)
 					}
 				}
 			}
 			s.after(deadline-s.now, c.close)
-			c.meet(kLook, func(n *node, w head, _ []update) {
+			c.meet(msgTCPProbe, func(n *node, w header, _ []update) {
 				c.close()
-				n.saw(m, vAlive, w)
+				n.handleTCPProbeResult(m, verdictAlive, w)
 			})
 		} else if err == syscall.ECONNREFUSED {
-			p.tell(func(n *node) { n.saw(m, vRefused, head{}) })
+			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictRefused, header{}) })
 		}
 	}, 150*ms, 150*ms)
 }
@@ -780,7 +780,7 @@ type simLink struct {
 func (p *proc) relink(links []Member) {
 	wanted := make(map[lifetime]bool)
 	for _, m := range links {
-		k := lifetime{m.Name, m.Born}
+		k := lifetime{m.Name, m.Instance}
 		if wanted[k] = true; p.links[k] == nil {
 			p.links[k] = &simLink{m: m}
 			p.keepLink(p.links[k])
@@ -811,9 +811,9 @@ func (p *proc) keepLink(l *simLink) {
 		}
 		tries := l.tries
 		p.tell(func(n *node) { n.linkEnded(l.m, tries, err == syscall.ECONNREFUSED) })
-		s.after(min(time.Second<<min(max(tries-1, 0), 10), linkMax), func() { p.keepLink(l) })
+		s.after(min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait), func() { p.keepLink(l) })
 	}
-	s.dial(p, l.m.Addr, s.now+sessionFor, func(c *simSession, err error) {
+	s.dial(p, l.m.Addr, s.now+sessionTimeout, func(c *simSession, err error) {
 		if err != nil {
 			ended(false, err)
 			return
@@ -827,14 +827,14 @@ func (p *proc) keepLink(l *simLink) {
 				c.end[1].tell(func(n *node) { n.linkEnded(dialler, 0, false) })
 			}
 		}
-		s.after(sessionFor, func() {
+		s.after(sessionTimeout, func() {
 			if !up && !c.over {
 				c.close()
 				ended(false, errTimedOut)
 			}
 		})
-		c.meet(kLink, func(n *node, w head, _ []update) {
-			if up = true; w.From != l.m.Name || w.born() != l.m.Born {
+		c.meet(msgLink, func(n *node, w header, _ []update) {
+			if up = true; w.From != l.m.Name || w.born() != l.m.Instance {
 				c.close()
 				ended(true, nil)
 			}
@@ -843,8 +843,8 @@ func (p *proc) keepLink(l *simLink) {
 }
 
 // compare plays an exchange of tables.
-func (s *sim) compare(p *proc, to netip.AddrPort, x *exchange, done func(error)) {
-	s.dial(p, to, s.now+sessionFor, func(c *simSession, err error) {
+func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(error)) {
+	s.dial(p, to, s.now+sessionTimeout, func(c *simSession, err error) {
 		if err != nil {
 			done(err)
 			return
@@ -860,50 +860,50 @@ func (s *sim) compare(p *proc, to netip.AddrPort, x *exchange, done func(error))
 				done(err)
 			}
 		}
-		s.after(sessionFor+frameFor, func() { finish(errTimedOut) })
-		x.with.Addr = to
-		c.meet(kExchange, func(n *node, w head, about []update) {
-			y := &exchange{with: Member{Name: n.self.Name, Born: n.self.Born}, digest: n.digest()}
-			s.welcomed(c, n, w, about, x, y, finish)
+		s.after(sessionTimeout+frameTimeout, func() { finish(errTimedOut) })
+		sync.peer.Addr = to
+		c.meet(msgSync, func(n *node, w header, about []update) {
+			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, digest: n.digest()}
+			s.welcomed(c, n, w, about, sync, y, finish)
 		})
 	}, 300*ms, 400*ms)
 }
 
-func (s *sim) welcomed(c *simSession, n *node, w head, about []update, x, y *exchange, finish func(error)) {
+func (s *sim) welcomed(c *simSession, n *node, w header, about []update, sync, y *stateSync, finish func(error)) {
 	same := w.Digest == n.digest()
-	switch err := n.welcomed(x, w, about); {
-	case errors.Is(err, errWait):
-		s.after(20*ms, func() { c.end[0].tell(func(n *node) { s.welcomed(c, n, w, about, x, y, finish) }) })
+	switch err := n.handleWelcome(sync, w, about); {
+	case errors.Is(err, errConflictPending):
+		s.after(20*ms, func() { c.end[0].tell(func(n *node) { s.welcomed(c, n, w, about, sync, y, finish) }) })
 	case err != nil:
 		finish(err)
 	case same:
-		n.exchanged(x)
+		n.syncDone(sync)
 		finish(nil)
 	default:
-		s.pieces(c, n, x, y, finish)
+		s.pieces(c, n, sync, y, finish)
 	}
 }
 
 // pieces plays both tables, the dialler's first.
-func (s *sim) pieces(c *simSession, n *node, x, y *exchange, finish func(error)) {
-	s.say(c, n, x, y, 1, finish, func(n *node) {
-		s.say(c, n, y, x, 0, finish, func(n *node) {
-			n.exchanged(x)
+func (s *sim) pieces(c *simSession, n *node, sync, y *stateSync, finish func(error)) {
+	s.say(c, n, sync, y, 1, finish, func(n *node) {
+		s.say(c, n, y, sync, 0, finish, func(n *node) {
+			n.syncDone(sync)
 			finish(nil)
 		})
 	})
 }
 
 // say sends the table of x, piece by piece, to end, where y is its counterpart, and then goes on there.
-func (s *sim) say(c *simSession, n *node, x, y *exchange, end int, finish func(error), then func(n *node)) {
-	frame, more := n.piece(x)
+func (s *sim) say(c *simSession, n *node, sync, y *stateSync, end int, finish func(error), then func(n *node)) {
+	frame, more := n.tableChunk(sync)
 	c.send(end, func(n *node) {
-		h, us := s.frame(frame)
-		switch _, bad, err := n.merge(y, h, us); {
+		hdr, us := s.frame(frame)
+		switch _, bad, err := n.mergeChunk(y, hdr, us); {
 		case err != nil || bad > 0:
 			finish(fmt.Errorf("%d bad records: %w", bad, err))
 		case more:
-			c.end[1-end].tell(func(n *node) { s.say(c, n, x, y, end, finish, then) })
+			c.end[1-end].tell(func(n *node) { s.say(c, n, sync, y, end, finish, then) })
 		default:
 			then(n)
 		}
@@ -911,21 +911,21 @@ func (s *sim) say(c *simSession, n *node, x, y *exchange, end int, finish func(e
 }
 
 // frame decodes a piece of a table.
-func (s *sim) frame(b []byte) (h head, us []update) {
-	rest, err := wire.decode(b, &h)
+func (s *sim) frame(b []byte) (hdr header, us []update) {
+	rest, err := wire.decode(b, &hdr)
 	if err == nil {
 		us, err = wire.decodeAll(rest)
 	}
 	if err != nil || len(b) > maxFrame {
 		s.problem("a frame of %d bytes: %v", len(b), err)
 	}
-	return h, us
+	return hdr, us
 }
 
 // join is a join command; its ends come to p.joins.
 func (p *proc) join(to ...netip.AddrPort) {
 	for _, a := range to {
-		p.s.compare(p, a, &exchange{}, func(err error) { p.joins = append(p.joins, err) })
+		p.s.compare(p, a, &stateSync{}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
@@ -933,15 +933,15 @@ func (p *proc) join(to ...netip.AddrPort) {
 func (p *proc) joinSeeds() {
 	left, names, errs, why := len(p.seeds), []string(nil), []string(nil), error(nil)
 	for _, a := range p.seeds {
-		x := &exchange{}
-		p.s.compare(p, a, x, func(err error) {
+		sync := &stateSync{}
+		p.s.compare(p, a, sync, func(err error) {
 			if err == nil {
-				names = append(names, x.with.Name)
-			} else if errs = append(errs, fmt.Sprintf("%s: %v", a, err)); errors.Is(err, errTaken) {
+				names = append(names, sync.peer.Name)
+			} else if errs = append(errs, fmt.Sprintf("%s: %v", a, err)); errors.Is(err, errNameTaken) {
 				why = err
 			}
 			if left--; left == 0 {
-				p.tell(func(n *node) { n.seedsTried(names, errs, why) })
+				p.tell(func(n *node) { n.handleSeedsTried(names, errs, why) })
 			}
 		})
 	}
@@ -975,7 +975,7 @@ func (p *proc) event(ev Event) {
 		case s.reply != nil:
 			s.reply(p, ev)
 		case ev.Name != "load":
-			p.tell(func(n *node) { n.replied(ev, replyNothing, nil) })
+			p.tell(func(n *node) { n.sendReply(ev, replyNothing, nil) })
 		}
 		return
 	}
@@ -1008,7 +1008,7 @@ func (p *proc) event(ev Event) {
 	if !s.quiet {
 		s.seen = append(s.seen, observation{s.now, p, ev})
 	}
-	if q := s.byBirth[lifetime{ev.Member.Name, ev.Member.Born}]; ev.kind == eventFailed && q != nil && q.state != procDead {
+	if q := s.byBirth[lifetime{ev.Member.Name, ev.Member.Instance}]; ev.kind == eventFailed && q != nil && q.state != procDead {
 		if s.excuse == nil || !s.excuse(p, q) {
 			s.falseFail++
 			s.problem("false failure: %s says that %s has failed", p.name, q.name)
@@ -1036,8 +1036,8 @@ func (p *proc) of(name string) *known {
 // checkSelf: a node never believes itself to be anything but alive, and its
 // incarnation never falls.
 func (p *proc) checkSelf() {
-	e := p.n.t.get(p.name)
-	if e != p.n.self || e.Status != statusAlive || e.lost {
+	e := p.n.table.get(p.name)
+	if e != p.n.self || e.Status != statusAlive || e.isolated {
 		p.s.problem("%s does not believe itself alive", p.name)
 	}
 	k := p.of(p.name)
@@ -1051,11 +1051,11 @@ func (p *proc) checkSelf() {
 // what the table shows.
 func (s *sim) checkTables() {
 	for _, p := range s.procs {
-		if p.state == procDead || len(p.n.t.events) > 0 {
+		if p.state == procDead || len(p.n.table.events) > 0 {
 			continue // the latter: it has not had its first turn
 		}
 		last := ""
-		for _, e := range p.n.t.ordered {
+		for _, e := range p.n.table.ordered {
 			if e.Name <= last {
 				s.problem("%s: entries %s and %s", p.name, last, e.Name)
 			}
@@ -1077,7 +1077,7 @@ func (s *sim) checkTables() {
 			case eventLeave:
 				want = statusLeft
 			}
-			if v := e.visible(); v != want && !(want == 0 && v.dead()) && v != statusPruned {
+			if v := e.displayStatus(); v != want && !(want == 0 && v.isDead()) && v != statusPruned {
 				s.problem("%s: events left %s %v, the table has it %v", p.name, e.Name, want, v)
 			}
 		}
@@ -1106,8 +1106,8 @@ func (s *sim) running() []*proc {
 
 // shows is the status that p shows for name; 0: it does not know it.
 func (p *proc) shows(name string) Status {
-	if e := p.n.t.get(name); e != nil && !e.reaped && e.Status != statusPruned {
-		return e.visible()
+	if e := p.n.table.get(name); e != nil && !e.reaped && e.Status != statusPruned {
+		return e.displayStatus()
 	}
 	return 0
 }
@@ -1128,9 +1128,9 @@ func (s *sim) agree() bool {
 	ps := s.running()
 	for _, p := range ps {
 		alive := 0
-		for _, e := range p.n.t.ordered {
-			if e.visible() == statusAlive && !e.reaped {
-				if q := s.byBirth[lifetime{e.Name, e.Born}]; q == nil || q.state == procDead || q.n.self.Incarnation != e.Incarnation {
+		for _, e := range p.n.table.ordered {
+			if e.displayStatus() == statusAlive && !e.reaped {
+				if q := s.byBirth[lifetime{e.Name, e.Instance}]; q == nil || q.state == procDead || q.n.self.Incarnation != e.Incarnation {
 					return false
 				}
 				alive++
@@ -1522,7 +1522,7 @@ func TestALonelyNodeBlamesOnlyItself(t *testing.T) {
 		s.within(s.healing(), "all alive again", s.agree)
 		s.run(20 * time.Second)
 		for _, p := range others(ps, v) {
-			if s.loss == 0 && len(ps) > 2 && p.n.self.Incarnation != p.n.self.Born {
+			if s.loss == 0 && len(ps) > 2 && p.n.self.Incarnation != p.n.self.Instance {
 				t.Errorf("%s had to refute what the lonely one believed", p.name)
 			}
 		}
@@ -1687,8 +1687,8 @@ func TestInASmallClusterEverybodyWatchesEverybody(t *testing.T) {
 				s.host()
 			}
 			for _, p := range s.cluster(n) {
-				if len(p.n.ring.watchers) != n-1 || len(p.n.ring.watched) != n-1 {
-					t.Errorf("of %d, %s has %d watchers and watches %d", n, p.name, len(p.n.ring.watchers), len(p.n.ring.watched))
+				if len(p.n.heartbeats.watchers) != n-1 || len(p.n.heartbeats.watched) != n-1 {
+					t.Errorf("of %d, %s has %d watchers and watches %d", n, p.name, len(p.n.heartbeats.watchers), len(p.n.heartbeats.watched))
 				}
 			}
 			s.check()
@@ -1767,7 +1767,7 @@ func TestASplitHeals(t *testing.T) {
 func TestOneWayLossBetweenAPairFailsNobody(t *testing.T) {
 	cases(t, []int{3, 5, 10, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		a := ps[0]
-		b := s.byBirth[lifetime{a.n.ring.watchers[0].Name, a.n.ring.watchers[0].Born}]
+		b := s.byBirth[lifetime{a.n.heartbeats.watchers[0].Name, a.n.heartbeats.watchers[0].Instance}]
 		s.oneWay[[2]int{a.host.i, b.host.i}] = true
 		s.run(40 * time.Second)
 		delete(s.oneWay, [2]int{a.host.i, b.host.i})
@@ -1813,8 +1813,8 @@ func TestAHundredJoinersConvergeAtOnce(t *testing.T) {
 			s.within(limit, "converged", s.agree)
 			s.run(10 * time.Second)
 			for _, p := range s.procs {
-				if p.fatal != nil || p.n.t.alive() != 101 {
-					t.Errorf("%s: %v, %d members", p.name, p.fatal, p.n.t.alive())
+				if p.fatal != nil || p.n.table.aliveCount() != 101 {
+					t.Errorf("%s: %v, %d members", p.name, p.fatal, p.n.table.aliveCount())
 				}
 			}
 			s.check()
@@ -2296,7 +2296,7 @@ func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
 	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
 		for _, p := range ps {
 			p.n.reapAfter = 10 * time.Minute
-			p.n.repair.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
+			p.n.antiEntropy.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
 		}
 		s.crash(ps[len(ps)/2])
 		s.run(9 * time.Minute)
@@ -2333,7 +2333,7 @@ func TestAFailedMemberIsForgottenOnce(t *testing.T) {
 				s.run(2 * time.Minute)
 				s.story(others(ps, v), v.name, from, eventFailed, eventReap)
 				s.story([]*proc{late}, v.name, from, eventReap)
-				if late.shows(v.name) != 0 || late.n.t.get(v.name) != nil {
+				if late.shows(v.name) != 0 || late.n.table.get(v.name) != nil {
 					t.Error("the late one still has it")
 				}
 				s.check()
@@ -2398,7 +2398,7 @@ func TestAHostThatVanishesRightAfterAJoinIsNoticedInTime(t *testing.T) {
 // answering has every agent answer queries with its name.
 func (s *sim) answering() {
 	s.reply = func(p *proc, ev Event) {
-		p.tell(func(n *node) { n.replied(ev, replyDone, []byte(p.name)) })
+		p.tell(func(n *node) { n.sendReply(ev, replyDone, []byte(p.name)) })
 	}
 }
 
@@ -2432,7 +2432,7 @@ func (q simQuery) came() (heard int, replies map[string][]reply) {
 			continue
 		}
 		has[ev.Member.Name] = true
-		if ev.reply != replyHeard {
+		if ev.reply != replyAck {
 			if replies[ev.Member.Name] = append(replies[ev.Member.Name], ev.reply); ev.reply == replyDone && string(ev.Payload) != ev.Member.Name {
 				q.p.s.problem("%s answers %q", ev.Member.Name, ev.Payload)
 			}
@@ -2468,8 +2468,8 @@ func TestAQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
 				if p.asked != 1 {
 					t.Errorf("%s was asked %d times", p.name, p.asked)
 				}
-				letter := func(q *question) bool { return q.at < never && q.h.Kind != kHeartbeat }
-				if slices.ContainsFunc(p.n.questions.open, letter) || len(p.n.queries.mine) > 0 {
+				letter := func(q *request) bool { return q.at < never && q.h.Kind != msgHeartbeat }
+				if slices.ContainsFunc(p.n.requests.open, letter) || len(p.n.queries.open) > 0 {
 					t.Errorf("%s still has letters", p.name)
 				}
 			}
@@ -2537,7 +2537,7 @@ func TestAFloodOfQueriesStarvesNoHeartbeat(t *testing.T) {
 		s.answering()
 		var open []simQuery
 		for range 40 {
-			for range min(20, maxQueries-len(ps[0].n.queries.mine)) {
+			for range min(20, maxQueries-len(ps[0].n.queries.open)) {
 				open = append(open, ps[0].ask("load", 15*time.Second))
 			}
 			s.run(50 * ms)
@@ -2568,7 +2568,7 @@ func TestTagsReachEverybodyAsOneUpdate(t *testing.T) {
 			})
 			s.run(5 * time.Second)
 			for _, p := range ps {
-				if got := p.n.t.get(v.name).Tags; got != Tags(fmt.Sprint("state=drain", i)) {
+				if got := p.n.table.get(v.name).Tags; got != Tags(fmt.Sprint("state=drain", i)) {
 					t.Errorf("%s has %q of %s", p.name, got, v.name)
 				}
 			}
