@@ -106,6 +106,21 @@ func TestManPageHoldsTheHandlersContract(t *testing.T) {
 	}
 }
 
+func TestHelpFitsATerminal(t *testing.T) {
+	t.Parallel()
+	for _, name := range append(commandNames(t), "") {
+		text := helpOf(t, name)
+		for line := range strings.Lines(text) {
+			if n := len(strings.ReplaceAll(strings.TrimSuffix(line, "\n"), "\t", "    ")); n > 80 {
+				t.Errorf("help %s: a line of %d columns: %q", name, n, line)
+			}
+		}
+		if name != "" && !strings.HasPrefix(text, "Usage: hamlet "+name) {
+			t.Errorf("help %s does not begin with its usage: %.60q", name, text)
+		}
+	}
+}
+
 // --- completion
 
 func TestBashCompletesCommandsOptionsAndValues(t *testing.T) {
