@@ -73,7 +73,8 @@ const (
 	requestTimeout                = 3 * time.Second // a question's answer counts for so long
 	leaveTimeout                  = time.Second
 	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
-	lateBy                        = 100 * ms // how much later than planned a wake-up may count
+	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
+	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
 
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
@@ -1139,6 +1140,7 @@ type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	nextTry  time.Duration // when to try next; never: that runs
 	rounds   int           // failed in a row
+	failing  time.Duration // when the first of them had failed
 	warned   bucket
 	names    []string // members that answered at a seed's address
 	errs     []string // of the last round
@@ -1166,6 +1168,14 @@ func (j *joining) step(n *node) {
 	n.wakeAt(j.nextTry)
 }
 
+// wait is how long to wait after a failed round. At first a try a second costs nothing, and whole clusters start in any
+// order; a seed that is missing for long is tried more and more rarely.
+func (j *joining) wait(now time.Duration) time.Duration {
+	first := 250 * ms << min(j.rounds, 10)
+	later := (now - j.failing - seedsOftenFor) / 2
+	return min(first, max(later, seedsOften), seedsMax)
+}
+
 // handleSeedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
 func (n *node) handleSeedsTried(names, errs []string, why error) {
 	j := &n.joining
@@ -1177,7 +1187,10 @@ func (n *node) handleSeedsTried(names, errs []string, why error) {
 		j.names, j.rounds = names, 0
 		j.nextTry = n.now + time.Second // if none of them is believed alive
 	} else {
-		wait := min(250*ms<<min(j.rounds, 10), seedsMax)
+		if j.rounds == 0 {
+			j.failing = n.now
+		}
+		wait := j.wait(n.now)
 		j.nextTry = n.now + wait - n.jitter(wait/4)
 		j.rounds++
 	}

@@ -1955,6 +1955,40 @@ func TestStartOrderDoesNotMatter(t *testing.T) {
 	}
 }
 
+func TestALateSeedIsJoinedByAllWithinASecond(t *testing.T) {
+	t.Parallel()
+	for _, late := range []time.Duration{500 * ms, 3 * time.Second, 20 * time.Second, 50 * time.Second} {
+		t.Run(late.String(), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			h := s.host()
+			for i := range 150 {
+				s.start(s.host(), fmt.Sprint("w", i), h)
+			}
+			s.run(late)
+			s.start(h, "seed", h)
+			s.within(1200*ms, "all are in", s.agree)
+			s.check()
+		})
+	}
+}
+
+func TestASeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	p := s.start(s.host(), "w", s.host())
+	tries := func(d time.Duration) int {
+		before := p.n.joining.rounds
+		s.run(d)
+		return p.n.joining.rounds - before
+	}
+	if got := tries(time.Minute); got < 50 || got > 80 {
+		t.Errorf("%d tries in the first minute", got)
+	}
+	tries(time.Minute)
+	if got := tries(10 * time.Minute); got < 19 || got > 27 {
+		t.Errorf("%d tries in ten minutes", got)
+	}
+}
+
 func TestALateSeedIsOneLineWhenItIsMissedAndOneWhenItAnswers(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	h := s.host()
