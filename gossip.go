@@ -111,6 +111,7 @@ const (
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
 	linkOverlap       = time.Second // of a former link and a new one
+	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
 	indirectAgainAfter = 300 * ms // more: those that have not voted
@@ -1597,7 +1598,10 @@ func (n *node) linkEnded(m Member, tries int, refused bool) {
 	if n.table.ended(m) || e == n.self || e.isolated || n.identity.leaving != 0 {
 		return
 	}
-	if tries == 4 {
+	if tries > linkTries {
+		return // a firewall stays, and says nothing about the member
+	}
+	if tries == linkTries {
 		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
 	if p := n.detector.startProbe(n, e.Member); p != nil {

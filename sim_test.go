@@ -2045,9 +2045,20 @@ func TestAMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
 		ps = append(ps, odd)
 		s.run(time.Minute)
 		s.packets = 0
+		logs := 0
+		for _, p := range ps {
+			logs += len(p.logs)
+		}
 		s.run(time.Minute)
 		if s.packets > 2*idle {
 			t.Errorf("%d packets a minute, %d before", s.packets, idle)
+		}
+		s.run(5 * time.Minute)
+		for _, p := range ps {
+			logs -= len(p.logs)
+		}
+		if logs != 0 { // each probe is one
+			t.Errorf("%d lines are logged in six minutes", -logs)
 		}
 		warned := 0
 		for _, p := range ps {
