@@ -7,6 +7,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 PLATFORMS   := linux/amd64 linux/arm64 linux/arm darwin/arm64
 FUZZTIME    ?= 1m
 SEED        ?= 1
+SEEDS       ?= 200
 
 .PHONY: build demo test race check fuzz sim bench docker-test haproxy-test man release clean
 
@@ -38,9 +39,11 @@ fuzz:
 		echo "== $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . || exit 1; \
 	done
 
-# A big cluster in virtual time, and its figures: make sim N=10000 SEED=7 LOSS=5
+# A big cluster in virtual time, and its figures: make sim N=10000 SEED=7 LOSS=5.
+# Then the stories in which a seed matters, with SEEDS of them.
 sim:
 	SIM_N=$(or $(N),1000) SIM_SEED=$(SEED) SIM_LOSS=$(LOSS) go test -count=1 -v -timeout 60m -run '^TestSimulation$$' .
+	SIM_SEEDS=$(SEEDS) SIM_SEED=$(SEED) go test -count=1 -timeout 60m -run 'WithAnySeed$$' .
 
 # Real agents, measured; beside another program with Serf's command line if
 # PEER names one: make bench N=100 PEER=/usr/local/bin/serf
