@@ -96,7 +96,7 @@ func underRace() bool {
 var noteSources = sync.OnceFunc(func() {
 	os.Getenv("HAMLET")
 	top, _ := os.Getwd()
-	for _, pattern := range []string{"*.go", "go.mod", "Makefile", "README.md", "examples/*/*"} {
+	for _, pattern := range []string{"*.go", "go.mod", "Makefile", "*.md", "docs/*", "docs/*/*", "examples/*/*"} {
 		files, _ := filepath.Glob(filepath.Join(top, pattern))
 		for _, f := range files {
 			os.Stat(f)
