@@ -125,7 +125,6 @@ const (
 	lastResortTimeout  = 900 * ms
 	retryRate          = 2.0 // pings a second, times the failed share of the table
 	maxProbes          = 256
-	maxRandomHelpers   = 16
 )
 
 // ---- messages ----
@@ -1566,8 +1565,8 @@ func (r *heartbeats) beat(n *node) {
 	}
 }
 
-// planLinks is told that other watchers may want a link. While many join, rings change all the time, and links follow a
-// little later; but one that is missing is made at once, or nobody is told when this node is killed then.
+// planLinks notes that other watch links may be wanted. While many join, rings change all the time, and links follow a
+// little later; but a missing link is made at once, or a kill in between is not noticed before a heartbeat is overdue.
 func (r *heartbeats) planLinks(n *node) {
 	delay := relinkDelay
 	r.links = slices.DeleteFunc(r.links, n.table.ended)
@@ -1577,7 +1576,8 @@ func (r *heartbeats) planLinks(n *node) {
 	r.linkAt = min(r.linkAt, n.now+delay)
 }
 
-// relink asks for watch links to the first watchers that have answered. The former ones last until these stand.
+// relink asks for watch links to the first watchers that have answered. Former links last for a while beside new ones,
+// so that there is no moment without any.
 func (r *heartbeats) relink(n *node) {
 	r.linkAt = never
 	var links []Member
@@ -1750,8 +1750,8 @@ func (n *node) chooseHelpers(p *probe) []*entry {
 	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }
 	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
 
-	more := min(1<<min(2*p.unanswered, 10), maxRandomHelpers)
-	for i := range more {
+	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
+	for i := range random {
 		var r *entry
 		if i > 0 {
 			r = n.randomMember(n.table.ring[0], hasAnswered)
