@@ -1,9 +1,7 @@
 # make build makes ./hamlet; make demo shows it at work. Both need Go, make and sh.
 # make install copies it to PREFIX, with man pages and completion.
 
-VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null)
-LDFLAGS     := -s -w $(if $(VERSION),-X main.version=$(VERSION))
-GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)"
+GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=auto -ldflags "-s -w"
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 PLATFORMS   := linux/amd64 linux/arm64 linux/armv6 linux/386 linux/riscv64 linux/ppc64le linux/s390x \
 	darwin/amd64 darwin/arm64 freebsd/amd64

@@ -177,11 +177,11 @@ func BenchmarkASealedDatagram(b *testing.B) {
 
 // joined has g join addr; n is how many answered.
 func joined(g *gossip, addr string) (n int, err error) {
-	names, errs, _ := g.join([]string{addr}, false)
-	if len(errs) > 0 {
-		err = errors.New(strings.Join(errs, "; "))
+	r := g.join([]string{addr}, false)
+	if len(r.errs) > 0 {
+		err = errors.New(strings.Join(r.errs, "; "))
 	}
-	return len(names), err
+	return len(r.names), err
 }
 
 // pipe returns both ends of a session over a pipe.

@@ -9,10 +9,6 @@
 # unit it takes KillMode=mixed, so that only this script is told.
 set -u
 
-# The commands below find the agent where its variables put it.
-[ -z "${HAMLET_RPC_ADDR:-}" ] || export SERF_RPC_ADDR="$HAMLET_RPC_ADDR"
-[ -z "${HAMLET_RPC_AUTH:-}" ] || export SERF_RPC_AUTH="$HAMLET_RPC_AUTH"
-
 port=$1
 shift
 "$@" &
