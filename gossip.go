@@ -1803,13 +1803,16 @@ func (d *detector) stepProbe(n *node, p *probe) {
 func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
 
 // chooseHelpers are the target's other watchers and one random member. Where most hosts are lost at once, those are
-// as dead as the target: after each round in which nobody has voted, more random members are asked, and first those
-// that have ever answered this node, since what others are sent is limited.
+// as dead as the target: after a round without a vote only random members are asked, each time more of them, and first
+// those that have ever answered this node, since what others are sent is limited.
 func (n *node) chooseHelpers(p *probe) []*entry {
 	if p.localOnly(n) {
 		return nil
 	}
-	hs := slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
+	var hs []*entry
+	if p.unanswered == 0 {
+		hs = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
+	}
 	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }
 	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
 
