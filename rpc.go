@@ -88,7 +88,7 @@ func (d *sealer) hello() []byte {
 func (d *sealer) checkHello(b []byte, dialled bool) error {
 	switch is := b[len(helloLine):]; {
 	case string(b[:len(helloLine)]) != helloLine:
-		return checkProtocol(4)
+		return checkProtocol(max(b[7]-'0', 4)) // HAMLET/N; that of protocol 4 was HAMLET/3
 	case checkProtocol(is[8]) != nil:
 		return checkProtocol(is[8])
 	case is[0] != d.portKind && !dialled:
