@@ -85,7 +85,8 @@ const (
 	requestTimeout                = 3 * time.Second // a question's answer counts for so long
 	leaveTimeout                  = time.Second
 	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
-	lateBy                        = 100 * ms // how much later than planned a wake-up may count
+	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
+	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
 
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
@@ -117,10 +118,13 @@ var (
 // The detector's times and bounds; a probe counts from its start.
 const (
 	heartbeatInterval = 500 * ms // one heartbeat, to one watcher at a time
+	earlyInterval     = 125 * ms // while there are new watchers
 	overdueAfter      = 100 * ms // past its promise
 	newWatchGrace     = 500 * ms
-	linksWanted       = 2        // watchers that hold a watch link
-	relinkDelay       = 100 * ms // while many join, rings change all the time
+	linksWanted       = 2 // watchers that hold a watch link
+	relinkDelay       = 100 * ms
+	linkOverlap       = time.Second // of a former link and a new one
+	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
 	indirectAgainAfter = 300 * ms // more: those that have not voted
@@ -554,7 +558,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	cfg.member.Protocol = protocolVersion
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
-	n.heartbeats = heartbeats{nextBeat: n.now + n.jitter(heartbeatInterval), linkAt: never}
+	n.heartbeats.linkAt = never
 	n.detector.lastHeard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
@@ -757,7 +761,7 @@ type peerState struct {
 	datagrams     replayWindow
 	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
 	validated     bool          // it has answered: somebody lives at its address
-	promised      time.Duration // when it gets the next heartbeat, if it watches me
+	greeted       bool          // it watches this node and has been sent a heartbeat
 	due           time.Duration // when it is overdue, if I watch it
 	claimRate     bucket        // with what is believed of it
 	eventRate     bucket        // with user events that it has missed
@@ -884,7 +888,7 @@ func (n *node) handleAck(hdr header) {
 func (n *node) noteValidated(e *entry) {
 	if d := e.peer(); !d.validated {
 		d.validated = true
-		n.heartbeats.linkAt = min(n.heartbeats.linkAt, n.now+relinkDelay) // if it watches me
+		n.heartbeats.planLinks(n) // if it watches this node
 	}
 	if n.detector.isolated {
 		n.detector.isolated = false
@@ -1705,6 +1709,7 @@ type joining struct {
 type seed struct {
 	nextTry time.Duration // never: a try is under way
 	failed  int           // tries in a row
+	failing time.Duration // when the first of them had failed
 	last    seedResult
 	tried   bool // last holds the result of a try
 }
@@ -1745,6 +1750,14 @@ func (j *joining) step(n *node) {
 	}
 }
 
+// wait is how long to wait after a try that failed. At first a try a second costs nothing, and clusters start in any
+// order; a seed that is missing for long is tried more and more rarely.
+func (s seed) wait(now time.Duration) time.Duration {
+	first := 250 * ms << min(s.failed, 10)
+	later := (now - s.failing - seedsOftenFor) / 2
+	return min(first, max(later, seedsOften), seedsMax)
+}
+
 // isMember reports whether an alive member has answered at the seed.
 func (s seed) isMember(n *node) bool {
 	return slices.ContainsFunc(s.last.names, func(name string) bool {
@@ -1763,7 +1776,10 @@ func (n *node) handleSeedTried(i int, r seedResult) {
 		s.failed = 0
 		s.nextTry = n.now + time.Second // if none of them is believed alive
 	} else {
-		wait := min(250*ms<<min(s.failed, 10), seedsMax)
+		if s.failed == 0 {
+			s.failing = n.now
+		}
+		wait := s.wait(n.now)
 		s.nextTry = n.now + wait - n.jitter(wait/4)
 		s.failed++
 	}
@@ -1983,70 +1999,97 @@ func (n *node) info() (facts []string) {
 
 // ---- heartbeats ----
 
-// heartbeats is whom I watch, and who watches me.
+// heartbeats is whom this node watches, and its own watchers.
+//
+// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises the
+// next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is broken,
+// whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then all
+// watchers probed this node at each beat.
 type heartbeats struct {
 	version  uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
+	queue    []*entry // the same
 	watched  []*entry
-	nextBeat time.Duration
-	linkAt   time.Duration // when to ask for other watch links; never: they are as they shall be
+	nextBeat time.Duration // on the caller's clock: the watchers' time goes on while this node is stopped
+	early    int           // beats after the next one that come early
+	links    []Member      // the watch links that were asked for last
+	linkAt   time.Duration // when to ask for others; never: they are as they shall be
 }
 
-// refresh recomputes whom I watch and who watches me after a change.
+// refresh recomputes whom this node watches, and its watchers, after a change.
 func (r *heartbeats) refresh(n *node) {
 	if r.version == n.table.version {
 		return
 	}
-	// After a mass failure the rings must heal at once, so whom I newly watch is due soon. After a join
+	// After a mass failure the rings must heal at once, so a newly watched member is due soon. After a join
 	// nothing is broken, and everybody is busy.
 	grace := newWatchGrace
 	if n.table.shrunk > r.version {
 		grace = overdueAfter
 	}
-	watchers, watched := r.watchers, r.watched
-	r.version, r.watchers, r.watched = n.table.version, n.table.watchers(n.self), n.table.watched(n.self)
+	watched := r.watched
+	r.version = n.table.version
+	r.watchers = n.table.watchers(n.self)
+	r.watched = n.table.watched(n.self)
 	for _, e := range r.watched {
 		if d := e.peer(); d.due == 0 || !slices.Contains(watched, e) {
 			d.due = n.now + grace
 		}
 	}
-	for _, w := range r.watchers {
-		if w.peer().promised == 0 || !slices.Contains(watchers, w) {
-			r.sendHeartbeat(n, w)
-		}
-	}
-	r.linkAt = min(r.linkAt, n.now+relinkDelay)
+	r.requeue(n)
+	r.planLinks(n)
 }
 
-// sendHeartbeat sends w a heartbeat. It promises the first beat that nobody else has been promised: were all new watchers
-// told to wait for a whole cycle, nobody would notice before its end that a host vanished right after it had joined.
-// From whoever has not answered yet it wants an answer: before that it gets no floods, which it would not take, if
-// it has not heard of this node.
-func (r *heartbeats) sendHeartbeat(n *node, w *entry) {
-	next := max(r.nextBeat, n.now)
-	taken := func(o *entry) bool { return o != w && (o.peer().promised-next).Abs() < heartbeatInterval/2 }
-	for slices.ContainsFunc(r.watchers, taken) {
-		next += heartbeatInterval
+// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a heartbeat.
+func (r *heartbeats) requeue(n *node) {
+	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
+	if len(r.queue) == 0 {
+		r.nextBeat = n.real + n.jitter(heartbeatInterval/2)
 	}
+	for _, w := range r.watchers {
+		if !slices.Contains(r.queue, w) {
+			r.queue = append(r.queue, w)
+			w.peer().greeted = false
+		}
+	}
+
+	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with those
+	// that were promised an early one; each of them cost half a second more.
+	isNew := func(w *entry) bool { return !w.peer().greeted } // or another instance
+	if slices.ContainsFunc(r.queue, isNew) {
+		r.early = len(r.queue) - 1
+	}
+	for place, w := range r.queue {
+		if isNew(w) {
+			r.sendHeartbeat(n, w, place)
+		}
+	}
+}
+
+// turn is when the watcher at that place in the queue is sent its next heartbeat.
+func (r *heartbeats) turn(place int) time.Duration {
+	early := min(place, r.early)
+	return r.nextBeat + time.Duration(early)*earlyInterval + time.Duration(place-early)*heartbeatInterval
+}
+
+// sendHeartbeat sends a heartbeat to w, whose place in the queue promises it the next one. A watcher that has not
+// answered yet is asked to: before that it gets no broadcasts, which it does not take if it has not heard of this node.
+func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
+	wait := r.turn(place) - n.real
 	hdr := n.header(msgHeartbeat)
-	hdr.Promise = uint32((next - n.now) / ms)
-	if w.peer().promised = next; w.peer().validated {
+	hdr.Promise = uint32(max(wait, 0)/ms) + 1 // 0 is no promise
+	w.peer().greeted = true
+	if w.peer().validated {
 		n.send(w.Member, hdr, nil)
 	} else {
-		n.sendReliable(w.Member, hdr, nil, next-n.now)
+		n.sendReliable(w.Member, hdr, nil, wait)
 	}
 }
 
-// step sends the next heartbeat, to the watcher whose promise ends first, and starts a probe of everybody who
-// is overdue.
 func (r *heartbeats) step(n *node) {
-	if len(r.watchers) > 0 {
-		if n.now >= r.nextBeat {
-			r.nextBeat = max(r.nextBeat+heartbeatInterval, n.now+heartbeatInterval/2)
-			w := slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.peer().promised, b.peer().promised) })
-			r.sendHeartbeat(n, w)
-		}
-		n.wakeAt(r.nextBeat)
+	if len(r.queue) > 0 {
+		r.beat(n)
+		n.wakeAt(n.now + r.nextBeat - n.real)
 	}
 	for _, e := range r.watched {
 		if due := e.peer().due; n.now < due {
@@ -2055,15 +2098,67 @@ func (r *heartbeats) step(n *node) {
 			n.detector.startProbe(n, e.Member)
 		}
 	}
-	if n.now >= r.linkAt { // watch links to the first watchers that have answered
-		n.out.links, r.linkAt = []Member{}, never
-		for _, w := range r.watchers {
-			if len(n.out.links) < linksWanted && w.peer().validated {
-				n.out.links = append(n.out.links, w.Member)
-			}
-		}
+	if n.now >= r.linkAt {
+		r.relink(n)
 	}
 	n.wakeAt(r.linkAt)
+}
+
+// beat sends what is due now.
+func (r *heartbeats) beat(n *node) {
+	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each of
+	// them starts a probe.
+	if n.real >= r.nextBeat+heartbeatInterval {
+		r.nextBeat = n.real + heartbeatInterval
+		for place, w := range r.queue {
+			r.sendHeartbeat(n, w, place)
+		}
+		return
+	}
+
+	for n.real >= r.nextBeat {
+		first := r.queue[0]
+		r.queue = append(slices.Delete(r.queue, 0, 1), first)
+		r.nextBeat = r.turn(1)
+		r.early = max(r.early-1, 0)
+		r.sendHeartbeat(n, first, len(r.queue)-1)
+	}
+}
+
+// planLinks notes that other watch links may be wanted. While many join, rings change all the time, and links follow a
+// little later; but a missing link is made at once, or a kill in between is not noticed before a heartbeat is overdue.
+func (r *heartbeats) planLinks(n *node) {
+	delay := relinkDelay
+	r.links = slices.DeleteFunc(r.links, n.table.ended)
+	if len(r.links) < min(linksWanted, len(r.watchers)) {
+		delay = 0
+	}
+	r.linkAt = min(r.linkAt, n.now+delay)
+}
+
+// relink asks for watch links to the first watchers that have answered. Former links last for a while beside new ones,
+// so that there is no moment without any.
+func (r *heartbeats) relink(n *node) {
+	r.linkAt = never
+	var links []Member
+	isNew := false
+	for _, w := range r.watchers {
+		if len(links) < linksWanted && w.peer().validated {
+			links = append(links, w.Member)
+			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
+		}
+	}
+	if isNew {
+		former := slices.DeleteFunc(r.links, func(m Member) bool {
+			return n.table.ended(m) || slices.ContainsFunc(links, m.sameInstance)
+		})
+		if len(former) > 0 {
+			links = append(links, former[:min(len(former), linksWanted)]...)
+			r.linkAt = n.now + linkOverlap
+		}
+	}
+	r.links = links
+	n.out.links = append([]Member{}, links...)
 }
 
 // ---- probes ----
@@ -2093,6 +2188,7 @@ type probe struct {
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
 	pending      []*entry // who has not voted yet
+	unanswered   int      // rounds in which no helper has voted
 }
 
 // probesOf is all probes of one run of a member.
@@ -2138,7 +2234,10 @@ func (n *node) linkEnded(m Member, tries int, refused bool) {
 	if n.table.ended(m) || e == n.self || e.isolated || n.identity.leaving != 0 {
 		return
 	}
-	if tries == 4 {
+	if tries > linkTries {
+		return // a firewall stays, and says nothing about the member
+	}
+	if tries == linkTries {
 		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
 	if p := n.detector.startProbe(n, e.Member); p != nil {
@@ -2200,13 +2299,32 @@ func (d *detector) stepProbe(n *node, p *probe) {
 // localOnly reports whether what I see is the verdict: a helper asks nobody, and of a conflict nobody else can tell.
 func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
 
-// chooseHelpers are the target's other watchers and one random member.
+// chooseHelpers are the target's other watchers and one random member. Where most hosts are lost at once, those are
+// as dead as the target: after a round without a vote only random members are asked, each time more of them, and first
+// those that have ever answered this node, since what others are sent is limited.
 func (n *node) chooseHelpers(p *probe) []*entry {
 	if p.localOnly(n) {
 		return nil
 	}
-	hs := slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
-	if r := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }); r != nil {
+	var hs []*entry
+	if p.unanswered == 0 {
+		hs = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
+	}
+	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }
+	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
+
+	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
+	for i := range random {
+		var r *entry
+		if i > 0 {
+			r = n.randomMember(n.table.ring[0], hasAnswered)
+		}
+		if r == nil {
+			r = n.randomMember(n.table.ring[0], canHelp)
+		}
+		if r == nil {
+			break
+		}
 		hs = append(hs, r)
 	}
 	return hs
@@ -2355,6 +2473,7 @@ func (d *detector) conclude(n *node, p *probe) {
 	case len(p.results) > 0, n.table.aliveCount() <= 2: // nobody else reaches it either
 		d.declareSuspect(n, p)
 	default: // nobody else could say
+		p.unanswered++
 		d.restart(n, p, n.now)
 	}
 }

@@ -1403,8 +1403,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
-		"further one 30 s (default: never)")
+	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s, each\n"+
+		"further one up to 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
