@@ -85,7 +85,6 @@ const (
 	maxInputs                   = 1024        // that wait for the loop; more datagrams are lost
 	drainFor                    = 20 * ms     // inputs may keep the loop from its tick
 	writeFor                    = 20 * ms     // what the socket does not take by then is lost, as UDP may be
-	linesRate, linesBurst       = 50, 2000    // log lines about members: a second, and at once
 
 	// Bystanders whose addresses somebody forged get, all together, so much a second, and so many queries.
 	amplificationRate, amplificationBurst           = 20, 60
@@ -407,6 +406,11 @@ func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
 	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
 	return b
 }
+
+// has reports whether cost tokens are there; spend takes them.
+func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
+
+func (b *bucket) spend(cost float64) { b.tokens -= cost }
 
 // take takes a token, if there is one.
 func (b *bucket) take() bool {
@@ -1951,6 +1955,7 @@ type gossip struct {
 	record    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
 	isolated  atomic.Bool
 	inputs    chan func(*node) // what the loop shall do
+	dropped   atomic.Int64     // datagrams that found inputs full
 	syncSlots chan struct{}    // a place for each exchange that others have dialled
 	ended     chan struct{}    // the loop; done: also all that it has started
 	done      chan struct{}    // all has ended: err and last may be read
@@ -1962,17 +1967,87 @@ type loopState struct {
 	node        *node
 	links       map[string]context.CancelFunc
 	subscribers map[*subscriber]bool
-	memberLines bucket  // of the log about members
-	unlogged    int     // lines that were left out
 	err         error   // why it ended; nil: it was told to
 	last        []Event // what handlers shall still hear then
+}
+
+// logClass is whose doing a log line tells of.
+type logClass int
+
+const (
+	aboutHost      logClass = iota // this host has too little of something
+	aboutPeers                     // a peer was refused, at an address that answers
+	aboutStrangers                 // a datagram was refused: anybody can forge where it comes from
+	aboutMembers                   // a member came, changed or went
+	aboutEvents                    // a user of some agent sent an event
+	aboutQueries                   // or a query
+)
+
+// logBounds is how many lines of each class are logged: per second, and at once.
+var logBounds = [...]struct {
+	what        string
+	rate, burst float64
+}{
+	aboutHost:      {"this host", 10.0 / 60, 10},
+	aboutPeers:     {"peers that were refused", 10.0 / 60, 10},
+	aboutStrangers: {"datagrams that were refused", 10.0 / 60, 10},
+	aboutMembers:   {"members", 50, 2000},
+	aboutEvents:    {"user events", 50, 2000},
+	aboutQueries:   {"queries", 50, 2000},
+}
+
+// sourceSilence is how long one source of refused messages is not named again.
+const sourceSilence = time.Minute
+
+// logLimit bounds the log lines that others can cause. Each class has its own bound, so that a flood of what anybody can
+// forge hides no line of more importance. Safe for concurrent use.
+type logLimit struct {
+	log     *log.Logger
+	start   time.Time
+	mu      sync.Mutex
+	classes [len(logBounds)]struct {
+		bucket
+		omitted int                      // lines, since the last one that was logged
+		named   map[string]time.Duration // when each source was last named
+	}
+}
+
+func newLogLimit(log *log.Logger) *logLimit { return &logLimit{log: log, start: time.Now()} }
+
+// printf logs a line about source, if the class has room for it and the source was not named for a while. Source "" is
+// that of lines which may follow each other.
+func (l *logLimit) printf(class logClass, source, format string, a ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c, bound, now := &l.classes[class], logBounds[class], time.Since(l.start)
+	c.fill(now, bound.rate, bound.burst)
+	// Only what is logged is remembered, so the map is as small as the bound.
+	maps.DeleteFunc(c.named, func(_ string, at time.Duration) bool { return now-at >= sourceSilence })
+	_, named := c.named[source]
+	if named || !c.has(1) {
+		c.omitted++
+		return
+	}
+
+	c.spend(1)
+	if c.omitted > 0 {
+		l.log.Printf("[WARN] %d lines about %s were left out", c.omitted, bound.what)
+		c.omitted = 0
+	}
+	if source != "" {
+		if c.named == nil {
+			c.named = make(map[string]time.Duration)
+		}
+		c.named[source] = now
+	}
+	l.log.Printf(format, a...)
 }
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
 		ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{limit: guestLimit(), log: cfg.log}}
+		acceptor: acceptor{limit: guestLimit(), lines: newLogLimit(cfg.log)}}
 	g.sealer, g.cfg.portKind = &g.cfg.sealer, gossipPort
 	if err := g.listen(); err != nil {
 		return nil, err
@@ -2087,17 +2162,11 @@ func (g *gossip) dispatch(ev Event) {
 	case ev.kind == eventAnswer:
 		return
 	case ev.kind == eventUser:
-		g.cfg.log.Printf("[INFO] user-event: %s", what)
+		g.lines.printf(aboutEvents, "", "[INFO] user-event: %s", what)
 	case ev.kind == eventQuery:
-		g.cfg.log.Printf("[DEBUG] query: %s", what)
-	case !g.memberLines.fill(time.Since(g.start), linesRate, linesBurst).take():
-		g.unlogged++
+		g.lines.printf(aboutQueries, "", "[DEBUG] query: %s", what)
 	default:
-		if g.unlogged > 0 {
-			g.cfg.log.Printf("[WARN] %d lines about members were left out", g.unlogged)
-		}
-		g.unlogged = 0
-		g.cfg.log.Printf("[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
+		g.lines.printf(aboutMembers, "", "[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
 	}
 	g.cfg.events(ev, func(r reply, text []byte) { g.post(func(n *node) { n.sendReply(ev, r, text) }) })
 }
@@ -2115,15 +2184,15 @@ func (g *gossip) readUDP() {
 		data, anyRun, err := g.sealer.openDatagram(buf[:size], self.Name, self.Instance)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
-				g.logRejected(from.Addr(), err)
+				g.logRejected(aboutStrangers, from.Addr(), err)
 			}
 			continue
 		}
 		data = slices.Clone(data)
 		select {
-		case g.inputs <- func(n *node) { g.logRejected(from.Addr(), n.handleDatagram(from, data, anyRun)) }:
+		case g.inputs <- func(n *node) { g.logRejected(aboutStrangers, from.Addr(), n.handleDatagram(from, data, anyRun)) }:
 		default:
-			g.dropped.Add(1)
+			g.lines.printf(aboutHost, "datagrams", "[WARN] datagrams are dropped, %d so far: more come in than this host has time for", g.dropped.Add(1))
 		}
 	}
 }

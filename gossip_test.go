@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log"
 	"net/netip"
 	"os"
 	"regexp"
@@ -887,28 +888,59 @@ func TestEventsAreLoggedWithAddressSenderAndSize(t *testing.T) {
 	}
 }
 
-// Forged joins made 1.2 MB of log a second. Handlers and watchers are told of all.
-func TestTheLogOfMembersIsBoundAndHandlersAreNot(t *testing.T) {
-	const events = linesBurst + 500
-	var told atomic.Int64
-	g, logged := startTestGossip(t, "red", gossipConfig{events: func(Event, func(reply, []byte)) { told.Add(1) }})
-	publish := func(from, to int) {
-		g.run(func(*node) error {
-			for i := from; i < to; i++ {
-				g.dispatch(Event{kind: eventJoin, update: update{Member: labMember(i % 26)}})
-			}
-			return nil
+// Forged joins made 1.2 MB of log a second, and forged user events 384 kB. Handlers and watchers are told of all.
+func TestLogOfMembersAndEventsIsBoundAndHandlersAreNot(t *testing.T) {
+	for class, ev := range map[logClass]Event{
+		aboutMembers: {kind: eventJoin, update: update{Member: labMember(1)}},
+		aboutEvents:  {kind: eventUser, update: update{Member: labMember(1), Name: strings.Repeat("e", 900)}},
+	} {
+		bound := logBounds[class]
+		events := int(bound.burst) + 500
+		var told atomic.Int64
+		g, logged := startTestGossip(t, "red", gossipConfig{events: func(Event, func(reply, []byte)) { told.Add(1) }})
+		publish := func(count int) {
+			g.run(func(*node) error {
+				for range count {
+					g.dispatch(ev)
+				}
+				return nil
+			})
+		}
+		publish(events)
+		lines := strings.Count(logged.String(), "[INFO]")
+		if told.Load() < int64(events) || lines < int(bound.burst) || lines > int(bound.burst)+250 {
+			t.Errorf("%d events: %d lines, %d for handlers", events, lines, told.Load())
+		}
+		if size := len(logged.String()); size > lines*300 {
+			t.Errorf("%d bytes in %d lines", size, lines)
+		}
+		eventually(t, "the next line says how many are missing", func() bool {
+			publish(1)
+			return strings.Contains(logged.String(), "lines about "+bound.what+" were left out")
 		})
 	}
-	publish(0, events)
-	lines := strings.Count(logged.String(), "[INFO] member-join: ")
-	if told.Load() < events || lines < linesBurst || lines > linesBurst+250 {
-		t.Errorf("%d events: %d lines, %d for handlers", events, lines, told.Load())
+}
+
+// Ten forged sources a minute hid every other warning.
+func TestLogLimitHidesNothingOfAnotherClass(t *testing.T) {
+	var logged bytes.Buffer
+	l := newLogLimit(log.New(&logged, "", 0))
+	for i := range 10000 {
+		l.printf(aboutStrangers, fmt.Sprint(i), "forged %d", i)
+		l.printf(aboutPeers, "10.0.0.1", "refused %d", i)
 	}
-	eventually(t, "the next line says how many are missing", func() bool {
-		publish(0, 1)
-		return strings.Contains(logged.String(), "lines about members were left out")
-	})
+	l.printf(aboutPeers, "10.0.0.2", "refused another")
+	l.printf(aboutHost, "accept", "no descriptors")
+	l.printf(aboutMembers, "", "member-failed")
+	got := logged.String()
+	for what, want := range map[string]int{"forged": 10, "refused 0": 1, "refused": 2 + 1, "refused another": 1, "no descriptors": 1, "member-failed": 1} {
+		if count := strings.Count(got, what); count != want {
+			t.Errorf("%q is logged %d times, want %d:\n%s", what, count, want, got)
+		}
+	}
+	if named := len(l.classes[aboutStrangers].named); named > 10 {
+		t.Errorf("%d sources are remembered", named)
+	}
 }
 
 // ---- what the core alone takes ----
