@@ -78,17 +78,25 @@ const (
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
 	maxRequests                 = 2 * maxMembers
-	maxQueries, maxHeard        = 64, 1 << 14 // of one's own at a time, and those of others
+	maxQueries                  = 64          // of one's own at a time
 	replyTimeout                = time.Minute // a reply is sent again for so long at most
 	maxQueryTimeout             = time.Hour   // a query that arrives again is known for so long at most
 	reliableRate, reliableBurst = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
+	replayedPingRate            = 1000        // answers a second to pings that may be recordings
 	maxInputs                   = 1024        // that wait for the loop; more datagrams are lost
 	drainFor                    = 20 * ms     // inputs may keep the loop from its tick
 	writeFor                    = 20 * ms     // what the socket does not take by then is lost, as UDP may be
 
-	// Bystanders whose addresses somebody forged get, all together, so much a second, and so many queries.
-	amplificationRate, amplificationBurst           = 20, 60
-	queryAmplificationRate, queryAmplificationBurst = 2000, 1000
+	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries queries
+	// under way, and a few probes.
+	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
+	maxRequestsToPeer = 8 * maxQueries
+	maxProbesForPeer  = maxProbes / 8
+
+	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only this
+	// agent's own users make it ask; of all else they get a hundredth of that.
+	amplificationRate, amplificationBurst = 2000, 6000
+	queryCost, unaskedCost                = 1, 100
 )
 
 var (
@@ -102,8 +110,9 @@ var (
 
 // The detector's times and bounds; a probe counts from its start.
 const (
-	heartbeatInterval = 500 * ms // one heartbeat, to one watcher at a time
-	overdueAfter      = 100 * ms // past its promise
+	heartbeatInterval = 500 * ms                        // one heartbeat, to one watcher at a time
+	overdueAfter      = 100 * ms                        // past its promise
+	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle, which a first heartbeat may be put behind
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2        // watchers that hold a watch link
 	relinkDelay       = 100 * ms // while many join, rings change all the time
@@ -366,12 +375,24 @@ func (w *replayWindow) accept(number uint64) bool {
 	return fresh
 }
 
-// reset makes number the highest that has counted.
-func (w *replayWindow) reset(number uint64) {
-	if number+windowSize < w.top {
-		*w = replayWindow{number, ^uint64(0)}
-	}
+// isBehind reports whether number is too far below the highest to count.
+func (w *replayWindow) isBehind(number uint64) bool {
+	return w.top >= windowSize && number <= w.top-windowSize
 }
+
+// handleAnswer takes the number of an answer. asked is what the highest was when its question was first sent: a sender
+// numbers on from what it has sent before, so that an answer below it shows that somebody has forged that highest
+// number. Where nobody can forge (with a key) no answer is below, however late it comes.
+func (w *replayWindow) handleAnswer(number, asked uint64) {
+	if number < asked {
+		*w = replayWindow{top: number, seen: ^uint64(0)}
+		return
+	}
+	w.accept(number)
+}
+
+// closedWindow lets nothing count until an answer comes.
+func closedWindow() replayWindow { return replayWindow{top: ^uint64(0), seen: ^uint64(0)} }
 
 // ---- awake time ----
 
@@ -469,6 +490,9 @@ type node struct {
 	joining     joining
 	identity    identity
 	queries     queries
+
+	amplification bucket // what those get who have never answered
+	replayedPings bucket // answers to these, and to unknown senders
 }
 
 // newNode makes a node of cfg; now is the caller's clock.
@@ -479,6 +503,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
 	n.heartbeats = heartbeats{nextBeat: n.now + n.jitter(heartbeatInterval), linkAt: never}
+	n.requests.ofPeer = make(map[string]int)
 	n.detector.lastHeard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	return n
@@ -486,14 +511,19 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 
 // step is the one way in: it runs the clock to now, then input, which may call whatever is told to a node.
 func (n *node) step(now time.Duration, input func(*node)) {
-	n.clock.advance(now)
+	n.advance(now)
 	input(n)
+}
+
+func (n *node) advance(now time.Duration) {
+	n.clock.advance(now)
+	n.amplification.fill(n.now, amplificationRate, amplificationBurst)
 }
 
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
 // that had arrived before (a queued heartbeat acquits its sender).
 func (n *node) tick(now time.Duration) outputs {
-	n.clock.advance(now)
+	n.advance(now)
 	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
 	n.requests.step(n)
 	if n.identity.leaving == 0 {
@@ -524,8 +554,8 @@ func (n *node) logf(format string, a ...any) {
 	n.out.logs = append(n.out.logs, fmt.Sprintf(format, a...))
 }
 
-// isPlausible is the one rule about numbers from outside: no incarnation and no Lamport time is far above all
-// that is known, or one forged datagram with the highest number of all would end joins, or events, for good.
+// isPlausible is the rule about Lamport times from outside: none is far above all that is known, or one forged datagram
+// with the highest number of all would end events for good. About incarnations see isPlausibleClaim.
 // What is known at the start may be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
 func (n *node) isPlausible(number, known uint64) bool {
 	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
@@ -546,31 +576,45 @@ func (n *node) header(k msgKind) header {
 // digest covers the table and the remembered user events.
 func (n *node) digest() uint64 { return n.table.digest ^ n.broadcasts.events.digest }
 
-// allows reports whether m may be sent something that it has not asked for, a message of kind k.
-func (n *node) allows(m Member, k msgKind) bool {
-	if e := n.table.get(m.Name); e != nil && e.Addr == m.Addr && e.peer().validated {
-		return true
+// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members that
+// have answered at their address cost nothing.
+func (n *node) amplificationCost(m Member, k msgKind) float64 {
+	e := n.table.get(m.Name)
+	if e != nil && e.Addr == m.Addr && e.peer().validated {
+		return 0
 	}
 	if k == msgQuery {
-		return n.queries.amplification.fill(n.now, queryAmplificationRate, queryAmplificationBurst).take()
+		return queryCost
 	}
-	return n.detector.amplification.fill(n.now, amplificationRate, amplificationBurst).take()
+	return unaskedCost
 }
+
+// allows reports whether m may be sent a message of kind k; spend notes that it is.
+func (n *node) allows(m Member, k msgKind) bool {
+	return n.amplification.has(n.amplificationCost(m, k))
+}
+
+func (n *node) spend(m Member, k msgKind) { n.amplification.spend(n.amplificationCost(m, k)) }
 
 // send sends h and a body of updates to one run of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
-	if hdr.Kind == msgAck || n.allows(to, hdr.Kind) {
-		n.number++
-		hdr.Number = n.number
-		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
+	if hdr.Kind != msgAck { // which is never larger than what was asked
+		if !n.allows(to, hdr.Kind) {
+			return
+		}
+		n.spend(to, hdr.Kind)
 	}
+
+	n.number++
+	hdr.Number = n.number
+	n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
 }
 
 // ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
 	hdr.Target, hdr.Seq = m.Name, n.nonce()
-	n.requests.add(request{m: m, h: hdr, until: n.now + requestTimeout, at: never})
+	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never})
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
@@ -578,8 +622,17 @@ func (n *node) ping(m Member) {
 // sendReliable sends m a letter.
 func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Duration) {
 	hdr.Seq = n.nonce()
-	n.requests.add(request{m: m, h: hdr, body: body, until: n.now + within})
+	n.addRequest(request{m: m, h: hdr, body: body, until: n.now + within})
 	n.wakeAt(n.now)
+}
+
+// addRequest notes a question.
+func (n *node) addRequest(q request) {
+	e := n.table.get(q.m.Name)
+	if e != nil && e.Instance == q.m.Instance {
+		q.asked = e.peer().datagrams.top
+	}
+	n.requests.add(q)
 }
 
 // nonce is a number that nobody can guess.
@@ -588,6 +641,7 @@ func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 // tcpProbe has TCP look at m.
 func (n *node) tcpProbe(m Member) {
 	if n.allows(m, msgTCPProbe) {
+		n.spend(m, msgTCPProbe)
 		n.out.tcpProbes = append(n.out.tcpProbes, m)
 	}
 }
@@ -595,6 +649,7 @@ func (n *node) tcpProbe(m Member) {
 // sync has TCP compare tables with m.
 func (n *node) sync(m Member) {
 	if n.allows(m, msgSync) {
+		n.spend(m, msgSync)
 		n.logf("[DEBUG] comparing tables with %s at %s", m.Name, m.Addr)
 		n.out.syncs = append(n.out.syncs, m)
 	}
@@ -626,6 +681,7 @@ func (n *node) claim(e *entry) update {
 type request struct {
 	m     Member // the run that is asked
 	h     header
+	asked uint64 // the highest number of its datagrams, before
 	body  []byte
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
@@ -633,14 +689,30 @@ type request struct {
 }
 
 type requests struct {
-	open []*request
-	rate bucket // of letters
+	open   []*request
+	ofPeer map[string]int // how many of them each name has
+	rate   bucket         // of letters
 }
 
 func (qs *requests) add(q request) {
-	if len(qs.open) < maxRequests {
-		qs.open = append(qs.open, &q)
+	if len(qs.open) >= maxRequests || qs.ofPeer[q.m.Name] >= maxRequestsToPeer {
+		return
 	}
+	qs.open = append(qs.open, &q)
+	qs.ofPeer[q.m.Name]++
+}
+
+// removed is told that q is not open any more.
+func (qs *requests) removed(q *request) {
+	qs.ofPeer[q.m.Name]--
+	if qs.ofPeer[q.m.Name] == 0 {
+		delete(qs.ofPeer, q.m.Name)
+	}
+}
+
+func (qs *requests) removeAll() {
+	qs.open = nil
+	clear(qs.ofPeer)
 }
 
 func (qs *requests) step(n *node) {
@@ -648,6 +720,7 @@ func (qs *requests) step(n *node) {
 	qs.open = slices.DeleteFunc(qs.open, func(q *request) bool {
 		due := n.now >= q.at && n.now < q.until && qs.rate.take()
 		if n.now >= q.until || due && n.table.ended(q.m) {
+			qs.removed(q)
 			return true
 		}
 		if due {
@@ -668,9 +741,10 @@ type peerState struct {
 	validated     bool          // it has answered: somebody lives at its address
 	promised      time.Duration // when it gets the next heartbeat, if it watches me
 	due           time.Duration // when it is overdue, if I watch it
-	claimRate     bucket        // with what is believed of it
+	claimRate     bucket        // what it makes this node send: what is believed of it, and pings
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
+	heard         []heardQuery  // its queries whose time is not over
 }
 
 func (e *entry) peer() *peerState {
@@ -689,24 +763,59 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 	}
 	e := n.table.get(hdr.From)
 	switch {
-	case hdr.Raised > hdr.Incarnation || !n.isPlausible(hdr.Incarnation, n.table.highest):
-		return errors.New("claims an incarnation far ahead of all that is known")
+	case hdr.Raised > hdr.Incarnation:
+		return errMalformed
 	case hdr.Kind > msgReply || anyRun && hdr.Kind != msgPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
 	case hdr.Kind == msgPing:
-		if hdr.Target == n.self.Name { // else it was meant for a former owner of this address
-			n.sendAck(from, hdr, len(b))
-		}
+		n.handlePing(e, from, hdr, len(b))
 	case hdr.Kind == msgAck:
 		n.handleAck(hdr)
 	case e == nil || e == n.self || e.Instance != hdr.born(): // a run that is not remembered comes in by an exchange
 		n.handleUnknownHeartbeat(e, hdr)
-	case e.peer().datagrams.accept(hdr.Number): // it counts: it has not come before
-		n.detector.lastHeard = n.now
-		return n.handleMessage(e, from, hdr, len(b), body)
+	case e.peer().datagrams.isBehind(hdr.Number):
+		n.handleBehind(e, hdr)
+	default:
+		fresh := e.peer().datagrams.accept(hdr.Number)
+		if fresh {
+			n.detector.lastHeard = n.now
+			return n.handleMessage(e, from, hdr, len(b), body)
+		}
 	}
 	return nil
+}
+
+// handlePing answers a ping. Anybody can play a recorded one again and again, also without a key: those that have come
+// before, and those of a sender that is not remembered, get so many answers a second, all together.
+func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
+	if hdr.Target != n.self.Name {
+		return // it was meant for a former owner of this address
+	}
+	fresh := false
+	if e != nil && e.Instance == hdr.born() {
+		fresh = e.peer().datagrams.accept(hdr.Number)
+	}
+	if !fresh {
+		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
+		if !n.replayedPings.has(1) {
+			return
+		}
+		n.replayedPings.spend(1)
+	}
+	n.sendAck(from, hdr, size)
+}
+
+// handleBehind handles what is far below the highest number of e. It does not count. But without a key, somebody may have
+// forged that highest number; so, if e waits for an answer, it is pinged, and what it answers shows where it is.
+func (n *node) handleBehind(e *entry, hdr header) {
+	rate := &e.peer().claimRate
+	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
+	if hdr.Seq == 0 || !rate.has(1) {
+		return
+	}
+	rate.spend(1)
+	n.ping(e.Member)
 }
 
 // handleMessage takes what counts: e has sent it just now.
@@ -728,13 +837,21 @@ func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int
 	case hdr.Kind == msgReply:
 		n.queries.handleAnswer(n, e, hdr, us)
 	case hdr.Kind == msgBroadcast:
-		for i := range us {
-			if err := n.handleUpdate(&us[i], e.Name, nil); err != nil {
-				return err
-			}
-		}
+		return n.handleBroadcast(e, us)
 	}
 	return nil
+}
+
+// handleBroadcast takes what by has flooded. One bad update costs that update; the first is returned as an error.
+func (n *node) handleBroadcast(by *entry, us []update) error {
+	var first error
+	for i := range us {
+		err := n.handleUpdate(&us[i], by.Name, nil)
+		if first == nil {
+			first = err
+		}
+	}
+	return first
 }
 
 // sendAck acknowledges a datagram of size bytes. It is never larger, since the source may be forged.
@@ -758,6 +875,7 @@ func (n *node) handleAck(hdr header) {
 	}
 	q := qs.open[i]
 	qs.open = slices.Delete(qs.open, i, i+1)
+	qs.removed(q)
 	if q.m.Addr != n.self.Addr {
 		n.detector.lastHeard = n.now
 	}
@@ -771,7 +889,7 @@ func (n *node) handleAck(hdr header) {
 			n.sync(e.Member)
 		}
 	default:
-		e.peer().datagrams.reset(hdr.Number) // only a forger's is far above what was sent just now
+		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
 		if q.h.Kind == msgQuery {
 			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
 		}
@@ -807,7 +925,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 	e.peer().tcpOnly = 0
 	if hdr.Promise > 0 {
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + overdueAfter
+		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + overdueAfter
 		n.detector.handleSignOfLife(n, e.Member)
 	}
 	if e.isolated {
@@ -862,14 +980,65 @@ func (s *broadcastQueue) flush(n *node) {
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
 // length.
-func (n *node) sanitizeClaim(u *update) error {
+func sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
 	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
-	if !m.isValid() || !n.isPlausible(m.Incarnation, n.table.highest) {
+	if !m.isValid() {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
 	return nil
+}
+
+// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
+// of all would make its member irrefutable for good. The limits are the same for all nodes: where a limit grew with
+// what a node had heard, or with its uptime, a number between the limits of two nodes cut them apart.
+const (
+	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
+	ownNameLimit    = 1 << 63       // what a restarted agent may be told of its former run
+	firstHandLimit  = 1<<64 - 1<<21 // nearly no limit
+	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last heard of
+)
+
+// isPlausibleClaim reports whether the incarnation of m, a claim that came as sync says, can be believed.
+func (n *node) isPlausibleClaim(m Member, sync *stateSync) bool {
+	limit, known := uint64(hearsayLimit), uint64(0)
+	e := n.table.get(m.Name)
+	if e != nil {
+		known = e.Incarnation
+	}
+	switch {
+	case sync != nil && n.isFirstHand(m, e, sync):
+		limit = firstHandLimit
+	case sync != nil && e == n.self:
+		limit = ownNameLimit
+	}
+	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
+}
+
+// isFirstHand reports whether nobody can have forged the number of m, or nobody who was not asked: it is a member's word
+// about itself, told at its address where this node has dialled it; or it is what a seed knows when this node comes
+// in, which then counts as known.
+func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
+	if !sync.peer.Addr.IsValid() { // the peer has dialled
+		return false
+	}
+	ownWord := m.sameInstance(sync.peer) && m.Addr == sync.peer.Addr
+	moved := e != nil && e.Addr != m.Addr
+	return n.joining.joinedAt == 0 || ownWord && !moved
+}
+
+// handleImplausible handles a claim that cannot be believed. If it is true (the member was told of a forged one, and has
+// refuted that), then the member itself says so where it is dialled.
+func (n *node) handleImplausible(m Member) error {
+	e := n.table.get(m.Name)
+	if e != nil {
+		m = e.Member
+	}
+	if e != n.self && !m.Status.isDead() {
+		n.antiEntropy.askFirstHand(n, m)
+	}
+	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
 
 // handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
@@ -877,10 +1046,13 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
 		return n.handleUserEvent(u, sync != nil && sync.replay)
 	}
-	if err := n.sanitizeClaim(u); err != nil {
+	if err := sanitizeClaim(u); err != nil {
 		return err
 	}
 	m, e := u.Member, n.table.get(u.Member.Name)
+	if !n.isPlausibleClaim(m, sync) {
+		return n.handleImplausible(m)
+	}
 	switch {
 	case e == n.self:
 		n.identity.handleSelfClaim(n, m, via)
@@ -987,6 +1159,15 @@ func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
 	}
 }
 
+// askFirstHand compares tables with m now, as often as comparisons may be made.
+func (r *antiEntropy) askFirstHand(n *node, m Member) {
+	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
+	if r.rate.has(1) {
+		r.rate.spend(1)
+		n.sync(m)
+	}
+}
+
 // handleUnknownHeartbeat is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
 // watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
 // of them for long: as nothing of theirs counts, they never meet me, and flood nothing to me. Of a hundred who joined
@@ -1055,7 +1236,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 			m.Addr = sync.peer.Addr
 		}
 		switch {
-		case n.sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name:
+		case sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name || !n.isPlausibleClaim(*m, sync):
 		case n.joining.joinedAt != 0 && m.Instance > n.self.Instance: // it gives way when it hears of me
 		case sync.conflict != nil && sync.conflict.result == verdictAlive:
 			return nameTaken(sync.conflict.m)
@@ -1297,7 +1478,8 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 
 // startLeave tells the watchers that this node leaves; it has left when all of them know, or after leaveTimeout.
 func (n *node) startLeave() {
-	n.identity.leaving, n.requests.open = cmp.Or(n.identity.leaving, n.now+leaveTimeout), nil
+	n.identity.leaving = cmp.Or(n.identity.leaving, n.now+leaveTimeout)
+	n.requests.removeAll()
 	for _, w := range n.heartbeats.watchers {
 		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveTimeout)
 	}
@@ -1438,12 +1620,11 @@ func (r *heartbeats) step(n *node) {
 
 // detector is all probes that run, and whether this node hears anybody.
 type detector struct {
-	probes        []*probe
-	lastHeard     time.Duration // last sign of anybody
-	lastResortAt  time.Duration // the next last call
-	isolated      bool
-	retry         bucket
-	amplification bucket // what those get who have never answered
+	probes       []*probe
+	lastHeard    time.Duration // last sign of anybody
+	lastResortAt time.Duration // the next last call
+	isolated     bool
+	retry        bucket
 }
 
 // probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
@@ -1610,7 +1791,7 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	case e == nil || e == n.self || by.Status.isDead() || slices.ContainsFunc(d.probes, again):
 	case e.Status.isDead(): // the asker has missed it, and may have nobody else to ask
 		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
-	case len(d.probes) < maxProbes/2: // I have my own to look at
+	case len(d.probes) < maxProbes/2 && d.countFor(by) < maxProbesForPeer: // I have my own to look at
 		running := d.probesOf(e.Member)
 		p := d.addProbe(n, e.Member)
 		p.requester, p.seq = by, hdr.Seq
@@ -1619,6 +1800,16 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 			p.record(running[0].result)
 		}
 	}
+}
+
+// countFor counts the probes that by has asked for.
+func (d *detector) countFor(by *entry) (count int) {
+	for _, p := range d.probes {
+		if p.requester == by {
+			count++
+		}
+	}
+	return count
 }
 
 // sendProbeResult tells the asker what was seen, and of which run: a helper that knows a newer one would else acquit the old
@@ -1824,16 +2015,20 @@ func (d *detector) stepRetry(n *node) {
 // is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
 // twice or late.
 type queries struct {
-	open          []*query
-	heard         []*query // of others, remembered until their time is over: they may arrive again
-	amplification bucket   // what those get who have never answered
+	open []*query
 }
 
-// query is one that this node has asked, or has heard.
+// query is one that this node has asked.
 type query struct {
 	id      uint32
 	until   time.Duration
-	waiting []Member // whose answer has not come; of one that was heard: who asked
+	waiting []Member // whose answer has not come
+}
+
+// heardQuery is one of a peer, remembered until its time is over: it may arrive again.
+type heardQuery struct {
+	id    uint32
+	until time.Duration
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
@@ -1875,15 +2070,18 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 	if len(us) != 1 || !n.isValidEvent(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, again := us[0], func(q *query) bool { return q.id == hdr.Query && slices.ContainsFunc(q.waiting, e.sameInstance) }
-	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
+	u := us[0]
+	peer := e.peer()
+	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
+	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
 		return nil
 	}
 	n.broadcasts.events.lamport = max(n.broadcasts.events.lamport, u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
 	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
 	within := min(time.Duration(ev.Timeout)*ms, maxQueryTimeout)
-	qs.heard = append(qs.heard, &query{ev.id, n.now + within, []Member{e.Member}})
+	// A peer that asks more than its share has its own oldest queries forgotten.
+	peer.heard = append(peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):], heardQuery{ev.id, n.now + within})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -1920,7 +2118,6 @@ func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
 
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
-	qs.heard = slices.DeleteFunc(qs.heard, func(q *query) bool { return n.now >= q.until })
 	qs.open = slices.DeleteFunc(qs.open, func(q *query) bool {
 		if q.waiting = slices.DeleteFunc(q.waiting, n.table.ended); len(q.waiting) == 0 || n.now >= q.until {
 			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})

@@ -623,7 +623,10 @@ func (r *rig) checkBounds() {
 	bound("events", len(n.broadcasts.events.recent), maxEvents)
 	bound("seeds' names", len(n.joining.names), 64+4)
 	bound("queries", len(n.queries.open), maxQueries)
-	bound("queries of others", len(n.queries.heard), maxHeard)
+	for _, e := range n.table.ordered {
+		bound("queries of a peer", len(e.peer().heard), maxHeardOfPeer)
+		bound("questions to a peer", n.requests.ofPeer[e.Name], maxRequestsToPeer)
+	}
 	for _, ev := range n.broadcasts.events.recent {
 		bound("bytes of an event", len(ev.Name)+len(ev.Payload), maxPayload)
 	}
@@ -911,6 +914,160 @@ func TestForgedSuspectsInAFullTableCostLittle(t *testing.T) {
 		t.Errorf("%v each", each)
 	}
 	r.checkBounds()
+}
+
+// ---- conversations with strangers ----
+
+// heardQueries counts the queries that handlers were told of.
+func (l *lab) heardQueries() int { return strings.Count(l.text.String(), "event query") }
+
+// asks hands in a query of member from, and returns the datagram.
+func (l *lab) asks(from int, id, timeout uint32) []byte {
+	hdr := l.head(from, header{Kind: msgQuery, Query: id, Seq: id})
+	b := wire.encode(nil, &hdr, update{Member: Member{Name: hdr.From}, Name: "go", LTime: 5, Timeout: timeout})
+	l.raw(from, b)
+	return b
+}
+
+// quiet has all others tell the node that they are well, and lets d pass, in small steps.
+func (l *lab) quiet(count int, d time.Duration, but ...int) {
+	for end := l.now + d; l.now < end; {
+		for i := 1; i < count; i++ {
+			if !slices.Contains(but, i) {
+				beat := l.head(i, header{Kind: msgHeartbeat, Promise: 2500, Digest: l.n.digest()})
+				l.n.step(l.now, func(n *node) { n.handleDatagram(labMember(i).Addr, wire.encode(nil, &beat), false) })
+			}
+		}
+		l.after(min(2*time.Second, end-l.now))
+	}
+}
+
+func TestReplayIsNotReopenedByALateAnswer(t *testing.T) {
+	l := newLab(t, 3)
+	l.breaks(1) // a question to b
+	late := l.head(1, header{Kind: msgAck, Seq: l.seqs["b"]})
+	for range windowSize + 2 { // b goes on
+		l.udp(1, header{Kind: msgBroadcast})
+	}
+	recorded := l.asks(1, 7, 1000)
+	l.after(2500 * ms) // the query's time is over; the question's is not
+	l.raw(1, wire.encode(nil, &late))
+	l.raw(1, recorded)
+	if l.heardQueries() != 1 {
+		t.Errorf("it was heard %d times:\n%s", l.heardQueries(), l.text.String())
+	}
+}
+
+// A run that was forgotten may come back: after a split that lasted, or when another run had its name for a while. Its
+// window was empty then, and all that was recorded before counted again.
+func TestReplayCountsForNothingAfterItsSenderWasForgotten(t *testing.T) {
+	for what, forget := range map[string]func(l *lab, b Member){
+		"reaped": func(l *lab, b Member) {
+			l.n.step(l.now, func(n *node) { n.applyAndBroadcast(b.with(statusFailed)) })
+			l.quiet(3, 2*time.Hour+2*time.Second, 1)
+			if l.n.table.get("b") != nil {
+				t.Fatal("b is not forgotten")
+			}
+		},
+		"another run had its name": func(l *lab, b Member) {
+			b.Instance, b.Incarnation = 11, 11
+			l.n.step(l.now, func(n *node) { n.applyAndBroadcast(b) })
+		},
+		"dropped for a newcomer": func(l *lab, b Member) {
+			l.n.step(l.now, func(n *node) {
+				n.applyAndBroadcast(b.with(statusFailed))
+				n.table.dropOldest()
+			})
+		},
+	} {
+		l := newLab(t, 3)
+		recorded := l.asks(1, 7, 1000)
+		l.quiet(3, 2*time.Second)
+		back := labMember(1)
+		forget(l, back)
+		back.Incarnation = 12
+		l.n.step(l.now, func(n *node) { n.applyAndBroadcast(back) })
+		l.raw(1, recorded)
+		if l.heardQueries() != 1 {
+			t.Errorf("%s: a recording is heard", what)
+		}
+		if l.n.now-l.n.detector.lastHeard < ms && what != "reaped" {
+			t.Errorf("%s: a recording counts as life", what)
+		}
+
+		// What b sends now is heard as soon as it has answered.
+		l.after(time.Second)
+		hdr := header{Kind: msgQuery, Query: 8, Seq: 8, From: "b", Incarnation: 12, Raised: 2}
+		q := update{Member: Member{Name: "b"}, Name: "go", LTime: 6, Timeout: 1000}
+		l.udp(1, hdr, q)
+		l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"], From: "b", Incarnation: 12, Raised: 2})
+		l.udp(1, hdr, q)
+		if l.heardQueries() != 2 {
+			t.Errorf("%s: b is not heard any more:\n%s", what, l.text.String())
+		}
+	}
+}
+
+// A member that the node never asks anything was mute for good after one forged datagram of 37 bytes.
+func TestForgedNumberMutesNoQuery(t *testing.T) {
+	for _, kind := range []msgKind{msgHeartbeat, msgPing, msgBroadcast, msgQuery} {
+		l := newLab(t, 2)
+		forged := header{Kind: kind, From: "b", Incarnation: 10, Number: 1 << 60, Target: "a", Digest: 1}
+		l.raw(1, wire.encode(nil, &forged))
+		l.text.Reset()
+		for range 1000 { // its queries: each is sent again until it is acknowledged
+			l.asks(1, 8, 10000)
+		}
+		if pings := strings.Count(l.text.String(), "to b: ping b"); pings != 1 {
+			t.Errorf("%d pings for 1,000 datagrams that do not count", pings)
+		}
+		l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
+		l.asks(1, 8, 10000)
+		if l.heardQueries() != 1 {
+			t.Errorf("kind %d: heard %d times", kind, l.heardQueries())
+		}
+	}
+}
+
+// Heartbeats that were held back, and are played one by one, kept a dead member alive for twenty minutes: what its answers
+// have overtaken does not count. (Half a minute's worth may: that many numbers the window holds.)
+func TestHeartbeatsHeldBackKeepADeadMemberAliveForAMomentOnly(t *testing.T) {
+	l := newLab(t, 2)
+	var held [][]byte
+	for range 600 { // for twenty minutes b's heartbeats are held back, and its answers are not
+		for range 3 {
+			l.head(1, header{}) // to others
+		}
+		beat := l.head(1, header{Kind: msgHeartbeat, Promise: 2000})
+		held = append(held, wire.encode(nil, &beat))
+		for range 40 {
+			l.after(50 * ms)
+			for _, q := range slices.Clone(l.n.requests.open) {
+				l.udp(1, header{Kind: msgAck, Seq: q.h.Seq})
+			}
+		}
+	}
+	if l.n.table.get("b").displayStatus() != statusAlive {
+		t.Fatal("b is not alive")
+	}
+	died := l.now
+	for _, beat := range held[len(held)-windowSize/4:] { // those that may still count
+		for l.n.detector.ownProbe(l.n.table.get("b")) == nil && l.n.table.get("b").displayStatus() == statusAlive {
+			l.after(100 * ms)
+		}
+		l.raw(1, beat)
+		if l.n.table.get("b").displayStatus() == statusFailed {
+			break
+		}
+		l.after(100 * ms)
+	}
+	for l.n.table.get("b").displayStatus() != statusFailed && l.now < died+time.Hour {
+		l.after(time.Second)
+	}
+	t.Logf("called failed %v after its death", l.now-died)
+	if l.now-died > time.Minute {
+		t.Errorf("it lives on for %v", l.now-died)
+	}
 }
 
 // ---- real agents ----
