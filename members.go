@@ -260,7 +260,7 @@ func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.isolated 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
 	ordered []*entry        // by name, so that no map order can show
-	dead    []*entry        // those that are not alive, by when they died
+	dead    []death         // those that are not alive, by when they died
 	ring    [rings][]*entry // those believed alive, in ring order
 	digest  uint64          // XOR over the entries that are not reaped
 	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such a run must not count
@@ -340,7 +340,6 @@ func (t *table) insert(name string) *entry {
 	e := &entry{claim: c, reaped: true}
 	at, _ := t.index(name)
 	t.ordered = slices.Insert(t.ordered, at, e)
-	t.addDead(e)
 	return e
 }
 
@@ -349,33 +348,45 @@ func (t *table) dropOldest() {
 	if len(t.dead) == 0 {
 		return
 	}
-	e := t.dead[0]
+	e := t.dead[0].e
 	t.change(e, func() { e.reaped = true })
 	t.dropState(e)
-	t.removeDead(e, e.since)
+	t.dead[0] = death{}
+	t.dead = t.dead[1:]
 	at, _ := t.index(e.Name)
 	t.ordered = slices.Delete(t.ordered, at, at+1)
 }
 
-// addDead and removeDead keep the list of the dead; since is when e had died as it was added.
-func (t *table) addDead(e *entry) {
-	at, _ := t.deadIndex(e.Name, e.since)
-	t.dead = slices.Insert(t.dead, at, e)
+// death is one that is dead. It keeps the time at which it was put in order, whatever becomes of the entry.
+type death struct {
+	since time.Duration
+	e     *entry
 }
 
-func (t *table) removeDead(e *entry, since time.Duration) {
-	at, found := t.deadIndex(e.Name, since)
+// updateDead keeps the dead in order after a change of e, which was as was says.
+func (t *table) updateDead(was, e *entry) {
+	if !was.Status.isDead() && !e.Status.isDead() {
+		return
+	}
+	at, found := t.deadIndex(was.Name, was.since)
+	if found && e.Status.isDead() && e.since == was.since {
+		return
+	}
 	if found {
 		t.dead = slices.Delete(t.dead, at, at+1)
+	}
+	if e.Status.isDead() {
+		at, _ = t.deadIndex(e.Name, e.since)
+		t.dead = slices.Insert(t.dead, at, death{e.since, e})
 	}
 }
 
 func (t *table) deadIndex(name string, since time.Duration) (int, bool) {
-	return slices.BinarySearchFunc(t.dead, name, func(e *entry, name string) int {
-		if e.since != since {
-			return cmp.Compare(e.since, since)
+	return slices.BinarySearchFunc(t.dead, name, func(d death, name string) int {
+		if d.since != since {
+			return cmp.Compare(d.since, since)
 		}
-		return strings.Compare(e.Name, name)
+		return strings.Compare(d.e.Name, name)
 	})
 }
 
@@ -398,14 +409,9 @@ func (t *table) setIsolated(e *entry, lost bool) {
 func (t *table) change(e *entry, f func()) {
 	was := *e
 	t.count(e, -1)
-	if was.Status.isDead() {
-		t.removeDead(e, was.since)
-	}
 	f()
 	t.count(e, +1)
-	if e.Status.isDead() {
-		t.addDead(e)
-	}
+	t.updateDead(&was, e)
 	if e.Status.isDead() != was.Status.isDead() {
 		for i, ring := range t.ring {
 			if at, on := t.ringIndex(i, e); on {
@@ -471,7 +477,7 @@ func (t *table) announce(e *entry, was Member) {
 func (t *table) reap(now, after time.Duration) {
 	dropped := 0
 	for i := 0; i < len(t.dead) && now-t.dead[i].since >= after; i++ {
-		e := t.dead[i]
+		e := t.dead[i].e
 		if !e.reaped {
 			t.change(e, func() { e.reaped = true })
 		}
