@@ -809,7 +809,8 @@ type peerState struct {
 	validated     bool          // it has answered: somebody lives at its address
 	promised      time.Duration // when it gets the next heartbeat, if it watches me
 	due           time.Duration // when it is overdue, if I watch it
-	claimRate     bucket        // what it makes this node send: what is believed of it, and pings
+	claimRate     bucket        // with what is believed of it
+	pingRate      bucket        // with pings that others bring about
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
 	heard         []heardQuery  // its queries whose time is not over
@@ -877,13 +878,19 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 // handleBehind handles what is far below the highest number of e. It does not count. But without a key, somebody may have
 // forged that highest number; so, if e waits for an answer, it is pinged, and what it answers shows where it is.
 func (n *node) handleBehind(e *entry, hdr header) {
-	rate := &e.peer().claimRate
-	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
-	if hdr.Seq == 0 || !rate.has(1) {
-		return
+	if hdr.Seq != 0 {
+		n.pingAtBoundedRate(e)
 	}
-	rate.spend(1)
-	n.ping(e.Member)
+}
+
+// pingAtBoundedRate pings e, since somebody said something that only e can settle.
+func (n *node) pingAtBoundedRate(e *entry) {
+	rate := &e.peer().pingRate
+	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
+	if rate.has(1) {
+		rate.spend(1)
+		n.ping(e.Member)
+	}
 }
 
 // handleMessage takes what counts: e has sent it just now.
@@ -958,6 +965,7 @@ func (n *node) handleAck(hdr header) {
 		}
 	default:
 		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
+		e.prove(hdr.Incarnation)
 		if q.h.Kind == msgQuery {
 			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
 		}
@@ -1059,13 +1067,14 @@ func sanitizeClaim(u *update) error {
 }
 
 // Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
-// of all would make its member irrefutable for good. The limits are the same for all nodes: where a limit grew with
-// what a node had heard, or with its uptime, a number between the limits of two nodes cut them apart.
+// of all would make its member irrefutable for good. Hearsay leads no further than a little above what the member
+// itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it. Where the limit
+// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off whoever had missed one.
 const (
 	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
-	ownNameLimit    = 1 << 63       // what a restarted agent may be told of its former run
-	firstHandLimit  = 1<<64 - 1<<21 // nearly no limit
-	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last heard of
+	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former run before it has joined
+	firstHandLimit  = 1<<64 - 1<<21 // nearly none
+	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
 )
 
 // isPlausibleClaim reports whether the incarnation of m, a claim that came as sync says, can be believed.
@@ -1073,37 +1082,42 @@ func (n *node) isPlausibleClaim(m Member, sync *stateSync) bool {
 	limit, known := uint64(hearsayLimit), uint64(0)
 	e := n.table.get(m.Name)
 	if e != nil {
+		known = e.proven
+	}
+	if e == n.self {
 		known = e.Incarnation
 	}
 	switch {
-	case sync != nil && n.isFirstHand(m, e, sync):
+	case n.isFirstHand(m, e, sync):
 		limit = firstHandLimit
-	case sync != nil && e == n.self:
-		limit = ownNameLimit
+	case sync != nil && e == n.self && n.joining.joinedAt == 0:
+		limit = formerRunLimit
 	}
 	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
 }
 
-// isFirstHand reports whether nobody can have forged the number of m, or nobody who was not asked: it is a member's word
-// about itself, told at its address where this node has dialled it; or it is what a seed knows when this node comes
-// in, which then counts as known.
+// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled it; or
+// what a seed believes when this node comes in, which then counts as known.
 func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
-	if !sync.peer.Addr.IsValid() { // the peer has dialled
+	if sync == nil || !sync.peer.Addr.IsValid() { // nobody was dialled
 		return false
 	}
 	ownWord := m.sameInstance(sync.peer) && m.Addr == sync.peer.Addr
-	moved := e != nil && e.Addr != m.Addr
+	moved := e != nil && !e.Status.isDead() && e.Addr != m.Addr
 	return n.joining.joinedAt == 0 || ownWord && !moved
 }
 
-// handleImplausible handles a claim that cannot be believed. If it is true (the member was told of a forged one, and has
-// refuted that), then the member itself says so where it is dialled.
+// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
+// only others were told of it. So the member is asked.
 func (n *node) handleImplausible(m Member) error {
 	e := n.table.get(m.Name)
-	if e != nil {
-		m = e.Member
-	}
-	if e != n.self && !m.Status.isDead() {
+	switch {
+	case e == n.self, m.Status.isDead() && (e == nil || e.Status.isDead()):
+	case m.Status.isDead():
+		n.detector.startProbe(n, e.Member)
+	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
+		n.pingAtBoundedRate(e)
+	default:
 		n.antiEntropy.askFirstHand(n, m)
 	}
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
@@ -1121,6 +1135,7 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if !n.isPlausibleClaim(m, sync) {
 		return n.handleImplausible(m)
 	}
+	firstHand := n.isFirstHand(m, e, sync)
 	switch {
 	case e == n.self:
 		n.identity.handleSelfClaim(n, m, via)
@@ -1135,6 +1150,10 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 		if revived && e.Status == statusAlive && n.table.failed > 0 {
 			n.sync(e.Member) // a split has ended: it knows of many more
 		}
+	}
+	e = n.table.get(m.Name)
+	if firstHand && e != nil {
+		e.prove(m.Incarnation)
 	}
 	return nil
 }

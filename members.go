@@ -265,6 +265,7 @@ type entry struct {
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped bool
 	since  time.Duration // when it came, or died
+	proven uint64        // the highest incarnation that was learnt from the member itself
 	known  time.Duration // when the name was first heard of, on the caller's clock
 	state  *peerState    // the protocol's, with this instance; another one starts anew
 }
@@ -280,6 +281,13 @@ func (e *entry) displayStatus() Status {
 		return statusAlive
 	}
 	return e.Status
+}
+
+// prove notes what the member itself has said of its incarnation.
+func (e *entry) prove(incarnation uint64) {
+	if incarnation <= firstHandLimit {
+		e.proven = max(e.proven, incarnation)
+	}
 }
 
 // isSkipped members are walked over on the rings: nobody there would pass on what it is told.
