@@ -965,7 +965,7 @@ func (n *node) handleAck(hdr header) {
 		}
 	default:
 		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
-		e.prove(hdr.Incarnation)
+		n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
 		if q.h.Kind == msgQuery {
 			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
 		}
@@ -1077,10 +1077,9 @@ const (
 	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
 )
 
-// isPlausibleClaim reports whether the incarnation of m, a claim that came as sync says, can be believed.
-func (n *node) isPlausibleClaim(m Member, sync *stateSync) bool {
+// isPlausibleClaim reports whether the incarnation of m, a claim about e that came as sync says, can be believed.
+func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
 	limit, known := uint64(hearsayLimit), uint64(0)
-	e := n.table.get(m.Name)
 	if e != nil {
 		known = e.proven
 	}
@@ -1109,8 +1108,7 @@ func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
 
 // handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
 // only others were told of it. So the member is asked.
-func (n *node) handleImplausible(m Member) error {
-	e := n.table.get(m.Name)
+func (n *node) handleImplausible(m Member, e *entry) error {
 	switch {
 	case e == n.self, m.Status.isDead() && (e == nil || e.Status.isDead()):
 	case m.Status.isDead():
@@ -1132,8 +1130,8 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 		return err
 	}
 	m, e := u.Member, n.table.get(u.Member.Name)
-	if !n.isPlausibleClaim(m, sync) {
-		return n.handleImplausible(m)
+	if !n.isPlausibleClaim(m, e, sync) {
+		return n.handleImplausible(m, e)
 	}
 	firstHand := n.isFirstHand(m, e, sync)
 	switch {
@@ -1151,9 +1149,8 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 			n.sync(e.Member) // a split has ended: it knows of many more
 		}
 	}
-	e = n.table.get(m.Name)
-	if firstHand && e != nil {
-		e.prove(m.Incarnation)
+	if firstHand {
+		n.table.prove(m)
 	}
 	return nil
 }
@@ -1323,7 +1320,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 			m.Addr = sync.peer.Addr
 		}
 		switch {
-		case sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name || !n.isPlausibleClaim(*m, sync):
+		case sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name || !n.isPlausibleClaim(*m, n.self, sync):
 		case n.joining.joinedAt != 0 && m.Instance > n.self.Instance: // it gives way when it hears of me
 		case sync.conflict != nil && sync.conflict.result == verdictAlive:
 			return nameTaken(sync.conflict.m)

@@ -283,13 +283,6 @@ func (e *entry) displayStatus() Status {
 	return e.Status
 }
 
-// prove notes what the member itself has said of its incarnation.
-func (e *entry) prove(incarnation uint64) {
-	if incarnation <= firstHandLimit {
-		e.proven = max(e.proven, incarnation)
-	}
-}
-
 // isSkipped members are walked over on the rings: nobody there would pass on what it is told.
 func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.isolated }
 
@@ -428,6 +421,14 @@ func (t *table) deadIndex(name string, since time.Duration) (int, bool) {
 		}
 		return strings.Compare(d.e.Name, name)
 	})
+}
+
+// prove notes that m has its incarnation by its own word.
+func (t *table) prove(m Member) {
+	e := t.get(m.Name)
+	if e != nil && m.Incarnation <= firstHandLimit {
+		e.proven = max(e.proven, m.Incarnation)
+	}
 }
 
 // dropState drops what the protocol knows of e's run.
