@@ -91,18 +91,25 @@ const (
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
 	maxRequests                 = 2 * maxMembers
-	maxQueries, maxHeard        = 64, 1 << 14 // of one's own at a time, and those of others
+	maxQueries                  = 64          // of one's own at a time
 	replyTimeout                = time.Minute // a reply is sent again for so long at most
 	maxQueryTimeout             = time.Hour   // a query that arrives again is known for so long at most
 	reliableRate, reliableBurst = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
+	replayedPingRate            = 1000        // answers a second to pings that may be recordings
 	maxInputs                   = 1024        // that wait for the loop; more datagrams are lost
 	drainFor                    = 20 * ms     // inputs may keep the loop from its tick
 	writeFor                    = 20 * ms     // what the socket does not take by then is lost, as UDP may be
-	linesRate, linesBurst       = 50, 2000    // log lines about members: a second, and at once
 
-	// Bystanders whose addresses somebody forged get, all together, so much a second, and so many queries.
-	amplificationRate, amplificationBurst           = 20, 60
-	queryAmplificationRate, queryAmplificationBurst = 2000, 1000
+	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries queries
+	// under way, and a few probes.
+	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
+	maxRequestsToPeer = 8 * maxQueries
+	maxProbesForPeer  = maxProbes / 8
+
+	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only this
+	// agent's own users make it ask; of all else they get a hundredth of that.
+	amplificationRate, amplificationBurst = 2000, 6000
+	queryCost, unaskedCost                = 1, 100
 )
 
 var (
@@ -117,9 +124,10 @@ var (
 
 // The detector's times and bounds; a probe counts from its start.
 const (
-	heartbeatInterval = 500 * ms // one heartbeat, to one watcher at a time
-	earlyInterval     = 125 * ms // while there are new watchers
-	overdueAfter      = 100 * ms // past its promise
+	heartbeatInterval = 500 * ms                        // one heartbeat, to one watcher at a time
+	earlyInterval     = 125 * ms                        // while there are new watchers
+	overdueAfter      = 100 * ms                        // past its promise
+	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle, which a first heartbeat may be put behind
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
@@ -450,12 +458,24 @@ func (w *replayWindow) accept(number uint64) bool {
 	return fresh
 }
 
-// reset makes number the highest that has counted.
-func (w *replayWindow) reset(number uint64) {
-	if number+windowSize < w.top {
-		*w = replayWindow{number, ^uint64(0)}
-	}
+// isBehind reports whether number is too far below the highest to count.
+func (w *replayWindow) isBehind(number uint64) bool {
+	return w.top >= windowSize && number <= w.top-windowSize
 }
+
+// handleAnswer takes the number of an answer. asked is what the highest was when its question was first sent: a sender
+// numbers on from what it has sent before, so that an answer below it shows that somebody has forged that highest
+// number. Where nobody can forge (with a key) no answer is below, however late it comes.
+func (w *replayWindow) handleAnswer(number, asked uint64) {
+	if number < asked {
+		*w = replayWindow{top: number, seen: ^uint64(0)}
+		return
+	}
+	w.accept(number)
+}
+
+// closedWindow lets nothing count until an answer comes.
+func closedWindow() replayWindow { return replayWindow{top: ^uint64(0), seen: ^uint64(0)} }
 
 // ---- awake time ----
 
@@ -490,6 +510,11 @@ func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
 	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
 	return b
 }
+
+// has reports whether cost tokens are there; spend takes them.
+func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
+
+func (b *bucket) spend(cost float64) { b.tokens -= cost }
 
 // take takes a token, if there is one.
 func (b *bucket) take() bool {
@@ -548,6 +573,9 @@ type node struct {
 	joining     joining
 	identity    identity
 	queries     queries
+
+	amplification bucket // what those get who have never answered
+	replayedPings bucket // answers to these, and to unknown senders
 }
 
 // newNode makes a node of cfg; now is the caller's clock.
@@ -559,6 +587,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
 	n.heartbeats.linkAt = never
+	n.requests.ofPeer = make(map[string]int)
 	n.detector.lastHeard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
@@ -567,14 +596,19 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 
 // step is the one way in: it runs the clock to now, then input, which may call whatever is told to a node.
 func (n *node) step(now time.Duration, input func(*node)) {
-	n.clock.advance(now)
+	n.advance(now)
 	input(n)
+}
+
+func (n *node) advance(now time.Duration) {
+	n.clock.advance(now)
+	n.amplification.fill(n.now, amplificationRate, amplificationBurst)
 }
 
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
 // that had arrived before (a queued heartbeat acquits its sender).
 func (n *node) tick(now time.Duration) outputs {
-	n.clock.advance(now)
+	n.advance(now)
 	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
 	n.requests.step(n)
 	if n.identity.leaving == 0 {
@@ -605,8 +639,8 @@ func (n *node) logf(format string, a ...any) {
 	n.out.logs = append(n.out.logs, fmt.Sprintf(format, a...))
 }
 
-// isPlausible is the one rule about numbers from outside: no incarnation and no Lamport time is far above all
-// that is known, or one forged datagram with the highest number of all would end joins, or events, for good.
+// isPlausible is the rule about Lamport times from outside: none is far above all that is known, or one forged datagram
+// with the highest number of all would end events for good. About incarnations see isPlausibleClaim.
 // What is known at the start may be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
 func (n *node) isPlausible(number, known uint64) bool {
 	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
@@ -637,34 +671,48 @@ func (n *node) calmDigest() uint64 {
 	return n.digest()
 }
 
-// allows reports whether m may be sent something that it has not asked for, a message of kind k.
-func (n *node) allows(m Member, k msgKind) bool {
-	if e := n.table.get(m.Name); e != nil && e.Addr == m.Addr && e.peer().validated {
-		return true
+// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members that
+// have answered at their address cost nothing.
+func (n *node) amplificationCost(m Member, k msgKind) float64 {
+	e := n.table.get(m.Name)
+	if e != nil && e.Addr == m.Addr && e.peer().validated {
+		return 0
 	}
 	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
-		return n.queries.amplification.fill(n.now, queryAmplificationRate, queryAmplificationBurst).take()
+		return queryCost
 	}
-	return n.detector.amplification.fill(n.now, amplificationRate, amplificationBurst).take()
+	return unaskedCost
 }
+
+// allows reports whether m may be sent a message of kind k; spend notes that it is.
+func (n *node) allows(m Member, k msgKind) bool {
+	return n.amplification.has(n.amplificationCost(m, k))
+}
+
+func (n *node) spend(m Member, k msgKind) { n.amplification.spend(n.amplificationCost(m, k)) }
 
 // send sends h and a body of updates to one run of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
-	if hdr.Kind == msgAck || n.allows(to, hdr.Kind) {
-		if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
-			to.Protocol = e.Protocol
+	if hdr.Kind != msgAck { // which is never larger than what was asked
+		if !n.allows(to, hdr.Kind) {
+			return
 		}
-		n.number++
-		hdr.Number = n.number
-		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
+		n.spend(to, hdr.Kind)
 	}
+
+	if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
+		to.Protocol = e.Protocol
+	}
+	n.number++
+	hdr.Number = n.number
+	n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
 }
 
 // ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
 	hdr.Target, hdr.Seq = m.Name, n.nonce()
-	n.requests.add(request{m: m, h: hdr, until: n.now + requestTimeout, at: never})
+	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never})
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
@@ -672,8 +720,17 @@ func (n *node) ping(m Member) {
 // sendReliable sends m a letter.
 func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Duration) {
 	hdr.Seq = n.nonce()
-	n.requests.add(request{m: m, h: hdr, body: body, until: n.now + within})
+	n.addRequest(request{m: m, h: hdr, body: body, until: n.now + within})
 	n.wakeAt(n.now)
+}
+
+// addRequest notes a question.
+func (n *node) addRequest(q request) {
+	e := n.table.get(q.m.Name)
+	if e != nil && e.Instance == q.m.Instance {
+		q.asked = e.peer().datagrams.top
+	}
+	n.requests.add(q)
 }
 
 // nonce is a number that nobody can guess.
@@ -682,6 +739,7 @@ func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 // tcpProbe has TCP look at m.
 func (n *node) tcpProbe(m Member) {
 	if n.allows(m, msgTCPProbe) {
+		n.spend(m, msgTCPProbe)
 		n.out.tcpProbes = append(n.out.tcpProbes, m)
 	}
 }
@@ -689,6 +747,7 @@ func (n *node) tcpProbe(m Member) {
 // sync has TCP compare tables with m.
 func (n *node) sync(m Member) {
 	if n.allows(m, msgSync) {
+		n.spend(m, msgSync)
 		n.logf("[DEBUG] comparing tables with %s at %s", m.Name, m.Addr)
 		n.out.syncs = append(n.out.syncs, m)
 	}
@@ -720,6 +779,7 @@ func (n *node) claim(e *entry) update {
 type request struct {
 	m     Member // the run that is asked
 	h     header
+	asked uint64 // the highest number of its datagrams, before
 	body  []byte
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
@@ -727,14 +787,30 @@ type request struct {
 }
 
 type requests struct {
-	open []*request
-	rate bucket // of letters
+	open   []*request
+	ofPeer map[string]int // how many of them each name has
+	rate   bucket         // of letters
 }
 
 func (qs *requests) add(q request) {
-	if len(qs.open) < maxRequests {
-		qs.open = append(qs.open, &q)
+	if len(qs.open) >= maxRequests || qs.ofPeer[q.m.Name] >= maxRequestsToPeer {
+		return
 	}
+	qs.open = append(qs.open, &q)
+	qs.ofPeer[q.m.Name]++
+}
+
+// removed is told that q is not open any more.
+func (qs *requests) removed(q *request) {
+	qs.ofPeer[q.m.Name]--
+	if qs.ofPeer[q.m.Name] == 0 {
+		delete(qs.ofPeer, q.m.Name)
+	}
+}
+
+func (qs *requests) removeAll() {
+	qs.open = nil
+	clear(qs.ofPeer)
 }
 
 func (qs *requests) step(n *node) {
@@ -742,6 +818,7 @@ func (qs *requests) step(n *node) {
 	qs.open = slices.DeleteFunc(qs.open, func(q *request) bool {
 		due := n.now >= q.at && n.now < q.until && qs.rate.take()
 		if n.now >= q.until || due && n.table.ended(q.m) {
+			qs.removed(q)
 			return true
 		}
 		if due {
@@ -765,8 +842,10 @@ type peerState struct {
 	due           time.Duration // when it is overdue, if I watch it
 	claimRate     bucket        // with what is believed of it
 	eventRate     bucket        // with user events that it has missed
+	pingRate      bucket        // with pings that others bring about
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
+	heard         []heardQuery  // its queries whose time is not over
 }
 
 func (e *entry) peer() *peerState {
@@ -785,24 +864,65 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 	}
 	e := n.table.get(hdr.From)
 	switch {
-	case hdr.Raised > hdr.Incarnation || !n.isPlausible(hdr.Incarnation, n.table.highest):
-		return errors.New("claims an incarnation far ahead of all that is known")
+	case hdr.Raised > hdr.Incarnation:
+		return errMalformed
 	case hdr.Kind > msgEventRequest && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
 	case hdr.Kind == msgPing:
-		if hdr.Target == n.self.Name { // else it was meant for a former owner of this address
-			n.sendAck(from, hdr, len(b))
-		}
+		n.handlePing(e, from, hdr, len(b))
 	case hdr.Kind == msgAck:
 		n.handleAck(hdr)
 	case e == nil || e == n.self || e.Instance != hdr.born(): // a run that is not remembered comes in by an exchange
 		n.handleUnknownHeartbeat(e, hdr)
-	case e.peer().datagrams.accept(hdr.Number): // it counts: it has not come before
-		n.detector.lastHeard = n.now
-		return n.handleMessage(e, from, hdr, len(b), body)
+	case e.peer().datagrams.isBehind(hdr.Number):
+		n.handleBehind(e, hdr)
+	default:
+		fresh := e.peer().datagrams.accept(hdr.Number)
+		if fresh {
+			n.detector.lastHeard = n.now
+			return n.handleMessage(e, from, hdr, len(b), body)
+		}
 	}
 	return nil
+}
+
+// handlePing answers a ping. Anybody can play a recorded one again and again, also without a key: those that have come
+// before, and those of a sender that is not remembered, get so many answers a second, all together.
+func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
+	if hdr.Target != n.self.Name {
+		return // it was meant for a former owner of this address
+	}
+	fresh := false
+	if e != nil && e.Instance == hdr.born() {
+		fresh = e.peer().datagrams.accept(hdr.Number)
+	}
+	if !fresh {
+		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
+		if !n.replayedPings.has(1) {
+			return
+		}
+		n.replayedPings.spend(1)
+	}
+	n.sendAck(from, hdr, size)
+}
+
+// handleBehind handles what is far below the highest number of e. It does not count. But without a key, somebody may have
+// forged that highest number; so, if e waits for an answer, it is pinged, and what it answers shows where it is.
+func (n *node) handleBehind(e *entry, hdr header) {
+	if hdr.Seq != 0 {
+		n.pingAtBoundedRate(e)
+	}
+}
+
+// pingAtBoundedRate pings e, since somebody said something that only e can settle.
+func (n *node) pingAtBoundedRate(e *entry) {
+	rate := &e.peer().pingRate
+	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
+	if rate.has(1) {
+		rate.spend(1)
+		n.ping(e.Member)
+	}
 }
 
 // handleMessage takes what counts: e has sent it just now.
@@ -828,13 +948,21 @@ func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int
 	case hdr.Kind == msgEventRequest:
 		return n.handleEventRequest(e, us)
 	case hdr.Kind == msgBroadcast:
-		for i := range us {
-			if err := n.handleUpdate(&us[i], e.Name, nil); err != nil {
-				return err
-			}
-		}
+		return n.handleBroadcast(e, us)
 	}
 	return nil
+}
+
+// handleBroadcast takes what by has flooded. One bad update costs that update; the first is returned as an error.
+func (n *node) handleBroadcast(by *entry, us []update) error {
+	var first error
+	for i := range us {
+		err := n.handleUpdate(&us[i], by.Name, nil)
+		if first == nil {
+			first = err
+		}
+	}
+	return first
 }
 
 // sendAck acknowledges a datagram of size bytes. It is never larger, since the source may be forged.
@@ -858,6 +986,7 @@ func (n *node) handleAck(hdr header) {
 	}
 	q := qs.open[i]
 	qs.open = slices.Delete(qs.open, i, i+1)
+	qs.removed(q)
 	if q.m.Addr != n.self.Addr {
 		n.detector.lastHeard = n.now
 	}
@@ -871,7 +1000,8 @@ func (n *node) handleAck(hdr header) {
 			n.sync(e.Member)
 		}
 	default:
-		e.peer().datagrams.reset(hdr.Number) // only a forger's is far above what was sent just now
+		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
+		n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
 		if q.h.Kind == msgEventCheck {
 			n.broadcasts.flow.checked(e)
 		}
@@ -910,7 +1040,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 	e.peer().tcpOnly = 0
 	if hdr.Promise > 0 {
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + overdueAfter
+		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + overdueAfter
 		n.detector.handleSignOfLife(n, e.Member)
 	}
 	if e.isolated {
@@ -983,14 +1113,69 @@ func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
 // length.
-func (n *node) sanitizeClaim(u *update) error {
+func sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
 	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
-	if !m.isValid() || !n.isPlausible(m.Incarnation, n.table.highest) {
+	if !m.isValid() {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
 	return nil
+}
+
+// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
+// of all would make its member irrefutable for good. Hearsay leads no further than a little above what the member
+// itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it. Where the limit
+// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off whoever had missed one.
+const (
+	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
+	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former run before it has joined
+	firstHandLimit  = 1<<64 - 1<<21 // nearly none
+	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
+)
+
+// isPlausibleClaim reports whether the incarnation of m, a claim about e that came as sync says, can be believed.
+func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
+	limit, known := uint64(hearsayLimit), uint64(0)
+	if e != nil {
+		known = e.proven
+	}
+	if e == n.self {
+		known = e.Incarnation
+	}
+	switch {
+	case n.isFirstHand(m, e, sync):
+		limit = firstHandLimit
+	case sync != nil && e == n.self && n.joining.joinedAt == 0:
+		limit = formerRunLimit
+	}
+	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
+}
+
+// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled it; or
+// what a seed believes when this node comes in, which then counts as known.
+func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
+	if sync == nil || !sync.peer.Addr.IsValid() { // nobody was dialled
+		return false
+	}
+	ownWord := m.sameInstance(sync.peer) && m.Addr == sync.peer.Addr
+	moved := e != nil && !e.Status.isDead() && e.Addr != m.Addr
+	return n.joining.joinedAt == 0 || ownWord && !moved
+}
+
+// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
+// only others were told of it. So the member is asked.
+func (n *node) handleImplausible(m Member, e *entry) error {
+	switch {
+	case e == n.self, m.Status.isDead() && (e == nil || e.Status.isDead()):
+	case m.Status.isDead():
+		n.detector.startProbe(n, e.Member)
+	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
+		n.pingAtBoundedRate(e)
+	default:
+		n.antiEntropy.askFirstHand(n, m)
+	}
+	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
 
 // handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
@@ -998,10 +1183,14 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
 		return n.handleUserEvent(u, via, sync != nil && sync.replay)
 	}
-	if err := n.sanitizeClaim(u); err != nil {
+	if err := sanitizeClaim(u); err != nil {
 		return err
 	}
 	m, e := u.Member, n.table.get(u.Member.Name)
+	if !n.isPlausibleClaim(m, e, sync) {
+		return n.handleImplausible(m, e)
+	}
+	firstHand := n.isFirstHand(m, e, sync)
 	switch {
 	case e == n.self:
 		n.identity.handleSelfClaim(n, m, via)
@@ -1016,6 +1205,9 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 		if revived && e.Status == statusAlive && n.table.failed > 0 {
 			n.sync(e.Member) // a split has ended: it knows of many more
 		}
+	}
+	if firstHand {
+		n.table.prove(m)
 	}
 	return nil
 }
@@ -1452,10 +1644,20 @@ func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
 // requestEvents plans an exchange with e, which has user events that have not come.
 func (r *antiEntropy) requestEvents(n *node, e *entry) {
 	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.peer == nil && !e.isSkipped() && e != n.self && r.rate.take() {
+	if r.peer == nil && !e.isSkipped() && e != n.self && r.rate.has(1) {
+		r.rate.spend(1)
 		r.peer = e
 		r.digest = 0
 		r.at = n.now
+	}
+}
+
+// askFirstHand compares tables with m now, as often as comparisons may be made.
+func (r *antiEntropy) askFirstHand(n *node, m Member) {
+	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
+	if r.rate.has(1) {
+		r.rate.spend(1)
+		n.sync(m)
 	}
 }
 
@@ -1543,7 +1745,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 			m.Addr = sync.peer.Addr
 		}
 		switch {
-		case n.sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name:
+		case sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name || !n.isPlausibleClaim(*m, n.self, sync):
 		case n.joining.joinedAt != 0 && m.Instance > n.self.Instance: // it gives way when it hears of me
 		case sync.conflict != nil && sync.conflict.result == verdictAlive:
 			return nameTaken(sync.conflict.m)
@@ -1937,7 +2139,8 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 
 // startLeave tells the watchers that this node leaves; it has left when all of them know, or after leaveTimeout.
 func (n *node) startLeave() {
-	n.identity.leaving, n.requests.open = cmp.Or(n.identity.leaving, n.now+leaveTimeout), nil
+	n.identity.leaving = cmp.Or(n.identity.leaving, n.now+leaveTimeout)
+	n.requests.removeAll()
 	for _, w := range n.heartbeats.watchers {
 		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveTimeout)
 	}
@@ -2165,12 +2368,11 @@ func (r *heartbeats) relink(n *node) {
 
 // detector is all probes that run, and whether this node hears anybody.
 type detector struct {
-	probes        []*probe
-	lastHeard     time.Duration // last sign of anybody
-	lastResortAt  time.Duration // the next last call
-	isolated      bool
-	retry         bucket
-	amplification bucket // what those get who have never answered
+	probes       []*probe
+	lastHeard    time.Duration // last sign of anybody
+	lastResortAt time.Duration // the next last call
+	isolated     bool
+	retry        bucket
 }
 
 // probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
@@ -2360,7 +2562,7 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	case e == nil || e == n.self || by.Status.isDead() || slices.ContainsFunc(d.probes, again):
 	case e.Status.isDead(): // the asker has missed it, and may have nobody else to ask
 		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
-	case len(d.probes) < maxProbes/2: // I have my own to look at
+	case len(d.probes) < maxProbes/2 && d.countFor(by) < maxProbesForPeer: // I have my own to look at
 		running := d.probesOf(e.Member)
 		p := d.addProbe(n, e.Member)
 		p.requester, p.seq = by, hdr.Seq
@@ -2369,6 +2571,16 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 			p.record(running[0].result)
 		}
 	}
+}
+
+// countFor counts the probes that by has asked for.
+func (d *detector) countFor(by *entry) (count int) {
+	for _, p := range d.probes {
+		if p.requester == by {
+			count++
+		}
+	}
+	return count
 }
 
 // sendProbeResult tells the asker what was seen, and of which run: a helper that knows a newer one would else acquit the old
@@ -2575,16 +2787,20 @@ func (d *detector) stepRetry(n *node) {
 // is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
 // twice or late.
 type queries struct {
-	open          []*query
-	heard         []*query // of others, remembered until their time is over: they may arrive again
-	amplification bucket   // what those get who have never answered
+	open []*query
 }
 
-// query is one that this node has asked, or has heard.
+// query is one that this node has asked.
 type query struct {
 	id      uint32
 	until   time.Duration
-	waiting []Member // whose answer has not come; of one that was heard: who asked
+	waiting []Member // whose answer has not come
+}
+
+// heardQuery is one of a peer, remembered until its time is over: it may arrive again.
+type heardQuery struct {
+	id    uint32
+	until time.Duration
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
@@ -2626,15 +2842,18 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 	if len(us) != 1 || !isValidEvent(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, again := us[0], func(q *query) bool { return q.id == hdr.Query && slices.ContainsFunc(q.waiting, e.sameInstance) }
-	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
+	u := us[0]
+	peer := e.peer()
+	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
+	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
 		return nil
 	}
 	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
 	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
 	within := min(time.Duration(ev.Timeout)*ms, maxQueryTimeout)
-	qs.heard = append(qs.heard, &query{ev.id, n.now + within, []Member{e.Member}})
+	// A peer that asks more than its share has its own oldest queries forgotten.
+	peer.heard = append(peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):], heardQuery{ev.id, n.now + within})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -2671,7 +2890,6 @@ func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
 
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
-	qs.heard = slices.DeleteFunc(qs.heard, func(q *query) bool { return n.now >= q.until })
 	qs.open = slices.DeleteFunc(qs.open, func(q *query) bool {
 		if q.waiting = slices.DeleteFunc(q.waiting, n.table.ended); len(q.waiting) == 0 || n.now >= q.until {
 			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
@@ -2709,6 +2927,7 @@ type gossip struct {
 	record    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
 	isolated  atomic.Bool
 	inputs    chan func(*node) // what the loop shall do
+	dropped   atomic.Int64     // datagrams that found inputs full
 	syncSlots chan struct{}    // a place for each exchange that others have dialled
 	ready     chan struct{}    // closed: the address to advertise is known
 	ended     chan struct{}    // the loop; done: also all that it has started
@@ -2721,17 +2940,87 @@ type loopState struct {
 	node        *node
 	links       map[string]context.CancelFunc
 	subscribers map[*subscriber]bool
-	memberLines bucket  // of the log about members
-	unlogged    int     // lines that were left out
 	err         error   // why it ended; nil: it was told to
 	last        []Event // what handlers shall still hear then
+}
+
+// logClass is whose doing a log line tells of.
+type logClass int
+
+const (
+	aboutHost      logClass = iota // this host has too little of something
+	aboutPeers                     // a peer was refused, at an address that answers
+	aboutStrangers                 // a datagram was refused: anybody can forge where it comes from
+	aboutMembers                   // a member came, changed or went
+	aboutEvents                    // a user of some agent sent an event
+	aboutQueries                   // or a query
+)
+
+// logBounds is how many lines of each class are logged: per second, and at once.
+var logBounds = [...]struct {
+	what        string
+	rate, burst float64
+}{
+	aboutHost:      {"this host", 10.0 / 60, 10},
+	aboutPeers:     {"peers that were refused", 10.0 / 60, 10},
+	aboutStrangers: {"datagrams that were refused", 10.0 / 60, 10},
+	aboutMembers:   {"members", 50, 2000},
+	aboutEvents:    {"user events", 50, 2000},
+	aboutQueries:   {"queries", 50, 2000},
+}
+
+// sourceSilence is how long one source of refused messages is not named again.
+const sourceSilence = time.Minute
+
+// logLimit bounds the log lines that others can cause. Each class has its own bound, so that a flood of what anybody can
+// forge hides no line of more importance. Safe for concurrent use.
+type logLimit struct {
+	log     *log.Logger
+	start   time.Time
+	mu      sync.Mutex
+	classes [len(logBounds)]struct {
+		bucket
+		omitted int                      // lines, since the last one that was logged
+		named   map[string]time.Duration // when each source was last named
+	}
+}
+
+func newLogLimit(log *log.Logger) *logLimit { return &logLimit{log: log, start: time.Now()} }
+
+// printf logs a line about source, if the class has room for it and the source was not named for a while. Source "" is
+// that of lines which may follow each other.
+func (l *logLimit) printf(class logClass, source, format string, a ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c, bound, now := &l.classes[class], logBounds[class], time.Since(l.start)
+	c.fill(now, bound.rate, bound.burst)
+	// Only what is logged is remembered, so the map is as small as the bound.
+	maps.DeleteFunc(c.named, func(_ string, at time.Duration) bool { return now-at >= sourceSilence })
+	_, named := c.named[source]
+	if named || !c.has(1) {
+		c.omitted++
+		return
+	}
+
+	c.spend(1)
+	if c.omitted > 0 {
+		l.log.Printf("[WARN] %d lines about %s were left out", c.omitted, bound.what)
+		c.omitted = 0
+	}
+	if source != "" {
+		if c.named == nil {
+			c.named = make(map[string]time.Duration)
+		}
+		c.named[source] = now
+	}
+	l.log.Printf(format, a...)
 }
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
 		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{limit: guestLimit(), log: cfg.log}}
+		acceptor: acceptor{limit: guestLimit(), lines: newLogLimit(cfg.log)}}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
@@ -2851,17 +3140,11 @@ func (g *gossip) dispatch(ev Event) {
 	case ev.kind == eventAnswer:
 		return
 	case ev.kind == eventUser:
-		g.cfg.log.Printf("[INFO] user-event: %s", what)
+		g.lines.printf(aboutEvents, "", "[INFO] user-event: %s", what)
 	case ev.kind == eventQuery:
-		g.cfg.log.Printf("[DEBUG] query: %s", what)
-	case !g.memberLines.fill(time.Since(g.start), linesRate, linesBurst).take():
-		g.unlogged++
+		g.lines.printf(aboutQueries, "", "[DEBUG] query: %s", what)
 	default:
-		if g.unlogged > 0 {
-			g.cfg.log.Printf("[WARN] %d lines about members were left out", g.unlogged)
-		}
-		g.unlogged = 0
-		g.cfg.log.Printf("[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
+		g.lines.printf(aboutMembers, "", "[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
 	}
 	g.cfg.events(ev, func(r reply, text []byte) { g.post(func(n *node) { n.sendReply(ev, r, text) }) })
 }
@@ -2879,15 +3162,15 @@ func (g *gossip) readUDP() {
 		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Member)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
-				g.logRejected(from.Addr(), err)
+				g.logRejected(aboutStrangers, from.Addr(), err)
 			}
 			continue
 		}
 		data = slices.Clone(data)
 		select {
-		case g.inputs <- func(n *node) { g.logRejected(from.Addr(), n.handleDatagram(from, data, anyRun)) }:
+		case g.inputs <- func(n *node) { g.logRejected(aboutStrangers, from.Addr(), n.handleDatagram(from, data, anyRun)) }:
 		default:
-			g.dropped.Add(1)
+			g.lines.printf(aboutHost, "datagrams", "[WARN] datagrams are dropped, %d so far: more come in than this host has time for", g.dropped.Add(1))
 		}
 	}
 }

@@ -273,6 +273,7 @@ type entry struct {
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped bool
 	since  time.Duration // when it came, or died
+	proven uint64        // the highest incarnation that was learnt from the member itself
 	known  time.Duration // when the name was first heard of, on the caller's clock
 	state  *peerState    // the protocol's, with this instance; another one starts anew
 	events *eventSource  // what is known of its user events; nil: nothing
@@ -297,15 +298,18 @@ func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.isolated 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
 	ordered []*entry        // by name, so that no map order can show
+	dead    []death         // those that are not alive, by when they died
 	ring    [rings][]*entry // those believed alive, in ring order
 	digest  uint64          // XOR over the entries that are not reaped
 	heard   uint64          // the same over how many events of each are known
-	highest uint64          // incarnation of all
-	version uint64          // counts changes of the rings or of who is walked over
-	shrunk  uint64          // the version that last took somebody off
-	failed  int             // members that may come back, of
-	total   int             // all that have neither left nor been forgotten
-	events  []Event         // news that nobody has taken yet
+	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such a run must not count
+	// again when it comes back, after a split or a conflict: see apply.
+	forgotten uint64
+	version   uint64  // counts changes of the rings or of who is walked over
+	shrunk    uint64  // the version that last took somebody off
+	failed    int     // members that may come back, of
+	total     int     // all that have neither left nor been forgotten
+	events    []Event // news that nobody has taken yet
 }
 
 // index returns where name is in ordered, or would be.
@@ -326,36 +330,123 @@ func (t *table) ended(m Member) bool {
 	return e == nil || e.Instance != m.Instance || e.Status.isDead()
 }
 
-// apply takes claim m into the table when it wins over what is there, and returns its entry then, else nil.
-// age is how long a dead member has been dead.
-func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
+// apply takes claim m into the table, if it wins over what is there. It returns the entry of m's name, or nil if m was
+// refused: it lost, or it is about a new name and the table is full. deadFor is how long ago a dead m died.
+func (t *table) apply(now time.Duration, m Member, deadFor time.Duration) *entry {
 	e := t.get(m.Name)
-	switch {
-	case e != nil && !m.supersedes(e.Member), e == nil && len(t.ordered) >= maxMembers && !t.makeRoom():
+	if e != nil && !m.supersedes(e.Member) {
 		return nil
-	case e == nil: // as if it had been here and was forgotten
-		e = &entry{claim: &claim{Member: Member{Name: m.Name, Status: statusPruned}}, reaped: true}
-		for i := range e.pos {
-			e.pos[i] = ringHash(i, m.Name)
-		}
-		at, _ := t.index(m.Name)
-		t.ordered = slices.Insert(t.ordered, at, e)
 	}
-	t.highest = max(t.highest, m.Incarnation)
+	if e == nil {
+		e = t.insert(m.Name)
+	}
+	if e == nil {
+		return nil
+	}
+
 	t.change(e, func() {
-		if e.Instance != m.Instance {
-			e.isolated, e.state = false, nil
+		if e.Instance != m.Instance { // nothing that is known of the former run holds for this one
+			t.dropState(e)
+			e.isolated = false
+			if m.Instance <= t.forgotten {
+				e.state = &peerState{datagrams: closedWindow()}
+			}
 		}
-		if m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation) {
-			e.since = now - age
+		newlyDead := !e.Status.isDead() || m.Incarnation != e.Incarnation
+		if m.Status.isDead() && newlyDead {
+			e.since = now - deadFor
 		}
 		returned := e.Status.isDead() || e.Instance != m.Instance
 		if !m.Status.isDead() && returned {
 			e.since = now
 		}
-		e.claim, e.reaped = &claim{m, e.pos}, false
+		e.claim = &claim{m, e.pos}
+		e.reaped = false
 	})
 	return e
+}
+
+// insert adds an entry for a new name. It counts as reaped, and so nowhere, until a claim is applied to it. A full table
+// drops the member that has been dead for longest: names that nobody needs must keep no newcomer out. nil: there is none.
+func (t *table) insert(name string) *entry {
+	if len(t.ordered) >= maxMembers {
+		t.dropOldest()
+	}
+	if len(t.ordered) >= maxMembers {
+		return nil
+	}
+
+	c := &claim{Member: Member{Name: name, Status: statusPruned}}
+	for ring := range c.pos {
+		c.pos[ring] = ringHash(ring, name)
+	}
+	e := &entry{claim: c, reaped: true}
+	at, _ := t.index(name)
+	t.ordered = slices.Insert(t.ordered, at, e)
+	return e
+}
+
+// dropOldest drops the member that has been dead for longest.
+func (t *table) dropOldest() {
+	if len(t.dead) == 0 {
+		return
+	}
+	e := t.dead[0].e
+	t.change(e, func() { e.reaped = true })
+	t.dropState(e)
+	t.dead[0] = death{}
+	t.dead = t.dead[1:]
+	at, _ := t.index(e.Name)
+	t.ordered = slices.Delete(t.ordered, at, at+1)
+}
+
+// death is one that is dead. It keeps the time at which it was put in order, whatever becomes of the entry.
+type death struct {
+	since time.Duration
+	e     *entry
+}
+
+// updateDead keeps the dead in order after a change of e, which was as was says.
+func (t *table) updateDead(was, e *entry) {
+	if !was.Status.isDead() && !e.Status.isDead() {
+		return
+	}
+	at, found := t.deadIndex(was.Name, was.since)
+	if found && e.Status.isDead() && e.since == was.since {
+		return
+	}
+	if found {
+		t.dead = slices.Delete(t.dead, at, at+1)
+	}
+	if e.Status.isDead() {
+		at, _ = t.deadIndex(e.Name, e.since)
+		t.dead = slices.Insert(t.dead, at, death{e.since, e})
+	}
+}
+
+func (t *table) deadIndex(name string, since time.Duration) (int, bool) {
+	return slices.BinarySearchFunc(t.dead, name, func(d death, name string) int {
+		if d.since != since {
+			return cmp.Compare(d.since, since)
+		}
+		return strings.Compare(d.e.Name, name)
+	})
+}
+
+// prove notes that m has its incarnation by its own word.
+func (t *table) prove(m Member) {
+	e := t.get(m.Name)
+	if e != nil && m.Incarnation <= firstHandLimit {
+		e.proven = max(e.proven, m.Incarnation)
+	}
+}
+
+// dropState drops what the protocol knows of e's run.
+func (t *table) dropState(e *entry) {
+	if e.state != nil {
+		t.forgotten = max(t.forgotten, e.Instance)
+	}
+	e.state = nil
 }
 
 // setIsolated marks or clears "failed for me".
@@ -371,6 +462,7 @@ func (t *table) change(e *entry, f func()) {
 	t.count(e, -1)
 	f()
 	t.count(e, +1)
+	t.updateDead(&was, e)
 	if e.Status.isDead() != was.Status.isDead() {
 		for i, ring := range t.ring {
 			if at, on := t.ringIndex(i, e); on {
@@ -404,18 +496,6 @@ func (t *table) count(e *entry, by int) {
 	}
 }
 
-// makeRoom reaps the member that has been dead for longest: names that nobody needs must keep no newcomer out.
-func (t *table) makeRoom() bool {
-	before, oldest := len(t.ordered), never
-	for _, e := range t.ordered {
-		if e.Status.isDead() {
-			oldest = min(oldest, e.since)
-		}
-	}
-	t.reap(oldest, 0)
-	return len(t.ordered) < before
-}
-
 // announce tells the events that lead from what was shown last to what is visible now. Per member they
 // alternate: nobody joins twice without an end.
 func (t *table) announce(e *entry, was Member) {
@@ -447,13 +527,22 @@ func (t *table) announce(e *entry, was Member) {
 
 // reap hides the members that have been dead for longer than after, and drops them after as long again.
 func (t *table) reap(now, after time.Duration) {
-	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool {
-		if !e.Status.isDead() || now-e.since < after {
-			return false
+	dropped := 0
+	for i := 0; i < len(t.dead) && now-t.dead[i].since >= after; i++ {
+		e := t.dead[i].e
+		if !e.reaped {
+			t.change(e, func() { e.reaped = true })
 		}
-		t.change(e, func() { e.reaped = true })
-		return now-e.since >= 2*after
-	})
+		if now-e.since >= 2*after {
+			t.dropState(e)
+			dropped++
+		}
+	}
+	if dropped == 0 {
+		return
+	}
+	t.dead = slices.Delete(t.dead, 0, dropped)
+	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool { return e.Status.isDead() && now-e.since >= 2*after })
 }
 
 // aliveCount counts the members on the rings, oneself included.

@@ -16,7 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"net"
 	"net/netip"
 	"slices"
@@ -228,13 +227,7 @@ type acceptor struct {
 	wg     sync.WaitGroup
 	ctx    context.Context // of all connections
 	quit   context.CancelFunc
-
-	log        *log.Logger  // of what logRejected ones do; see logRejected
-	dropped    atomic.Int64 // packets lost to a full inbox
-	mu         sync.Mutex   // guards what follows
-	minute     time.Time
-	logged     map[netip.Addr]bool // that were logged in this minute
-	suppressed int                 // that were not
+	lines  *logLimit // about those that were refused
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
@@ -259,7 +252,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			gs.logRejected(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
+			gs.lines.printf(aboutHost, "accept", "[WARN] cannot accept a connection at %s: %v", gs.tcp.Addr(), err)
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
@@ -280,7 +273,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 			gs.sealer.Load().handshake(s)
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
-				gs.logRejected(addrOf(c.RemoteAddr()), plainError(err))
+				gs.logRejected(aboutPeers, addrOf(c.RemoteAddr()), plainError(err))
 			}
 		})
 	}
@@ -288,29 +281,11 @@ func (gs *acceptor) accept(serve func(*session) error) {
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
-// logRejected logs what is wrong with who came from there: one line per peer a minute, at most ten lines a minute in
-// all, and counts the rest.
-func (gs *acceptor) logRejected(who netip.Addr, err error) {
-	if err == nil {
-		return
+// logRejected logs what is wrong with what came from there; nil: nothing is.
+func (gs *acceptor) logRejected(class logClass, from netip.Addr, err error) {
+	if err != nil {
+		gs.lines.printf(class, from.String(), "[WARN] dropped what came from %s: it %v", from, err)
 	}
-	gs.mu.Lock()
-	defer gs.mu.Unlock()
-	if now := time.Now(); now.Sub(gs.minute) >= time.Minute {
-		if drops := gs.dropped.Swap(0); gs.suppressed > 0 || drops > 0 {
-			gs.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", gs.suppressed, drops)
-		}
-		gs.minute, gs.logged, gs.suppressed = now, make(map[netip.Addr]bool), 0
-	}
-	if gs.logged[who] || len(gs.logged) >= 10 {
-		gs.suppressed++
-		return
-	}
-	gs.logged[who] = true
-	if who.IsValid() {
-		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
-	}
-	gs.log.Printf("[WARN] %v", err)
 }
 
 // ---- sessions of agents ----
@@ -564,7 +539,7 @@ func (g *gossip) receiveTable(s *session, sync *stateSync) {
 		g.doFor(s, func(n *node) (err error) {
 			bad := 0
 			if more, bad, err = n.mergeChunk(sync, hdr, us); bad > 0 {
-				g.logRejected(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+				g.logRejected(aboutPeers, addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 			}
 			return err
 		})
@@ -815,7 +790,7 @@ func rpcSealer(token string, gossip uint16) *sealer {
 // serveRPC answers commands at ln; info is what the agent knows of itself.
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	gs := &acceptor{tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs := &acceptor{tcp: ln, limit: maxRPCConns, lines: g.lines}
 	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })

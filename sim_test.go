@@ -421,7 +421,7 @@ func cloner(t *table) func() *table {
 	return func() *table {
 		c := *t
 		slab := make([]entry, len(t.ordered)) // one object: the garbage collector has less to look at
-		c.ordered, c.events = make([]*entry, len(t.ordered)), nil
+		c.ordered, c.dead, c.events = make([]*entry, len(t.ordered)), nil, nil
 		for i, e := range t.ordered {
 			slab[i] = *e
 			c.ordered[i] = &slab[i]
