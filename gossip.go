@@ -667,6 +667,12 @@ type peerState struct {
 	claimRate     bucket        // with what is believed of it
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
+
+	source    netip.AddrPort // where its last datagram that counted came from
+	reachedAt netip.AddrPort // where tables were compared, if it does not advertise that
+	cameBack  time.Duration  // when it was last shown alive again after it had failed; 0: never
+	flaps     int            // how often in a row it failed again soon after that, or did not answer when it was held
+	heldUntil time.Duration  // when the held one is probed again; 0: not yet planned
 }
 
 func (e *entry) peer() *peerState {
@@ -700,6 +706,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 		n.handleUnknownHeartbeat(e, hdr)
 	case e.peer().datagrams.accept(hdr.Number): // it counts: it has not come before
 		n.detector.lastHeard = n.now
+		e.peer().source = from
 		return n.handleMessage(e, from, hdr, len(b), body)
 	}
 	return nil
@@ -777,20 +784,27 @@ func (n *node) handleAck(hdr header) {
 	}
 }
 
-// noteValidated notes that e answered something just now: whatever was believed, neither is cut off from the other.
+// noteAnswered notes that e answered something just now, wherever: this node is not cut off.
+func (n *node) noteAnswered(e *entry) {
+	if n.detector.isolated {
+		n.detector.isolated = false
+		n.logf("[INFO] %s answers again", e.Name)
+	}
+}
+
+// noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off from
+// the other.
 func (n *node) noteValidated(e *entry) {
 	if d := e.peer(); !d.validated {
 		d.validated = true
 		n.heartbeats.linkAt = min(n.heartbeats.linkAt, n.now+relinkDelay) // if it watches me
 	}
-	if n.detector.isolated {
-		n.detector.isolated = false
-		n.logf("[INFO] %s answers again", e.Name)
-	}
+	n.noteAnswered(e)
 	if e.isolated {
-		n.table.setIsolated(e, false)
+		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
 	}
+	n.table.release(n.now, e)
 }
 
 // noteContact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
@@ -899,7 +913,7 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	if m.Instance == e.Instance {
 		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
-		return m.Status == statusFailed && !e.Status.isDead() && !e.isolated && m.Incarnation >= e.Incarnation
+		return m.Status == statusFailed && !e.Status.isDead() && !e.failedLocally() && m.Incarnation >= e.Incarnation
 	}
 	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
 	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
@@ -1040,7 +1054,10 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	switch e := n.table.get(hdr.From); {
 	case e == nil || e == n.self:
 	case e.Instance == hdr.born():
-		n.noteValidated(e)
+		n.noteAnswered(e)
+		if e.Addr == sync.peer.Addr { // who answers elsewhere is still to answer where it says that it lives
+			n.noteValidated(e)
+		}
 	case e.displayStatus() == statusAlive && e.Addr != sync.peer.Addr:
 		n.detector.startProbe(n, e.Member)
 		return fmt.Errorf("%v", nameTaken(e.Member)) // not as errNameTaken, which would end a newcomer: its own name is free
@@ -1119,11 +1136,13 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 func (n *node) syncDone(sync *stateSync) {
 	n.joining.noteJoined(n)
 	for _, e := range n.table.ordered {
-		n.table.setIsolated(e, false) // the other side would have said so
+		n.table.setIsolated(n.now, e, false) // the other side would have said so
 	}
 	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
 		e.peer().syncedDigests = sync.digest ^ n.digest()
-		if e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance {
+		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
+		if reachedElsewhere && e.peer().reachedAt != sync.peer.Addr {
+			e.peer().reachedAt = sync.peer.Addr
 			n.logf("[INFO] %s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 		}
 	}
@@ -1136,6 +1155,7 @@ type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	nextTry  time.Duration // when to try next; never: that runs
 	rounds   int           // failed in a row
+	dubious  int           // rounds in a row after which no seed that answered was an alive member
 	warned   bucket
 	names    []string // members that answered at a seed's address
 	errs     []string // of the last round
@@ -1151,16 +1171,25 @@ func (j *joining) noteJoined(n *node) {
 
 // step tries as long as no seed is an alive member: two halves of a cluster would else stay apart for ever.
 func (j *joining) step(n *node) {
-	if len(n.seeds) == 0 || slices.ContainsFunc(j.names, func(name string) bool {
-		e := n.table.get(name)
-		return e != nil && e != n.self && e.displayStatus() == statusAlive
-	}) {
+	if len(n.seeds) == 0 {
+		return
+	}
+	if j.hasAliveSeed(n) {
+		j.dubious = 0
 		return
 	}
 	if n.now >= j.nextTry {
 		n.out.resolve, j.nextTry = true, never
 	}
 	n.wakeAt(j.nextTry)
+}
+
+// hasAliveSeed reports whether a seed has answered and is believed alive.
+func (j *joining) hasAliveSeed(n *node) bool {
+	return slices.ContainsFunc(j.names, func(name string) bool {
+		e := n.table.get(name)
+		return e != nil && e != n.self && e.displayStatus() == statusAlive
+	})
 }
 
 // handleSeedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
@@ -1172,7 +1201,10 @@ func (n *node) handleSeedsTried(names, errs []string, why error) {
 			n.logf("[INFO] joined through %s", names[0])
 		}
 		j.names, j.rounds = names, 0
-		j.nextTry = n.now + time.Second // if none of them is believed alive
+		// If none of them is then believed alive, for instance since it advertises another address, where it does not
+		// answer, to join it again every second would never change that.
+		j.nextTry = n.now + min(time.Second<<min(j.dubious, 10), seedsMax)
+		j.dubious++
 	} else {
 		wait := min(250*ms<<min(j.rounds, 10), seedsMax)
 		j.nextTry = n.now + wait - n.jitter(wait/4)
@@ -1202,6 +1234,9 @@ type identity struct {
 	seedAnswered bool          // a seed has answered: it is known which address leads there
 	former       Member        // a conflict, or a former self, that was found gone
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
+
+	addressWarned bucket // of lines about addresses that do not work
+	calledFailed  bucket // by others; see warnOfAddress
 }
 
 func nameTaken(by Member) error {
@@ -1223,6 +1258,7 @@ func (o *identity) handleSelfClaim(n *node, m Member, via string) (rival bool) {
 		n.detector.startProbe(n, m)
 		return true
 	case !old:
+		o.warnOfAddress(n, m, via)
 		o.refute(n, m.Incarnation+1)
 	}
 	e := n.table.get(via)
@@ -1230,6 +1266,23 @@ func (o *identity) handleSelfClaim(n *node, m Member, via string) (rival bool) {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
 	return false
+}
+
+// warnOfAddress is told that via has called this node failed, which is not yet refuted. Once may be a split that heals.
+func (o *identity) warnOfAddress(n *node, m Member, via string) {
+	if m.Status != statusFailed || m.Instance != n.self.Instance {
+		return
+	}
+	tolerated := o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1).take()
+	if tolerated || !o.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+		return
+	}
+	by := via
+	if e := n.table.get(via); e != nil {
+		by = fmt.Sprintf("%s at %s", via, e.Addr)
+	}
+	n.logf("[WARN] this node is called failed again and again, now by %s: not all members reach it at %s, which it advertises. "+
+		"Give it an address that all members reach with -advertise", by, n.self.Addr)
 }
 
 // refute takes a higher incarnation and tells everybody.
@@ -1499,7 +1552,7 @@ func (d *detector) startProbe(n *node, m Member) *probe {
 // row that none could be had. It is evidence that starts a probe, never a verdict.
 func (n *node) linkEnded(m Member, tries int, refused bool) {
 	e := n.table.get(m.Name)
-	if n.table.ended(m) || e == n.self || e.isolated || n.identity.leaving != 0 {
+	if n.table.ended(m) || e == n.self || e.failedLocally() || n.identity.leaving != 0 {
 		return
 	}
 	if tries == 4 {
@@ -1519,6 +1572,7 @@ func (d *detector) step(n *node) {
 	}
 	d.stepIsolation(n)
 	d.stepRetry(n)
+	d.stepHeld(n)
 }
 
 // stepProbe does what is due in a probe.
@@ -1707,6 +1761,7 @@ func (d *detector) conclude(n *node, p *probe) {
 		n.sync(p.e.Member) // no flood reaches it
 		d.clear(n, p)
 	case p.countOf(verdictAlive) > 0:
+		n.table.release(n.now, p.e)
 		d.clear(n, p)
 	case p.countOf(verdictSilent) > 0:
 		d.handleStall(n, p)
@@ -1783,13 +1838,13 @@ func (d *detector) stepIsolation(n *node) {
 		n.wakeAt(d.lastHeard + isolatedAfter)
 		return
 	}
-	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isolated }); {
+	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() }); {
 	case e == nil:
 	case silent >= isolatedAfter+lastResortTimeout:
 		d.isolated = true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.table.ordered {
-			n.table.setIsolated(e, e.isolated || e != n.self && !e.Status.isDead())
+			n.table.setIsolated(n.now, e, e.isolated || e != n.self && !e.Status.isDead())
 		}
 	case n.now >= d.lastResortAt:
 		d.lastResortAt = n.now + lastResortGap
@@ -1812,6 +1867,42 @@ func (d *detector) stepRetry(n *node) {
 	if rate > 0 {
 		n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
 	}
+}
+
+// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others, ever
+// more rarely.
+func (d *detector) stepHeld(n *node) {
+	for _, e := range slices.Clone(n.table.held) {
+		peer := e.peer()
+		switch {
+		case peer.heldUntil == 0:
+			peer.heldUntil = n.now + flapWait(peer.flaps)
+			hdr := n.header(msgPing)
+			hdr.Target = e.Name
+			n.sendReliable(e.Member, hdr, nil, requestTimeout)
+			d.warnOfFlap(n, e)
+		case n.now >= peer.heldUntil:
+			peer.flaps++
+			peer.heldUntil = n.now + flapWait(peer.flaps)
+			if !e.Status.isDead() {
+				d.startProbe(n, e.Member)
+			}
+		}
+		n.wakeAt(peer.heldUntil)
+	}
+}
+
+// warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
+func (d *detector) warnOfFlap(n *node, e *entry) {
+	if !n.identity.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+		return
+	}
+	from := ""
+	if source := e.peer().source; source.IsValid() && source != e.Addr {
+		from = fmt.Sprintf(", though its datagrams come from %s", source)
+	}
+	n.logf("[WARN] %s does not answer at %s%s: it fails again each time that others call it alive. "+
+		"Can it and this node, at %s, reach each other? Give each an address that all members reach with -advertise", e.Name, e.Addr, from, n.self.Addr)
 }
 
 // ---- queries ----

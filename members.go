@@ -218,6 +218,11 @@ const (
 	maxWalk = 64
 	// maxEvents is how many user events are remembered.
 	maxEvents = 128
+
+	// A member that fails again within flapWindow after it came back flaps.
+	flapWindow       = time.Minute
+	firstFlapWait    = 15 * time.Second
+	maxFlapDoublings = 9
 )
 
 // claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
@@ -234,6 +239,9 @@ type entry struct {
 	// isolated marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	isolated bool
+	// held marks a member that flaps: it came back by somebody's word, and has not answered since; see damp. It stays
+	// local, too.
+	held bool
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped bool
 	since  time.Duration // when it died, for reaping
@@ -246,7 +254,7 @@ func (e *entry) displayStatus() Status {
 	switch {
 	case e.reaped || e.Status == statusPruned:
 		return 0
-	case e.isolated && !e.Status.isDead():
+	case e.failedLocally() && !e.Status.isDead():
 		return statusFailed
 	case e.Status == statusSuspect: // that is short, and settles itself
 		return statusAlive
@@ -254,8 +262,11 @@ func (e *entry) displayStatus() Status {
 	return e.Status
 }
 
+// failedLocally reports whether the member failed for this node alone, whatever the record says.
+func (e *entry) failedLocally() bool { return e.isolated || e.held }
+
 // isSkipped members are walked over on the rings: nobody there would pass on what it is told.
-func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.isolated }
+func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.failedLocally() }
 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
@@ -267,6 +278,7 @@ type table struct {
 	shrunk  uint64          // the version that last took somebody off
 	failed  int             // members that may come back, of
 	total   int             // all that have neither left nor been forgotten
+	held    []*entry        // those that came back by word alone; see damp
 	events  []Event         // news that nobody has taken yet
 }
 
@@ -304,9 +316,10 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 		t.ordered = slices.Insert(t.ordered, at, e)
 	}
 	t.highest = max(t.highest, m.Incarnation)
-	t.change(e, func() {
+	t.change(now, e, func() {
 		if e.Instance != m.Instance {
 			e.isolated, e.state = false, nil
+			e.held = false
 		}
 		if m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation) {
 			e.since = now - age
@@ -317,17 +330,27 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 }
 
 // setIsolated marks or clears "failed for me".
-func (t *table) setIsolated(e *entry, lost bool) {
+func (t *table) setIsolated(now time.Duration, e *entry, lost bool) {
 	if e.isolated != lost {
-		t.change(e, func() { e.isolated = lost })
+		t.change(now, e, func() { e.isolated = lost })
+	}
+}
+
+// release shows a held member again, which has answered.
+func (t *table) release(now time.Duration, e *entry) {
+	if e.held {
+		t.change(now, e, func() { e.held = false })
 	}
 }
 
 // change lets f change e, and brings about what follows: in the sums, on the rings, and as events.
-func (t *table) change(e *entry, f func()) {
+func (t *table) change(now time.Duration, e *entry, f func()) {
 	was := *e
 	t.count(e, -1)
 	f()
+	if e.Instance == was.Instance {
+		e.damp(now, was.held)
+	}
 	t.count(e, +1)
 	if e.Status.isDead() != was.Status.isDead() {
 		for i, ring := range t.ring {
@@ -338,13 +361,54 @@ func (t *table) change(e *entry, f func()) {
 			}
 		}
 	}
-	if e.Status != was.Status || e.Instance != was.Instance || e.isolated != was.isolated { // walks over the rings may end elsewhere
+	if e.held && !was.held {
+		t.held = append(t.held, e)
+	} else if was.held && !e.held {
+		t.held = slices.DeleteFunc(t.held, func(o *entry) bool { return o == e })
+	}
+	localChange := e.failedLocally() != was.failedLocally()
+	if e.Status != was.Status || e.Instance != was.Instance || localChange { // walks over the rings may end elsewhere
 		t.version++
 		if e.isSkipped() {
 			t.shrunk = t.version
 		}
 	}
 	t.announce(e, was.with(e.announced))
+}
+
+// damp is told that e, an instance that stays, has just changed. A member whose advertised address not everybody
+// reaches fails, hears of it, refutes, and is failed again, for ever, at everybody's handlers. So the first time it comes
+// back at once, by whichever word: that is how a split heals. After it has failed again soon after that, a word is not
+// enough: it is held, which shows it as failed, until it answers. The record is untouched, so that all tables stay the same.
+func (e *entry) damp(now time.Duration, wasHeld bool) {
+	is := e.displayStatus()
+	switch {
+	case e.announced == statusAlive && is == statusFailed:
+		if e.state == nil || e.state.cameBack == 0 {
+			return
+		}
+		if now-e.state.cameBack > flapWindow+flapWait(e.state.flaps) {
+			e.state.flaps = 0 // it has proven itself
+			return
+		}
+		e.state.flaps++
+	case e.announced == statusFailed && is == statusAlive:
+		peer := e.peer()
+		if peer.flaps > 0 && !wasHeld {
+			e.held = true
+			return
+		}
+		peer.cameBack = now
+		peer.heldUntil = 0
+	}
+}
+
+// flapWait is for how long a member is held that has flapped so often: ever longer, up to some two hours.
+func flapWait(flaps int) time.Duration {
+	if flaps == 0 {
+		return 0
+	}
+	return firstFlapWait << min(flaps-1, maxFlapDoublings)
 }
 
 // count adds e to the sums over the table, or takes it out.
@@ -408,7 +472,10 @@ func (t *table) reap(now, after time.Duration) {
 		if !e.Status.isDead() || now-e.since < after {
 			return false
 		}
-		t.change(e, func() { e.reaped = true })
+		t.change(now, e, func() {
+			e.reaped = true
+			e.held = false
+		})
 		return now-e.since >= 2*after
 	})
 }
@@ -444,7 +511,7 @@ func (t *table) watchers(e *entry) []*entry {
 func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
 		for p := range t.neighbours(i, e, -1) {
-			if !p.isolated && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
+			if !p.failedLocally() && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
 				ps = append(ps, p)
 			}
 		}

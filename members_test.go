@@ -96,8 +96,8 @@ func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
 	tb := &table{}
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	digest := tb.digest
-	tb.setIsolated(tb.get("a"), true)
-	tb.setIsolated(tb.get("a"), false)
+	tb.setIsolated(0, tb.get("a"), true)
+	tb.setIsolated(0, tb.get("a"), false)
 	if got := kinds(tb.events); got != "join failed join" {
 		t.Errorf("events %q", got)
 	}
