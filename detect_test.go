@@ -4,6 +4,7 @@
 package main
 
 import (
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -222,13 +223,81 @@ func TestTheRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
 }
 
 func TestFirstPromisesAreSpreadOverTheCycle(t *testing.T) {
-	l := newLab(t, 5)
-	promises := make(map[time.Duration]bool)
-	for _, w := range l.n.heartbeats.watchers {
-		promises[(w.peer().promised-l.n.now)/heartbeatInterval] = true
+	n := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0)
+	for i := 1; i < 5; i++ {
+		n.table.apply(n.now, labMember(i), 0).peer().validated = true
 	}
-	if len(promises) != 4 {
-		t.Errorf("four watchers are promised %v", promises)
+	slots := make(map[time.Duration]bool)
+	for _, p := range n.tick(0).packets {
+		slots[promiseOf(p)/heartbeatInterval] = true
+	}
+	if len(slots) != 4 {
+		t.Errorf("four watchers are promised %v", slots)
+	}
+}
+
+// promiseOf is the promise in a heartbeat, 0 in any other datagram.
+func promiseOf(p packet) time.Duration {
+	var hdr header
+	wire.decode(p.data, &hdr)
+	return time.Duration(hdr.Promise) * ms
+}
+
+// Watchers come, go and restart, the loop is late, and at times the node is stopped: that alone breaks a promise, and
+// then all watchers get a new one at once.
+func TestHeartbeatsComeWhenTheyWerePromised(t *testing.T) {
+	for seed := range baseSeed() + 50 {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		n := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0)
+		n.joining.joinedAt = 1
+		promised := make(map[lifetime]time.Duration)
+		wake, now := time.Duration(0), time.Duration(0)
+		for now < time.Minute {
+			now = max(now, wake) + time.Duration(rng.Int64N(int64(lateBy)))
+			stopped := rng.IntN(100) == 0
+			if stopped {
+				now += time.Duration(rng.Int64N(int64(5 * time.Second)))
+			}
+			i := 1 + rng.IntN(9)
+			n.step(now, func(n *node) {
+				for _, w := range n.heartbeats.watched {
+					w.peer().due = n.now + time.Minute
+				}
+				n.detector.lastHeard = n.now
+				if rng.IntN(4) > 0 {
+					return
+				}
+				m := labMember(i)
+				if e := n.table.get(m.Name); e != nil {
+					m = e.Member
+				}
+				if m.Incarnation++; rng.IntN(2) == 0 {
+					m.Instance = m.Incarnation
+				}
+				m.Status = [...]Status{statusAlive, statusAlive, statusSuspect, statusFailed}[rng.IntN(4)]
+				n.table.apply(n.now, m, 0).peer().validated = true
+			})
+			o := n.tick(now)
+			wake = o.wake
+
+			next := make(map[lifetime]time.Duration)
+			for _, p := range o.packets {
+				if promise := promiseOf(p); promise > 0 {
+					next[lifetime{p.to.Name, p.to.Instance}] = now + promise
+				}
+			}
+			for _, w := range n.heartbeats.watchers {
+				to := lifetime{w.Name, w.Instance}
+				at, ok := promised[to]
+				if _, sent := next[to]; !sent && ok {
+					next[to] = at
+				}
+				if late := now - next[to]; late > overdueAfter {
+					t.Fatalf("seed %d: at %v %s waits for a heartbeat since %v (promised: %v)", seed, now, to.name, late, ok)
+				}
+			}
+			promised = next
+		}
 	}
 }
 

@@ -474,7 +474,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	cfg.member.Status = statusAlive
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
-	n.heartbeats = heartbeats{nextBeat: n.now + n.jitter(heartbeatInterval), linkAt: never}
+	n.heartbeats.linkAt = never
 	n.detector.lastHeard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	return n
@@ -662,7 +662,7 @@ func (qs *requests) step(n *node) {
 type peerState struct {
 	datagrams     replayWindow
 	validated     bool          // it has answered: somebody lives at its address
-	promised      time.Duration // when it gets the next heartbeat, if it watches me
+	greeted       bool          // it watches this node and has been sent a heartbeat
 	due           time.Duration // when it is overdue, if I watch it
 	claimRate     bucket        // with what is believed of it
 	tcpOnly       int           // probes in a row that only TCP answered
@@ -1400,70 +1400,84 @@ func (n *node) info() []any {
 
 // ---- heartbeats ----
 
-// heartbeats is whom I watch, and who watches me.
+// heartbeats is whom this node watches, and its own watchers.
+//
+// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises the
+// next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is broken,
+// whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then all
+// watchers probed this node at each beat.
 type heartbeats struct {
 	version  uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
+	queue    []*entry // the same
 	watched  []*entry
-	nextBeat time.Duration
+	nextBeat time.Duration // on the caller's clock: the watchers' time goes on while this node is stopped
 	linkAt   time.Duration // when to ask for other watch links; never: they are as they shall be
 }
 
-// refresh recomputes whom I watch and who watches me after a change.
+// refresh recomputes whom this node watches, and its watchers, after a change.
 func (r *heartbeats) refresh(n *node) {
 	if r.version == n.table.version {
 		return
 	}
-	// After a mass failure the rings must heal at once, so whom I newly watch is due soon. After a join
+	// After a mass failure the rings must heal at once, so a newly watched member is due soon. After a join
 	// nothing is broken, and everybody is busy.
 	grace := newWatchGrace
 	if n.table.shrunk > r.version {
 		grace = overdueAfter
 	}
-	watchers, watched := r.watchers, r.watched
-	r.version, r.watchers, r.watched = n.table.version, n.table.watchers(n.self), n.table.watched(n.self)
+	watched := r.watched
+	r.version = n.table.version
+	r.watchers = n.table.watchers(n.self)
+	r.watched = n.table.watched(n.self)
 	for _, e := range r.watched {
 		if d := e.peer(); d.due == 0 || !slices.Contains(watched, e) {
 			d.due = n.now + grace
 		}
 	}
-	for _, w := range r.watchers {
-		if w.peer().promised == 0 || !slices.Contains(watchers, w) {
-			r.sendHeartbeat(n, w)
-		}
-	}
+	r.requeue(n)
 	r.linkAt = min(r.linkAt, n.now+relinkDelay)
 }
 
-// sendHeartbeat sends w a heartbeat. It promises the first beat that nobody else has been promised: were all new watchers
-// told to wait for a whole cycle, nobody would notice before its end that a host vanished right after it had joined.
-// From whoever has not answered yet it wants an answer: before that it gets no floods, which it would not take, if
-// it has not heard of this node.
-func (r *heartbeats) sendHeartbeat(n *node, w *entry) {
-	next := max(r.nextBeat, n.now)
-	taken := func(o *entry) bool { return o != w && (o.peer().promised-next).Abs() < heartbeatInterval/2 }
-	for slices.ContainsFunc(r.watchers, taken) {
-		next += heartbeatInterval
+// requeue drops the former watchers from the queue and greets the new ones: the greeting is a heartbeat, and promises
+// the next one, so that a host is missed that vanishes right after its join.
+func (r *heartbeats) requeue(n *node) {
+	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
+	if len(r.queue) == 0 {
+		r.nextBeat = n.real + n.jitter(heartbeatInterval)
 	}
-	hdr := n.header(msgHeartbeat)
-	hdr.Promise = uint32((next - n.now) / ms)
-	if w.peer().promised = next; w.peer().validated {
-		n.send(w.Member, hdr, nil)
-	} else {
-		n.sendReliable(w.Member, hdr, nil, next-n.now)
+	for _, w := range r.watchers {
+		if !slices.Contains(r.queue, w) {
+			r.queue = append(r.queue, w)
+			w.peer().greeted = false
+		}
+	}
+
+	for place, w := range r.queue {
+		if !w.peer().greeted { // a new watcher, or another instance of one
+			r.sendHeartbeat(n, w, place)
+		}
 	}
 }
 
-// step sends the next heartbeat, to the watcher whose promise ends first, and starts a probe of everybody who
-// is overdue.
+// sendHeartbeat sends a heartbeat to w, whose place in the queue promises it the next one. A watcher that has not
+// answered yet is asked to: before that it gets no broadcasts, which it does not take if it has not heard of this node.
+func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
+	wait := r.nextBeat + time.Duration(place)*heartbeatInterval - n.real
+	hdr := n.header(msgHeartbeat)
+	hdr.Promise = uint32(max(wait, 0)/ms) + 1 // 0 is no promise
+	w.peer().greeted = true
+	if w.peer().validated {
+		n.send(w.Member, hdr, nil)
+	} else {
+		n.sendReliable(w.Member, hdr, nil, wait)
+	}
+}
+
 func (r *heartbeats) step(n *node) {
-	if len(r.watchers) > 0 {
-		if n.now >= r.nextBeat {
-			r.nextBeat = max(r.nextBeat+heartbeatInterval, n.now+heartbeatInterval/2)
-			w := slices.MinFunc(r.watchers, func(a, b *entry) int { return cmp.Compare(a.peer().promised, b.peer().promised) })
-			r.sendHeartbeat(n, w)
-		}
-		n.wakeAt(r.nextBeat)
+	if len(r.queue) > 0 {
+		r.beat(n)
+		n.wakeAt(n.now + r.nextBeat - n.real)
 	}
 	for _, e := range r.watched {
 		if due := e.peer().due; n.now < due {
@@ -1472,15 +1486,44 @@ func (r *heartbeats) step(n *node) {
 			n.detector.startProbe(n, e.Member)
 		}
 	}
-	if n.now >= r.linkAt { // watch links to the first watchers that have answered
-		n.out.links, r.linkAt = []Member{}, never
-		for _, w := range r.watchers {
-			if len(n.out.links) < linksWanted && w.peer().validated {
-				n.out.links = append(n.out.links, w.Member)
-			}
-		}
+	if n.now >= r.linkAt {
+		r.relink(n)
 	}
 	n.wakeAt(r.linkAt)
+}
+
+// beat sends what is due now.
+func (r *heartbeats) beat(n *node) {
+	late := n.real - r.nextBeat
+	if late < 0 {
+		return
+	}
+
+	// This node was stopped, and more than the first watcher's promise is broken. All get new ones, which hold, or
+	// each of them starts a probe.
+	if late >= heartbeatInterval {
+		r.nextBeat = n.real + heartbeatInterval
+		for place, w := range r.queue {
+			r.sendHeartbeat(n, w, place)
+		}
+		return
+	}
+
+	first := r.queue[0]
+	r.queue = append(slices.Delete(r.queue, 0, 1), first)
+	r.nextBeat += heartbeatInterval
+	r.sendHeartbeat(n, first, len(r.queue)-1)
+}
+
+// relink asks for watch links to the first watchers that have answered.
+func (r *heartbeats) relink(n *node) {
+	r.linkAt = never
+	n.out.links = []Member{}
+	for _, w := range r.watchers {
+		if len(n.out.links) < linksWanted && w.peer().validated {
+			n.out.links = append(n.out.links, w.Member)
+		}
+	}
 }
 
 // ---- probes ----

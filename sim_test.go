@@ -66,6 +66,16 @@ type sim struct {
 	frames         int
 
 	busy time.Duration // how long a process may have to wait for its processor
+
+	checked  bool // the scenario has ended, and check has looked at it
+	resting  bool // there is nothing left to do but heartbeats
+	promises map[promise]time.Duration
+}
+
+// promise is what one process has promised to another: the time of its next heartbeat.
+type promise struct {
+	by *proc
+	to lifetime
 }
 
 // lifetime identifies one run of an agent.
@@ -193,6 +203,9 @@ func newSim(tb testing.TB, seed uint64) *sim {
 	}
 	if tb != nil {
 		tb.Cleanup(func() {
+			if !s.checked { // no scenario can forget it
+				s.check()
+			}
 			if tb.Failed() {
 				tb.Logf("replay: SIM_SEED=%d go test -count=1 -run '^%s$' .   (SIM_TRACE=1 shows every event, 2 every packet)", baseSeed(), strings.ReplaceAll(tb.Name(), "/", "$/^"))
 			}
@@ -528,6 +541,9 @@ func (p *proc) carryOut(o outputs) {
 	}
 	if o.links != nil {
 		p.relink(o.links)
+	}
+	if s.resting {
+		s.checkResting(p, o)
 	}
 	for _, l := range o.logs {
 		p.logs = append(p.logs, l)
@@ -1084,12 +1100,93 @@ func (s *sim) checkTables() {
 	}
 }
 
-// check ends a scenario: all that must always hold has held.
+// check ends a scenario: all that must always hold has held, and the cluster comes to rest.
 func (s *sim) check() {
 	s.tb.Helper()
+	s.checked = true
 	s.checkTables()
+	s.checkFlaps()
+	s.atRest()
 	for _, p := range s.problems {
 		s.tb.Errorf("%s", p)
+	}
+}
+
+const (
+	restAfter   = 20 * time.Second // the last fault
+	restFor     = 10 * time.Second // it is looked at
+	restPackets = 2.2              // a second and member: a heartbeat each half second, and a little
+	maxFailures = 3                // of one member that another is told in a minute
+)
+
+// atRest ends all faults, waits, and then finds nothing but heartbeats, and pings to those that have failed: whatever
+// came before, no promise is broken, nobody is probed, no tables are compared, and nothing is logged.
+func (s *sim) atRest() {
+	s.loss, s.busy = 0, 0
+	clear(s.oneWay)
+	for _, h := range s.hosts {
+		h.group = 0
+		h.up = h.p == nil || h.p.state != procDead // a lost host stays lost
+	}
+	for _, p := range s.procs {
+		p.cont()
+	}
+	s.run(restAfter)
+
+	s.packets, s.resting, s.promises = 0, true, make(map[promise]time.Duration)
+	s.run(restFor)
+	s.resting = false
+	for of, at := range s.promises {
+		if at+overdueAfter/2 < s.now {
+			s.problem("at rest: %s has not sent %s what it promised", of.by.name, of.to.name)
+		}
+	}
+	allowed := 0.0
+	for _, p := range s.running() {
+		allowed += restPackets + retryRate*float64(p.n.table.failed)/float64(p.n.table.total)
+	}
+	if per := float64(s.packets) / restFor.Seconds(); per > allowed {
+		s.problem("at rest: %.1f packets a second of %d members, %.1f are allowed", per, len(s.running()), allowed)
+	}
+}
+
+// checkResting finds what p does although there is nothing to do.
+func (s *sim) checkResting(p *proc, o outputs) {
+	for _, l := range o.logs { // each probe and each comparison of tables is one, too
+		s.problem("at rest: %s logs %s", p.name, l)
+	}
+	for _, m := range o.tcpProbes {
+		s.problem("at rest: %s looks at %s", p.name, m.Name)
+	}
+	for _, pk := range o.packets {
+		var hdr header
+		if _, err := wire.decode(pk.data, &hdr); err != nil || hdr.Kind != msgHeartbeat {
+			continue
+		}
+		of := promise{p, lifetime{pk.to.Name, pk.to.Instance}}
+		if at, ok := s.promises[of]; ok && at+overdueAfter/2 < s.now {
+			s.problem("at rest: %s keeps a promise to %s %v late", p.name, pk.to.Name, s.now-at)
+		}
+		s.promises[of] = s.now + time.Duration(hdr.Promise)*ms
+	}
+}
+
+// checkFlaps finds members of which others were told again and again that they have failed.
+func (s *sim) checkFlaps() {
+	type pair struct {
+		by   *proc
+		name string
+	}
+	failures := make(map[pair][]time.Duration)
+	for _, o := range s.seen {
+		if o.kind != eventFailed {
+			continue
+		}
+		of := pair{o.by, o.Member.Name}
+		recent := slices.DeleteFunc(failures[of], func(at time.Duration) bool { return at < o.at-time.Minute })
+		if failures[of] = append(recent, o.at); len(failures[of]) == maxFailures+1 {
+			s.problem("%s is told %d failures of %s in a minute", o.by.name, maxFailures+1, o.Member.Name)
+		}
 	}
 }
 
