@@ -121,6 +121,8 @@ const (
 	lastResortTimeout  = 900 * ms
 	retryRate          = 2.0 // pings a second, times the failed share of the table
 	maxProbes          = 256
+	unansweredFor      = 5 * time.Second // a watcher does not answer, though it is heard
+	tolerableLoss      = 8               // heartbeats in a row
 )
 
 // ---- messages ----
@@ -465,6 +467,8 @@ type node struct {
 	joining     joining
 	identity    identity
 	queries     queries
+
+	addressWarned bucket // see warnOfAddress
 }
 
 // newNode makes a node of cfg; now is the caller's clock.
@@ -668,6 +672,9 @@ type peerState struct {
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
 
+	unansweredSince time.Duration // since when it is a watcher that does not answer, though it is heard
+	missingBeats    int           // probes in a row that it answered although its heartbeat had not come
+
 	source    netip.AddrPort // where its last datagram that counted came from
 	reachedAt netip.AddrPort // where tables were compared, if it does not advertise that
 	cameBack  time.Duration  // when it was last shown alive again after it had failed; 0: never
@@ -807,6 +814,29 @@ func (n *node) noteValidated(e *entry) {
 	n.table.release(n.now, e)
 }
 
+// noteUnanswered is told that w, a watcher, is sent a heartbeat and has never answered one. If it is heard all the same, the
+// address that it advertises is not its own, or does not lead here: it counts as alive, and what is sent to it is lost.
+func (n *node) noteUnanswered(w *entry) {
+	peer := w.peer()
+	switch {
+	case !peer.source.IsValid():
+		return
+	case peer.unansweredSince == 0:
+		peer.unansweredSince = n.now
+		n.tcpProbe(w.Member) // UDP may be what is blocked
+	case n.now-peer.unansweredSince > unansweredFor:
+		n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: what is sent to it from here, %s, is lost",
+			w.Name, peer.source, w.Addr, n.self.Addr)
+	}
+}
+
+// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
+func (n *node) warnOfAddress(format string, a ...any) {
+	if n.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+		n.logf("[WARN] "+format+". Each agent must advertise an address at which all others reach it: see -advertise", a...)
+	}
+}
+
 // noteContact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
 func (n *node) noteContact(e *entry, hdr header) {
 	if e.Status != statusAlive || hdr.Incarnation != e.Incarnation {
@@ -817,6 +847,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 	e.peer().tcpOnly = 0
 	if hdr.Promise > 0 {
+		e.peer().missingBeats = 0
 		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + overdueAfter
 		n.detector.handleSignOfLife(n, e.Member)
 	}
@@ -1235,8 +1266,7 @@ type identity struct {
 	former       Member        // a conflict, or a former self, that was found gone
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
 
-	addressWarned bucket // of lines about addresses that do not work
-	calledFailed  bucket // by others; see warnOfAddress
+	calledFailed bucket // by others
 }
 
 func nameTaken(by Member) error {
@@ -1258,7 +1288,7 @@ func (o *identity) handleSelfClaim(n *node, m Member, via string) (rival bool) {
 		n.detector.startProbe(n, m)
 		return true
 	case !old:
-		o.warnOfAddress(n, m, via)
+		o.noteCalledFailed(n, m, via)
 		o.refute(n, m.Incarnation+1)
 	}
 	e := n.table.get(via)
@@ -1268,21 +1298,19 @@ func (o *identity) handleSelfClaim(n *node, m Member, via string) (rival bool) {
 	return false
 }
 
-// warnOfAddress is told that via has called this node failed, which is not yet refuted. Once may be a split that heals.
-func (o *identity) warnOfAddress(n *node, m Member, via string) {
+// noteCalledFailed is told that via has called this node failed, which is not yet refuted. Once may be a split that heals.
+func (o *identity) noteCalledFailed(n *node, m Member, via string) {
 	if m.Status != statusFailed || m.Instance != n.self.Instance {
 		return
 	}
-	tolerated := o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1).take()
-	if tolerated || !o.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+	if o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1).take() {
 		return
 	}
 	by := via
 	if e := n.table.get(via); e != nil {
 		by = fmt.Sprintf("%s at %s", via, e.Addr)
 	}
-	n.logf("[WARN] this node is called failed again and again, now by %s: not all members reach it at %s, which it advertises. "+
-		"Give it an address that all members reach with -advertise", by, n.self.Addr)
+	n.warnOfAddress("this node is called failed again and again, now by %s: not all members reach it at %s, which it advertises", by, n.self.Addr)
 }
 
 // refute takes a higher incarnation and tells everybody.
@@ -1469,9 +1497,10 @@ func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 	w.peer().greeted = true
 	if w.peer().validated {
 		n.send(w.Member, hdr, nil)
-	} else {
-		n.sendReliable(w.Member, hdr, nil, wait)
+		return
 	}
+	n.sendReliable(w.Member, hdr, nil, wait)
+	n.noteUnanswered(w)
 }
 
 func (r *heartbeats) step(n *node) {
@@ -1624,7 +1653,7 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	case p.localOnly(n) && (p.result == verdictAlive || p.result == verdictRefused):
 		d.conclude(n, p)
 		return
-	case p.e != n.self && (p.e.Instance != p.m.Instance || p.e.Status.isDead()), // that run is over
+	case p.e != n.self && (p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.isolated), // that run is over, or cannot be judged
 		p.deciding && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation): // it has refuted
 		d.remove(p)
 		return
@@ -1806,6 +1835,11 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.countOf(verdictAlive) > 0:
 		n.table.release(n.now, p.e)
 		d.clear(n, p)
+	case p.e.held:
+		d.remove(p) // until it is probed again, later than this time
+		if n.now-d.lastHeard <= probeTimeout {
+			d.declareFailed(n, p)
+		}
 	case p.countOf(verdictSilent) > 0:
 		d.handleStall(n, p)
 	case p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
@@ -1832,7 +1866,16 @@ func (d *detector) clear(n *node, p *probe) {
 	d.remove(p)
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	if deal := p.e.peer(); deal.due <= n.now {
+		n.noteMissingBeat(p.e)
 		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + overdueAfter
+	}
+}
+
+// noteMissingBeat is told that e lives although its heartbeat has not come. A few times is loss.
+func (n *node) noteMissingBeat(e *entry) {
+	e.peer().missingBeats++
+	if e.peer().missingBeats >= tolerableLoss {
+		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
 	}
 }
 
@@ -1937,15 +1980,11 @@ func (d *detector) stepHeld(n *node) {
 
 // warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
 func (d *detector) warnOfFlap(n *node, e *entry) {
-	if !n.identity.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
-		return
-	}
 	from := ""
 	if source := e.peer().source; source.IsValid() && source != e.Addr {
 		from = fmt.Sprintf(", though its datagrams come from %s", source)
 	}
-	n.logf("[WARN] %s does not answer at %s%s: it fails again each time that others call it alive. "+
-		"Can it and this node, at %s, reach each other? Give each an address that all members reach with -advertise", e.Name, e.Addr, from, n.self.Addr)
+	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive", e.Name, n.self.Addr, e.Addr, from)
 }
 
 // ---- queries ----
