@@ -97,6 +97,7 @@ var (
 	errSelf            = errors.New("that is this node itself")
 	errConflictPending = errors.New("whether the name is taken is being found out")
 	errNameTaken       = errors.New("is taken")
+	errNameHeld        = errors.New("is not free yet")
 	errNobodyAsked     = errors.New("nobody is asked: no living member is as the query wants it")
 	errStopped         = errors.New("the agent is stopping")
 )
@@ -123,6 +124,10 @@ const (
 	maxProbes          = 256
 	unansweredFor      = 5 * time.Second // a watcher does not answer, though it is heard
 	tolerableLoss      = 8               // heartbeats in a row
+
+	nameRetry       = 250 * ms                     // while a newcomer waits for its name
+	nameHeldTimeout = stallTimeout + 2*time.Second // by then the cluster has noticed that the holder is gone
+	nameTie         = time.Second                  // that two agents of one name came in one after the other
 )
 
 // ---- messages ----
@@ -169,10 +174,10 @@ type header struct {
 	Promise     uint32 // heartbeat: milliseconds until the next one to you
 	Seq         uint32 // of a question (any but a check wants a msgAck), and of its answer
 	Query       uint32 // the asker's number of a query
-	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing
+	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing; a first frame: the dialler's address
 	Verdict     verdict
 	Reply       reply
-	More        bool // msgTable: another piece follows
+	More        bool // msgTable: another piece follows; msgHandshakeReply: the node is in a cluster
 }
 
 func (hdr *header) born() uint64 { return hdr.Incarnation - hdr.Raised }
@@ -540,8 +545,17 @@ func (n *node) header(k msgKind) header {
 	case msgHeartbeat, msgPing, msgAck, msgSync, msgHandshakeReply: // a ping's makes room for that of the answer, which is never larger
 		hdr.Digest = n.digest()
 	}
+	switch k {
+	case msgSync, msgTCPProbe: // another holder of the name can then say where this node lives
+		hdr.Target = n.self.Addr.String()
+	case msgHandshakeReply:
+		hdr.More = n.inCluster()
+	}
 	return hdr
 }
+
+// inCluster reports whether this node has come into a cluster, or is the one that others come to.
+func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.seeds) == 0 }
 
 // digest covers the table and the remembered user events.
 func (n *node) digest() uint64 { return n.table.digest ^ n.broadcasts.events.digest }
@@ -612,12 +626,11 @@ func (n *node) applyAndBroadcast(m Member) {
 
 // claim is what is believed of e, as it travels.
 func (n *node) claim(e *entry) update {
-	u := update{Member: e.Member}
-	if e.Status.isDead() {
-		u.Age = uint64((n.now - e.since) / ms)
-	}
-	return u
+	return update{Member: e.Member, Age: uint64(max(n.now-e.since, 0) / ms)}
 }
+
+// age is how long ago, by u, the member came in or died.
+func (u *update) age() time.Duration { return time.Duration(min(u.Age, 1<<40)) * ms }
 
 // ---- requests ----
 
@@ -910,7 +923,25 @@ func (n *node) sanitizeClaim(u *update) error {
 	if !m.isValid() || !n.isPlausible(m.Incarnation, n.table.highest) {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
+	if e := n.table.get(m.Name); e != nil && n.movesInstance(*m, e) {
+		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance", m.Name, e.Addr, m.Addr)
+	}
 	return nil
+}
+
+// movesInstance reports whether m says that the instance of e lives elsewhere. An agent whose address changes is a new
+// instance, so m is false, and what is known of this address, that it has answered, must not pass on to another one. If
+// nobody answers at the known address, it may be that one that was false.
+func (n *node) movesInstance(m Member, e *entry) bool {
+	if m.Instance != e.Instance || sameEndpoint(m.Addr, e.Addr) {
+		return false
+	}
+	return e == n.self || e.peer().validated || !e.Status.isDead()
+}
+
+// sameEndpoint compares without the zone, which means something else on each machine.
+func sameEndpoint(a, b netip.AddrPort) bool {
+	return a.Port() == b.Port() && a.Addr().WithZone("") == b.Addr().WithZone("")
 }
 
 // handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
@@ -924,11 +955,16 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	m, e := u.Member, n.table.get(u.Member.Name)
 	switch {
 	case e == n.self:
-		n.identity.handleSelfClaim(n, m, via)
+		n.identity.handleSelfClaim(n, *u, via)
 	case sync != nil && e != nil && n.needsProbe(sync, m, e):
 		n.sendClaim(e.Member, *u) // so that it can refute that, or settle it, at once
-		if p := n.detector.startProbe(n, e.Member); p != nil && m.Instance == e.Instance {
+		p := n.detector.startProbe(n, e.Member)
+		switch {
+		case p == nil:
+		case m.Instance == e.Instance:
 			p.recordFrom(via, verdictUnreachable)
+		default:
+			p.rival = m.Addr
 		}
 	default:
 		revived := sync == nil && e != nil && e.Status == statusFailed && m.Name == via
@@ -953,7 +989,7 @@ func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 
 // applyAndForward believes a claim, if it wins, and passes it on.
 func (n *node) applyAndForward(u *update) {
-	m, e, age := u.Member, n.table.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
+	m, e, age := u.Member, n.table.get(u.Member.Name), u.age()
 	if m.Status.isDead() && age >= n.reapAfter && (e == nil || e.Status.isDead()) {
 		return // whoever forgets later than I do would bring it back again and again
 	}
@@ -1056,59 +1092,100 @@ func (r *antiEntropy) step(n *node) {
 	}
 }
 
-// exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
+// stateSync is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer     Member // who answered or dialled, once known; its Addr is where I dialled
-	conflict *probe // of who has my name there; the exchange waits for it
+	peer     Member // who answered or dialled, once known; its Addr is the one that was dialled
+	conflict *probe // of the holder of this newcomer's name; the exchange waits for it
+	joins    bool   // it was dialled to join, by a command or as a seed
 	replay   bool
 	lastKey  string // the next piece begins after this key
 	digest   uint64 // the other side's, at first
 }
 
-// handshakeReply answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
+// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A newcomer whose
 // name is taken must learn it before it says more.
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
 	if e := n.table.get(hdr.From); e != nil && !e.reaped {
+		n.noteNameConflict(e, hdr)
 		about = append(about, n.claim(e))
 	}
 	return n.header(msgHandshakeReply), about
 }
 
-// handleWelcome takes the welcome of whom I dialled, and what it says of me. errConflictPending: ask again in a moment.
+// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is kept
+// out, so it is found out at once whether e is still there.
+func (n *node) noteNameConflict(e *entry, hdr header) {
+	at, err := netip.ParseAddrPort(hdr.Target)
+	restarted := err != nil || at == e.Addr
+	if e.Instance == hdr.born() || e.Status.isDead() || restarted {
+		return
+	}
+
+	if e == n.self {
+		n.identity.warnOfConflict(n, e.Member, at)
+		return
+	}
+	if hdr.Kind == msgSync {
+		if p := n.detector.startProbe(n, e.Member); p != nil {
+			p.rival = at
+		}
+	}
+}
+
+// handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
+// errConflictPending means that the name's holder is being probed, and that the caller shall call again in a moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
 	if hdr.From == n.self.Name && hdr.born() == n.self.Instance {
 		return errSelf
 	}
-	sync.peer.Name, sync.peer.Instance, sync.digest = hdr.From, hdr.born(), hdr.Digest
+	sync.peer.Name = hdr.From
+	sync.peer.Instance = hdr.born()
+	sync.digest = hdr.Digest
 	n.detector.lastHeard = n.now
-	switch e := n.table.get(hdr.From); {
-	case e == nil || e == n.self:
-	case e.Instance == hdr.born():
-		n.noteAnswered(e)
-		if e.Addr == sync.peer.Addr { // who answers elsewhere is still to answer where it says that it lives
-			n.noteValidated(e)
-		}
-	case e.displayStatus() == statusAlive && e.Addr != sync.peer.Addr:
-		n.detector.startProbe(n, e.Member)
-		return fmt.Errorf("%v", nameTaken(e.Member)) // not as errNameTaken, which would end a newcomer: its own name is free
+	if err := n.identifyPeer(sync.peer); err != nil {
+		return err
 	}
+
 	for i := range about {
-		m := &about[i].Member
-		if hdr.From == n.self.Name { // a conflict lives here, wherever it says
-			m.Addr = sync.peer.Addr
+		u := &about[i]
+		if hdr.From == n.self.Name { // the peer is the other holder: it lives where it answers, whatever it claims
+			u.Member.Addr = sync.peer.Addr
 		}
-		switch {
-		case n.sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name:
-		case n.joining.joinedAt != 0 && m.Instance > n.self.Instance: // it gives way when it hears of me
-		case sync.conflict != nil && sync.conflict.result == verdictAlive:
-			return nameTaken(sync.conflict.m)
-		case n.identity.handleSelfClaim(n, *m, hdr.From):
-			sync.conflict = n.detector.ownProbe(n.self)
-			return errConflictPending
+		if n.sanitizeClaim(u) != nil || u.Member.Name != n.self.Name {
+			continue
 		}
+		if err := n.identity.mayEnter(n, sync, *u, hdr); err != nil {
+			return err
+		}
+	}
+	if n.joining.joinedAt == 0 {
+		n.self.since = n.now // here it comes in
 	}
 	n.identity.seedAnswered = true
+	return nil
+}
+
+// identifyPeer compares the peer that answered with what the table says about its name.
+func (n *node) identifyPeer(peer Member) error {
+	e := n.table.get(peer.Name)
+	if e == nil || e == n.self {
+		return nil
+	}
+	if e.Instance == peer.Instance {
+		n.noteAnswered(e)
+		if e.Addr == peer.Addr { // one that answers elsewhere is still to answer where it says that it lives
+			n.noteValidated(e)
+		}
+		return nil
+	}
+	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
+		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
+		if p := n.detector.startProbe(n, e.Member); p != nil {
+			p.rival = peer.Addr
+		}
+		return errors.New(nameTaken(e.Member, 0).Error())
+	}
 	return nil
 }
 
@@ -1227,6 +1304,14 @@ func (j *joining) hasAliveSeed(n *node) bool {
 func (n *node) handleSeedsTried(names, errs []string, why error) {
 	j := &n.joining
 	j.errs = errs
+	taken, isTaken := errors.AsType[*nameTakenError](why)
+	switch {
+	case errors.Is(why, errNameHeld) && j.joinedAt == 0: // once the cluster has noticed, it is free
+		j.nextTry = n.now + nameRetry
+		return
+	case isTaken && j.joinedAt != 0: // two halves of a cluster meet
+		n.identity.handleSelfClaim(n, taken.holder, "")
+	}
 	if len(names) > 0 {
 		if j.rounds > 0 {
 			n.logf("[INFO] joined through %s", names[0])
@@ -1245,7 +1330,7 @@ func (n *node) handleSeedsTried(names, errs []string, why error) {
 	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errSelf.Error()) })
 	warn := others && j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
 	switch {
-	case j.joinedAt == 0 && why != nil:
+	case j.joinedAt == 0 && isTaken:
 		n.out.fatal = why
 	case j.joinedAt == 0 && n.retryMax > 0 && j.rounds >= n.retryMax:
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", j.rounds, text)
@@ -1263,39 +1348,147 @@ func (n *node) handleSeedsTried(names, errs []string, why error) {
 // identity is what concerns this node's own record.
 type identity struct {
 	seedAnswered bool          // a seed has answered: it is known which address leads there
-	former       Member        // a conflict, or a former self, that was found gone
+	former       Member        // another holder of the name, or a former self, that was found gone
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
 
-	calledFailed bucket // by others
+	rival      Member        // another living agent of the name
+	rivalSince time.Duration // when it came into its cluster, as far as is known
+	rivalMet   int           // how often
+	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
+
+	calledFailed   bucket // by others
+	conflictWarned bucket
 }
 
-func nameTaken(by Member) error {
-	return fmt.Errorf("the name %q %w: the member at %s has it", by.Name, errNameTaken, by.Addr)
+// nameTakenError says that a living member has this node's name.
+type nameTakenError struct{ holder update }
+
+func nameTaken(by Member, age uint64) error {
+	return &nameTakenError{update{Member: by, Age: age}}
 }
 
-// handleSelfClaim handles a claim about this node. Where it may be that of another living agent (rival), that one is looked
-// at. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
-// whoever said so, since a flood stays on its own side of a split.
-func (o *identity) handleSelfClaim(n *node, m Member, via string) (rival bool) {
-	old := m.Incarnation < n.self.Incarnation // who says so has missed my refutation
-	// Whoever was found gone and has raised its incarnation since then was only stopped or cut off: two would claim
-	// the name for ever.
-	gone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
+func (e *nameTakenError) Error() string {
+	return fmt.Sprintf("the name %q %v: the member at %s has it", e.holder.Member.Name, errNameTaken, e.holder.Member.Addr)
+}
+
+func (e *nameTakenError) Is(err error) bool { return err == errNameTaken }
+
+// mayEnter decides whether u, the claim about this node's name of a peer that it has dialled, keeps it out.
+//
+// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told, never
+// times, since a clock may be wrong. So a newcomer never takes a name whose holder the cluster believes alive. It
+// ends if the holder answers it, and waits else, until the cluster has noticed that the holder is gone: one that stalls,
+// or that only the newcomer cannot reach, is not. A member that is told to join another cluster which has its name only
+// fails to. Where two clusters meet by themselves, after a split, the one that came in later gives way; see givesWay.
+func (o *identity) mayEnter(n *node, sync *stateSync, u update, hdr header) error {
+	m := u.Member
+	joined := n.joining.joinedAt != 0
+	own := m.Instance == n.self.Instance || m.Addr == n.self.Addr || m.Status.isDead() // a former self, or one that has gone
 	switch {
-	case o.leaving != 0 || m == n.self.Member:
-		return false
-	case m.Instance != n.self.Instance && !m.Status.isDead() && m.Addr != n.self.Addr && !gone:
+	case own, joined && !o.mayBeRival(n.self.Member, m):
+		o.handleSelfClaim(n, u, hdr.From)
+		return nil
+	case joined && sync.joins:
+		return nameTaken(m, u.Age)
+	case joined:
+		return nil // the tables say the same
+	case hdr.From != n.self.Name:
+		return o.mayTake(n, sync, u)
+	}
+
+	// The peer itself has the name. If it is a newcomer, too, only one of the two ends.
+	o.noteRival(n, u)
+	if hdr.More || o.givesWay(n) {
+		return nameTaken(m, u.Age)
+	}
+	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node", m.Name)
+}
+
+// mayTake decides whether a newcomer may take its name although the cluster believes its holder alive.
+func (o *identity) mayTake(n *node, sync *stateSync, u update) error {
+	foundGone := o.former.Instance == u.Member.Instance
+	switch {
+	case sync.conflict != nil && sync.conflict.result == verdictAlive:
+		return nameTaken(u.Member, u.Age)
+	case !foundGone:
+		sync.conflict = n.detector.startProbe(n, u.Member) // or the one that runs
+		return errConflictPending
+	case o.heldSince == 0:
+		o.heldSince = n.now
+		n.logf("[INFO] the member at %s has the name of this node and does not answer: waiting until the cluster calls it failed", u.Member.Addr)
+	case n.now-o.heldSince > nameHeldTimeout: // the cluster reaches it
+		return nameTaken(u.Member, u.Age)
+	}
+	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer", u.Member.Name, errNameHeld, u.Member.Addr)
+}
+
+// noteRival notes what is known of another living agent of this node's name.
+func (o *identity) noteRival(n *node, u update) {
+	since := n.now - u.age()
+	if o.rival.Instance != u.Member.Instance {
+		o.rivalMet = 0
+		o.rivalSince = since
+	}
+	o.rival = u.Member
+	o.rivalSince = min(o.rivalSince, since)
+	o.rivalMet++
+}
+
+// givesWay reports whether this node leaves its name to the rival: whether it came in later. An age only ever shrinks on
+// its way, so never do both give way. Neither does if they came in at the same time, but for what the way takes. Then,
+// when the one that may know better has had the time to, the higher instance does.
+func (o *identity) givesWay(n *node) bool {
+	later := n.self.since - o.rivalSince
+	atOnce := later > -nameTie && o.rivalMet >= 3
+	return later > 0 || atOnce && n.self.Instance > o.rival.Instance
+}
+
+// warnOfConflict says that two agents have one name: at the holder, and at those who were told of both.
+func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
+	if o.conflictWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+		n.logf("[WARN] two agents are called %q, at %s and at %s: give one of them another name with -node", holder.Name, holder.Addr, other)
+	}
+}
+
+// handleSelfClaim handles a claim about this node. Where it may be that of another living agent (a rival), that one is
+// probed. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
+// via, which said so, since a flood stays on its own side of a split.
+func (o *identity) handleSelfClaim(n *node, u update, via string) {
+	m := u.Member
+	if o.leaving != 0 || m == n.self.Member {
+		return
+	}
+	if o.mayBeRival(n.self.Member, m) {
+		o.noteRival(n, u)
 		n.detector.startProbe(n, m)
-		return true
-	case !old:
+		return
+	}
+
+	missedRefutation := m.Incarnation < n.self.Incarnation
+	if !missedRefutation {
 		o.noteCalledFailed(n, m, via)
 		o.refute(n, m.Incarnation+1)
 	}
 	e := n.table.get(via)
-	if e != nil && e != n.self && (old || !e.peer().validated || !slices.Contains(n.heartbeats.watchers, e)) { // else the flood tells it
+	if e == nil || e == n.self {
+		return
+	}
+	// A refutation that was just flooded reaches the watchers. All others are told directly.
+	flooded := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
+	if !flooded {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
-	return false
+}
+
+// mayBeRival reports whether m can be another living agent with the name of self.
+func (o *identity) mayBeRival(self, m Member) bool {
+	if m.Instance == self.Instance || m.Addr == self.Addr || m.Status.isDead() {
+		return false
+	}
+	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would claim the
+	// name for ever.
+	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
+	return !foundGone
 }
 
 // noteCalledFailed is told that via has called this node failed, which is not yet refuted. Once may be a split that heals.
@@ -1321,8 +1514,7 @@ func (o *identity) refute(n *node, incarnation uint64) {
 	n.applyAndBroadcast(m)
 }
 
-// conflictResolved settles what becomes of the name once the probe of conflict m is over. A newcomer never disturbs the
-// holder, and after a split the younger gives way.
+// conflictResolved settles what becomes of the name once the probe of m, another holder, is over.
 func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	switch {
 	case !alive:
@@ -1330,9 +1522,10 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 			o.refute(n, m.Incarnation+1)
 		}
 	case n.joining.joinedAt == 0: // only the join that met it fails
-	case n.self.Instance > m.Instance:
-		n.out.fatal = nameTaken(m)
+	case o.givesWay(n):
+		n.out.fatal = nameTaken(m, 0)
 	default:
+		o.warnOfConflict(n, n.self.Member, m.Addr)
 		o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
 		n.sync(m) // it does not count what a stranger sends
 	}
@@ -1352,7 +1545,9 @@ func (n *node) addressChanged(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m.Incarnation = m.Instance
 	n.logf("[INFO] this node has the address %s now and advertises it", ip)
 	events := n.table.events
-	n.applyAndBroadcast(m)
+	if e := n.table.apply(n.now, m, n.now-n.self.since); e != nil { // it has been in the cluster all the time
+		n.broadcast(e)
+	}
 	n.table.events = events // it has neither failed nor joined for itself
 }
 
@@ -1581,7 +1776,8 @@ type probe struct {
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
-	pending      []*entry // who has not voted yet
+	pending      []*entry       // who has not voted yet
+	rival        netip.AddrPort // of another agent that wants the target's name
 }
 
 // probesOf is all probes of one run of a member.
@@ -1822,6 +2018,8 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.requester != nil:
 		d.remove(p)
 		d.sendProbeResult(n, p)
+	case p.e == n.self && p.isStalled(n.now): // a name is not lost by a moment of silence
+		d.handleStall(n, p)
 	case p.e == n.self:
 		d.remove(p)
 		n.identity.conflictResolved(n, p.m, p.result == verdictAlive)
@@ -1855,6 +2053,11 @@ func (d *detector) conclude(n *node, p *probe) {
 	}
 }
 
+// isStalled reports whether the target accepts connections in silence, and not for too long yet.
+func (p *probe) isStalled(now time.Duration) bool {
+	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
+}
+
 // restart looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
@@ -1864,6 +2067,9 @@ func (d *detector) restart(n *node, p *probe, start time.Duration) {
 // clear ends a probe of a member that somebody reached.
 func (d *detector) clear(n *node, p *probe) {
 	d.remove(p)
+	if p.rival.IsValid() {
+		n.identity.warnOfConflict(n, p.e.Member, p.rival)
+	}
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	if deal := p.e.peer(); deal.due <= n.now {
 		n.noteMissingBeat(p.e)

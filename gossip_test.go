@@ -767,15 +767,15 @@ func TestWhoeverIsSupersededElsewhereIsTold(t *testing.T) {
 
 // Two agents of one name ran on, since nobody answered where the first one said
 // that it lives.
-func TestANamesakeIsLookedAtWhereItAnswered(t *testing.T) {
+func TestANamesakeLivesWhereItAnswered(t *testing.T) {
 	l := newLab(t, 1)
 	l.n.joining.joinedAt = 0
 	claim, at := labMember(0), netip.MustParseAddrPort("10.0.0.77:7946")
 	claim.Instance, claim.Incarnation = 9, 9
 	claim.Addr = netip.MustParseAddrPort("10.99.99.99:7946")
-	err := l.n.handleWelcome(&stateSync{peer: Member{Addr: at}}, header{From: claim.Name, Incarnation: 9}, []update{{Member: claim}})
-	if o := l.n.tick(l.now); !errors.Is(err, errConflictPending) || len(o.tcpProbes) != 1 || o.tcpProbes[0].Addr != at {
-		t.Errorf("%v, looks at %v, want one at %s", err, o.tcpProbes, at)
+	err := l.n.handleWelcome(&stateSync{peer: Member{Addr: at}}, header{From: claim.Name, Incarnation: 9, More: true}, []update{{Member: claim}})
+	if !errors.Is(err, errNameTaken) || !strings.Contains(err.Error(), at.String()) {
+		t.Errorf("%v, want that the name is taken by the member at %s", err, at)
 	}
 }
 

@@ -118,13 +118,13 @@ func newInstanceID(unixMs, random uint64) uint64 {
 }
 
 // supersedes is the one rule that decides which of two claims about a name wins: the higher incarnation, then
-// the worse status. The rest makes the order total, so that no two members can believe forged claims differently.
+// the later instance, then the worse status. Tags differ then only if somebody forges: they make the order total, so
+// that no two members can believe different claims. One instance has one address; see sanitizeClaim.
 func (m Member) supersedes(old Member) bool {
 	return cmp.Or(
 		cmp.Compare(m.Incarnation, old.Incarnation),
 		cmp.Compare(m.Instance, old.Instance),
 		cmp.Compare(m.Status, old.Status),
-		m.Addr.Compare(old.Addr),
 		cmp.Compare(m.Tags, old.Tags),
 	) > 0
 }
@@ -175,7 +175,7 @@ func (k eventKind) String() string { return eventNames[k] }
 // update is one claim about a member, or (Name set) a user event or query of Member.
 type update struct {
 	Member   Member
-	Age      uint64 // milliseconds since the member died, or the event was sent
+	Age      uint64 // milliseconds: since the member came in or died, or the event was sent
 	Name     string
 	Payload  []byte
 	LTime    uint64 // Lamport time at which it was sent
@@ -244,7 +244,7 @@ type entry struct {
 	held bool
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped bool
-	since  time.Duration // when it died, for reaping
+	since  time.Duration // when this instance came into the cluster, or, for reaping, died
 	known  time.Duration // when the name was first heard of, on the caller's clock
 	state  *peerState    // the protocol's, with this instance; another one starts anew
 }
@@ -301,7 +301,7 @@ func (t *table) ended(m Member) bool {
 }
 
 // apply takes claim m into the table when it wins over what is there, and returns its entry then, else nil.
-// age is how long a dead member has been dead.
+// age is how long ago the member came in, or died.
 func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	e := t.get(m.Name)
 	switch {
@@ -321,7 +321,9 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 			e.isolated, e.state = false, nil
 			e.held = false
 		}
-		if m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation) {
+		newlyDead := m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation)
+		newlyAlive := !m.Status.isDead() && (e.Status.isDead() || e.Instance != m.Instance)
+		if newlyDead || newlyAlive {
 			e.since = now - age
 		}
 		e.claim, e.reaped = &claim{m, e.pos}, false

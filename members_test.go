@@ -32,7 +32,6 @@ func TestWhichClaimWins(t *testing.T) {
 		{"left beats alive", with(func(m *Member) { m.Status = statusLeft }), true},
 		{"pruned beats alive", with(func(m *Member) { m.Status = statusPruned }), true},
 		{"of two births in one incarnation the later wins", with(func(m *Member) { m.Instance = 11 }), true},
-		{"of two addresses in one incarnation, which only a forger makes, the higher wins", with(func(m *Member) { m.Addr = netip.MustParseAddrPort("10.0.0.2:7946") }), true},
 	} {
 		if got := c.m.supersedes(base); got != c.wins {
 			t.Errorf("%s: got %v", c.fact, got)

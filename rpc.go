@@ -540,7 +540,7 @@ func (g *gossip) join(addrs []string, replay bool) (names, errs []string, why er
 	var all sync.WaitGroup
 	for _, ip := range ips[:min(len(ips), maxDials)] {
 		all.Go(func() {
-			with := stateSync{replay: replay}
+			with := stateSync{joins: true, replay: replay}
 			err := g.syncWith(ip, &with, true)
 			mu.Lock()
 			defer mu.Unlock()
@@ -549,7 +549,7 @@ func (g *gossip) join(addrs []string, replay bool) (names, errs []string, why er
 				return
 			}
 			errs = append(errs, fmt.Sprintf("%s: %v", ip, err))
-			if errors.Is(err, errNameTaken) {
+			if errors.Is(err, errNameTaken) || errors.Is(err, errNameHeld) && why == nil {
 				why = err
 			}
 		})

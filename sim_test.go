@@ -961,7 +961,7 @@ func (s *sim) frame(b []byte) (hdr header, us []update) {
 // join is a join command; its ends come to p.joins.
 func (p *proc) join(to ...netip.AddrPort) {
 	for _, a := range to {
-		p.s.compare(p, a, &stateSync{}, func(err error) { p.joins = append(p.joins, err) })
+		p.s.compare(p, a, &stateSync{joins: true}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
@@ -969,11 +969,11 @@ func (p *proc) join(to ...netip.AddrPort) {
 func (p *proc) joinSeeds() {
 	left, names, errs, why := len(p.seeds), []string(nil), []string(nil), error(nil)
 	for _, a := range p.seeds {
-		sync := &stateSync{}
+		sync := &stateSync{joins: true}
 		p.s.compare(p, a, sync, func(err error) {
 			if err == nil {
 				names = append(names, sync.peer.Name)
-			} else if errs = append(errs, fmt.Sprintf("%s: %v", a, err)); errors.Is(err, errNameTaken) {
+			} else if errs = append(errs, fmt.Sprintf("%s: %v", a, err)); errors.Is(err, errNameTaken) || errors.Is(err, errNameHeld) {
 				why = err
 			}
 			if left--; left == 0 {
