@@ -686,6 +686,7 @@ type peerState struct {
 	syncedDigests uint64        // both digests after the last comparison of tables
 
 	unansweredSince time.Duration // since when it is a watcher that does not answer, though it is heard
+	deadAnswers     int           // since it was last told that it has failed by a comparison of tables
 	missingBeats    int           // probes in a row that it answered although its heartbeat had not come
 
 	source    netip.AddrPort // where its last datagram that counted came from
@@ -801,6 +802,20 @@ func (n *node) handleAck(hdr header) {
 		n.noteValidated(e)
 		n.detector.handleSignOfLife(n, q.m)
 		n.noteContact(e, hdr)
+		n.noteDeadAnswer(e)
+	}
+}
+
+// noteDeadAnswer looks whether e has answered that is believed to have failed. It has been told so, and refutes that. If
+// it does not it may not count what this node sends: of two agents with this node's name it knows the other one.
+func (n *node) noteDeadAnswer(e *entry) {
+	if e.Status != statusFailed {
+		return
+	}
+	e.peer().deadAnswers++
+	if e.peer().deadAnswers > 1 {
+		e.peer().deadAnswers = 0
+		n.sync(e.Member)
 	}
 }
 

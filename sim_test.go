@@ -2842,7 +2842,8 @@ func (s *sim) flapsAreDamped(bad ...*proc) {
 			s.tb.Errorf("nobody names %s of %s", b.n.self.Addr, b.name)
 		}
 	}
-	s.crash(bad...) // it has no rest
+	s.crash(bad...)
+	s.run(5 * time.Minute) // until those that held it have looked once more
 }
 
 // countLogs is how many warnings of p hold text.
@@ -2934,4 +2935,138 @@ func TestFlapDampingDelaysNoHealingOfOneThatAnswers(t *testing.T) {
 			s.run(10 * time.Second)
 		}
 	})
+}
+
+// What a newcomer's clock shows must not matter.
+var clocks = []time.Duration{0, -time.Hour, -48 * time.Hour, time.Hour, 48 * time.Hour}
+
+// Case by case: what happens to the holder while a newcomer asks for its name.
+func TestNameOfAStalledHolderIsKept(t *testing.T) {
+	for _, stall := range []time.Duration{time.Second, 3 * time.Second, 8 * time.Second} {
+		for _, clock := range clocks {
+			t.Run(fmt.Sprint(stall, " ", clock), func(t *testing.T) {
+				cases(t, []int{2, 3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+					holder := ps[1]
+					from := s.now
+					holder.stop()
+					s.after(stall, holder.cont)
+					s.wallShift = clock
+					w := s.start(s.host(), holder.name, ps[0].host)
+					s.within(stall+3*time.Second, "the newcomer gives up", func() bool { return w.fatal != nil })
+					s.run(10 * time.Second)
+					s.story(ps, holder.name, from)
+					if holder.fatal != nil || !s.agree() {
+						t.Errorf("the holder was disturbed: %v", holder.fatal)
+					}
+				})
+			})
+		}
+	}
+}
+
+// The cluster reaches the holder, and the newcomer does not.
+func TestNameOfAHolderThatOnlyTheNewcomerCannotReachIsKept(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			cases(t, []int{2, 6, 20}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				holder, h := ps[1], s.host()
+				s.oneWay[[2]int{h.i, holder.host.i}] = true
+				s.oneWay[[2]int{holder.host.i, h.i}] = true
+				s.wallShift = clock
+				from := s.now
+				w := s.start(h, holder.name, ps[0].host)
+				s.within(nameHeldTimeout+2*time.Second, "the newcomer gives up", func() bool { return w.fatal != nil })
+				clear(s.oneWay)
+				s.run(15 * time.Second)
+				s.story(ps, holder.name, from)
+				if holder.fatal != nil || !s.agree() {
+					t.Errorf("the holder was disturbed: %v", holder.fatal)
+				}
+			})
+		})
+	}
+}
+
+// Whatever the clocks say, the one that came in later gives way when a split heals.
+func TestNameOnBothSidesOfASplitIsTheOlders(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			cases(t, []int{2, 4, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				older := ps[0]
+				s.excuse = func(o, q *proc) bool { return apart(o, q) || q.name == older.name || o.name == older.name }
+				a, b := ps[:len(ps)/2], ps[len(ps)/2:]
+				s.split(a, b)
+				s.run(10 * time.Second)
+				h := s.host()
+				h.group = 2
+				s.wallShift = clock
+				younger := s.start(h, older.name, b[0].host)
+				s.run(10 * time.Second)
+				if younger.fatal != nil {
+					t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
+				}
+				s.heal()
+				s.within(5*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
+				s.within(5*time.Second, "all alive again", s.agree)
+				s.run(20 * time.Second)
+				if older.fatal != nil || !s.agree() {
+					t.Errorf("the older was disturbed: %v", older.fatal)
+				}
+			})
+		})
+	}
+}
+
+// It is older as a process, and in no cluster.
+func TestNameOfALoneAgentThatIsToldToBeJoinedEndsNobody(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			lone := s.start(s.host(), "web")
+			s.run(time.Minute)
+			red := s.start(s.host(), "red")
+			s.wallShift = clock
+			web := s.start(s.host(), "web", red.host)
+			s.run(5 * time.Second)
+			for _, p := range []*proc{red, web} {
+				p.join(lone.host.addr)
+				s.run(10 * time.Second)
+				if len(p.joins) != 1 || !errors.Is(p.joins[0], errNameTaken) && !strings.Contains(fmt.Sprint(p.joins[0]), errNameTaken.Error()) {
+					t.Errorf("the join of %s ends with %v", p.name, p.joins)
+				}
+			}
+			for _, p := range s.procs {
+				if p.fatal != nil {
+					t.Errorf("%s ends: %v", p.name, p.fatal)
+				}
+			}
+			if red.shows("web") != statusAlive || len(red.n.members("", maxMembers)) != 2 {
+				t.Errorf("red shows %v", red.n.members("", maxMembers))
+			}
+		})
+	}
+}
+
+// Images of one machine, with one name and one list of seeds.
+func TestNameOfTwoNewcomersThatJoinEachOtherIsOnes(t *testing.T) {
+	for _, clock := range clocks {
+		for _, later := range []time.Duration{0, ms, 500 * ms, 3 * time.Second} {
+			t.Run(fmt.Sprint(clock, " ", later), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				h, g := s.host(), s.host()
+				a := s.start(h, "localhost", h, g)
+				s.run(later)
+				s.wallShift = clock
+				b := s.start(g, "localhost", h, g)
+				s.within(5*time.Second, "one gives up", func() bool { return (a.fatal == nil) != (b.fatal == nil) })
+				s.run(time.Minute)
+				if a.fatal != nil && b.fatal != nil {
+					t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
+				}
+				if later > ms && a.fatal != nil {
+					t.Errorf("the older one ends: %v", a.fatal)
+				}
+			})
+		}
+	}
 }
