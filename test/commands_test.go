@@ -44,8 +44,14 @@ func TestHelpBeginsWithCommandsAndFits80Columns(t *testing.T) {
 	}
 	for _, name := range append(names, "") {
 		text := helpOf(t, name)
-		if !strings.HasPrefix(text, "  hamlet ") {
-			t.Errorf("help %s begins with something else:\n%s", name, text)
+		usage, examples, _ := strings.Cut(text, "\n\n")
+		if name == "" {
+			examples = text
+		} else if !strings.HasPrefix(usage, "Usage: hamlet "+name) || strings.Contains(usage, "\n") {
+			t.Errorf("help %s does not begin with its usage line:\n%s", name, text)
+		}
+		if !strings.HasPrefix(examples, "  hamlet ") {
+			t.Errorf("help %s has no commands to copy at its beginning:\n%s", name, text)
 		}
 		for line := range strings.Lines(text) {
 			if len(strings.ReplaceAll(line, "    \t", "        ")) > 81 || strings.TrimRight(line, " \n") != strings.TrimSuffix(line, "\n") {
@@ -167,9 +173,11 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{[]string{"join", "not an address"}, 2, []string{`"not an address"`}},
 		{[]string{"join", "-rpc-addr", free, "127.0.0.1"}, 1, []string{free}},
 		{[]string{"force-leave"}, 2, []string{"NAME"}},
-		{[]string{"force-leave", "a", "-prune"}, 2, []string{`"-prune"`}},
+		{[]string{"force-leave", "a", "b"}, 2, []string{`"b"`}},
+		{[]string{"membrs"}, 2, []string{`"membrs"`, "did you mean 'hamlet members'?"}},
+		{[]string{"members", "-stauts", "alive"}, 2, []string{"-stauts", "did you mean -status?"}},
 		{[]string{"event"}, 2, []string{"NAME"}},
-		{[]string{"event", "deploy", "-coalesce=false"}, 2, []string{"-coalesce=false", "options come before the name"}},
+		{[]string{"event", "deploy", "-coalesce=false", "-rpc-addr", free}, 1, []string{free}},
 		{[]string{"keygen", "now"}, 2, []string{`"now"`}},
 	}
 	for _, tt := range tests {
@@ -371,10 +379,8 @@ func TestOptionsComeFromTheEnvironmentAndFlagsWin(t *testing.T) {
 	if _, errs, code := ask("SERF_RPC_ADDR="+a.rpc, "SERF_RPC_AUTH=melon"); code != 1 || !strings.Contains(errs, "another token") || strings.Contains(errs, "melon") {
 		t.Errorf("with a wrong token: exit %d, %s", code, errs)
 	}
-	for _, prefix := range []string{"SERF_", "HAMLET_"} { // a container's settings serve both
-		if out, errs, code := ask(prefix+"RPC_ADDR="+a.rpc, prefix+"RPC_AUTH=sesame"); code != 0 || !strings.HasPrefix(out, "envy ") {
-			t.Errorf("with %sRPC_AUTH: exit %d, %s", prefix, code, errs)
-		}
+	if out, errs, code := ask("SERF_RPC_ADDR="+a.rpc, "SERF_RPC_AUTH=sesame"); code != 0 || !strings.HasPrefix(out, "envy ") {
+		t.Errorf("with SERF_RPC_AUTH: exit %d, %s", code, errs)
 	}
 	a.term()
 	if code := a.wait(); code != 0 {
@@ -616,12 +622,19 @@ func TestOutputOfAQueryIsShortOrJSONOnRequest(t *testing.T) {
 func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
 	t.Parallel()
 	_, web2, db := querySite(t)
-	for _, args := range []string{"-node nobody load", "-tag role=none load", "-tag none=.* load",
-		"-node db -tag role=web load"} {
-		if out := db.askQuery(1, []string{"hamlet: error: nobody is asked"},
-			strings.Fields(args)...); out[0] != "" {
-			t.Errorf("query %s prints %q", args, out)
+	if out := db.askQuery(1, []string{"hamlet: error: nobody is asked"}, "-node", "nobody", "load"); out[0] != "" {
+		t.Errorf("a query to nobody prints %q", out)
+	}
+	// Where a filter lets nobody through, everybody who was asked has answered.
+	for _, args := range []string{"-tag role=none load", "-tag none=.* load", "-node db -tag role=web load"} {
+		out := db.askQuery(0, nil, strings.Fields(args)...)
+		if diff := cmp.Diff([]string{"Total Acks: 0", "Total Responses: 0"}, out); diff != "" {
+			t.Errorf("query %s: wanted, printed\n%s", args, diff)
 		}
+	}
+	if out, errs, code := db.run("query", "-format", "json", "-tag", "role=none", "load"); code != 0 ||
+		out != "{\n  \"Acks\": null,\n  \"Responses\": {}\n}\n" || errs != "" {
+		t.Errorf("JSON of a query to nobody: exit %d, %s%s", code, out, errs)
 	}
 	lines := db.askQuery(1, []string{"no answer from web1\n"}, "-timeout", "300ms", "-node", "web1", "-node", "web1", "slow")
 	if diff := cmp.Diff([]string{"Query 'slow' dispatched", "Ack from 'web1'", "Total Acks: 1",
