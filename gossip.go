@@ -757,6 +757,7 @@ type peerState struct {
 	deadAnswers     int           // since it was last told that it has failed by a comparison of tables
 	missingBeats    int           // probes in a row that it answered although its heartbeat had not come
 
+	occupant  string         // who has answered at its address instead of it
 	source    netip.AddrPort // where its last datagram that counted came from
 	reachedAt netip.AddrPort // where tables were compared, if it does not advertise that
 	cameBack  time.Duration  // when it was last shown alive again after it had failed; 0: never
@@ -850,7 +851,7 @@ func (n *node) handleAck(hdr header) {
 	}
 	q := qs.open[i]
 	qs.open = slices.Delete(qs.open, i, i+1)
-	if q.m.Addr != n.self.Addr {
+	if q.m.Addr != n.self.Addr || q.m.Name != n.self.Name {
 		n.detector.lastHeard = n.now
 	}
 	e := n.table.get(q.m.Name)
@@ -921,8 +922,12 @@ func (n *node) noteUnanswered(w *entry) {
 		peer.unansweredSince = n.now
 		n.tcpProbe(w.Member) // UDP may be what is blocked
 	case n.now-peer.unansweredSince > unansweredFor:
+		where := w.Addr.String()
+		if peer.occupant != "" {
+			where += fmt.Sprintf(" (%s does)", peer.occupant)
+		}
 		n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: what is sent to it from here, %s, is lost",
-			w.Name, peer.source, w.Addr, n.self.Addr)
+			w.Name, peer.source, where, n.self.Addr)
 	}
 }
 
@@ -2071,14 +2076,20 @@ func (p *probe) countOf(v verdict) (c int) {
 // handleTCPProbeResult takes what a look by TCP has seen: first perhaps that the kernel accepts (verdictSilent), then verdictRefused, that it hung
 // up (verdictNone), or verdictAlive and w, the welcome of who is there.
 func (n *node) handleTCPProbeResult(m Member, v verdict, w header) {
-	if m.Addr != n.self.Addr {
+	answered := v == verdictAlive && w.From == m.Name && w.From != n.self.Name
+	if m.Addr != n.self.Addr || answered { // what this machine says of its own port proves nothing
 		n.detector.lastHeard = n.now
 	}
 	if v == verdictAlive && (w.From != m.Name || w.born() != m.Instance) {
 		v = verdictRefused // another process lives at its address
 	}
-	if e := n.table.get(m.Name); v == verdictAlive && e != nil && e != n.self && e.Instance == m.Instance {
+	e := n.table.get(m.Name)
+	isOther := e != nil && e != n.self && e.Instance == m.Instance
+	switch {
+	case isOther && v == verdictAlive:
 		n.noteValidated(e)
+	case isOther && w.From != "" && w.From != m.Name:
+		e.peer().occupant = w.From
 	}
 	for _, p := range n.detector.probesOf(m) {
 		p.record(v)

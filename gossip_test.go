@@ -793,6 +793,42 @@ func TestAnAddressBringsNoTextAlong(t *testing.T) {
 	}
 }
 
+// A bystander got all that a member got, since it inherited that somebody had answered.
+func TestClaimThatMovesAnInstanceIsFalse(t *testing.T) {
+	bystander := netip.MustParseAddrPort("203.0.113.9:9")
+	for _, tt := range []struct {
+		fact               string
+		validated, failed  bool
+		believed, isItself bool
+	}{
+		{"one that has answered", true, false, false, false},
+		{"one that counts as alive", false, false, false, false},
+		{"one that has answered and failed", true, true, false, false},
+		{"one that never answered, and failed", false, true, true, false},
+		{"this node itself", false, false, false, true},
+	} {
+		l := newLab(t, 4)
+		e := l.n.table.get("b")
+		e.peer().validated = tt.validated
+		m := labMember(1)
+		if tt.isItself {
+			e, m = l.n.self, labMember(0)
+		}
+		had := e.Addr
+		if tt.failed {
+			l.udp(2, header{Kind: msgBroadcast}, claimed(m, statusFailed))
+		}
+		m.Incarnation, m.Addr = 15, bystander
+		l.udp(2, header{Kind: msgBroadcast}, claimed(m, statusAlive))
+		if got := e.Addr == bystander; got != tt.believed || !got && e.Addr != had {
+			t.Errorf("%s: it is at %s", tt.fact, e.Addr)
+		}
+		if tt.believed && e.peer().validated {
+			t.Errorf("%s: the bystander counts as one that has answered", tt.fact)
+		}
+	}
+}
+
 func TestForceLeaveIsRefusedForTheLivingAndTheUnknown(t *testing.T) {
 	l := newLab(t, 2)
 	for name, want := range map[string]string{"a": "alive", "b": "alive", "x": "no member"} {

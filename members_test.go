@@ -105,6 +105,49 @@ func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
 	}
 }
 
+// It may come back once by anybody's word. After that it has to answer.
+func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
+	tb := &table{}
+	inc, now := uint64(10), time.Second
+	say := func(s Status) {
+		m := testMember("a", inc, s)
+		m.Instance = 10
+		tb.apply(now, m, 0)
+		now += time.Second
+	}
+	come := func() { inc++; say(statusAlive) }
+	say(statusAlive)
+	say(statusFailed)
+	come()
+	say(statusFailed)
+	come()
+	say(statusFailed)
+	come()
+	e := tb.get("a")
+	if got := kinds(tb.events); got != "join failed join failed" || !e.held || e.displayStatus() != statusFailed || e.Status != statusAlive {
+		t.Errorf("events %q, held %v, shown %v, record %v", got, e.held, e.displayStatus(), e.Status)
+	}
+	tb.release(now, e)
+	if got := kinds(tb.events); got != "join failed join failed join" || len(tb.held) > 0 {
+		t.Errorf("after it has answered: events %q", got)
+	}
+
+	now += flapWindow + flapWait(e.peer().flaps) + time.Second // it has stayed
+	say(statusFailed)
+	come()
+	if got := kinds(tb.events); got != "join failed join failed join failed join" {
+		t.Errorf("after it has stayed alive for long: events %q", got)
+	}
+
+	say(statusFailed)
+	come()
+	restarted := testMember("a", 100, statusAlive)
+	tb.apply(now, restarted, 0)
+	if e.held || len(tb.held) > 0 || e.displayStatus() != statusAlive {
+		t.Error("another instance is held for what the former one did")
+	}
+}
+
 func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
 	a, b := &table{}, &table{}
 	for i := range 50 {
