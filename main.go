@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	_ "embed"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -37,7 +38,12 @@ import (
 	"unicode/utf16"
 )
 
-var version = "0.1.0" // the Makefile sets it
+const version = "0.2.0"
+
+// handlersPage is the contract between agent and handlers, as 'help handlers' shows it.
+//
+//go:embed docs/handlers.md
+var handlersPage string
 
 var prog = filepath.Base(os.Args[0]) // the name that the program was called by
 
@@ -105,6 +111,9 @@ func execute(name string, args []string) error {
 	case "help", "-h", "-help", "--help":
 		if len(args) == 0 || args[0] == "help" {
 			return output(help())
+		}
+		if args[0] == "handlers" {
+			return output(plainText(handlersPage))
 		}
 		name = args[0]
 		args = []string{"-h"}
@@ -378,7 +387,8 @@ Commands:
 	for _, c := range commands() {
 		text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
 	}
-	text += "\n'{} help COMMAND' shows how to use a command, and its options.\n"
+	text += "\n'{} help COMMAND' shows how to use a command, and its options,\n" +
+		"'{} help handlers' what scripts are told.\n"
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
@@ -399,6 +409,28 @@ func (c command) help(fs *flag.FlagSet) string {
 		text += "\n" + list.String()
 	}
 	return strings.ReplaceAll(text, "{}", prog)
+}
+
+// plainText is a page of Markdown as a terminal shows it: headings in capitals, code indented.
+func plainText(markdown string) string {
+	var b strings.Builder
+	inCode := false
+	for line := range strings.Lines(markdown) {
+		if strings.HasPrefix(line, "```") {
+			inCode = !inCode
+			continue
+		}
+		heading := strings.TrimLeft(line, "#")
+		switch {
+		case inCode && line != "\n":
+			b.WriteString("    " + line)
+		case !inCode && heading != line:
+			b.WriteString(strings.ToUpper(strings.TrimLeft(heading, " ")))
+		default:
+			b.WriteString(strings.ReplaceAll(line, "`", ""))
+		}
+	}
+	return b.String()
 }
 
 // numberOption defines an option that takes a number of 0 or more.
@@ -525,15 +557,23 @@ type client struct {
 
 // rpcOptions defines the options that say where the agent is.
 func rpcOptions(fs *flag.FlagSet) *client {
-	addr := os.Getenv("SERF_RPC_ADDR")
+	addr := rpcVariable("ADDR")
 	if addr == "" {
 		addr = defaultRPC
 	}
 	c := &client{}
 	fs.StringVar(&c.addr, "rpc-addr", addr, "`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
 	fs.StringVar(&c.token, "rpc-auth", "", "the `TOKEN` that it asks for, or SERF_RPC_AUTH")
-	c.token = os.Getenv("SERF_RPC_AUTH") // not as a default, which help would show
+	c.token = rpcVariable("AUTH") // not as a default, which help would show
 	return c
+}
+
+// rpcVariable is SERF_RPC_name, which handlers have, or what the agent of the same container was configured with.
+func rpcVariable(name string) string {
+	if value := os.Getenv("SERF_RPC_" + name); value != "" {
+		return value
+	}
+	return os.Getenv("HAMLET_RPC_" + name)
 }
 
 // call asks the agent and calls each with each response; see callRPC.
@@ -717,8 +757,28 @@ const versionExamples = "  {} version\n"
 
 func versionCommand(*flag.FlagSet) func([]string) error {
 	return func([]string) error {
-		return output(fmt.Sprintf("hamlet %s (protocol %d, %s, %s/%s)\n", version, protocolVersion, runtime.Version(), runtime.GOOS, runtime.GOARCH))
+		return output(fmt.Sprintf("hamlet %s (%sprotocol %d, %s, %s/%s)\n", version, commit(), protocolVersion,
+			runtime.Version(), runtime.GOOS, runtime.GOARCH))
 	}
+}
+
+// commit is what the program was built from, where the build knows it.
+func commit() string {
+	info, _ := debug.ReadBuildInfo()
+	settings := make(map[string]string)
+	if info != nil {
+		for _, s := range info.Settings {
+			settings[s.Key] = s.Value
+		}
+	}
+	revision := settings["vcs.revision"]
+	if revision == "" {
+		return ""
+	}
+	if settings["vcs.modified"] == "true" {
+		return fmt.Sprintf("commit %.10s with changes, ", revision)
+	}
+	return fmt.Sprintf("commit %.10s, ", revision)
 }
 
 // ---- members ----
@@ -1262,7 +1322,8 @@ const agentExamples = `  {} agent
   HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
 
 Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
-Lists are split on commas, or on newlines if there are any. A flag wins.
+Lists are split on commas, or on newlines if there are any. A flag wins over the
+environment, and that over files. '{} help handlers' tells what scripts get.
 
 SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
 others see this node fail. A second signal ends at once, with exit status 1.
@@ -1618,7 +1679,7 @@ func (src agentSource) run() error {
 	logs := &logWriter{lines: make(chan string, 1024)}
 	logs.level.Store(int32(logLevelOf(a.logLevel)))
 	log.SetOutput(logs)
-	a.gossip.member.Version = version[:min(len(version), maxVersion)]
+	a.gossip.member.Version = version
 	a.handlers.log = log.Default()
 	a.gossip.log = log.Default()
 	signals := prepareProcess()
@@ -1752,6 +1813,7 @@ func (a *agent) fixedChanges(b *agent) (names []string) {
 // prepareProcess fits the process to an agent, and returns the signals that it gets.
 func prepareProcess() <-chan os.Signal {
 	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
+	debug.SetTraceback("crash")   // a panic ends with SIGABRT, and never with 2, after which systemd would not start it again
 	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
