@@ -571,7 +571,8 @@ func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 
 // digest is this entry's part of the table's digest. A suspicion is not worth a repair: it counts as alive does.
 func (e *entry) digest() uint64 {
-	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(max(e.Status, statusSuspect))<<60))
+	status := uint64(max(e.Status, statusSuspect)) << 60
+	return mix(e.pos[0] ^ mix(e.Incarnation^status) ^ mix(e.Instance)) // two instances may have refuted each other to one incarnation
 }
 
 // ringHash places a name on a ring. FNV alone leaves similar names (web1, web2) near each other on every
