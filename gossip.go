@@ -541,8 +541,6 @@ type node struct {
 	joining     joining
 	identity    identity
 	queries     queries
-
-	addressWarned bucket // see warnOfAddress
 }
 
 // newNode makes a node of cfg; now is the caller's clock.
@@ -758,16 +756,25 @@ type peerState struct {
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
 
-	unansweredSince time.Duration // since when it is a watcher that does not answer, though it is heard
-	deadAnswers     int           // since it was last told that it has failed by a comparison of tables
-	missingBeats    int           // probes in a row that it answered although its heartbeat had not come
+	path peerPath
+	flap flapState
+}
 
-	occupant  string         // who has answered at its address instead of it
-	source    netip.AddrPort // where its last datagram that counted came from
-	reachedAt netip.AddrPort // where tables were compared, if it does not advertise that
-	cameBack  time.Duration  // when it was last shown alive again after it had failed; 0: never
-	flaps     int            // how often in a row it failed again soon after that, or did not answer when it was held
-	heldUntil time.Duration  // when the held one is probed again; 0: not yet planned
+// peerPath is what is known about the way to and from a member, beside whether its address is validated.
+type peerPath struct {
+	source          netip.AddrPort // where its last datagram that counted came from
+	reachedAt       netip.AddrPort // where tables were compared, if it does not advertise that
+	occupant        string         // who has answered at its address instead of it
+	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
+	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
+	deadAnswers     int            // since tables were last compared because it answers and is believed to have failed
+}
+
+// flapState is how a member came back; see damp.
+type flapState struct {
+	cameBack  time.Duration // when it was last shown alive again after it had failed; 0: never
+	count     int           // how often in a row it failed again soon after that, or did not answer when it was held
+	heldUntil time.Duration // when the held one is probed again; 0: not yet planned
 }
 
 func (e *entry) peer() *peerState {
@@ -801,7 +808,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 		n.handleUnknownHeartbeat(e, hdr)
 	case e.peer().datagrams.accept(hdr.Number): // it counts: it has not come before
 		n.detector.lastHeard = n.now
-		e.peer().source = from
+		e.peer().path.source = from
 		return n.handleMessage(e, from, hdr, len(b), body)
 	}
 	return nil
@@ -886,9 +893,9 @@ func (n *node) noteDeadAnswer(e *entry) {
 	if e.Status != statusFailed {
 		return
 	}
-	e.peer().deadAnswers++
-	if e.peer().deadAnswers > 1 {
-		e.peer().deadAnswers = 0
+	e.peer().path.deadAnswers++
+	if e.peer().path.deadAnswers > 1 {
+		e.peer().path.deadAnswers = 0
 		n.sync(e.Member)
 	}
 }
@@ -921,24 +928,24 @@ func (n *node) noteValidated(e *entry) {
 func (n *node) noteUnanswered(w *entry) {
 	peer := w.peer()
 	switch {
-	case !peer.source.IsValid():
+	case !peer.path.source.IsValid():
 		return
-	case peer.unansweredSince == 0:
-		peer.unansweredSince = n.now
+	case peer.path.unansweredSince == 0:
+		peer.path.unansweredSince = n.now
 		n.tcpProbe(w.Member) // UDP may be what is blocked
-	case n.now-peer.unansweredSince > unansweredFor:
+	case n.now-peer.path.unansweredSince > unansweredFor:
 		where := w.Addr.String()
-		if peer.occupant != "" {
-			where += fmt.Sprintf(" (%s does)", peer.occupant)
+		if peer.path.occupant != "" {
+			where += fmt.Sprintf(" (%s does)", peer.path.occupant)
 		}
 		n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: what is sent to it from here, %s, is lost",
-			w.Name, peer.source, where, n.self.Addr)
+			w.Name, peer.path.source, where, n.self.Addr)
 	}
 }
 
 // warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
 func (n *node) warnOfAddress(format string, a ...any) {
-	if n.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+	if n.identity.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
 		n.logf("[WARN] "+format+". Each agent must advertise an address at which all others reach it: see -advertise", a...)
 	}
 }
@@ -953,7 +960,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 	e.peer().tcpOnly = 0
 	if hdr.Promise > 0 {
-		e.peer().missingBeats = 0
+		e.peer().path.missingBeats = 0
 		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + overdueAfter
 		n.detector.handleSignOfLife(n, e.Member)
 	}
@@ -1342,8 +1349,8 @@ func (n *node) syncDone(sync *stateSync) {
 	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
 		e.peer().syncedDigests = sync.digest ^ n.digest()
 		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
-		if reachedElsewhere && e.peer().reachedAt != sync.peer.Addr {
-			e.peer().reachedAt = sync.peer.Addr
+		if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
+			e.peer().path.reachedAt = sync.peer.Addr
 			n.logf("[INFO] %s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 		}
 	}
@@ -1461,6 +1468,7 @@ type identity struct {
 	rivalMet   int           // how often
 	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
 
+	addressWarned  bucket // see warnOfAddress
 	calledFailed   bucket // by others
 	conflictWarned bucket
 }
@@ -2161,7 +2169,7 @@ func (n *node) handleTCPProbeResult(m Member, v verdict, w header) {
 	case isOther && v == verdictAlive:
 		n.noteValidated(e)
 	case isOther && w.From != "" && w.From != m.Name:
-		e.peer().occupant = w.From
+		e.peer().path.occupant = w.From
 	}
 	for _, p := range n.detector.probesOf(m) {
 		p.record(v)
@@ -2254,8 +2262,8 @@ func (d *detector) clear(n *node, p *probe) {
 
 // noteMissingBeat is told that e lives although its heartbeat has not come. A few times is loss.
 func (n *node) noteMissingBeat(e *entry) {
-	e.peer().missingBeats++
-	if e.peer().missingBeats >= tolerableLoss {
+	e.peer().path.missingBeats++
+	if e.peer().path.missingBeats >= tolerableLoss {
 		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
 	}
 }
@@ -2342,27 +2350,27 @@ func (d *detector) stepHeld(n *node) {
 	for _, e := range slices.Clone(n.table.held) {
 		peer := e.peer()
 		switch {
-		case peer.heldUntil == 0:
-			peer.heldUntil = n.now + flapWait(peer.flaps)
+		case peer.flap.heldUntil == 0:
+			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
 			hdr := n.header(msgPing)
 			hdr.Target = e.Name
 			n.sendReliable(e.Member, hdr, nil, requestTimeout)
 			d.warnOfFlap(n, e)
-		case n.now >= peer.heldUntil:
-			peer.flaps++
-			peer.heldUntil = n.now + flapWait(peer.flaps)
+		case n.now >= peer.flap.heldUntil:
+			peer.flap.count++
+			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
 			if !e.Status.isDead() {
 				d.startProbe(n, e.Member)
 			}
 		}
-		n.wakeAt(peer.heldUntil)
+		n.wakeAt(peer.flap.heldUntil)
 	}
 }
 
 // warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
 func (d *detector) warnOfFlap(n *node, e *entry) {
 	from := ""
-	if source := e.peer().source; source.IsValid() && source != e.Addr {
+	if source := e.peer().path.source; source.IsValid() && source != e.Addr {
 		from = fmt.Sprintf(", though its datagrams come from %s", source)
 	}
 	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive", e.Name, n.self.Addr, e.Addr, from)

@@ -416,22 +416,22 @@ func (e *entry) damp(now time.Duration, wasHeld bool) {
 	is := e.displayStatus()
 	switch {
 	case e.announced == statusAlive && is == statusFailed:
-		if e.state == nil || e.state.cameBack == 0 {
+		if e.state == nil || e.state.flap.cameBack == 0 {
 			return
 		}
-		if now-e.state.cameBack > flapWindow+flapWait(e.state.flaps) {
-			e.state.flaps = 0 // it has proven itself
+		if now-e.state.flap.cameBack > flapWindow+flapWait(e.state.flap.count) {
+			e.state.flap.count = 0 // it has proven itself
 			return
 		}
-		e.state.flaps++
+		e.state.flap.count++
 	case e.announced == statusFailed && is == statusAlive:
 		peer := e.peer()
-		if peer.flaps > 0 && !wasHeld {
+		if peer.flap.count > 0 && !wasHeld {
 			e.held = true
 			return
 		}
-		peer.cameBack = now
-		peer.heldUntil = 0
+		peer.flap.cameBack = now
+		peer.flap.heldUntil = 0
 	}
 }
 

@@ -132,7 +132,7 @@ func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
 		t.Errorf("after it has answered: events %q", got)
 	}
 
-	now += flapWindow + flapWait(e.peer().flaps) + time.Second // it has stayed
+	now += flapWindow + flapWait(e.peer().flap.count) + time.Second // it has stayed
 	say(statusFailed)
 	come()
 	if got := kinds(tb.events); got != "join failed join failed join failed join" {
