@@ -69,11 +69,17 @@ const (
 	syncInterval                  = time.Second
 	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
 	claimInterval                 = 200 * ms
-	resendAfter                   = 50 * ms         // the first time; each wait is twice as long
+	resendAfter                   = 50 * ms         // the first time, or two round trips; each wait is twice as long
 	requestTimeout                = 3 * time.Second // a question's answer counts for so long
 	leaveTimeout                  = time.Second
 	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
 	lateBy                        = 100 * ms // how much later than planned a wake-up may count
+
+	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer than
+	// that, and a line is measured once; a longer one at times, since it may have been a stall.
+	shortLine      = 50 * ms
+	longestLine    = 2500 * ms
+	remeasureAfter = time.Minute
 
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
@@ -101,7 +107,7 @@ var (
 	errStopped         = errors.New("the agent is stopping")
 )
 
-// The detector's times and bounds; a probe counts from its start.
+// The detector's times and bounds; a probe counts from its start. They are those of a short line: see schedule.
 const (
 	heartbeatInterval = 500 * ms // one heartbeat, to one watcher at a time
 	overdueAfter      = 100 * ms // past its promise
@@ -164,7 +170,7 @@ type header struct {
 	Raised      uint64 // Incarnation minus Born; 0 until the member raised it
 	Number      uint64 // of this datagram among all of the sender's run
 	Digest      uint64
-	Promise     uint32 // heartbeat: milliseconds until the next one to you
+	Promise     uint32 // heartbeat: milliseconds until the next one to you; check: the asker's round trip to the target, if long
 	Seq         uint32 // of a question (any but a check wants a msgAck), and of its answer
 	Query       uint32 // the asker's number of a query
 	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing
@@ -566,7 +572,7 @@ func (n *node) send(to Member, hdr header, body []byte) {
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
 	hdr.Target, hdr.Seq = m.Name, n.nonce()
-	n.requests.add(request{m: m, h: hdr, until: n.now + requestTimeout, at: never})
+	n.requests.add(request{m: m, h: hdr, until: n.now + requestTimeout, at: never, sent: n.now})
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
@@ -626,6 +632,7 @@ type request struct {
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
 	wait  time.Duration // how long that is after the last time
+	sent  time.Duration // when it was, if once only: an answer to what was sent again measures nothing (Karn's algorithm)
 }
 
 type requests struct {
@@ -647,7 +654,12 @@ func (qs *requests) step(n *node) {
 			return true
 		}
 		if due {
-			q.wait = min(max(2*q.wait, resendAfter), time.Second)
+			twice := 2 * n.roundTripTo(q.m)
+			q.sent = 0
+			if q.wait == 0 {
+				q.sent = n.now
+			}
+			q.wait = max(min(2*q.wait, time.Second), resendAfter, twice)
 			q.at = n.now + q.wait
 			n.send(q.m, q.h, q.body)
 		}
@@ -667,6 +679,7 @@ type peerState struct {
 	claimRate     bucket        // with what is believed of it
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
+	line          line
 }
 
 func (e *entry) peer() *peerState {
@@ -675,6 +688,58 @@ func (e *entry) peer() *peerState {
 	}
 	return e.state
 }
+
+// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer is
+// known at once, and a peer that stalled once is soon forgiven.
+type line struct {
+	roundTrips  [2]time.Duration // the last one first; 0: not measured
+	remeasureAt time.Duration
+}
+
+func (l *line) roundTrip() time.Duration { return max(l.roundTrips[0], l.roundTrips[1]) }
+
+// isSettled reports whether the line needs no measurement: it is short, or its last two agree and are not old.
+func (l *line) isSettled(now time.Duration) bool {
+	longer, shorter := l.roundTrip(), min(l.roundTrips[0], l.roundTrips[1])
+	if longer <= shortLine {
+		return longer > 0
+	}
+	return longer < 3*shorter+shortLine && now < l.remeasureAt
+}
+
+// noteRoundTrip notes how long an answer of that instance of name took.
+func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
+	e := n.table.get(name)
+	if e == nil || e == n.self || e.Instance != instance {
+		return
+	}
+	l := &e.peer().line
+	l.roundTrips[1] = l.roundTrips[0]
+	l.roundTrips[0] = min(max(took, 1), longestLine)
+	l.remeasureAt = n.now + remeasureAfter + n.jitter(remeasureAfter) // or all would be measured in the same moments
+}
+
+// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the longest
+// to those that this node watches, or that watch it.
+func (n *node) roundTripTo(m Member) time.Duration {
+	e := n.table.get(m.Name)
+	if e != nil && e.Instance == m.Instance && e.state != nil && e.state.line.roundTrip() > 0 {
+		return e.state.line.roundTrip()
+	}
+	return n.longestRoundTrip()
+}
+
+func (n *node) longestRoundTrip() (longest time.Duration) {
+	for _, es := range [][]*entry{n.heartbeats.watchers, n.heartbeats.watched} {
+		for _, e := range es {
+			longest = max(longest, e.peer().line.roundTrip())
+		}
+	}
+	return longest
+}
+
+// overdueMargin is how much later than promised a heartbeat of m may come: a longer line varies by more.
+func (n *node) overdueMargin(m Member) time.Duration { return max(overdueAfter, n.roundTripTo(m)/4) }
 
 // handleDatagram takes one datagram, already opened; anyRun: it was not for this run alone.
 func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error {
@@ -768,6 +833,9 @@ func (n *node) handleAck(hdr header) {
 		}
 	default:
 		e.peer().datagrams.reset(hdr.Number) // only a forger's is far above what was sent just now
+		if q.sent > 0 {
+			n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+		}
 		if q.h.Kind == msgQuery {
 			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
 		}
@@ -803,12 +871,16 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 	e.peer().tcpOnly = 0
 	if hdr.Promise > 0 {
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + overdueAfter
+		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + n.overdueMargin(e.Member)
 		n.detector.handleSignOfLife(n, e.Member)
 	}
+	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) || e.isolated { // if isolated: I hear it; does it hear me?
+		n.ping(e.Member)
+	}
 	if e.isolated {
-		n.ping(e.Member) // I hear it; does it hear me?
-	} else if hdr.Digest != 0 && hdr.Digest != n.digest() {
+		return
+	}
+	if hdr.Digest != 0 && hdr.Digest != n.digest() {
 		n.antiEntropy.requestSync(n, e, hdr.Digest)
 	}
 }
@@ -1014,11 +1086,12 @@ func (r *antiEntropy) step(n *node) {
 // exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer     Member // who answered or dialled, once known; its Addr is where I dialled
-	conflict *probe // of who has my name there; the exchange waits for it
-	replay   bool
-	lastKey  string // the next piece begins after this key
-	digest   uint64 // the other side's, at first
+	peer      Member        // who answered or dialled, once known; its Addr is where I dialled
+	roundTrip time.Duration // to it; 0: not known
+	conflict  *probe        // of who has my name there; the exchange waits for it
+	replay    bool
+	lastKey   string // the next piece begins after this key
+	digest    uint64 // the other side's, at first
 }
 
 // handshakeReply answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
@@ -1057,6 +1130,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 			return nameTaken(sync.conflict.m)
 		case n.identity.handleSelfClaim(n, *m, hdr.From):
 			sync.conflict = n.detector.ownProbe(n.self)
+			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip) // the only line that a newcomer knows
 			return errConflictPending
 		}
 	}
@@ -1123,6 +1197,9 @@ func (n *node) syncDone(sync *stateSync) {
 	}
 	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
 		e.peer().syncedDigests = sync.digest ^ n.digest()
+		if e.peer().line.roundTrip() == 0 { // it was not known before
+			n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
+		}
 		if e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance {
 			n.logf("[INFO] %s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 		}
@@ -1291,11 +1368,13 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 	return nil
 }
 
-// startLeave tells the watchers that this node leaves; it has left when all of them know, or after leaveTimeout.
+// startLeave tells the watchers that this node leaves; it has left when all of them know, or after
+// leaveTimeout, or three round trips.
 func (n *node) startLeave() {
-	n.identity.leaving, n.requests.open = cmp.Or(n.identity.leaving, n.now+leaveTimeout), nil
+	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
+	n.identity.leaving, n.requests.open = cmp.Or(n.identity.leaving, n.now+within), nil
 	for _, w := range n.heartbeats.watchers {
-		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveTimeout)
+		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), within)
 	}
 }
 
@@ -1379,7 +1458,7 @@ func (r *heartbeats) refresh(n *node) {
 	r.watched = n.table.watched(n.self)
 	for _, e := range r.watched {
 		if d := e.peer(); d.due == 0 || !slices.Contains(watched, e) {
-			d.due = n.now + grace
+			d.due = n.now + max(grace, 2*n.roundTripTo(e.Member)) // it learns of this, and says so
 		}
 	}
 	r.requeue(n)
@@ -1494,12 +1573,58 @@ type probe struct {
 	start        time.Duration // of the round
 	deciding     bool          // the target is suspect, and this round decides
 	seq          uint32        // of the checks: mine, or what the asker wrote
-	stage        int           // of the round: what comes next
+	roundTrip    time.Duration // to the target, or what the asker says
+	stage        probeStage    // of the round: what comes next
 	result       verdict
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
 	pending      []*entry // who has not voted yet
+}
+
+// probeStage is a step of a round.
+type probeStage uint8
+
+const (
+	stagePing        probeStage = iota
+	stageTCP                    // with the ping, unless the line is long
+	stageHelpers                // a second ping, and the helpers
+	stageHelpersLate            // those that have not voted
+	stageEnd
+)
+
+// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for at
+// least two round trips; up to shortLine the fixed times do. On a longer line a lost heartbeat shall cost a ping and
+// its answer, so a probe that begins with one asks by ping alone before it dials and asks helpers.
+func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
+	twice := 2 * p.roundTrip
+	switch {
+	case p.requester != nil:
+		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(helperTimeout, twice)}
+	case p.deciding || p.localOnly(n):
+		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
+	}
+
+	// The helpers' answers take one round trip more than their own looks.
+	const again, end = indirectAgainAfter - indirectAfter, probeTimeout - indirectAfter
+	helpers := max(indirectAfter, twice)
+	due := [...]time.Duration{0, 0, helpers, helpers + max(again, twice), helpers + max(end, twice+p.roundTrip)}
+	long, refused := p.roundTrip > shortLine, p.result == verdictRefused
+	if long && !p.linkEnded && !refused {
+		due[stageTCP] = helpers
+	}
+	if refused || long && p.linkEnded { // a death, it seems: no time is to be lost
+		due[stageHelpers] = 0
+	}
+	return due
+}
+
+// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more. What the first
+// round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host has failed as soon.
+func (p *probe) suspicion(n *node) (whole, round time.Duration) {
+	first := p.schedule(n)[stageEnd]
+	round = max(probeTimeout, 2*p.roundTrip)
+	return max(round, probeTimeout+suspicionTimeout-first), round
 }
 
 // probesOf is all probes of one run of a member.
@@ -1524,7 +1649,7 @@ func (d *detector) ownProbe(e *entry) *probe {
 
 func (d *detector) addProbe(n *node, m Member) *probe {
 	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: n.table.get(m.Name), start: n.now, seq: n.nonce(), results: make(map[string]verdict)}
+	p := &probe{m: m, e: n.table.get(m.Name), start: n.now, seq: n.nonce(), roundTrip: n.roundTripTo(m), results: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
 	return p
 }
@@ -1578,23 +1703,18 @@ func (d *detector) stepProbe(n *node, p *probe) {
 		d.declareFailed(n, p)
 		return
 	}
-	due := [...]time.Duration{0, indirectAfter, indirectAgainAfter, probeTimeout}
-	if p.result == verdictRefused {
-		due[1] = 0
-	}
-	if p.requester != nil {
-		due[3] = helperTimeout
-	}
+	due := p.schedule(n)
 	for ; n.now >= p.start+due[p.stage]; p.stage++ {
 		switch p.stage {
-		case 0:
+		case stagePing:
 			p.pending = n.chooseHelpers(p)
-			n.tcpProbe(p.m)
 			n.ping(p.m)
-		case 1:
+		case stageTCP:
+			n.tcpProbe(p.m)
+		case stageHelpers:
 			n.ping(p.m)
 			d.askHelpers(n, p)
-		case 2:
+		case stageHelpersLate:
 			d.askHelpers(n, p)
 		default:
 			d.conclude(n, p)
@@ -1623,6 +1743,9 @@ func (n *node) chooseHelpers(p *probe) []*entry {
 func (d *detector) askHelpers(n *node, p *probe) {
 	hdr := n.header(msgIndirectProbe)
 	hdr.Seq, hdr.Target = p.seq, p.m.Name
+	if p.roundTrip > shortLine {
+		hdr.Promise = uint32(p.roundTrip / ms)
+	}
 	for _, w := range p.pending {
 		n.send(w.Member, hdr, nil)
 	}
@@ -1640,8 +1763,8 @@ func (n *node) randomMember(list []*entry, ok func(*entry) bool) *entry {
 	return nil
 }
 
-// handleIndirectProbe answers the check of by, at once where the answer is known and within helperTimeout else. Only members are
-// looked at, at the address that I know.
+// handleIndirectProbe answers the check of by: at once where the answer is known, else within helperTimeout, or two round
+// trips. Only members are looked at, at the address that I know.
 func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	e := n.table.get(hdr.Target)
 	again := func(p *probe) bool { return p.requester == by && p.seq == hdr.Seq }
@@ -1653,8 +1776,10 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 		running := d.probesOf(e.Member)
 		p := d.addProbe(n, e.Member)
 		p.requester, p.seq = by, hdr.Seq
-		if len(running) > 0 && running[0].stage > 0 { // one look will do for all
-			p.stage = 3
+		// The line from here may not be known, and may be as long.
+		p.roundTrip = max(p.roundTrip, min(time.Duration(hdr.Promise)*ms, longestLine))
+		if len(running) > 0 && running[0].stage > stageTCP { // one look will do for all
+			p.stage = stageEnd
 			p.record(running[0].result)
 		}
 	}
@@ -1769,7 +1894,8 @@ func (d *detector) conclude(n *node, p *probe) {
 // restart looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
-	p.start, p.stage, p.result, p.linkEnded = start, 0, verdictNone, false
+	p.start, p.stage, p.result, p.linkEnded = start, stagePing, verdictNone, false
+	p.roundTrip = n.roundTripTo(p.m)
 }
 
 // clear ends a probe of a member that somebody reached.
@@ -1777,7 +1903,7 @@ func (d *detector) clear(n *node, p *probe) {
 	d.remove(p)
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	if deal := p.e.peer(); deal.due <= n.now {
-		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + overdueAfter
+		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + n.overdueMargin(p.m)
 	}
 }
 
@@ -1795,7 +1921,7 @@ func (d *detector) handleStall(n *node, p *probe) {
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
 	clear(p.results)
-	d.restart(n, p, max(n.now, min(n.now+stallRound, end)-probeTimeout))
+	d.restart(n, p, max(n.now, min(n.now+stallRound, end)-p.schedule(n)[stageEnd]))
 }
 
 func (d *detector) remove(p *probe) {
@@ -1805,10 +1931,11 @@ func (d *detector) remove(p *probe) {
 // declareSuspect floods that the target is unreachable, and gives it time to contradict.
 func (d *detector) declareSuspect(n *node, p *probe) {
 	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
+	whole, round := p.suspicion(n)
 	p.m, p.deciding = p.e.Member, true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
 	n.sendClaim(p.m, n.claim(p.e))
-	d.restart(n, p, n.now+suspicionTimeout-probeTimeout)
+	d.restart(n, p, n.now+whole-round)
 }
 
 // declareFailed is the verdict: the target has failed, and everybody shall know.
@@ -1828,7 +1955,7 @@ func (d *detector) stepIsolation(n *node) {
 	}
 	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isolated }); {
 	case e == nil:
-	case silent >= isolatedAfter+lastResortTimeout:
+	case silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()):
 		d.isolated = true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.table.ordered {
@@ -2098,10 +2225,12 @@ func (g *gossip) perform(out outputs) {
 		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	}
 	for _, m := range out.tcpProbes {
-		g.wg.Go(func() { g.tcpProbe(m) })
+		roundTrip := g.node.roundTripTo(m)
+		g.wg.Go(func() { g.tcpProbe(m, roundTrip) })
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
-		g.wg.Go(func() { g.syncWith(m.Addr, &stateSync{}, false) })
+		sync := &stateSync{roundTrip: g.node.roundTripTo(m)}
+		g.wg.Go(func() { g.syncWith(m.Addr, sync, false) })
 	}
 	if out.links != nil {
 		g.relink(g.node.self.Member, out.links)

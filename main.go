@@ -45,7 +45,7 @@ const (
 	defaultRPC     = "127.0.0.1:" + defaultRPCPort
 	keySize        = 32
 	rpcTimeout     = 5 * time.Second
-	slowTimeout    = 10 * time.Second // a join or a leave takes the agent itself up to five
+	slowTimeout    = 20 * time.Second // a join or a leave takes the agent itself up to fifteen
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
 )

@@ -45,7 +45,9 @@ type sim struct {
 
 	loss      float64 // of each datagram and each SYN
 	lat       [2]time.Duration
-	oneWay    map[[2]int]bool // host to host: nothing arrives
+	regions   int              // hosts are spread over so many
+	line      [2]time.Duration // one way between two regions
+	oneWay    map[[2]int]bool  // host to host: nothing arrives
 	reapAfter time.Duration
 	wallShift time.Duration // what clocks of agents started from now on show too much
 
@@ -99,6 +101,7 @@ type observation struct {
 
 type simHost struct {
 	i     int
+	place int // its region
 	addr  netip.AddrPort
 	up    bool // its link
 	noTCP bool // a firewall refuses all connections to it
@@ -316,8 +319,13 @@ func (s *sim) step(w *work) {
 	}
 }
 
-func (s *sim) latency() time.Duration {
-	return s.lat[0] + time.Duration(s.rng.Int64N(int64(s.lat[1]-s.lat[0])))
+// latency is how long a packet takes from a to b.
+func (s *sim) latency(a, b *simHost) time.Duration {
+	way := s.lat
+	if b != nil && a.place != b.place {
+		way = s.line
+	}
+	return way[0] + time.Duration(s.rng.Int64N(int64(way[1]-way[0])))
 }
 
 func (s *sim) lost() bool { return s.loss > 0 && s.rng.Float64() < s.loss }
@@ -345,7 +353,7 @@ func (s *sim) note(kind byte, p *proc, data []byte) {
 func (s *sim) host() *simHost {
 	i := len(s.hosts)
 	ip := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
-	h := &simHost{i: i, addr: netip.AddrPortFrom(ip, 7946), up: true}
+	h := &simHost{i: i, place: i % max(s.regions, 1), addr: netip.AddrPortFrom(ip, 7946), up: true}
 	s.hosts = append(s.hosts, h)
 	return h
 }
@@ -531,13 +539,14 @@ func (p *proc) carryOut(o outputs) {
 		if len(pk.data) > maxDatagram-sealSize {
 			s.problem("%s sends a datagram of %d bytes", p.name, len(pk.data))
 		}
-		s.push(s.now+s.latency(), &work{kind: itemPacket, from: p.host, to: pk.to, data: pk.data})
+		s.push(s.now+s.latency(p.host, s.hostAt(pk.to.Addr)), &work{kind: itemPacket, from: p.host, to: pk.to, data: pk.data})
 	}
 	for _, l := range o.tcpProbes {
-		s.look(p, l, 4, s.now+probeTimeout)
+		limit, again := tcpProbeTimes(p.n.roundTripTo(l))
+		s.look(p, l, 4, s.now+limit, again)
 	}
 	for _, m := range o.syncs {
-		s.compare(p, m.Addr, &stateSync{}, func(error) {})
+		s.compare(p, m.Addr, &stateSync{roundTrip: p.n.roundTripTo(m)}, func(error) {})
 	}
 	if o.links != nil {
 		p.relink(o.links)
@@ -654,10 +663,12 @@ type simSession struct {
 	deadline time.Duration // 0: an idle link has none
 	failed   func(end int, err error)
 	over     bool
+
+	roundTrip time.Duration // that of the hellos
 }
 
-// dial plays a connect of p that is made anew after each of waits, with the kernel's
-// own tries every second. done gets a session, or errTimedOut or ECONNREFUSED.
+// dial plays a connect of p that is made once more after each of waits, with the kernel's own tries after 1, 3 and 7
+// seconds. done gets a session, or errTimedOut or ECONNREFUSED.
 func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func(*simSession, error), waits ...time.Duration) {
 	h, over := s.hostAt(to), false
 	finish := func(c *simSession, err error) {
@@ -666,18 +677,17 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 			done(c, err)
 		}
 	}
-	attempt := func(patience time.Duration) {
-		giveUp := s.now + patience
+	attempt := func() {
 		if over || p.state == procDead || h == nil || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
 			return
 		}
-		s.after(s.latency(), func() {
+		s.after(s.latency(h, p.host), func() {
 			q := h.p
 			if q == nil || q.state == procDead || h.noTCP {
 				finish(nil, syscall.ECONNREFUSED)
 				return
 			}
-			if !over && s.now < giveUp {
+			if !over {
 				c := &simSession{s: s, end: [2]*proc{p, q}, deadline: deadline, failed: func(int, error) {}}
 				p.sessions, q.sessions = append(p.sessions, c), append(q.sessions, c)
 				finish(c, nil)
@@ -685,11 +695,13 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 		})
 	}
 	at := time.Duration(0)
-	for _, wait := range append(waits, sessionTimeout) {
-		for kernel := time.Duration(0); kernel < wait && s.now+at+kernel < deadline; kernel += time.Second {
-			s.after(at+kernel+s.latency(), func() { attempt(wait - kernel) })
-		}
+	for _, wait := range append([]time.Duration{0}, waits...) {
 		at += wait
+		for _, kernel := range []time.Duration{0, time.Second, 3 * time.Second, 7 * time.Second} {
+			if s.now+at+kernel < deadline {
+				s.after(at+kernel+s.latency(p.host, h), attempt)
+			}
+		}
 	}
 	s.after(deadline-s.now, func() { finish(nil, errTimedOut) })
 }
@@ -736,9 +748,9 @@ func (c *simSession) send(end int, fn func(n *node)) {
 
 func (c *simSession) deliver(end, tries int, fn func()) {
 	s, from, to := c.s, c.end[1-end].host, c.end[end].host
-	d := s.latency()
+	d := s.latency(from, to)
 	if s.lost() {
-		d += 200 * ms
+		d += max(200*ms, 4*d) // two round trips
 	}
 	s.after(d, func() {
 		if s.reach(from, to) && s.reach(to, from) {
@@ -751,18 +763,30 @@ func (c *simSession) deliver(end, tries int, fn func()) {
 
 // meet plays the hellos and the first frame: at the dialler then gets who is there.
 func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update)) {
+	start, first := c.s.now, false
 	c.send(1, func(*node) { // a hello
+		c.s.after(frameTimeout, func() {
+			if failed := c.failed; !first && !c.over { // the acceptor hangs up
+				c.close()
+				c.deliver(0, 0, func() { failed(0, errReset) })
+			}
+		})
 		c.send(0, func(n *node) { // and one back
+			c.roundTrip = c.s.now - start
 			hdr := n.header(k)
 			c.send(1, func(n *node) {
+				first = true
 				w, about := n.handshakeReply(hdr)
-				c.send(0, func(n *node) { then(n, w, about) })
+				c.send(0, func(n *node) {
+					n.noteRoundTrip(w.From, w.born(), c.roundTrip)
+					then(n, w, about)
+				})
 			})
 		})
 	})
 }
 
-func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
+func (s *sim) look(p *proc, m Member, tries int, deadline, again time.Duration) {
 	s.dial(p, m.Addr, deadline, func(c *simSession, err error) {
 		if err == nil {
 			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictSilent, header{}) })
@@ -770,7 +794,7 @@ func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
 				if end == 0 && s.now < deadline {
 					p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictNone, header{}) })
 					if tries > 1 {
-						s.look(p, m, tries-1, deadline)
+						s.look(p, m, tries-1, deadline, again)
 					}
 				}
 			}
@@ -782,7 +806,7 @@ func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
 		} else if err == syscall.ECONNREFUSED {
 			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictRefused, header{}) })
 		}
-	}, 150*ms, 150*ms)
+	}, again, again)
 }
 
 // simLink is a watch link that shall stand.
@@ -829,7 +853,8 @@ func (p *proc) keepLink(l *simLink) {
 		p.tell(func(n *node) { n.linkEnded(l.m, tries, err == syscall.ECONNREFUSED) })
 		s.after(min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait), func() { p.keepLink(l) })
 	}
-	s.dial(p, l.m.Addr, s.now+sessionTimeout, func(c *simSession, err error) {
+	deadline := s.now + sessionTimeout
+	s.dial(p, l.m.Addr, deadline, func(c *simSession, err error) {
 		if err != nil {
 			ended(false, err)
 			return
@@ -843,7 +868,7 @@ func (p *proc) keepLink(l *simLink) {
 				c.end[1].tell(func(n *node) { n.linkEnded(dialler, 0, false) })
 			}
 		}
-		s.after(sessionTimeout, func() {
+		s.after(deadline-s.now, func() {
 			if !up && !c.over {
 				c.close()
 				ended(false, errTimedOut)
@@ -855,12 +880,13 @@ func (p *proc) keepLink(l *simLink) {
 				ended(true, nil)
 			}
 		})
-	}, 300*ms, 400*ms)
+	}, redialAfter(p.n.roundTripTo(l.m))...)
 }
 
 // compare plays an exchange of tables.
 func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(error)) {
-	s.dial(p, to, s.now+sessionTimeout, func(c *simSession, err error) {
+	deadline, welcomed := s.now+sessionTimeout, false
+	s.dial(p, to, deadline, func(c *simSession, err error) {
 		if err != nil {
 			done(err)
 			return
@@ -876,13 +902,20 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 				done(err)
 			}
 		}
-		s.after(sessionTimeout+frameTimeout, func() { finish(errTimedOut) })
+		s.after(deadline-s.now, func() {
+			if !welcomed {
+				finish(errTimedOut)
+			}
+		})
+		s.after(deadline+frameTimeout-s.now, func() { finish(errTimedOut) })
 		sync.peer.Addr = to
 		c.meet(msgSync, func(n *node, w header, about []update) {
+			welcomed = true
+			sync.roundTrip = c.roundTrip
 			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
-	}, 300*ms, 400*ms)
+	}, redialAfter(sync.roundTrip)...)
 }
 
 func (s *sim) welcomed(c *simSession, n *node, w header, about []update, sync, y *stateSync, finish func(error)) {
@@ -1806,6 +1839,94 @@ func TestASlowNetworkIsNotADeadOne(t *testing.T) {
 		s.within(6*time.Second, "a lost host is noticed", s.allFailed([]*proc{v}))
 		s.run(10 * time.Second)
 	})
+}
+
+// lineCase is a line between three regions, and what it may cost.
+type lineCase struct {
+	roundTrip    time.Duration
+	loss         float64
+	joined       time.Duration // all, after the last start
+	killed, lost time.Duration // known everywhere
+	bytes        float64       // a second and member at rest, with all headers
+}
+
+// lineFigures is what came of it.
+type lineFigures struct {
+	joined, killed, lost time.Duration
+	bytes, frames        float64
+	falseFail            int
+}
+
+// datagramOverhead is what IP, UDP, version and receiver hash add to a datagram.
+const datagramOverhead = 20 + 8 + 1 + 4
+
+// playLine has twelve members in three regions join one, rest, and lose two of them.
+func playLine(t *testing.T, seed uint64, c lineCase) (f lineFigures) {
+	s := newSim(t, seed)
+	s.regions, s.loss = 3, c.loss
+	s.line = [2]time.Duration{c.roundTrip * 45 / 100, c.roundTrip * 55 / 100}
+	first := s.start(s.host(), "n00000")
+	s.run(500 * ms)
+	for i := range 11 {
+		s.run(20 * ms)
+		s.start(s.host(), fmt.Sprintf("n%05d", i+1), first.host)
+	}
+	f.joined = s.within(30*time.Second, "all have joined", s.agree)
+
+	s.run(20 * time.Second)
+	const rest = 40
+	s.packets, s.bytes, s.frames = 0, 0, 0
+	s.run(rest * time.Second)
+	per := float64(len(s.procs)) * rest
+	f.bytes = (float64(s.bytes) + float64(s.packets)*datagramOverhead) / per
+	f.frames = float64(s.frames) / per
+
+	ps := slices.Clone(s.procs)
+	s.rng.Shuffle(len(ps), func(i, j int) { ps[i], ps[j] = ps[j], ps[i] })
+	from := s.now
+	s.crash(ps[0])
+	s.within(30*time.Second, "a kill is known", s.allFailed(ps[:1]))
+	f.killed = percentile(s.times(eventFailed, ps[0].name, from), 1)
+	s.run(10 * time.Second)
+	from = s.now
+	s.loseHost(ps[1])
+	s.within(30*time.Second, "a lost host is known", s.allFailed(ps[1:2]))
+	f.lost = percentile(s.times(eventFailed, ps[1].name, from), 1)
+	s.run(10 * time.Second)
+	s.check()
+	f.falseFail = s.falseFail
+	return f
+}
+
+// TestLineFigures prints what lines of many lengths cost: set SIM_LINES to the number of seeds.
+func TestLineFigures(t *testing.T) {
+	seeds := envInt("SIM_LINES", 0)
+	if seeds == 0 {
+		t.Skip("SIM_LINES is not set")
+	}
+	for _, c := range lineCases {
+		var joined, killed, lost []time.Duration
+		var bytes, frames float64
+		falseFail := 0
+		for i := range seeds {
+			f := playLine(t, baseSeed()+uint64(i), c)
+			joined, killed, lost = append(joined, f.joined), append(killed, f.killed), append(lost, f.lost)
+			bytes += f.bytes / float64(seeds)
+			frames += f.frames / float64(seeds)
+			falseFail += f.falseFail
+		}
+		fmt.Printf("round trip %v, loss %v%%, %d seeds: %d false failures; at rest %.0f bytes/s %.3f frames/s a member\n", c.roundTrip, c.loss*100, seeds, falseFail, bytes, frames)
+		for what, ds := range map[string][]time.Duration{"joined": joined, "killed": killed, "lost": lost} {
+			fmt.Printf("    %-8s %s\n", what, quantiles(ds))
+		}
+	}
+}
+
+var lineCases = []lineCase{
+	{roundTrip: 150 * ms, loss: .01, joined: 800 * ms, killed: time.Second, lost: 2700 * ms, bytes: 200},
+	{roundTrip: 300 * ms, loss: .02, joined: 1500 * ms, killed: time.Second, lost: 2700 * ms, bytes: 250},
+	{roundTrip: 600 * ms, loss: .01, joined: 3 * time.Second, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 250},
+	{roundTrip: 1600 * ms, loss: .01, joined: 10 * time.Second, killed: 8 * time.Second, lost: 15 * time.Second, bytes: 300},
 }
 
 // A thousand live through all of it in one run, since starting them is dear.
