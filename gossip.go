@@ -83,6 +83,7 @@ const (
 
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
+	maxRecent, recentFor        = 64, 3 * time.Second
 	maxRequests                 = 2 * maxMembers
 	maxQueries, maxHeard        = 64, 1 << 14 // of one's own at a time, and those of others
 	replyTimeout                = time.Minute // a reply is sent again for so long at most
@@ -679,6 +680,7 @@ type peerState struct {
 	claimRate     bucket        // with what is believed of it
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
+	newsRate      bucket        // with news that it may have missed
 	line          line
 }
 
@@ -870,6 +872,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 		return
 	}
 	e.peer().tcpOnly = 0
+	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
 		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + n.overdueMargin(e.Member)
 		n.detector.handleSignOfLife(n, e.Member)
@@ -881,6 +884,9 @@ func (n *node) noteContact(e *entry, hdr header) {
 		return
 	}
 	if hdr.Digest != 0 && hdr.Digest != n.digest() {
+		if e.peer().validated {
+			n.broadcasts.sendRecent(n, e)
+		}
 		n.antiEntropy.requestSync(n, e, hdr.Digest)
 	}
 }
@@ -890,15 +896,50 @@ func (n *node) noteContact(e *entry, hdr header) {
 // broadcastQueue is what is to be flooded, and the user events that are remembered.
 type broadcastQueue struct {
 	queue   [][]byte // updates on their way to my watchers
+	recent  []news   // the last claims that went into it, newest last
+	joined  []news   // who has compared tables with this node, and has not been heard of since
 	flushAt time.Duration
 	rate    bucket
 	events  eventBuffer
 }
 
+// news is a claim that was broadcast, or came, a moment ago.
+type news struct {
+	e  *entry
+	at time.Duration
+}
+
 // broadcast has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
 func (n *node) broadcast(e *entry) {
-	if u := n.claim(e); n.joining.joinedAt != 0 {
-		n.broadcasts.add(&u)
+	if n.joining.joinedAt == 0 {
+		return
+	}
+	u := n.claim(e)
+	n.broadcasts.add(&u)
+
+	s := &n.broadcasts
+	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], news{e, n.now})
+}
+
+// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long line,
+// each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to compare
+// tables takes four round trips, and this one.
+func (s *broadcastQueue) sendRecent(n *node, to *entry) {
+	s.recent = slices.DeleteFunc(s.recent, func(r news) bool { return n.now-r.at > recentFor })
+	var body []byte
+	for _, r := range slices.Backward(s.recent) {
+		if r.e == to || r.e.reaped {
+			continue
+		}
+		u := n.claim(r.e)
+		longer := wire.encode(body, &u)
+		if len(longer) > maxDatagram-256 {
+			break
+		}
+		body = longer
+	}
+	if len(body) > 0 && to.peer().newsRate.fill(n.now, 1/claimInterval.Seconds(), 1).take() {
+		n.send(to.Member, n.header(msgBroadcast), body)
 	}
 }
 
@@ -914,11 +955,9 @@ func (s *broadcastQueue) flush(n *node) {
 			for len(s.queue) > 0 && (len(one) == 0 || len(one)+len(s.queue[0]) <= maxDatagram-256) {
 				one, s.queue = append(one, s.queue[0]...), s.queue[1:]
 			}
-			for _, w := range n.heartbeats.watchers {
-				if w.peer().validated {
-					n.send(w.Member, n.header(msgBroadcast), one)
-					s.rate.tokens--
-				}
+			for _, e := range s.receivers(n) {
+				n.send(e.Member, n.header(msgBroadcast), one)
+				s.rate.tokens--
 			}
 		}
 		s.flushAt = n.now + broadcastBatch + time.Duration(max(0, -s.rate.tokens)/broadcastRate*float64(time.Second))
@@ -926,6 +965,24 @@ func (s *broadcastQueue) flush(n *node) {
 	if len(s.queue) > 0 {
 		n.wakeAt(s.flushAt)
 	}
+}
+
+// receivers are the watchers that have answered, and those who have just joined through this node: over a long line
+// they know nobody else for a while.
+func (s *broadcastQueue) receivers(n *node) []*entry {
+	es := slices.DeleteFunc(slices.Clone(n.heartbeats.watchers), func(w *entry) bool { return !w.peer().validated })
+	s.joined = slices.DeleteFunc(s.joined, func(j news) bool { return n.now-j.at > recentFor || j.e.Status.isDead() })
+	for _, j := range s.joined {
+		if !slices.Contains(es, j.e) {
+			es = append(es, j.e)
+		}
+	}
+	return es
+}
+
+// heardFrom is told of a datagram of e.
+func (s *broadcastQueue) heardFrom(e *entry) {
+	s.joined = slices.DeleteFunc(s.joined, func(j news) bool { return j.e == e })
 }
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
@@ -1086,7 +1143,7 @@ func (r *antiEntropy) step(n *node) {
 // exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer      Member        // who answered or dialled, once known; its Addr is where I dialled
+	peer      Member        // who answered or dialled, once known; its Addr is where I dialled, or from where it did
 	roundTrip time.Duration // to it; 0: not known
 	conflict  *probe        // of who has my name there; the exchange waits for it
 	replay    bool
@@ -1185,13 +1242,28 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	}
 	if sync.lastKey = hdr.Target; !hdr.More {
 		n.joining.noteJoined(n)
+		if e := n.validateBySync(sync); e != nil && !e.peer().line.isSettled(n.now) {
+			n.ping(e.Member) // the answer also tells whether it has missed what came after its table
+			n.broadcasts.joined = append(n.broadcasts.joined, news{e, n.now})
+		}
 	}
 	return hdr.More, bad, nil
+}
+
+// validateBySync notes that a peer has answered at the address of its session: it need not answer a datagram first.
+func (n *node) validateBySync(sync *stateSync) *entry {
+	e := n.table.get(sync.peer.Name)
+	if e == nil || e == n.self || e.Instance != sync.peer.Instance || e.Addr.Addr() != sync.peer.Addr.Addr() {
+		return nil
+	}
+	n.noteValidated(e)
+	return e
 }
 
 // syncDone ends a comparison of tables, of mine, that went well.
 func (n *node) syncDone(sync *stateSync) {
 	n.joining.noteJoined(n)
+	n.validateBySync(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(e, false) // the other side would have said so
 	}

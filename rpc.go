@@ -560,7 +560,8 @@ func (g *gossip) serve(s *session) error {
 	}
 	g.doFor(s, func(n *node) error { w, about = n.handshakeReply(hdr); return nil })
 	s.send(&w, about...)
-	switch from := (Member{Name: hdr.From, Instance: hdr.born()}); hdr.Kind {
+	from := Member{Name: hdr.From, Instance: hdr.born(), Addr: netip.AddrPortFrom(addrOf(s.RemoteAddr()), 0)}
+	switch hdr.Kind {
 	case msgLink:
 		return g.holdLink(s, from)
 	case msgSync: // who hangs up now has the same table

@@ -912,7 +912,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 		c.meet(msgSync, func(n *node, w header, about []update) {
 			welcomed = true
 			sync.roundTrip = c.roundTrip
-			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, digest: n.digest()}
+			y := &stateSync{peer: n.self.Member, digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
 	}, redialAfter(sync.roundTrip)...)
