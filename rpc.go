@@ -130,7 +130,6 @@ func (d *sealer) handshake(s *session) *session {
 		s.err, s.hellos = d.checkHello(theirs, true), string(mine)+string(theirs)
 	default:
 		s.Write(mine)
-		s.SetDeadline(time.Now().Add(frameTimeout)) // what comes next answers it, and may come from far away
 		s.err, s.hellos = d.checkHello(theirs, false), string(theirs)+string(mine)
 	}
 	s.sealer = d
@@ -265,6 +264,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
 			gs.sealer.handshake(s)
+			c.SetDeadline(time.Now().Add(frameTimeout)) // the first frame answers this hello, and may come from far away
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
 				gs.logRejected(addrOf(c.RemoteAddr()), plainError(err))
