@@ -1841,92 +1841,148 @@ func TestASlowNetworkIsNotADeadOne(t *testing.T) {
 	})
 }
 
-// lineCase is a line between three regions, and what it may cost.
+// lineCase is a long line, and what it may cost.
 type lineCase struct {
-	roundTrip    time.Duration
-	loss         float64
+	roundTrip time.Duration // between two regions
+	loss      float64
+
 	joined       time.Duration // all, after the last start
 	killed, lost time.Duration // known everywhere
 	bytes        float64       // a second and member at rest, with all headers
 }
 
-// lineFigures is what came of it.
+// The limits hold for the median: a packet that TCP has to send again takes two round trips more.
+var lineCases = []lineCase{
+	{roundTrip: 150 * ms, joined: 800 * ms, killed: time.Second, lost: 2800 * ms, bytes: 160},
+	{roundTrip: 150 * ms, loss: .01, joined: 1200 * ms, killed: time.Second, lost: 2800 * ms, bytes: 200},
+	{roundTrip: 300 * ms, joined: 1500 * ms, killed: time.Second, lost: 2900 * ms, bytes: 160},
+	{roundTrip: 300 * ms, loss: .02, joined: 2500 * ms, killed: time.Second, lost: 2900 * ms, bytes: 200},
+	{roundTrip: 600 * ms, joined: 3 * time.Second, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 160},
+	{roundTrip: 600 * ms, loss: .01, joined: 4500 * ms, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 200},
+	{roundTrip: 1600 * ms, joined: 8 * time.Second, killed: 5 * time.Second, lost: 14 * time.Second, bytes: 200},
+	{roundTrip: 1600 * ms, loss: .01, joined: 14 * time.Second, killed: 5 * time.Second, lost: 14 * time.Second, bytes: 200},
+	{roundTrip: 2000 * ms, loss: .01, joined: 20 * time.Second, killed: 6 * time.Second, lost: 17 * time.Second, bytes: 200},
+}
+
+// lineFigures is what came of many runs.
 type lineFigures struct {
-	joined, killed, lost time.Duration
-	bytes, frames        float64
+	joined, killed, lost []time.Duration
+	bytes, frames        []float64
 	falseFail            int
 }
 
 // datagramOverhead is what IP, UDP, version and receiver hash add to a datagram.
 const datagramOverhead = 20 + 8 + 1 + 4
 
-// playLine has twelve members in three regions join one, rest, and lose two of them.
-func playLine(t *testing.T, seed uint64, c lineCase) (f lineFigures) {
-	s := newSim(t, seed)
-	s.regions, s.loss = 3, c.loss
-	s.line = [2]time.Duration{c.roundTrip * 45 / 100, c.roundTrip * 55 / 100}
+// setLine makes the line between regions so long, with some jitter.
+func (s *sim) setLine(roundTrip time.Duration) {
+	s.line = [2]time.Duration{roundTrip * 45 / 100, roundTrip * 55 / 100}
+}
+
+// joinOne starts count members in turn, region by region, who all join the first.
+func (s *sim) joinOne(count int) {
 	first := s.start(s.host(), "n00000")
 	s.run(500 * ms)
-	for i := range 11 {
+	for i := range count - 1 {
 		s.run(20 * ms)
 		s.start(s.host(), fmt.Sprintf("n%05d", i+1), first.host)
 	}
-	f.joined = s.within(30*time.Second, "all have joined", s.agree)
+}
+
+// play has twelve members join one, rest, and lose two of them.
+func (f *lineFigures) play(t *testing.T, seed uint64, c lineCase, regions int) {
+	s := newSim(t, seed)
+	s.regions, s.loss = regions, c.loss
+	s.setLine(c.roundTrip)
+	s.joinOne(12)
+	took, ok := s.until(time.Minute, 5*ms, s.agree)
+	if !ok {
+		t.Error("not everybody has joined within a minute")
+	}
+	f.joined = append(f.joined, took)
 
 	s.run(20 * time.Second)
 	const rest = 40
 	s.packets, s.bytes, s.frames = 0, 0, 0
 	s.run(rest * time.Second)
 	per := float64(len(s.procs)) * rest
-	f.bytes = (float64(s.bytes) + float64(s.packets)*datagramOverhead) / per
-	f.frames = float64(s.frames) / per
+	f.bytes = append(f.bytes, (float64(s.bytes)+float64(s.packets)*datagramOverhead)/per)
+	f.frames = append(f.frames, float64(s.frames)/per)
 
 	ps := slices.Clone(s.procs)
 	s.rng.Shuffle(len(ps), func(i, j int) { ps[i], ps[j] = ps[j], ps[i] })
-	from := s.now
-	s.crash(ps[0])
-	s.within(30*time.Second, "a kill is known", s.allFailed(ps[:1]))
-	f.killed = percentile(s.times(eventFailed, ps[0].name, from), 1)
-	s.run(10 * time.Second)
-	from = s.now
-	s.loseHost(ps[1])
-	s.within(30*time.Second, "a lost host is known", s.allFailed(ps[1:2]))
-	f.lost = percentile(s.times(eventFailed, ps[1].name, from), 1)
-	s.run(10 * time.Second)
+	f.killed = append(f.killed, s.everywhere(ps[0], s.crash))
+	f.lost = append(f.lost, s.everywhere(ps[1], s.loseHost))
 	s.check()
-	f.falseFail = s.falseFail
-	return f
+	f.falseFail += s.falseFail
 }
 
-// TestLineFigures prints what lines of many lengths cost: set SIM_LINES to the number of seeds.
-func TestLineFigures(t *testing.T) {
-	seeds := envInt("SIM_LINES", 0)
-	if seeds == 0 {
-		t.Skip("SIM_LINES is not set")
+// everywhere is how long it takes until all know of a death.
+func (s *sim) everywhere(victim *proc, kill func(...*proc)) time.Duration {
+	kill(victim)
+	took, ok := s.until(time.Minute, 5*ms, s.allFailed([]*proc{victim}))
+	if !ok {
+		s.problem("not everybody has noticed that %s is gone", victim.name)
 	}
+	s.run(10 * time.Second)
+	return took
+}
+
+func median(fs []float64) float64 {
+	slices.Sort(fs)
+	return fs[len(fs)/2]
+}
+
+// Each length of a line, among three regions and with everybody far from everybody: SIM_LINES sets the number of seeds.
+func TestLongLineCostsAMemberLittleAndFailsNobody(t *testing.T) {
+	t.Parallel()
+	seeds := envInt("SIM_LINES", 5)
 	for _, c := range lineCases {
-		var joined, killed, lost []time.Duration
-		var bytes, frames float64
-		falseFail := 0
-		for i := range seeds {
-			f := playLine(t, baseSeed()+uint64(i), c)
-			joined, killed, lost = append(joined, f.joined), append(killed, f.killed), append(lost, f.lost)
-			bytes += f.bytes / float64(seeds)
-			frames += f.frames / float64(seeds)
-			falseFail += f.falseFail
-		}
-		fmt.Printf("round trip %v, loss %v%%, %d seeds: %d false failures; at rest %.0f bytes/s %.3f frames/s a member\n", c.roundTrip, c.loss*100, seeds, falseFail, bytes, frames)
-		for what, ds := range map[string][]time.Duration{"joined": joined, "killed": killed, "lost": lost} {
-			fmt.Printf("    %-8s %s\n", what, quantiles(ds))
+		for _, regions := range []int{3, 12} {
+			t.Run(fmt.Sprintf("%v,loss=%v%%,regions=%d", c.roundTrip, c.loss*100, regions), func(t *testing.T) {
+				var f lineFigures
+				for i := range seeds {
+					f.play(t, seedFor(t.Name())+uint64(i), c, regions)
+				}
+				t.Logf("at rest %.0f bytes and %.3f frames a second and member, %d false failures", median(f.bytes), median(f.frames), f.falseFail)
+				t.Logf("joined %s", quantiles(f.joined))
+				t.Logf("killed %s", quantiles(f.killed))
+				t.Logf("lost   %s", quantiles(f.lost))
+				atMost(t, "to join", percentile(f.joined, .5), c.joined)
+				atMost(t, "to notice a kill", percentile(f.killed, .5), c.killed)
+				atMost(t, "to notice a lost host", percentile(f.lost, .5), c.lost)
+				if got := median(f.bytes); got > c.bytes {
+					t.Errorf("%.0f bytes a second and member, at most %.0f are wanted", got, c.bytes)
+				}
+			})
 		}
 	}
 }
 
-var lineCases = []lineCase{
-	{roundTrip: 150 * ms, loss: .01, joined: 800 * ms, killed: time.Second, lost: 2700 * ms, bytes: 200},
-	{roundTrip: 300 * ms, loss: .02, joined: 1500 * ms, killed: time.Second, lost: 2700 * ms, bytes: 250},
-	{roundTrip: 600 * ms, loss: .01, joined: 3 * time.Second, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 250},
-	{roundTrip: 1600 * ms, loss: .01, joined: 10 * time.Second, killed: 8 * time.Second, lost: 15 * time.Second, bytes: 300},
+func TestLineThatChangesFailsNobody(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ before, after time.Duration }{
+		{20 * ms, 800 * ms}, {20 * ms, 1600 * ms}, {150 * ms, 1600 * ms}, {800 * ms, 20 * ms}, {1600 * ms, 100 * ms},
+	} {
+		for _, regions := range []int{3, 12} {
+			t.Run(fmt.Sprintf("%v to %v,regions=%d", c.before, c.after, regions), func(t *testing.T) {
+				for i := range envInt("SIM_LINES", 5) {
+					s := newSim(t, seedFor(t.Name())+uint64(i))
+					s.regions, s.loss = regions, .01
+					s.setLine(c.before)
+					s.joinOne(12)
+					s.within(time.Minute, "all have joined", s.agree)
+					for range 3 {
+						s.run(30 * time.Second)
+						s.setLine(c.after)
+						s.run(30 * time.Second)
+						s.setLine(c.before)
+					}
+					s.check()
+				}
+			})
+		}
+	}
 }
 
 // A thousand live through all of it in one run, since starting them is dear.
