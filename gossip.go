@@ -79,7 +79,7 @@ const (
 	// that, and a line is measured once; a longer one at times, since it may have been a stall.
 	shortLine      = 50 * ms
 	longestLine    = 2500 * ms
-	remeasureAfter = time.Minute
+	remeasureAfter = 2 * time.Minute
 
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
