@@ -918,6 +918,7 @@ func (n *node) broadcast(e *entry) {
 	n.broadcasts.add(&u)
 
 	s := &n.broadcasts
+	s.recent = slices.DeleteFunc(s.recent, func(r news) bool { return r.e == e })
 	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], news{e, n.now})
 }
 
