@@ -1,17 +1,48 @@
 # make build makes ./hamlet; make demo shows it at work. Both need Go, make and sh.
+# make install copies it to PREFIX, with man pages and completion.
 
-VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null)
-LDFLAGS     := -s -w $(if $(VERSION),-X main.version=$(VERSION))
-GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "$(LDFLAGS)"
+GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=auto -ldflags "-s -w"
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
-PLATFORMS   := linux/amd64 linux/arm64 linux/arm darwin/arm64
+PLATFORMS   := linux/amd64 linux/arm64 linux/armv6 linux/386 linux/riscv64 linux/ppc64le linux/s390x \
+	darwin/amd64 darwin/arm64 freebsd/amd64
+PREFIX      ?= /usr/local
+IMAGE       ?= hamlet
 FUZZTIME    ?= 1m
 SEED        ?= 1
 
-.PHONY: build demo test race check fuzz sim bench docker-test haproxy-test man release clean
+BIN  = $(DESTDIR)$(PREFIX)/bin
+MAN  = $(DESTDIR)$(PREFIX)/share/man
+BASH = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+ZSH  = $(DESTDIR)$(PREFIX)/share/zsh/site-functions
+
+.PHONY: build demo install uninstall image test race check fuzz sim bench docker-test haproxy-test man release clean
+.DELETE_ON_ERROR:
 
 build:
 	$(GOBUILD) -o hamlet .
+
+# As install needs it: built, unless it is there and newer than its sources, so
+# that "sudo make install" needs no Go.
+hamlet: $(filter-out %_test.go,$(wildcard *.go)) go.mod
+	$(GOBUILD) -o hamlet .
+
+install: hamlet
+	install -d '$(BIN)' '$(MAN)/man1' '$(MAN)/man7' '$(BASH)' '$(ZSH)'
+	install -m 755 hamlet '$(BIN)/hamlet'
+	sh docs/generate/man.sh hamlet ./hamlet >'$(MAN)/man1/hamlet.1'
+	sh docs/generate/man.sh handlers ./hamlet >'$(MAN)/man7/hamlet-handlers.7'
+	sh docs/generate/completion.sh bash ./hamlet >'$(BASH)/hamlet'
+	sh docs/generate/completion.sh zsh ./hamlet >'$(ZSH)/_hamlet'
+	chmod 644 '$(MAN)/man1/hamlet.1' '$(MAN)/man7/hamlet-handlers.7' '$(BASH)/hamlet' '$(ZSH)/_hamlet'
+
+uninstall:
+	rm -f '$(BIN)/hamlet' '$(MAN)/man1/hamlet.1' '$(MAN)/man7/hamlet-handlers.7' '$(BASH)/hamlet' '$(ZSH)/_hamlet'
+
+# A container image of this one file, whatever system it is built on.
+image:
+	GOOS=linux $(GOBUILD) -o examples/docker/hamlet .
+	docker build -q -t $(IMAGE) examples/docker
+	@docker image inspect -f 'the image $(IMAGE) has {{.Size}} bytes' $(IMAGE)
 
 # Three agents on this machine, a handler, a kill. A few seconds.
 demo:
@@ -55,20 +86,26 @@ docker-test:
 haproxy-test:
 	@sh test/haproxy.sh
 
-# A page for man(1), from the text that help shows.
-man: build
-	@{ echo '.TH HAMLET 1'; echo '.SH NAME'; echo 'hamlet \- makes machines a cluster'; \
-	for c in "" $$(./hamlet help | sed -n '/^Commands:/,$$s/^  \([a-z-]*\) .*/\1/p'); do \
-		echo ".SH $${c:+hamlet }$${c:-synopsis}" | tr a-z A-Z; echo .nf; ./hamlet help $$c | sed 's/\\/\\e/g; s/-/\\-/g; s/^\([.'"'"']\)/\\\&\1/'; echo .fi; \
-	done; } > hamlet.1
+# Pages for man(1), from what help says and from docs/handlers.md.
+man: hamlet
+	@mkdir -p dist
+	sh docs/generate/man.sh hamlet ./hamlet >dist/hamlet.1
+	sh docs/generate/man.sh handlers ./hamlet >dist/hamlet-handlers.7
 
-# Binaries for all platforms, with checksums, in dist/.
-release: man
-	@rm -rf dist && mkdir dist && cp hamlet.1 dist/
+# Binaries for all platforms, man pages and completion, with checksums, in dist/.
+# The same source and the same Go make the same bytes, wherever that is.
+release: build
+	@rm -rf dist && mkdir dist
 	@for p in $(PLATFORMS); do \
-		GOOS=$${p%/*} GOARCH=$${p#*/} GOARM=6 $(GOBUILD) -o dist/hamlet-$${p%/*}-$${p#*/} . || exit 1; \
+		out=dist/hamlet-$${p%/*}-$${p#*/} arch=$${p#*/}; \
+		echo "building $$out"; \
+		GOFLAGS= GOOS=$${p%/*} GOARCH=$${arch%v6} GOARM=6 $(GOBUILD) -o $$out . || exit 1; \
 	done
-	@cd dist && { sha256sum hamlet-* 2>/dev/null || shasum -a 256 hamlet-*; } > SHA256SUMS && cat SHA256SUMS
+	@$(MAKE) -s man
+	@sh docs/generate/completion.sh bash ./hamlet >dist/hamlet.bash
+	@sh docs/generate/completion.sh zsh ./hamlet >dist/_hamlet
+	@cp LICENSE CHANGELOG.md dist/
+	@cd dist && files=$$(ls) && { sha256sum $$files 2>/dev/null || shasum -a 256 $$files; } >SHA256SUMS && cat SHA256SUMS
 
 clean:
-	rm -rf hamlet hamlet.1 dist
+	rm -rf hamlet dist examples/docker/hamlet

@@ -150,6 +150,7 @@ const (
 	msgHandshakeReply         // answer to a first frame
 	msgTable                  // a piece of the table
 	msgBye                    // this link ends without anybody having died
+	// Later versions have more kinds, and this one takes no notice of them.
 )
 
 // reply says what a member does about a query.
@@ -177,7 +178,8 @@ type header struct {
 	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing
 	Verdict     verdict
 	Reply       reply
-	More        bool // msgTable: another piece follows
+	More        bool   // msgTable: another piece follows
+	Ext         string // for what later versions will say; this one does not look at it
 }
 
 func (hdr *header) born() uint64 { return hdr.Incarnation - hdr.Raised }
@@ -282,12 +284,30 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 // is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
 type sealer struct {
 	cluster   string
-	keys      [][]byte // of 32 bytes: the first one seals, any opens
+	keys      [][]byte // of 16, 24 or 32 bytes: the first one seals, any opens; see noKey
 	portKind  byte
 	otherPort uint16 // the agent's port of the other kind
 }
 
-func (d *sealer) hasKey() bool { return len(d.keys) > 0 }
+// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is first.
+// So a cluster that runs gets its first key in three rounds, as it gets another one.
+var noKey = []byte{}
+
+// sealsWithKey reports whether what is sent is encrypted, opensInClear whether what is not is taken.
+func (d *sealer) sealsWithKey() bool { return len(d.keys) > 0 && len(d.keys[0]) > 0 }
+
+func (d *sealer) opensInClear() bool {
+	return len(d.keys) == 0 || slices.ContainsFunc(d.keys, func(key []byte) bool { return len(key) == 0 })
+}
+
+// fingerprint tells keys apart without showing them.
+func fingerprint(key []byte) string {
+	if len(key) == 0 {
+		return "none"
+	}
+	sum := sha256.Sum256(append([]byte("fingerprint "), key...))
+	return fmt.Sprintf("%x", sum[:4])
+}
 
 // receiverHash tells in clear for whom something is, by a hash.
 func (d *sealer) receiverHash(whom string) []byte {
@@ -308,7 +328,8 @@ func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
 
 // seal appends to dst what data becomes for whom; open undoes that.
 func (d *sealer) seal(dst, data []byte, whom string) []byte {
-	if dst = append(dst, d.receiverHash(whom)...); !d.hasKey() {
+	dst = append(dst, d.receiverHash(whom)...)
+	if !d.sealsWithKey() {
 		return append(dst, data...)
 	}
 	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
@@ -318,38 +339,81 @@ func (d *sealer) open(b []byte, whom string) ([]byte, error) {
 	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(whom)) {
 		return nil, errNotForMe
 	}
-	if b = b[4:]; !d.hasKey() {
-		return b, nil
-	}
-	for _, k := range d.keys {
-		if data, err := d.aead(k, whom).Open(nil, nil, b, nil); err == nil {
+	b = b[4:]
+	for _, key := range d.keys {
+		if len(key) == 0 {
+			continue
+		}
+		if data, err := d.aead(key, whom).Open(nil, nil, b, nil); err == nil {
 			return data, nil
 		}
+	}
+	if d.opensInClear() {
+		return b, nil
 	}
 	return nil, errOtherKey
 }
 
-const protocolVersion = 4
+// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and what is
+// sent to a member is of the highest that both understand. Those before 5 are nobody's.
+const (
+	protocolVersion = 5
+	maxProtocol     = 32 // of which is heard at all: what claims a higher one is noise
+	protocolOldest  = max(protocolVersion-1, 5)
+)
+
+// spokenWith is the protocol in which a member is told something; theirs is the highest that it understands, 0: unknown.
+func spokenWith(theirs uint8) uint8 {
+	if theirs == 0 {
+		return protocolOldest
+	}
+	return max(min(theirs, protocolVersion), protocolOldest)
+}
+
+// checkProtocol says what is wrong with a protocol that the other side speaks.
+func checkProtocol(theirs uint8) error {
+	if theirs < protocolOldest && theirs < 5 {
+		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
+	}
+	if theirs < protocolOldest {
+		return fmt.Errorf("%w %d, this agent %d: upgrade that one, one protocol at a time", errVersion, theirs, protocolVersion)
+	}
+	if theirs > protocolVersion+1 {
+		return fmt.Errorf("%w %d, this agent %d: upgrade this one, one protocol at a time", errVersion, theirs, protocolVersion)
+	}
+	return nil
+}
 
 // datagramFor is for whom a datagram is: a run of name, or (born 0) any.
 func datagramFor(name string, born uint64) string {
 	return "datagram " + strconv.FormatUint(born, 36) + " " + name
 }
 
-// sealDatagram makes a datagram of data for that run of name, or any: only a ping is.
-func (d *sealer) sealDatagram(data []byte, name string, born uint64) []byte {
-	return d.seal(append(make([]byte, 0, 64+len(data)), protocolVersion), data, datagramFor(name, born))
+// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a ping is.
+func (d *sealer) sealDatagram(data []byte, to Member) []byte {
+	b := append(make([]byte, 0, 64+len(data)), spokenWith(to.Protocol))
+	return d.seal(b, data, datagramFor(to.Name, to.Instance))
 }
 
-// openDatagram opens one; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (d *sealer) openDatagram(b []byte, name string, born uint64) (data []byte, anyRun bool, err error) {
-	if len(b) == 0 || b[0] != protocolVersion {
-		return nil, false, errVersion
-	} else if len(b) > maxDatagram {
+// openDatagram opens one for self; errNotForMe: of another cluster, to who had the address before, or to a former run.
+func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, err error) {
+	if len(b) == 0 {
+		return nil, false, errMalformed
+	}
+	if protocol := b[0]; protocol < protocolOldest || protocol > protocolVersion {
+		err := checkProtocol(protocol)
+		if err == nil || protocol > maxProtocol {
+			err = errMalformed // a later one speaks this one to this agent
+		}
+		return nil, false, err
+	}
+	if len(b) > maxDatagram {
 		return nil, false, errors.New("sent a datagram that is too long")
 	}
-	if data, err = d.open(b[1:], datagramFor(name, born)); errors.Is(err, errNotForMe) {
-		data, err = d.open(b[1:], datagramFor(name, 0))
+
+	data, err = d.open(b[1:], datagramFor(self.Name, self.Instance))
+	if errors.Is(err, errNotForMe) {
+		data, err = d.open(b[1:], datagramFor(self.Name, 0))
 		anyRun = true
 	}
 	return data, anyRun, err
@@ -479,6 +543,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
 	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
 	cfg.member.Status = statusAlive
+	cfg.member.Protocol = protocolVersion
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
 	n.heartbeats.linkAt = never
@@ -563,6 +628,9 @@ func (n *node) allows(m Member, k msgKind) bool {
 // send sends h and a body of updates to one run of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
 	if hdr.Kind == msgAck || n.allows(to, hdr.Kind) {
+		if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
+			to.Protocol = e.Protocol
+		}
 		n.number++
 		hdr.Number = n.number
 		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
@@ -754,7 +822,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 	switch {
 	case hdr.Raised > hdr.Incarnation || !n.isPlausible(hdr.Incarnation, n.table.highest):
 		return errors.New("claims an incarnation far ahead of all that is known")
-	case hdr.Kind > msgReply || anyRun && hdr.Kind != msgPing:
+	case hdr.Kind > msgReply && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
 	case hdr.Kind == msgPing:
@@ -1486,15 +1554,23 @@ func (n *node) members(after string, limit int) (ms []Member) {
 	return ms
 }
 
-// info is what this node knows of itself: key, value; and so on.
-func (n *node) info() []any {
+// info is what this node knows of itself: group, key, value; and so on.
+func (n *node) info() (facts []string) {
+	add := func(key string, value any) { facts = append(facts, "serf", key, fmt.Sprint(value)) }
+	members := n.members("", maxMembers)
 	count := make(map[Status]int)
-	ms := n.members("", maxMembers)
-	for _, m := range ms {
+	for _, m := range members {
 		count[m.Status]++
 	}
-	return []any{"cut_off", n.detector.isolated, "event_time", n.broadcasts.events.lamport, "failed", count[statusFailed], "left", count[statusLeft],
-		"members", len(ms), "seeds", strings.Join(n.seeds, ","), "seeds_error", strings.Join(n.joining.errs, "; ")}
+
+	add("cut_off", n.detector.isolated)
+	add("event_time", n.broadcasts.events.lamport)
+	add("failed", count[statusFailed])
+	add("left", count[statusLeft])
+	add("members", len(members))
+	add("seeds", strings.Join(n.seeds, ","))
+	add("seeds_error", strings.Join(n.joining.errs, "; "))
+	return facts
 }
 
 // ---- heartbeats ----
@@ -2216,7 +2292,8 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
 		ended: make(chan struct{}), done: make(chan struct{}),
 		acceptor: acceptor{limit: guestLimit(), log: cfg.log}}
-	g.sealer, g.cfg.portKind = &g.cfg.sealer, gossipPort
+	g.cfg.portKind = gossipPort
+	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
@@ -2292,8 +2369,9 @@ func (g *gossip) perform(out outputs) {
 	if len(out.packets) > 0 {
 		// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
 		g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+		sealer := g.acceptor.sealer.Load()
 		for _, p := range out.packets {
-			g.udp.WriteToUDPAddrPort(g.sealer.sealDatagram(p.data, p.to.Name, p.to.Instance), p.to.Addr)
+			g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to), p.to.Addr)
 		}
 		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	}
@@ -2357,7 +2435,7 @@ func (g *gossip) readUDP() {
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		self := g.record.Load()
-		data, anyRun, err := g.sealer.openDatagram(buf[:size], self.Name, self.Instance)
+		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Member)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
 				g.logRejected(from.Addr(), err)
@@ -2395,6 +2473,13 @@ func (g *gossip) run(f func(*node) error) error {
 
 // self returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
 func (g *gossip) self() (m Member, alone bool) { return g.record.Load().Member, g.isolated.Load() }
+
+// setKeys has all that is sent from now on sealed with the first of keys, and opens what any of them has sealed.
+func (g *gossip) setKeys(keys [][]byte) {
+	next := *g.acceptor.sealer.Load()
+	next.keys = keys
+	g.acceptor.sealer.Store(&next)
+}
 
 // leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {

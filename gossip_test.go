@@ -825,8 +825,8 @@ func TestAHeartbeatHasTheseBytes(t *testing.T) {
 	if got != want {
 		t.Errorf("heartbeat\n%s\nwant\n%s", got, want)
 	}
-	if s := (&sealer{}); len(s.sealDatagram(wire.encode(nil, &hdr), "web11", hdr.Incarnation)) > 45 {
-		t.Errorf("a heartbeat of %d bytes", len(s.sealDatagram(wire.encode(nil, &hdr), "web11", hdr.Incarnation)))
+	if s := (&sealer{}); len(s.sealDatagram(wire.encode(nil, &hdr), Member{Name: "web11", Instance: hdr.Incarnation})) > 45 {
+		t.Errorf("a heartbeat of %d bytes", len(s.sealDatagram(wire.encode(nil, &hdr), Member{Name: "web11", Instance: hdr.Incarnation})))
 	}
 }
 
@@ -860,12 +860,12 @@ func FuzzDatagram(f *testing.F) {
 	s := &sealer{cluster: "c"}
 	k := &sealer{cluster: "c", keys: [][]byte{bytes.Repeat([]byte{7}, keySize)}}
 	hdr := header{Kind: msgBroadcast, From: "b", Incarnation: 10, Number: 1}
-	f.Add(s.sealDatagram(wire.encode(nil, &hdr, update{Member: labMember(1)}), "a", 10), uint64(10))
-	f.Add(k.sealDatagram(wire.encode(nil, &hdr), "a", 10), uint64(10))
-	f.Add(s.sealDatagram([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}, "a", 0), uint64(10)) // a million elements
+	f.Add(s.sealDatagram(wire.encode(nil, &hdr, update{Member: labMember(1)}), Member{Name: "a", Instance: 10}), uint64(10))
+	f.Add(k.sealDatagram(wire.encode(nil, &hdr), Member{Name: "a", Instance: 10}), uint64(10))
+	f.Add(s.sealDatagram([]byte{4, 0xfd, 0x0f, 0x42, 0x40, 'x'}, Member{Name: "a", Instance: 0}), uint64(10)) // a million elements
 	f.Fuzz(func(t *testing.T, b []byte, born uint64) {
-		k.openDatagram(b, "a", born)
-		data, anyRun, err := s.openDatagram(b, "a", born)
+		k.openDatagram(b, Member{Name: "a", Instance: born})
+		data, anyRun, err := s.openDatagram(b, Member{Name: "a", Instance: born})
 		if err != nil {
 			return
 		}

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -48,6 +49,7 @@ type handlerConfig struct {
 // handlers are all handlers of one agent.
 type handlers struct {
 	handlerConfig
+	mu      sync.Mutex // guards all and timeout, which a reload changes
 	all     []*handler
 	ending  context.Context // done: what still runs is ended, and nothing new is taken
 	end     context.CancelCauseFunc
@@ -93,10 +95,49 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 	return hs, nil
 }
 
+// reload replaces the handlers by those of cfg. One that stays goes on with what it has queued; one that goes ends what
+// it has queued, and gets nothing new. An error changes nothing.
+func (hs *handlers) reload(cfg handlerConfig) error {
+	cfg.shell = hs.shell
+	next, err := newHandlers(cfg)
+	if err != nil {
+		return err
+	}
+
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	stay := slices.Clone(hs.all)
+	for i, h := range next.all {
+		h.handlers = hs
+		same := func(o *handler) bool { return o.script == h.script && slices.Equal(o.events, h.events) }
+		if at := slices.IndexFunc(stay, same); at >= 0 {
+			next.all[i] = stay[at]
+			stay = slices.Delete(stay, at, at+1)
+		}
+	}
+	hs.all = next.all
+	hs.timeout = cfg.timeout
+	return nil
+}
+
+// runTimeout is how long a run may take; 0: as long as it likes.
+func (hs *handlers) runTimeout() time.Duration {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	return hs.timeout
+}
+
+// now are the handlers at this moment.
+func (hs *handlers) now() []*handler {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	return hs.all
+}
+
 // newHandler takes "script" or "event[,event...]=script" apart.
 func newHandler(spec, shell string) (*handler, error) {
 	events, script, found := strings.Cut(spec, "=")
-	h := &handler{spec: oneLine(spec), events: strings.Split(events, ","), script: script}
+	h := &handler{spec: oneLine(spec), last: "never", events: strings.Split(events, ","), script: script}
 	bad := checkEvents(h.events)
 	if !found && bad == nil { // a forgotten script, or a list that was cut at its commas: run, it would only fail later
 		return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
@@ -151,7 +192,7 @@ func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	if ev.kind == eventQuery {
 		d.until, d.answer = time.Now().Add(time.Duration(ev.Timeout)*ms), answer
 	}
-	for _, h := range hs.all {
+	for _, h := range hs.now() {
 		if hs.ending.Err() == nil && matches(h.events, ev.kind, ev.Name) {
 			h.enqueue(d)
 			d.answer = nil
@@ -209,11 +250,33 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// state is how many events wait, how many were dropped, and how the last run ended.
-func (h *handler) state() (waiting, lost int, last string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.queue), h.droppedTotal, cmp.Or(h.last, "never")
+// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME, and the
+// values of equal ones stand side by side.
+func (hs *handlers) info() (facts []string) {
+	const group = "event_handlers"
+	place := make(map[string]int) // of each key's value
+	add := func(key, value string) {
+		if i, ok := place[key]; ok {
+			facts[i] += ", " + value
+			return
+		}
+		place[key] = len(facts) + 2
+		facts = append(facts, group, key, value)
+	}
+	for _, h := range hs.now() {
+		for _, ev := range h.events {
+			kind, name, _ := strings.Cut(ev, ":")
+			add(kind+":"+name, h.script)
+		}
+
+		events := strings.Join(h.events, ",")
+		h.mu.Lock()
+		add(events+" waiting", strconv.Itoa(len(h.queue)))
+		add(events+" dropped", strconv.Itoa(h.droppedTotal))
+		add(events+" last run", h.last)
+		h.mu.Unlock()
+	}
+	return facts
 }
 
 // work runs what is queued, until that is nothing. Late, nobody wants the answer to a query.
@@ -228,7 +291,7 @@ func (h *handler) work() {
 // close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
 // ended. Whatever else waits is dropped.
 func (hs *handlers) close(last ...Event) {
-	for _, h := range hs.all {
+	for _, h := range hs.now() {
 		h.mu.Lock()
 		h.queue = nil
 		h.mu.Unlock()
@@ -272,7 +335,7 @@ func (h *handler) run(batch []delivery) {
 
 // runScript runs the script in a process group of its own. The status says what was wrong with its end, if anything.
 func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
-	ctx, cancel := context.WithTimeoutCause(h.handlers.ending, cmp.Or(h.handlers.timeout, math.MaxInt64), errors.New("timed out"))
+	ctx, cancel := context.WithTimeoutCause(h.handlers.ending, cmp.Or(h.handlers.runTimeout(), math.MaxInt64), errors.New("timed out"))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
 	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.handlers.ending); return nil }

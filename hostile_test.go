@@ -920,7 +920,8 @@ func obeyable(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsGraphic
 
 func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	const esc = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r\x7f\xff"
-	logs := &logWriter{level: 1, lines: make(chan string, 1024)}
+	logs := &logWriter{lines: make(chan string, 1024)}
+	logs.level.Store(1)
 	r := newRig(t, []byte{1 << 2})
 	m := Member{Name: "evil", Addr: rigAddr(3), Incarnation: 5, Instance: 5, Status: statusAlive, Tags: "k" + esc + "=v" + esc + "\x00role=" + esc}
 	r.flood(update{Member: m})
@@ -930,7 +931,7 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	r.settle()
 	ms := r.n.members("", 100)
 	logs.Write([]byte("2013/12/08 07:56:48 [INFO] user-event: " + esc))
-	for what, s := range map[string]string{"members": membersText(ms), "JSON": membersJSON(ms), "the log": <-logs.lines} {
+	for what, s := range map[string]string{"members": membersText(shown(ms...), true), "JSON": membersJSON(shown(ms...), true), "the log": <-logs.lines} {
 		if i := strings.IndexFunc(s, obeyable); i >= 0 || !utf8.ValidString(s) {
 			t.Errorf("%s shows %q", what, s[max(i, 0):])
 		}

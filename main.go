@@ -4,15 +4,19 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
+	_ "embed"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math"
 	"net"
 	"net/netip"
@@ -29,13 +33,17 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"text/tabwriter"
 	"time"
 	"unicode"
 	"unicode/utf16"
 )
 
-var version = "0.1.0" // the Makefile sets it
+const version = "0.2.0"
+
+// handlersPage is the contract between agent and handlers, as 'help handlers' shows it.
+//
+//go:embed docs/handlers.md
+var handlersPage string
 
 var prog = filepath.Base(os.Args[0]) // the name that the program was called by
 
@@ -43,7 +51,7 @@ const (
 	defaultPort    = "7946"
 	defaultRPCPort = "7373"
 	defaultRPC     = "127.0.0.1:" + defaultRPCPort
-	keySize        = 32
+	keySize        = 32 // of a new key
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 20 * time.Second // a join or a leave takes the agent itself up to fifteen
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
@@ -52,14 +60,15 @@ const (
 
 // failure is an error as a user reads it.
 type failure struct {
-	msg, hint string
+	msg       string
+	hint      string
 	code      int  // exit status: 1, or 2 for wrong usage
-	again     bool // the same may work a little later
+	retriable bool // the same may work a little later
 }
 
 func (f *failure) Error() string { return f.msg }
 
-// failf is a failure of what was asked for, misuse one of how.
+// failf makes a failure of what was asked for, usagef one of how it was asked.
 func failf(hint, format string, args ...any) error {
 	return &failure{msg: fmt.Sprintf(format, args...), hint: hint, code: 1}
 }
@@ -69,15 +78,21 @@ func usagef(hint, format string, args ...any) error {
 }
 
 func main() {
-	if err := execute(append(os.Args[1:], "")[0], os.Args[min(2, len(os.Args)):]); err != nil {
+	args := os.Args[1:]
+	if len(args) == 0 {
+		args = []string{""}
+	}
+	if err := execute(args[0], args[1:]); err != nil {
 		exit(err)
 	}
 }
 
-// exit tells err, and ends the program.
+// exit reports err, and ends the program.
 func exit(err error) {
-	f, _ := errors.AsType[*failure](err)
-	f = cmp.Or(f, &failure{code: 1})
+	f, ok := errors.AsType[*failure](err)
+	if !ok {
+		f = &failure{code: 1}
+	}
 	fmt.Fprintf(os.Stderr, "%s: error: %s\n", prog, printable(err.Error(), "\n\t"))
 	if f.hint != "" {
 		fmt.Fprintf(os.Stderr, "hint: %s\n", printable(f.hint, "\n\t"))
@@ -85,221 +100,278 @@ func exit(err error) {
 	os.Exit(f.code)
 }
 
+// execute runs the command of that name.
 func execute(name string, args []string) error {
 	switch name {
 	case "":
-		return cmp.Or(output(help()), usagef("", "no command given"))
+		if err := output(help()); err != nil {
+			return err
+		}
+		return usagef("", "no command given")
 	case "help", "-h", "-help", "--help":
 		if len(args) == 0 || args[0] == "help" {
 			return output(help())
 		}
-		name, args = args[0], []string{"-h"}
+		if args[0] == "handlers" {
+			return output(plainText(handlersPage))
+		}
+		name = args[0]
+		args = []string{"-h"}
 	case "-v", "-version", "--version":
 		name = "version"
 	}
-	for _, c := range commands {
+
+	var names []string
+	for _, c := range commands() {
 		if c.name == name {
 			return c.execute(args)
 		}
+		names = append(names, c.name)
+	}
+	if advice := serfAdvice(name); advice != "" {
+		return usagef("", "hamlet has no %s: %s", name, advice)
 	}
 	hint := fmt.Sprintf("'%s help' lists the commands; '%s agent' starts a node", prog, prog)
-	return cmp.Or(serfWord(name), usagef(hint, "there is no command %q", name))
+	if near := nearest(name, names); near != "" {
+		hint = fmt.Sprintf("did you mean '%s %s'? %s", prog, near, hint)
+	}
+	return usagef(hint, "there is no command %q", name)
 }
 
 // ---- commands and options ----
 
-// command is one command; its options and its run share variables.
+// command is one command. Its define declares the options on fs, and returns what runs the command once they are set,
+// with its arguments.
 type command struct {
-	name, args, short string
-	examples          string // {} stands for the program's name
-	options           options
-	run               func(*flag.FlagSet) error
+	name     string
+	args     string // what follows the options: WORD, [WORD] or WORD...
+	short    string
+	examples string // {} stands for the program's name
+	define   func(fs *flag.FlagSet) (run func(args []string) error)
 }
 
-type options []func(*flag.FlagSet)
-
-// One command runs in a process: these take its options.
-var (
-	theAgent  = &agent{tags: make(map[string]string)}
-	theClient = &client{filter: make(filter), tags: make(map[string]string)}
-)
-
 // commands are all commands, in the order in which help lists them.
-var commands = []*command{
-	{"agent", "", "runs a node until it is told to stop", `  {} agent
-  {} agent -join 10.0.2.15
-  {} agent -node web1 -role web -join seed1.example.com,seed2
-  {} agent -log-level=debug -event-handler=./handler.sh
-  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
-  {} agent -event-handler 'query:load=uptime'
-  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
-
-Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
-Lists are split on commas, or on newlines if there are any. A flag wins.
-
-SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
-others see this node fail. A second signal ends at once, with exit status 1.
-SIGHUP does nothing.
-`, options{theAgent.options}, theAgent.run},
-	{"members", "", "lists the members of the cluster", `  {} members                                list all members
-  {} members -status alive -tag role=web    the living ones with a tag
-  {} members -name 'db[0-9]+' -format json
-  {} members -wait 3 -timeout 20s           wait until three are alive
-`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
-		fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", theClient.filter.set("status="))
-		fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", theClient.filter.set("name="))
-		fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", theClient.filter.set("tag "))
-		fs.Func("role", "the same as -tag role=`RE`", theClient.filter.set("tag role="))
-		fs.Bool("detailed", false, "has no effect: it is Serf's")
-		fs.Func("wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
-			"exit status 1 if it took too long", number(&theClient.count))
-		fs.Func("timeout", "the `DURATION` to wait (default: for ever)", duration(&theClient.timeout))
-	}}, theClient.members},
-	{"watch", "", "shows who is there, and then what happens, as it happens", `  {} watch
-  {} watch -event member-failed,user:deploy
-  {} watch -format json      one object a line, for programs
-  {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
-		fs.StringVar(&theClient.events, "event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-			"who is there at the start")
-		fs.Func("n", "end after `N` events, not counting who is there at first", number(&theClient.count))
-		fs.Func("timeout", "with -n: exit status 1 if it takes longer, a `DURATION`", duration(&theClient.timeout))
-	}}, theClient.watch},
-	{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", `  {} query load
-  {} query -tag role=db master
-  {} query -node web1 -node web2 -timeout 3s -format json health
-`, options{theClient.rpcOptions, theClient.formatOption, func(fs *flag.FlagSet) {
-		theClient.Timeout = 15 * time.Second
-		fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
-			theClient.nodes = append(theClient.nodes, name)
-			return validName(name) // an empty one would be nobody, and so ask all
-		})
-		fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", theClient.filter.set("tag "))
-		fs.Func("timeout", "the `DURATION` to wait for the slowest (default 15s)", duration(&theClient.Timeout))
-		fs.BoolVar(&theClient.noAck, "no-ack", false, "do not show who has the query")
-	}}, theClient.query},
-	{"info", "", "shows what the agent knows of itself", "  {} info\n  {} info -format json\n",
-		options{theClient.rpcOptions, theClient.formatOption}, func(fs *flag.FlagSet) error { return theClient.doAndPrint(fs, rpcTimeout, "") }},
-	{"tags", "", "changes the tags of the running agent", `  {} tags -set state=drain
-  {} tags -set health=ok -set zone=b -delete state
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-		fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(theClient.tags, ""))
-		fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
-			if key == "" || strings.Contains(key, "=") {
-				return errors.New("want KEY, such as state")
-			}
-			theClient.DeleteTags = strings.TrimPrefix(theClient.DeleteTags+"\x00"+key, "\x00")
-			return nil
-		})
-	}}, theClient.setTags},
-	{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", `  {} event deploy
-  {} event deploy 3f2c1aa       with a payload, the handlers' input
-  {} event -coalesce=false log "$(uptime)"
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-		fs.BoolVar(&theClient.Coalesce, "coalesce", true, "of events of one name that wait, run only the last")
-	}}, func(fs *flag.FlagSet) error {
-		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(fs.Arg(0), ""), theClient.Coalesce)
-		return theClient.doAndPrint(fs, rpcTimeout, done)
-	}},
-	{"join", "ADDR...", "makes the agent join the cluster of another node", `  {} join 10.0.2.15
-  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-		fs.BoolVar(&theClient.Replay, "replay", false, "run handlers for the remembered events of that cluster")
-	}}, theClient.join},
-	{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", options{theClient.rpcOptions},
-		func(fs *flag.FlagSet) error {
-			return theClient.doAndPrint(fs, slowTimeout, "Graceful leave complete\n")
-		}},
-	{"force-leave", "NAME", "turns a failed member into one that left",
-		`  {} force-leave web3           a failed member counts as left, everywhere
-  {} force-leave -prune web3    it vanishes from the list
-`, options{theClient.rpcOptions, func(fs *flag.FlagSet) {
-			fs.BoolVar(&theClient.Prune, "prune", false, "forget the member altogether")
-		}}, func(fs *flag.FlagSet) error { return theClient.doAndPrint(fs, rpcTimeout, "") }},
-	{"keygen", "", "prints a new key for -encrypt", "  {} keygen\n  HAMLET_ENCRYPT=$({} keygen) {} agent\n", nil,
-		func(*flag.FlagSet) error {
-			key := make([]byte, keySize)
-			rand.Read(key) // never fails
-			return output(base64.StdEncoding.EncodeToString(key) + "\n")
-		}},
-	{"version", "", "prints the version", "  {} version\n", nil,
-		func(*flag.FlagSet) error {
-			return output(fmt.Sprintf("hamlet %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH))
-		}},
+func commands() []command {
+	return []command{
+		{"agent", "", "runs a node until it is told to stop", agentExamples, agentCommand},
+		{"members", "", "lists the members of the cluster", membersExamples, membersCommand},
+		{"watch", "", "shows who is there, and then what happens, as it happens", watchExamples, watchCommand},
+		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", queryExamples, queryCommand},
+		{"info", "", "shows what the agent knows of itself", infoExamples, infoCommand},
+		{"tags", "", "changes the tags of the running agent", tagsExamples, tagsCommand},
+		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", eventExamples, eventCommand},
+		{"join", "ADDR...", "makes the agent join the cluster of another node", joinExamples, joinCommand},
+		{"leave", "", "makes the agent leave the cluster and stop", leaveExamples, leaveCommand},
+		{"force-leave", "NAME", "turns a failed member into one that left", forceLeaveExamples, forceLeaveCommand},
+		{"keygen", "", "prints a new key for -encrypt", keygenExamples, keygenCommand},
+		{"version", "", "prints the version", versionExamples, versionCommand},
+	}
 }
 
 // execute sets the options from args, and runs the command.
-func (c *command) execute(args []string) error {
+func (c command) execute(args []string) error {
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
-	fs.SetOutput(io.Discard) // errors are told by exit
-	for _, define := range c.options {
-		define(fs)
-	}
-	err := cmp.Or(fs.Parse(args), c.checkArgs(fs))
-	_, unknown, _ := strings.Cut(fmt.Sprint(err), "not defined: ")
-	switch {
-	case errors.Is(err, flag.ErrHelp):
+	run := c.define(fs)
+	operands, ignored, err := parseArgs(fs, args)
+	if errors.Is(err, flag.ErrHelp) {
 		return output(c.help(fs))
-	case err != nil:
-		return cmp.Or(serfWord(unknown), wrongUsage(c.name, err))
+	}
+	if err == nil {
+		err = c.checkOperands(operands)
+	}
+	if err != nil {
+		return wrongUsage(c.name, err)
+	}
+
+	for _, name := range ignored {
+		log.Printf("[WARN] -%s has no effect: %s", name, serfIgnored[name])
 	}
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
 		signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
-		go func() { <-quit; os.Exit(128 + int(syscall.SIGQUIT)) }()
+		go func() {
+			<-quit
+			os.Exit(128 + int(syscall.SIGQUIT))
+		}()
 	}
-	return c.run(fs)
+	return run(operands)
 }
 
-// checkArgs compares the arguments with what the command takes: WORD, [WORD] or WORD...
-func (c *command) checkArgs(fs *flag.FlagSet) error {
-	takes := strings.Fields(c.args)
-	if fs.NArg() == 0 && len(takes) > 0 {
-		return fmt.Errorf("%s is missing", c.args)
-	}
-	for i, arg := range fs.Args() {
-		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-		if strings.HasPrefix(arg, "-") && fs.Lookup(name) != nil {
-			return fmt.Errorf("%q stands behind the arguments: options come before the name", arg)
-		} else if i >= len(takes) && !strings.HasSuffix(c.args, "...") {
-			if _, err := parseKeys(strings.Split(arg, ",")); err == nil {
-				arg = "(a key)" // which is never shown
+// parseArgs sets options wherever they stand, and returns all other arguments. Behind an argument, what looks like an
+// option and is none is an argument, too: a payload may be "-5". After "--" nothing is an option. It names the options of
+// Serf that have no effect here.
+func parseArgs(fs *flag.FlagSet, args []string) (operands, ignored []string, err error) {
+	for len(args) > 0 {
+		arg := args[0]
+		args = args[1:]
+		if arg == "--" {
+			return append(operands, args...), ignored, nil
+		}
+		name, value, hasValue := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
+		option := fs.Lookup(name)
+		_, serfs := serfIgnored[name]
+		looksLikeOption := len(arg) > 1 && arg[0] == '-'
+		isPayload := option == nil && !serfs && len(operands) > 0
+		if !looksLikeOption || isPayload {
+			operands = append(operands, arg)
+			continue
+		}
+		if option == nil && !serfs {
+			return nil, nil, unknownOption(fs, name)
+		}
+
+		if !hasValue && isSwitch(name, option) {
+			value = "true"
+		} else if !hasValue {
+			if len(args) == 0 {
+				return nil, nil, fmt.Errorf("-%s needs a value", name)
 			}
-			return fmt.Errorf("unexpected argument %q", arg)
+			value = args[0]
+			args = args[1:]
+		}
+		if option == nil {
+			ignored = append(ignored, name)
+			continue
+		}
+		if err := setOption(fs, name, value); err != nil {
+			return nil, nil, err
 		}
 	}
+	return operands, ignored, nil
+}
+
+// isSwitch reports whether an option, or (nil) one of Serf's, stands without a value.
+func isSwitch(name string, option *flag.Flag) bool {
+	if option == nil {
+		return slices.Contains([]string{"disable-compression", "rejoin", "syslog"}, name)
+	}
+	b, ok := option.Value.(interface{ IsBoolFlag() bool })
+	return ok && b.IsBoolFlag()
+}
+
+// setOption sets an option of fs, and says what is wrong with its value.
+func setOption(fs *flag.FlagSet, name, value string) error {
+	err := fs.Set(name, value)
+	if err != nil && isSwitch(name, fs.Lookup(name)) {
+		err = errors.New("want true or false")
+	}
+	if err != nil {
+		return fmt.Errorf("invalid value %q for -%s: %w", value, name, err)
+	}
 	return nil
+}
+
+func unknownOption(fs *flag.FlagSet, name string) error {
+	if name == "h" || name == "help" {
+		return flag.ErrHelp
+	}
+	if advice := serfAdvice("-" + name); advice != "" {
+		return usagef("", "hamlet has no -%s: %s", name, advice)
+	}
+	var names []string
+	fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
+	if near := nearest(name, names); near != "" {
+		return fmt.Errorf("there is no option -%s; did you mean -%s?", name, near)
+	}
+	return fmt.Errorf("there is no option -%s", name)
+}
+
+// checkOperands compares the arguments with what the command takes.
+func (c command) checkOperands(operands []string) error {
+	takes := strings.Fields(c.args)
+	if len(operands) == 0 && len(takes) > 0 {
+		return fmt.Errorf("%s is missing", c.args)
+	}
+	if len(operands) <= len(takes) || strings.HasSuffix(c.args, "...") {
+		return nil
+	}
+	extra := operands[len(takes)]
+	if _, err := parseKeys(strings.Split(extra, ",")); err == nil {
+		extra = "(a key)" // which is never shown
+	}
+	return fmt.Errorf("unexpected argument %q", extra)
 }
 
 func wrongUsage(command string, err error) error {
-	text := strings.Replace(err.Error(), "parse error", "want true or false", 1) // as package flag says it of a bool
-	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %s", command, text)
+	if _, ok := errors.AsType[*failure](err); ok {
+		return err
+	}
+	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %v", command, err)
 }
 
-// serfWords is what to do instead of what Serf has and hamlet has not.
-var serfWords = map[string]string{
-	"-snapshot -rejoin":        "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found",
-	"-config-file -config-dir": "options come from flags or from HAMLET_ variables, such as HAMLET_JOIN",
-	"-profile":                 "there is one timing, for LAN and WAN alike",
-	"-discover -mdns-iface -mdns-disable-ipv4 -mdns-disable-ipv6": "name the seeds with -join: one DNS name will do",
-	"-keyring-file": "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens",
-	"-tags-file":    "give tags with -tag or HAMLET_TAG, and change them with the tags command",
-	"-syslog":       "the log goes to stderr: let systemd or 'logger' take it",
-	"-protocol -broadcast-timeout -disable-compression -relay-factor": "leave it out: there is nothing of it to set",
-	"keys":         "restart the agents one by one with -encrypt OLD,NEW, then NEW,OLD, then NEW",
-	"reachability": "every member is looked at all the time: see 'members' and 'info'",
-	"rtt":          "there are no network coordinates: use ping",
-	"monitor":      "'watch' streams events, and the log is the agent's stderr",
-}
-
-// serfWord is the error for a word of Serf's; nil: it is none.
-func serfWord(word string) error {
-	for words, advice := range serfWords {
-		if slices.Contains(strings.Fields(words), word) {
-			return usagef("", "%s has no %s: %s", prog, word, advice)
+// nearest is the word of a list that was probably meant by word, which is not in it: at most two letters differ, and
+// fewer than half. It is "" where none is near.
+func nearest(word string, list []string) string {
+	best := ""
+	least := min(2, (len(word)-1)/2)
+	for _, candidate := range list {
+		if d := editDistance(word, candidate); d <= least && (best == "" || d < editDistance(word, best)) {
+			best = candidate
 		}
 	}
-	return nil
+	return best
+}
+
+// editDistance counts the letters to insert, delete, change or swap with the next one that lead from a to b (Damerau and
+// Levenshtein, the restricted form).
+func editDistance(a, b string) int {
+	d := make([][]int, len(a)+1)
+	for i := range d {
+		d[i] = make([]int, len(b)+1)
+		d[i][0] = i
+	}
+	for j := range b {
+		d[0][j+1] = j + 1
+	}
+	for i := range a {
+		for j := range b {
+			change := 1
+			if a[i] == b[j] {
+				change = 0
+			}
+			d[i+1][j+1] = min(d[i][j+1]+1, d[i+1][j]+1, d[i][j]+change)
+			swapped := i > 0 && j > 0 && a[i] == b[j-1]
+			if swapped && a[i-1] == b[j] {
+				d[i+1][j+1] = min(d[i+1][j+1], d[i-1][j-1]+1)
+			}
+		}
+	}
+	return d[len(a)][len(b)]
+}
+
+// serfIgnored are the options of Serf that could only tune what needs no tuning here, with what happens instead. They are
+// taken, so that no start command has to change for them.
+var serfIgnored = map[string]string{
+	"broadcast-timeout":   "news goes out at once",
+	"disable-compression": "nothing is compressed",
+	"profile":             "there is one timing, for LAN and WAN alike",
+	"protocol":            "agents agree on a protocol by themselves",
+	"rejoin":              "an agent that left joins again by -join",
+	"relay-factor":        "an answer is sent again until it has arrived",
+	"retry-interval":      "seeds are tried once a second at first, then ever more rarely",
+	"snapshot":            "nothing is kept on disk: a restarted agent finds its cluster by -join, or is found",
+	"syslog":              "the log goes to stderr: let systemd or 'logger' take it",
+}
+
+// serfAdvice is what to do instead of what Serf has and hamlet has not; "": it is no such word.
+func serfAdvice(word string) string {
+	switch word {
+	case "-discover", "-mdns-iface", "-mdns-disable-ipv4", "-mdns-disable-ipv6":
+		return "name the seeds with -join: one DNS name will do"
+	case "-keyring-file":
+		return "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens"
+	case "-tags-file":
+		return "give tags with -tag or HAMLET_TAG, and change them with the tags command"
+	case "keys":
+		return "change -encrypt to OLD,NEW, then NEW,OLD, then NEW, with a SIGHUP to every agent each time"
+	case "reachability":
+		return "every member is looked at all the time: see 'members' and 'info'"
+	case "rtt":
+		return "there are no network coordinates: use ping"
+	case "monitor":
+		return "'watch' streams events, and the log is the agent's stderr"
+	}
+	return ""
 }
 
 func help() string {
@@ -312,43 +384,90 @@ func help() string {
 
 Commands:
 `
-	for _, c := range commands {
+	for _, c := range commands() {
 		text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
 	}
-	text += "\n'{} help COMMAND' shows how to use a command, and its options.\n"
+	text += "\n'{} help COMMAND' shows how to use a command, and its options,\n" +
+		"'{} help handlers' what scripts are told.\n"
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-func (c *command) help(fs *flag.FlagSet) string {
-	var b strings.Builder
-	fs.SetOutput(&b)
+func (c command) help(fs *flag.FlagSet) string {
+	var list strings.Builder
+	fs.SetOutput(&list)
 	fs.PrintDefaults()
-	usage, list := c.name, b.String()
-	if list != "" {
-		usage, list = usage+" [OPTION...]", "\n"+list
+
+	usage := c.name
+	if list.Len() > 0 {
+		usage += " [OPTION...]"
 	}
-	text := c.examples + "\nUsage: {} " + strings.TrimSpace(usage+" "+c.args) + "\n" + list
+	if c.args != "" {
+		usage += " " + c.args
+	}
+	text := "Usage: {} " + usage + "\n\n" + c.examples
+	if list.Len() > 0 {
+		text += "\n" + list.String()
+	}
 	return strings.ReplaceAll(text, "{}", prog)
 }
 
-// number, duration and setTag, and set of a filter, make what takes the text of an option.
-func number(n *int) func(string) error {
-	return func(s string) error {
+// plainText is a page of Markdown as a terminal shows it: headings in capitals, code indented.
+func plainText(markdown string) string {
+	var b strings.Builder
+	inCode := false
+	for line := range strings.Lines(markdown) {
+		if strings.HasPrefix(line, "```") {
+			inCode = !inCode
+			continue
+		}
+		heading := strings.TrimLeft(line, "#")
+		switch {
+		case inCode && line != "\n":
+			b.WriteString("    " + line)
+		case !inCode && heading != line:
+			b.WriteString(strings.ToUpper(strings.TrimLeft(heading, " ")))
+		default:
+			b.WriteString(strings.ReplaceAll(line, "`", ""))
+		}
+	}
+	return b.String()
+}
+
+// numberOption defines an option that takes a number of 0 or more.
+func numberOption(fs *flag.FlagSet, n *int, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
 		u, err := strconv.ParseUint(s, 10, 31)
-		if *n = int(u); err != nil {
+		if err != nil {
 			return errors.New("want a number, 0 or more")
 		}
+		*n = int(u)
 		return nil
-	}
+	})
 }
 
-func duration(d *time.Duration) func(string) error {
-	return func(s string) (err error) {
-		if *d, err = time.ParseDuration(s); err != nil || *d <= 0 {
+// durationOption defines an option that takes a duration above 0.
+func durationOption(fs *flag.FlagSet, d *time.Duration, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
+		parsed, err := time.ParseDuration(s)
+		if err != nil || parsed <= 0 {
 			return errors.New("want a duration, such as 500ms, 20s or 10m")
 		}
+		*d = parsed
 		return nil
-	}
+	})
+}
+
+// formatOption defines -format, and returns whether JSON is wanted.
+func formatOption(fs *flag.FlagSet) (asJSON *bool) {
+	asJSON = new(bool)
+	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
+		if s != "json" && s != "text" {
+			return errors.New("want text or json")
+		}
+		*asJSON = s == "json"
+		return nil
+	})
+	return asJSON
 }
 
 // setTag returns the way to take KEY=VALUE, or what is missing of it after a prefix.
@@ -357,7 +476,8 @@ func setTag(tags map[string]string, prefix string) func(string) error {
 		k, v, ok := strings.Cut(prefix+s, "=")
 		if !ok {
 			return errors.New("want KEY=VALUE, such as role=web")
-		} else if old := cmp.Or(tags[k], v); k == "role" && old != v {
+		}
+		if old := tags[k]; k == "role" && old != "" && old != v {
 			return fmt.Errorf("the role is %q already", old)
 		}
 		tags[k] = v
@@ -394,123 +514,421 @@ func printable(s, keep string) string {
 	return strings.NewReplacer(undo...).Replace(q[1 : len(q)-1])
 }
 
-// pairs is a JSON object: key, value, key, value.
-type pairs []any
+// toJSON lays v out as Serf does, indented by two blanks.
+func toJSON(v any) string { return marshal(v, "  ") }
 
-// toJSON lays v out as Serf does, where nl is what begins a line, or (nl "") in one line. Not with encoding/json:
-// that leaves DEL and the C1 controls as they are, and a terminal would obey them.
-func toJSON(v any, nl string) string {
-	inner, brackets := strings.Replace(nl, "\n", "\n  ", 1), "[]"
-	var items []string
-	switch v := v.(type) {
-	case string:
-		return jsonString(v)
-	case []any:
-		for _, x := range v {
-			items = append(items, toJSON(x, inner))
-		}
-	case pairs:
-		brackets = "{}"
-		for kv := range slices.Chunk(v, 2) {
-			items = append(items, jsonString(kv[0].(string))+": "+toJSON(kv[1], inner))
-		}
-	default:
-		return fmt.Sprint(v)
-	}
-	if len(items) == 0 {
-		return brackets
-	}
-	return brackets[:1] + inner + strings.Join(items, ","+cmp.Or(inner, " ")) + nl + brackets[1:]
+// toJSONLine lays v out on one line.
+func toJSONLine(v any) string {
+	// Newlines and tabs inside strings are escaped, so these stand between values.
+	lines := strings.ReplaceAll(marshal(v, "\t"), "\t", "")
+	return strings.NewReplacer(",\n", ", ", "\n", "").Replace(lines) + "\n"
 }
 
-func jsonString(s string) string {
+func marshal(v any, indent string) string {
 	var b strings.Builder
-	for _, r := range strings.NewReplacer(`"`, `\"`, `\`, `\\`, "\n", `\n`).Replace(s) {
-		if unicode.IsGraphic(r) {
-			b.WriteRune(r) // broken UTF-8 has become U+FFFD
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", indent)
+	if err := enc.Encode(v); err != nil {
+		panic(err) // strings, numbers and maps of them always encode
+	}
+
+	// A terminal obeys DEL and the C1 controls, and bidi marks hide things. They stand inside strings only.
+	var safe strings.Builder
+	for _, r := range b.String() {
+		if unicode.IsGraphic(r) || r == '\n' || r == '\t' {
+			safe.WriteRune(r)
 			continue
 		}
 		for _, u := range utf16.AppendRune(nil, r) {
-			fmt.Fprintf(&b, `\u%04x`, u)
+			fmt.Fprintf(&safe, `\u%04x`, u)
 		}
 	}
-	return `"` + b.String() + `"`
+	return safe.String()
 }
 
 // ---- the commands that ask a running agent ----
 
-// client is what a command asks of its agent, and how its user wants to see the answer.
+// client is how a command reaches its agent.
 type client struct {
-	rpcRequest
-	addr, token string // of the agent's RPC
-	filter      filter
-	tags        map[string]string // to set
-	nodes       []string          // to ask
-	events      string            // to show
-	count       int               // how many members, or events, to wait for
-	timeout     time.Duration
-	noAck       bool
+	addr  string // of the agent's RPC
+	token string
 }
 
-func (q *client) rpcOptions(fs *flag.FlagSet) {
-	variable := func(name string) string { return cmp.Or(os.Getenv("SERF_"+name), os.Getenv("HAMLET_"+name)) }
-	fs.StringVar(&q.addr, "rpc-addr", cmp.Or(variable("RPC_ADDR"), defaultRPC),
-		"`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
-	fs.StringVar(&q.token, "rpc-auth", "", "the `TOKEN` that it asks for, or SERF_RPC_AUTH")
-	q.token = variable("RPC_AUTH") // and no default, which help would show
+// rpcOptions defines the options that say where the agent is.
+func rpcOptions(fs *flag.FlagSet) *client {
+	addr := rpcVariable("ADDR")
+	if addr == "" {
+		addr = defaultRPC
+	}
+	c := &client{}
+	fs.StringVar(&c.addr, "rpc-addr", addr, "`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
+	fs.StringVar(&c.token, "rpc-auth", "", "the `TOKEN` that it asks for, or SERF_RPC_AUTH")
+	c.token = rpcVariable("AUTH") // not as a default, which help would show
+	return c
 }
 
-func (q *client) formatOption(fs *flag.FlagSet) {
-	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
-		if q.JSON = s == "json"; !q.JSON && s != "text" {
-			return errors.New("want text or json")
+// rpcVariable is SERF_RPC_name, which handlers have, or what the agent of the same container was configured with.
+func rpcVariable(name string) string {
+	if value := os.Getenv("SERF_RPC_" + name); value != "" {
+		return value
+	}
+	return os.Getenv("HAMLET_RPC_" + name)
+}
+
+// call asks the agent and calls each with each response; see callRPC.
+func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
+	addr, err := rpcAddr(c.addr)
+	if err != nil {
+		return err
+	}
+	return callRPC(addr, c.token, req, timeout, each)
+}
+
+// tell has the agent do something, and then prints that it is done.
+func (c *client) tell(req rpcRequest, timeout time.Duration, done string) error {
+	return c.call(req, timeout, func(rpcResponse, []update) error { return output(done) })
+}
+
+// argument is the i-th of the arguments, or "".
+func argument(args []string, i int) string {
+	if i < len(args) {
+		return args[i]
+	}
+	return ""
+}
+
+const infoExamples = `  {} info
+  {} info -format json
+`
+
+func infoCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+
+	return func([]string) error {
+		var facts []string
+		err := agent.call(rpcRequest{Op: "info"}, rpcTimeout, func(a rpcResponse, _ []update) error {
+			facts = append(facts, splitNUL(a.Text)...)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if *asJSON {
+			return output(infoJSON(facts))
+		}
+		return output(infoText(facts))
+	}
+}
+
+// infoText shows facts: group, key, value; and so on.
+func infoText(facts []string) string {
+	var b strings.Builder
+	group := ""
+	for fact := range slices.Chunk(facts, 3) {
+		if fact[0] != group {
+			group = fact[0]
+			fmt.Fprintf(&b, "%s:\n", printable(group, ""))
+		}
+		if fact[1] != "" {
+			fmt.Fprintf(&b, "\t%s = %s\n", printable(fact[1], ""), printable(fact[2], ""))
+		}
+	}
+	return b.String()
+}
+
+func infoJSON(facts []string) string {
+	groups := make(map[string]map[string]string)
+	for fact := range slices.Chunk(facts, 3) {
+		group := groups[fact[0]]
+		if group == nil {
+			group = make(map[string]string)
+			groups[fact[0]] = group
+		}
+		if fact[1] != "" {
+			group[fact[1]] = fact[2]
+		}
+	}
+	return toJSON(groups)
+}
+
+const tagsExamples = `  {} tags -set state=drain
+  {} tags -set health=ok -set zone=b -delete state
+`
+
+func tagsCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	set := make(map[string]string)
+	var remove []string
+	fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(set, ""))
+	fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+		if key == "" || strings.Contains(key, "=") {
+			return errors.New("want KEY, such as state")
+		}
+		remove = append(remove, key)
+		return nil
+	})
+
+	return func([]string) error {
+		tags, err := makeTags(set)
+		if err != nil {
+			return usagef("", "-set: %v", err)
+		}
+		if len(set)+len(remove) == 0 {
+			return usagef("for example: -set state=drain", "nothing to change: give -set or -delete")
+		}
+		req := rpcRequest{Op: "tags", Args: string(tags), DeleteTags: strings.Join(remove, "\x00")}
+		return agent.tell(req, rpcTimeout, "Successfully updated agent tags\n")
+	}
+}
+
+const eventExamples = `  {} event deploy
+  {} event deploy 3f2c1aa       with a payload, the handlers' input
+  {} event -coalesce=false log "$(uptime)"
+`
+
+func eventCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	coalesce := fs.Bool("coalesce", true, "of events of one name that wait, run only the last")
+
+	return func(args []string) error {
+		req := rpcRequest{Op: "event", Name: args[0], Payload: []byte(argument(args, 1)), Coalesce: *coalesce}
+		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(args[0], ""), *coalesce)
+		return agent.tell(req, rpcTimeout, done)
+	}
+}
+
+const joinExamples = `  {} join 10.0.2.15
+  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
+`
+
+func joinCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	replay := fs.Bool("replay", false, "run handlers for the remembered events of that cluster")
+
+	return func(addrs []string) error {
+		if err := checkAddrs(addrs); err != nil {
+			return usagef("", "join: %v", err)
+		}
+		req := rpcRequest{Op: "join", Args: strings.Join(addrs, "\x00"), Replay: *replay}
+		return agent.call(req, slowTimeout, func(a rpcResponse, _ []update) error {
+			return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
+		})
+	}
+}
+
+const leaveExamples = "  {} leave\n"
+
+func leaveCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+
+	return func([]string) error {
+		return agent.tell(rpcRequest{Op: "leave"}, slowTimeout, "Graceful leave complete\n")
+	}
+}
+
+const forceLeaveExamples = `  {} force-leave web3           a failed member counts as left, everywhere
+  {} force-leave -prune web3    it vanishes from the list
+`
+
+func forceLeaveCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	prune := fs.Bool("prune", false, "forget the member altogether")
+
+	return func(args []string) error {
+		return agent.tell(rpcRequest{Op: "force-leave", Name: args[0], Prune: *prune}, rpcTimeout, "")
+	}
+}
+
+const keygenExamples = `  {} keygen
+  HAMLET_ENCRYPT=$({} keygen) {} agent
+`
+
+func keygenCommand(*flag.FlagSet) func([]string) error {
+	return func([]string) error {
+		key := make([]byte, keySize)
+		rand.Read(key) // never fails
+		return output(base64.StdEncoding.EncodeToString(key) + "\n")
+	}
+}
+
+const versionExamples = "  {} version\n"
+
+func versionCommand(*flag.FlagSet) func([]string) error {
+	return func([]string) error {
+		return output(fmt.Sprintf("hamlet %s (%sprotocol %d, %s, %s/%s)\n", version, commit(), protocolVersion,
+			runtime.Version(), runtime.GOOS, runtime.GOARCH))
+	}
+}
+
+// commit is what the program was built from, where the build knows it.
+func commit() string {
+	info, _ := debug.ReadBuildInfo()
+	settings := make(map[string]string)
+	if info != nil {
+		for _, s := range info.Settings {
+			settings[s.Key] = s.Value
+		}
+	}
+	revision := settings["vcs.revision"]
+	if revision == "" {
+		return ""
+	}
+	if settings["vcs.modified"] == "true" {
+		return fmt.Sprintf("commit %.10s with changes, ", revision)
+	}
+	return fmt.Sprintf("commit %.10s, ", revision)
+}
+
+// ---- members ----
+
+const membersExamples = `  {} members                                list all members
+  {} members -status alive -tag role=web    the living ones with a tag
+  {} members -name 'db[0-9]+' -format json
+  {} members -wait 3 -timeout 20s           wait until three are alive
+`
+
+func membersCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+	filter := make(memberFilter)
+	var wait int
+	var timeout time.Duration
+	fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", filter.set("status="))
+	fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", filter.set("name="))
+	fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
+	fs.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
+	detailed := fs.Bool("detailed", false, "show each one's version and protocol, and for how long it has had its\n"+
+		"status")
+	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+		"exit status 1 if it took too long")
+	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait (default: for ever)")
+
+	return func([]string) error {
+		if timeout > 0 && wait == 0 {
+			return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
+		}
+		status := filter["status"]
+		if wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
+			return usagef("", "-wait counts the living, and -status leaves them out")
+		}
+		members, err := agent.waitForMembers(filter, wait, timeout)
+		if err != nil {
+			return err
+		}
+		if *asJSON {
+			return output(membersJSON(members, *detailed))
+		}
+		return output(membersText(members, *detailed))
+	}
+}
+
+// memberStatus is a member, and for how long it has had its status.
+type memberStatus struct {
+	Member
+	since time.Duration
+}
+
+// members asks for the members that match filter.
+func (c *client) members(filter memberFilter, timeout time.Duration) (members []memberStatus, err error) {
+	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
+		for _, u := range us {
+			if filter.matches(u.Member) {
+				members = append(members, memberStatus{u.Member, time.Duration(u.Age) * ms})
+			}
 		}
 		return nil
 	})
+	slices.SortStableFunc(members, func(a, b memberStatus) int { return compareNames(a.Name, b.Name) })
+	return members, err
 }
 
-func (q *client) call(op string, timeout time.Duration, each func(rpcResponse, []update) error) error {
-	addr, err := rpcAddr(q.addr)
-	if q.Op = op; err != nil {
-		return err
+// compareNames orders names as people count: host-8 before host-79. Of numbers alike, the one with fewer zeros is first.
+func compareNames(a, b string) int {
+	x, y := a, b
+	for x != "" && y != "" {
+		digitsX, digitsY := leadingDigits(x), leadingDigits(y)
+		if digitsX == "" || digitsY == "" {
+			if x[0] != y[0] {
+				return strings.Compare(x, y)
+			}
+			x = x[1:]
+			y = y[1:]
+			continue
+		}
+		numberX, numberY := strings.TrimLeft(digitsX, "0"), strings.TrimLeft(digitsY, "0")
+		if len(numberX) != len(numberY) {
+			return len(numberX) - len(numberY)
+		}
+		if numberX != numberY {
+			return strings.Compare(numberX, numberY)
+		}
+		x = x[len(digitsX):]
+		y = y[len(digitsY):]
 	}
-	return callRPC(addr, q.token, q.rpcRequest, timeout, each)
-}
-
-// doAndPrint has the agent do what the command is called, and shows the text of the answer or, where there is none, that it
-// is done.
-func (q *client) doAndPrint(fs *flag.FlagSet, timeout time.Duration, done string) error {
-	q.Name, q.Payload = fs.Arg(0), []byte(fs.Arg(1))
-	return q.call(fs.Name(), timeout, func(a rpcResponse, _ []update) error {
-		return output(cmp.Or(printable(a.Text, "\n\t"), done))
-	})
-}
-
-func (q *client) join(fs *flag.FlagSet) error {
-	if err := checkAddrs(fs.Args()); err != nil {
-		return usagef("", "join: %v", err)
+	if x == y {
+		return len(a) - len(b)
 	}
-	q.Args = strings.Join(fs.Args(), "\x00")
-	return q.call("join", slowTimeout, func(a rpcResponse, _ []update) error {
-		return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
-	})
+	return len(x) - len(y)
 }
 
-func (q *client) setTags(fs *flag.FlagSet) error {
-	tags, err := makeTags(q.tags)
-	if q.Args = string(tags); err != nil {
-		return usagef("", "-set: %v", err)
-	} else if q.Args+q.DeleteTags == "" {
-		return usagef("for example: -set state=drain", "nothing to change: give -set or -delete")
+func leadingDigits(s string) string {
+	return s[:len(s)-len(strings.TrimLeft(s, "0123456789"))]
+}
+
+// waitForMembers asks for the members that match filter until wait of them are alive, or timeout (0: none) is over.
+func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]memberStatus, error) {
+	const pause = 100 * ms
+	if timeout == 0 {
+		timeout = math.MaxInt64
 	}
-	return q.doAndPrint(fs, rpcTimeout, "Successfully updated agent tags\n")
+	deadline := time.Now().Add(timeout)
+	var tooFew error // what the last answer lacked
+	for {
+		members, err := c.members(filter, min(rpcTimeout, max(time.Until(deadline), pause)))
+		living := aliveNames(members)
+		if err == nil && len(living) >= wait {
+			return members, nil
+		}
+		if wait == 0 {
+			return nil, err
+		}
+		if f, ok := errors.AsType[*failure](err); err != nil && !(ok && f.retriable) {
+			return nil, err
+		}
+
+		if err == nil {
+			names := "none"
+			if len(living) > 0 {
+				names = strings.Join(living, ", ")
+			}
+			tooFew = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
+		}
+		if time.Until(deadline) <= pause && tooFew != nil {
+			return nil, tooFew
+		}
+		if time.Until(deadline) <= pause {
+			return nil, err
+		}
+		time.Sleep(pause)
+	}
 }
 
-// filter is what members must match, by field: "name", "status", or a tag as "tag KEY".
-type filter map[string]*regexp.Regexp
+func aliveNames(members []memberStatus) (names []string) {
+	for _, m := range members {
+		if m.Status == statusAlive {
+			names = append(names, m.Name)
+		}
+	}
+	return names
+}
+
+// memberFilter is what members must match, by field: "name", "status", or a tag as "tag KEY".
+type memberFilter map[string]*regexp.Regexp
 
 // set returns the way to take FIELD=RE, or what is missing of it after a prefix.
-func (f filter) set(prefix string) func(string) error {
+func (f memberFilter) set(prefix string) func(string) error {
 	return func(s string) error {
 		field, re, ok := strings.Cut(prefix+s, "=")
 		if !ok {
@@ -525,7 +943,7 @@ func (f filter) set(prefix string) func(string) error {
 	}
 }
 
-func (f filter) matches(m Member) bool {
+func (f memberFilter) matches(m Member) bool {
 	fields := map[string]string{"name": m.Name, "status": m.Status.String()}
 	for k, v := range m.Tags.asMap() {
 		fields["tag "+k] = v
@@ -538,215 +956,426 @@ func (f filter) matches(m Member) bool {
 	return true
 }
 
-// matchingMembers asks for the members that are meant; living are the names of those that are alive.
-func (q *client) matchingMembers(timeout time.Duration) (ms []Member, living []string, err error) {
-	err = q.call("members", timeout, func(_ rpcResponse, us []update) error {
-		for _, u := range us {
-			m := u.Member
-			if !q.filter.matches(m) || len(q.nodes) > 0 && !slices.Contains(q.nodes, m.Name) {
-				continue
-			}
-			if ms = append(ms, m); m.Status == statusAlive {
-				living = append(living, m.Name)
-			}
-		}
-		return nil
-	})
-	return ms, living, err
-}
-
-func (q *client) members(*flag.FlagSet) error {
-	switch status := q.filter["status"]; {
-	case q.timeout > 0 && q.count == 0:
-		return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
-	case q.count > 0 && status != nil && !status.MatchString(statusAlive.String()):
-		return usagef("", "-wait counts the living, and -status leaves them out")
-	}
-	const pause = 100 * ms
-	deadline := time.Now().Add(cmp.Or(q.timeout, math.MaxInt64))
-	for few := error(nil); ; time.Sleep(pause) { // few is what the last answer lacked
-		ms, living, err := q.matchingMembers(min(rpcTimeout, max(time.Until(deadline), pause)))
-		f, _ := errors.AsType[*failure](err)
-		switch {
-		case err == nil && len(living) >= q.count && q.JSON:
-			return output(membersJSON(ms))
-		case err == nil && len(living) >= q.count:
-			return output(membersText(ms))
-		case err == nil:
-			few = failf("", "%d of %d members alive after %v: %s", len(living), q.count, q.timeout,
-				cmp.Or(strings.Join(living, ", "), "none"))
-		case q.count == 0 || f == nil || !f.again:
-			return err
-		}
-		if time.Until(deadline) <= pause {
-			return cmp.Or(few, err)
-		}
-	}
-}
-
 // membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
 // stay in place when a member fails.
-func membersText(ms []Member) string {
-	var b strings.Builder
-	w := tabwriter.NewWriter(&b, 0, 0, 4, ' ', 0)
-	for _, m := range ms {
-		tags := printable(strings.Join(splitNUL(m.Tags), ","), "")
-		fmt.Fprintf(w, "%s\t%s\t%-6s\t%s\n", printable(m.Name, ""), m.Addr, m.Status, tags)
-	}
-	w.Flush()
-	return regexp.MustCompile(" +\n").ReplaceAllString(b.String(), "\n")
-}
-
-func membersJSON(ms []Member) string {
-	var list []any
-	for _, m := range ms {
-		list = append(list, pairs{"name", m.Name, "addr", m.Addr.String(), "port", m.Addr.Port(),
-			"tags", tagPairs(m), "status", m.Status.String()})
-	}
-	return toJSON(pairs{"members", list}, "\n") + "\n"
-}
-
-func tagPairs(m Member) (kv pairs) {
-	for _, tag := range splitNUL(m.Tags) {
-		k, v, _ := strings.Cut(tag, "=")
-		kv = append(kv, k, v)
-	}
-	return kv
-}
-
-func (q *client) watch(*flag.FlagSet) error {
-	kinds, there := strings.Split(q.events, ","), eventNames[0]
-	err := checkEvents(slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there }))
-	switch {
-	case err != nil:
-		return usagef(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
-	case q.timeout > 0 && q.count == 0:
-		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
-	case q.count > 0 && q.events == there:
-		return usagef("", "-n counts events, and %q is none: it is who is there at the start", there)
-	case q.timeout > 0:
-		time.AfterFunc(q.timeout, func() { exit(failf("", "fewer than %d events within %v", q.count, q.timeout)) })
-	}
-	seen := 0
-	err = q.call("watch", rpcTimeout, func(a rpcResponse, us []update) error {
-		text := ""
-		if a.Dropped > 0 && q.JSON {
-			text = fmt.Sprintf("{\"lost\": %d}\n", a.Dropped)
-		} else if a.Dropped > 0 {
-			text = fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", a.Dropped)
+func membersText(members []memberStatus, detailed bool) string {
+	var rows [][]string
+	for _, m := range members {
+		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
+		if detailed {
+			row = append(row, "for "+m.since.Round(time.Second).String(), "version "+printable(m.Version, ""),
+				fmt.Sprint("protocol ", m.Protocol))
 		}
-		for _, u := range us {
-			if matches(kinds, a.Kind, u.Name) {
-				text += q.line(a, u)
-				seen += min(int(a.Kind), 1)
+		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
+	}
+	return columns(rows)
+}
+
+// columns lays rows out at least four blanks apart, without trailing blanks.
+func columns(rows [][]string) string {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
 			}
+			widths[i] = max(widths[i], displayWidth(cell))
 		}
-		if err := output(text); err != nil || q.count == 0 || seen < q.count {
+	}
+
+	var b strings.Builder
+	for _, row := range rows {
+		line := ""
+		for i, cell := range row {
+			line += cell + strings.Repeat(" ", widths[i]-displayWidth(cell)+4)
+		}
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	return b.String()
+}
+
+// displayWidth is how many places s takes on a terminal: East Asian characters and emoji take two, marks that combine
+// none (Unicode Standard Annex 11, in coarse ranges).
+func displayWidth(s string) (width int) {
+	for _, r := range s {
+		switch {
+		case unicode.In(r, unicode.Mn, unicode.Me):
+		case r >= 0x1100 && isWide(r):
+			width += 2
+		default:
+			width++
+		}
+	}
+	return width
+}
+
+func isWide(r rune) bool {
+	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
+		return true
+	}
+	for _, wide := range [][2]rune{{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff}} {
+		if r >= wide[0] && r <= wide[1] {
+			return true
+		}
+	}
+	return false
+}
+
+// memberJSON is a member as Serf shows it; what follows the status is of -detailed.
+type memberJSON struct {
+	Name     string            `json:"name"`
+	Addr     string            `json:"addr"`
+	Port     uint16            `json:"port"`
+	Tags     map[string]string `json:"tags"`
+	Status   string            `json:"status"`
+	For      string            `json:"for,omitempty"`
+	Version  string            `json:"version,omitempty"`
+	Protocol uint8             `json:"protocol,omitempty"`
+}
+
+func membersJSON(members []memberStatus, detailed bool) string {
+	var list []memberJSON // null where there is none, as Serf has it
+	for _, m := range members {
+		shown := memberJSON{Name: m.Name, Addr: m.Addr.String(), Port: m.Addr.Port(), Tags: m.Tags.asMap(), Status: m.Status.String()}
+		if detailed {
+			shown.For = m.since.Round(time.Second).String()
+			shown.Version = m.Version
+			shown.Protocol = m.Protocol
+		}
+		list = append(list, shown)
+	}
+	return toJSON(struct {
+		Members []memberJSON `json:"members"`
+	}{list})
+}
+
+// ---- watch ----
+
+const watchExamples = `  {} watch
+  {} watch -event member-failed,user:deploy
+  {} watch -format json      one object a line, for programs
+  {} watch -event user:done -n 1 -timeout 60s   wait for an event
+`
+
+func watchCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+	events := fs.String("event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
+		"who is there at the start")
+	var count int
+	var timeout time.Duration
+	numberOption(fs, &count, "n", "end after `N` events, not counting who is there at first")
+	durationOption(fs, &timeout, "timeout", "with -n: exit status 1 if it takes longer, a `DURATION`")
+
+	return func([]string) error {
+		kinds := strings.Split(*events, ",")
+		if err := checkWatch(kinds, count, timeout); err != nil {
 			return err
 		}
-		return io.EOF // enough
-	})
-	if err == nil && seen < q.count {
-		err = failf("", "the agent has ended: %d of %d events", seen, q.count)
+		if timeout > 0 {
+			time.AfterFunc(timeout, func() { exit(failf("", "fewer than %d events within %v", count, timeout)) })
+		}
+
+		seen := 0
+		err := agent.call(rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
+			text := droppedLine(a.Dropped, *asJSON)
+			for _, u := range us {
+				if !matches(kinds, a.Kind, u.Name) {
+					continue
+				}
+				text += watchLine(a, u, *asJSON)
+				if a.Kind != 0 { // a member that was there at the start is no event
+					seen++
+				}
+			}
+			if err := output(text); err != nil {
+				return err
+			}
+			if count > 0 && seen >= count {
+				return io.EOF
+			}
+			return nil
+		})
+		if err == nil && seen < count {
+			return failf("", "the agent has ended: %d of %d events", seen, count)
+		}
+		return err
 	}
-	return err
 }
 
-func (q *client) line(a rpcResponse, u update) string {
-	at, m := time.Unix(0, a.At), u.Member
-	fields := pairs{"name", u.Name, "payload", string(u.Payload), "ltime", u.LTime, "from", m.Name}
+// checkWatch says what is wrong with the options of watch.
+func checkWatch(kinds []string, count int, timeout time.Duration) error {
+	there := eventNames[0]
+	onlyEvents := slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there })
+	if err := checkEvents(onlyEvents); err != nil {
+		return usagef(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
+	}
+	if timeout > 0 && count == 0 {
+		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
+	}
+	if count > 0 && len(onlyEvents) == 0 {
+		return usagef("", "-n counts events, and %q is none: it is who is there at the start", there)
+	}
+	return nil
+}
+
+// droppedLine says that this reader was too slow for that many lines.
+func droppedLine(dropped int, asJSON bool) string {
+	if dropped == 0 {
+		return ""
+	}
+	if asJSON {
+		return toJSONLine(struct {
+			Lost int `json:"lost"`
+		}{dropped})
+	}
+	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", dropped)
+}
+
+// watchLine shows one event.
+func watchLine(a rpcResponse, u update, asJSON bool) string {
+	if asJSON {
+		return watchJSON(a, u)
+	}
+	m := u.Member
 	what := fmt.Sprintf("%s %s", u.Name, u.Payload)
 	if a.Kind < eventUser {
-		fields = pairs{"name", m.Name, "addr", m.Addr.String(), "tags", tagPairs(m), "status", m.Status.String()}
 		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
 	}
-	if q.JSON {
-		return toJSON(append(pairs{"time", at.Format(time.RFC3339Nano), "event", a.Kind.String()}, fields...), "") + "\n"
-	}
-	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at.Format("2006/01/02 15:04:05"), a.Kind, printable(what, "")), " ") + "\n"
+	at := time.Unix(0, a.At).Format("2006/01/02 15:04:05")
+	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at, a.Kind, printable(what, "")), " ") + "\n"
 }
 
-// query asks the members that are meant; with neither filter nor nodes that is all of them.
-func (q *client) query(fs *flag.FlagSet) error {
-	who := q.nodes
-	if len(q.filter) > 0 {
-		_, living, err := q.matchingMembers(rpcTimeout)
-		if who = living; err != nil || len(who) == 0 {
-			return cmp.Or(err, errNobodyAsked)
-		}
+func watchJSON(a rpcResponse, u update) string {
+	m := u.Member
+	at := time.Unix(0, a.At).Format(time.RFC3339Nano)
+	if a.Kind < eventUser {
+		return toJSONLine(struct {
+			Time   string            `json:"time"`
+			Event  string            `json:"event"`
+			Name   string            `json:"name"`
+			Addr   string            `json:"addr"`
+			Tags   map[string]string `json:"tags"`
+			Status string            `json:"status"`
+		}{at, a.Kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String()})
 	}
-	q.Name, q.Payload, q.Args = fs.Arg(0), []byte(fs.Arg(1)), strings.Join(who, "\x00")
-	t := &queryResult{client: q}
-	err := q.call("query", rpcTimeout, t.hear)
-	if err == nil && len(t.silent) > 0 {
-		err = failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
-			strings.Join(t.silent, ", "))
-	}
-	return err
+	return toJSONLine(struct {
+		Time    string `json:"time"`
+		Event   string `json:"event"`
+		Name    string `json:"name"`
+		Payload string `json:"payload"`
+		LTime   uint64 `json:"ltime"`
+		From    string `json:"from"`
+	}{at, a.Kind.String(), u.Name, string(u.Payload), u.LTime, m.Name})
 }
 
-// queryResult is what has come of a query.
-type queryResult struct {
-	*client
-	silent       []string // asked, and no answer yet
-	acks         []any
-	done, failed pairs // the output of handlers that did well, and of those that failed
-}
+// ---- query ----
 
-// hear takes an answer in, and shows it: to people each as it comes, to programs all with the last.
-func (t *queryResult) hear(a rpcResponse, us []update) error {
-	text := ""
-	if a.Text != "" { // who is there of those asked; whoever was named and is not there stays silent
-		text = fmt.Sprintf("Query '%s' dispatched\n", t.Name)
-		t.silent = slices.Compact(slices.Sorted(slices.Values(splitNUL(cmp.Or(t.Args, a.Text)))))
-	}
-	for _, u := range us {
-		from, said := u.Member.Name, string(u.Payload)
-		if !t.noAck && !slices.Contains(t.acks, any(from)) { // a reply may overtake it
-			t.acks = append(t.acks, from)
-			text += fmt.Sprintf("Ack from '%s'\n", from)
+const queryExamples = `  {} query load
+  {} query -tag role=db master
+  {} query -node web1 -node web2 -timeout 3s -format json health
+`
+
+func queryCommand(fs *flag.FlagSet) func([]string) error {
+	agent := rpcOptions(fs)
+	asJSON := formatOption(fs)
+	filter := make(memberFilter)
+	timeout := 15 * time.Second
+	var nodes []string
+	fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
+		nodes = append(nodes, name)
+		return validName(name) // an empty one would be nobody, and so ask all
+	})
+	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
+	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait for the slowest (default 15s)")
+	noAck := fs.Bool("no-ack", false, "do not show who has the query")
+
+	return func(args []string) error {
+		result := &queryResult{Responses: make(map[string]string), noAck: *noAck}
+		show := func(text string) error { return output(printable(text, "\n\t")) }
+		if *asJSON {
+			show = func(string) error { return nil } // programs get all at the end
 		}
-		switch a.Reply {
-		case replyAck:
-			continue
-		case replyDone:
-			t.done = append(t.done, from, said)
-			text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
-		case replyFailed:
-			t.failed = append(t.failed, from, said)
-			text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+		req := rpcRequest{Op: "query", Name: args[0], Payload: []byte(argument(args, 1)), Timeout: timeout}
+		if err := agent.query(req, nodes, filter, result, show); err != nil {
+			return err
 		}
-		t.silent = slices.DeleteFunc(t.silent, func(name string) bool { return name == from })
-	}
-	switch {
-	case t.JSON && a.More:
+
+		text := result.totals()
+		if *asJSON {
+			text = toJSON(result)
+		}
+		if err := output(text); err != nil {
+			return err
+		}
+		if len(result.waiting) > 0 {
+			return failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
+				strings.Join(result.waiting, ", "))
+		}
 		return nil
-	case t.JSON:
-		result := pairs{"Acks", t.acks, "Responses", t.done}
-		if len(t.failed) > 0 {
-			result = append(result, "Failures", t.failed)
-		}
-		text = toJSON(result, "\n") + "\n"
-	case !a.More:
-		if !t.noAck {
-			text += fmt.Sprintf("Total Acks: %d\n", len(t.acks))
-		}
-		text += fmt.Sprintf("Total Responses: %d\n", len(t.done)/2)
 	}
-	return output(printable(text, "\n\t"))
+}
+
+// query asks the members that nodes and filter name (with neither, all of them), and shows what comes of it as it comes.
+func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, result *queryResult, show func(string) error) error {
+	if len(filter) > 0 {
+		members, err := c.members(filter, rpcTimeout)
+		if err != nil {
+			return err
+		}
+		living := aliveNames(members)
+		if len(nodes) > 0 {
+			living = slices.DeleteFunc(living, func(name string) bool { return !slices.Contains(nodes, name) })
+		}
+		if len(living) == 0 {
+			return nil // everybody who was asked has answered
+		}
+		nodes = living
+	}
+
+	req.Args = strings.Join(nodes, "\x00")
+	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
+		text := ""
+		if a.Text != "" { // the members that are asked
+			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
+			result.waiting = splitNUL(a.Text)
+			if len(nodes) > 0 { // a member that was named and is not there does not answer
+				result.waiting = slices.Compact(slices.Sorted(slices.Values(nodes)))
+			}
+		}
+		for _, u := range us {
+			text += result.add(u.Member.Name, a.Reply, string(u.Payload))
+		}
+		return show(text)
+	})
+}
+
+// queryResult is what has come of a query; as JSON it has the two keys of Serf's.
+type queryResult struct {
+	Acks      []string
+	Responses map[string]string // the output of handlers that did well
+	Failures  map[string]string `json:",omitempty"` // and of those that failed
+	waiting   []string          // asked, and no answer yet
+	noAck     bool
+}
+
+// add takes in what from says, and returns the lines to show for it.
+func (r *queryResult) add(from string, reply reply, said string) string {
+	text := ""
+	if !r.noAck && !slices.Contains(r.Acks, from) { // a reply may overtake the acknowledgement
+		r.Acks = append(r.Acks, from)
+		text = fmt.Sprintf("Ack from '%s'\n", from)
+	}
+	if reply == replyAck {
+		return text
+	}
+
+	r.waiting = slices.DeleteFunc(r.waiting, func(name string) bool { return name == from })
+	switch reply {
+	case replyDone:
+		r.Responses[from] = said
+		text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+	case replyFailed:
+		if r.Failures == nil {
+			r.Failures = make(map[string]string)
+		}
+		r.Failures[from] = said
+		text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+	}
+	return text
+}
+
+func (r *queryResult) totals() string {
+	text := ""
+	if !r.noAck {
+		text = fmt.Sprintf("Total Acks: %d\n", len(r.Acks))
+	}
+	return text + fmt.Sprintf("Total Responses: %d\n", len(r.Responses))
 }
 
 // ---- the agent ----
 
 // agent is what the agent's options say; some need checking as the user wrote them.
 type agent struct {
-	gossip                     gossipConfig
-	handlers                   handlerConfig
-	bind, advertise, iface     string
-	rpcAddr, rpcAuth, logLevel string
-	keys                       []string
-	tags                       map[string]string
-	leaveOnTerminate           bool
+	gossip           gossipConfig
+	handlers         handlerConfig
+	bind             string
+	advertise        string
+	iface            string
+	rpcAddr          string
+	rpcAuth          string
+	logLevel         string
+	keys             []string
+	tags             map[string]string
+	leaveOnTerminate bool
+	files            []string // of configuration, and folders of such
+	folders          []string
+	notes            []string // what was not understood, for the log
+}
+
+const agentExamples = `  {} agent
+  {} agent -join 10.0.2.15
+  {} agent -node web1 -role web -join seed1.example.com,seed2
+  {} agent -log-level=debug -event-handler=./handler.sh
+  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
+  {} agent -event-handler 'query:load=uptime'
+  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
+
+Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
+Lists are split on commas, or on newlines if there are any. A flag wins over the
+environment, and that over files. '{} help handlers' tells what scripts get.
+
+SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
+others see this node fail. A second signal ends at once, with exit status 1.
+SIGHUP reads the files and options again: handlers, tags, the log level and keys
+change while the agent runs.
+`
+
+func agentCommand(fs *flag.FlagSet) func([]string) error {
+	newAgent(fs)
+
+	return func([]string) error {
+		if os.Getpid() == 1 {
+			os.Exit(runAsInit())
+		}
+		return agentSource{os.Args[2:], os.Environ()}.run()
+	}
+}
+
+// agentSource is where an agent's options come from. They are read at the start, and again at SIGHUP.
+type agentSource struct {
+	args    []string
+	environ []string
+}
+
+// newAgent defines the agent's options on fs.
+func newAgent(fs *flag.FlagSet) *agent {
+	a := &agent{tags: make(map[string]string)}
+	a.options(fs)
+	return a
+}
+
+// read reads the options: a flag wins over the environment, and that over files. What is a list adds up.
+func (src agentSource) read() (*agent, error) {
+	fs := flag.NewFlagSet("agent", flag.ContinueOnError)
+	a := newAgent(fs)
+	if _, _, err := parseArgs(fs, src.args); err != nil {
+		return nil, wrongUsage("agent", err)
+	}
+	unknown, err := setFromEnvironment(fs, src.environ)
+	if err != nil {
+		return nil, wrongUsage("agent", err)
+	}
+	for _, variable := range unknown {
+		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: it is not looked at", variable))
+	}
+	if err := a.readFiles(fs); err != nil {
+		return nil, err
+	}
+	if logLevelOf(a.logLevel) < 0 {
+		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
+	}
+	return a, nil
 }
 
 func (a *agent) options(fs *flag.FlagSet) {
@@ -763,25 +1392,33 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "a `TOKEN` that the other commands must give")
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	fs.String("retry-interval", "", "`DURATION` has no effect: it is Serf's")
-	fs.Func("retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
-		"further one 30 s (default: never)", number(&g.retryMax))
+	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
+		"further one 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
-		"repeatable, or separated by commas: the first seals, all can open.\n"+
+		"repeatable, or separated by commas: the first seals, all can open;\n"+
+		"'none' among them stands for no encryption, while keys are introduced.\n"+
 		"Others can see arguments: better set HAMLET_ENCRYPT", func(s string) error {
 		a.keys = append(a.keys, strings.Split(s, ",")...)
 		return nil
 	})
-	fs.Func("reap-after", "forget failed and left members after `DURATION` (default 24h)", duration(&g.reapAfter))
+	durationOption(fs, &g.reapAfter, "reap-after", "forget failed and left members after `DURATION` (default 24h)")
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
 		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
 		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
 		"query:NAME or * (all of them)", func(s string) error { h.specs = append(h.specs, s); return nil })
-	fs.Func("handler-timeout", "stop a script after `DURATION` (default 10m)", duration(&h.timeout))
+	durationOption(fs, &h.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
+	fs.Func("config-file", "read options from the JSON of `FILE`, as Serf's; repeatable", func(s string) error {
+		a.files = append(a.files, s)
+		return nil
+	})
+	fs.Func("config-dir", "read those of all *.json files in `DIR`; repeatable", func(s string) error {
+		a.folders = append(a.folders, s)
+		return nil
+	})
 }
 
 func (a *agent) seed(s string) error {
@@ -791,10 +1428,10 @@ func (a *agent) seed(s string) error {
 }
 
 // setFromEnvironment sets the options that were not given from their variables, and names the variables of none.
-func setFromEnvironment(fs *flag.FlagSet) (unknown []string, err error) {
+func setFromEnvironment(fs *flag.FlagSet, environ []string) (unknown []string, err error) {
 	given := make(map[string]bool)
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	for _, kv := range os.Environ() {
+	for _, kv := range environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
@@ -803,23 +1440,23 @@ func setFromEnvironment(fs *flag.FlagSet) (unknown []string, err error) {
 		case f == nil:
 			unknown = append(unknown, variable)
 		case text != "" && !given[name] && err == nil:
-			err = setFromVariable(variable, text, f)
+			err = setFromVariable(fs, variable, text, name)
 		}
 	}
 	return unknown, err
 }
 
 // setFromVariable sets an option to the text of a variable, or to each item of it where the option is repeatable.
-func setFromVariable(variable, text string, f *flag.Flag) error {
+func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
 	items, note := []string{text}, ""
-	if slices.Contains([]string{"encrypt", "event-handler", "join", "retry-join", "tag"}, f.Name) {
+	if slices.Contains([]string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}, name) {
 		items = splitList(text)
 	}
-	if len(items) > 1 && f.Name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
+	if len(items) > 1 && name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
 		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
 	}
 	for _, item := range items {
-		err := f.Value.Set(item)
+		err := fs.Set(name, item)
 		if note != "" && (strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0) {
 			err = errors.New("it breaks off inside quotes")
 		}
@@ -848,6 +1485,132 @@ func splitList(text string) (items []string) {
 		}
 	}
 	return items
+}
+
+// serfKeys are the keys of Serf's configuration files whose option is called otherwise than the key with '-' for '_'.
+var serfKeys = map[string]string{
+	"node_name":          "node",
+	"interface":          "iface",
+	"encrypt_key":        "encrypt",
+	"event_handlers":     "event-handler",
+	"start_join":         "join",
+	"retry_max_attempts": "retry-max",
+	"replay_on_join":     "replay",
+	"tombstone_timeout":  "reap-after",
+	"tags":               "tag",
+	"snapshot_path":      "snapshot",
+	"rejoin_after_leave": "rejoin",
+	"enable_syslog":      "syslog",
+	"syslog_facility":    "syslog",
+	"enable_compression": "disable-compression",
+}
+
+// readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers are
+// added to those.
+func (a *agent) readFiles(fs *flag.FlagSet) error {
+	given := make(map[string]bool)
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	for _, list := range []string{"tag", "role", "join", "retry-join", "event-handler"} {
+		delete(given, list)
+	}
+
+	files := a.files
+	for _, folder := range a.folders {
+		entries, err := os.ReadDir(folder) // sorted by name
+		if err != nil {
+			return failf("", "-config-dir %s: %v", folder, reason(err))
+		}
+		for _, entry := range entries {
+			if strings.HasSuffix(entry.Name(), ".json") {
+				files = append(files, filepath.Join(folder, entry.Name()))
+			}
+		}
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return failf("", "-config-file %s: %v", file, reason(err))
+		}
+		if err := a.setFromJSON(fs, given, file, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setFromJSON sets options from one file. What an earlier file has set and is no list is set anew.
+func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string, text []byte) error {
+	var object map[string]any
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.UseNumber() // which keeps the text of a number
+	if err := decoder.Decode(&object); err != nil {
+		line := 1 + bytes.Count(text[:decoder.InputOffset()], []byte("\n"))
+		if se, ok := errors.AsType[*json.SyntaxError](err); ok {
+			line = 1 + bytes.Count(text[:min(int(se.Offset), len(text))], []byte("\n"))
+		}
+		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: line %d: this is not JSON: %v", file, line, err)
+	}
+
+	for _, key := range slices.Sorted(maps.Keys(object)) {
+		name, ok := serfKeys[key]
+		if !ok {
+			name = strings.ReplaceAll(key, "_", "-")
+		}
+		if fs.Lookup(name) == nil {
+			a.notes = append(a.notes, unknownKey(file, key, name))
+			continue
+		}
+		for _, value := range optionTexts(object[key]) {
+			if given[name] || a.hasTag(name, value) {
+				continue
+			}
+			if err := setOption(fs, name, value); err != nil {
+				return failf("", "%s: %s: %v", file, key, err)
+			}
+		}
+	}
+	return nil
+}
+
+// optionTexts is a JSON value as options take it: each item of a list, KEY=VALUE for each item of an object.
+func optionTexts(value any) (texts []string) {
+	switch value := value.(type) {
+	case nil:
+	case []any:
+		for _, item := range value {
+			texts = append(texts, optionTexts(item)...)
+		}
+	case map[string]any:
+		for _, key := range slices.Sorted(maps.Keys(value)) {
+			texts = append(texts, fmt.Sprintf("%s=%v", key, value[key]))
+		}
+	default:
+		texts = append(texts, fmt.Sprint(value))
+	}
+	return texts
+}
+
+// hasTag reports whether a flag or the environment has set the tag that this option is about.
+func (a *agent) hasTag(option, value string) bool {
+	key := "role"
+	if option == "tag" {
+		key, _, _ = strings.Cut(value, "=")
+	} else if option != "role" {
+		return false
+	}
+	_, ok := a.tags[key]
+	return ok
+}
+
+// unknownKey is what the log says of a key in a file that is no option.
+func unknownKey(file, key, option string) string {
+	if instead, ok := serfIgnored[option]; ok {
+		return fmt.Sprintf("%s: %q has no effect: %s", file, key, instead)
+	}
+	if advice := serfAdvice("-" + option); advice != "" {
+		return fmt.Sprintf("%s: hamlet has no %q: %s", file, key, advice)
+	}
+	return fmt.Sprintf("%s: there is no option %q: it is not looked at", file, key)
 }
 
 // check completes the configuration and returns the reason for the advertised address.
@@ -880,51 +1643,61 @@ func (a *agent) check() (why string, err error) {
 // parseKeys decodes the keys. Its errors never show a key.
 func parseKeys(list []string) (keys [][]byte, err error) {
 	for i, s := range list {
+		if s == "none" {
+			keys = append(keys, noKey)
+			continue
+		}
 		key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(s))
 		if err != nil {
 			return nil, fmt.Errorf("key %d of %d is not base64", i+1, len(list))
-		} else if len(key) != keySize {
-			return nil, fmt.Errorf("key %d of %d has %d bytes, a key has %d", i+1, len(list), len(key), keySize)
+		}
+		if len(key) != 16 && len(key) != 24 && len(key) != 32 {
+			return nil, fmt.Errorf("key %d of %d has %d bytes, a key has 32, 24 or 16", i+1, len(list), len(key))
 		}
 		keys = append(keys, key)
 	}
 	return keys, nil
 }
 
-func (a *agent) run(fs *flag.FlagSet) error {
-	if os.Getpid() == 1 {
-		os.Exit(runAsInit())
-	}
-	unknown, err := setFromEnvironment(fs)
+// runningAgent is an agent that runs, and what it can change while it does.
+type runningAgent struct {
+	source   agentSource
+	started  agent // the options as they were read at the start
+	lastRead *agent
+	gossip   *gossip
+	handlers *handlers
+	logs     *logWriter
+	ended    chan struct{} // closed when all has ended
+}
+
+// run runs the agent until it is told to stop.
+func (src agentSource) run() error {
+	a, err := src.read()
 	if err != nil {
-		return wrongUsage("agent", err)
+		return err
 	}
-	level := slices.Index(logLevels, strings.ToLower(a.logLevel))
-	if level < 0 {
-		return usagef("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
-	}
-	logs := &logWriter{level: level, lines: make(chan string, 1024)}
+	logs := &logWriter{lines: make(chan string, 1024)}
+	logs.level.Store(int32(logLevelOf(a.logLevel)))
 	log.SetOutput(logs)
-	a.handlers.log, a.gossip.log = log.Default(), log.Default()
+	a.gossip.member.Version = version
+	a.handlers.log = log.Default()
+	a.gossip.log = log.Default()
 	signals := prepareProcess()
+	started := *a // check completes what was read
 	why, err := a.check()
 	if err != nil {
 		return err
 	}
-	addr, err := rpcAddr(a.rpcAddr)
+
+	ln, err := a.listenRPC()
 	if err != nil {
 		return err
 	}
-	ap, _ := netip.ParseAddrPort(addr) // zero where it is a host by name
-	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
-	if err != nil {
-		return startFailure("the RPC", "-rpc-addr", addr, err)
-	}
-	a.gossip.otherPort = uint16(ln.Addr().(*net.TCPAddr).Port)
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return usagef(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
+	a.gossip.otherPort = uint16(ln.Addr().(*net.TCPAddr).Port)
 	a.gossip.events = handlers.deliver
 	g, err := newGossip(a.gossip)
 	if err != nil {
@@ -934,22 +1707,113 @@ func (a *agent) run(fs *flag.FlagSet) error {
 		self, alone := g.self()
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
+	r := &runningAgent{src, started, &started, g, handlers, logs, make(chan struct{})}
+
 	go g.loop()
 	a.banner(g, why, ln.Addr())
-	for _, variable := range unknown {
-		log.Printf("[WARN] there is no option %s: it is not looked at", variable)
+	for _, note := range a.notes {
+		log.Printf("[WARN] %s", note)
 	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
-	rpc := serveRPC(ln, g, a.rpcAuth, func(json bool) string { return a.info(g, handlers, json) })
-	ended := make(chan struct{})
-	go func() { <-g.done; rpc.close(); handlers.close(g.last...); close(ended) }()
-	return a.wait(g, ended, signals)
+	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
+	go func() {
+		<-g.done
+		rpc.close()
+		handlers.close(g.last...)
+		close(r.ended)
+	}()
+	return r.wait(signals)
+}
+
+func (a *agent) listenRPC() (net.Listener, error) {
+	addr, err := rpcAddr(a.rpcAddr)
+	if err != nil {
+		return nil, err
+	}
+	ap, _ := netip.ParseAddrPort(addr) // zero where it is a host by name
+	ln, err := net.Listen("tcp"+family(ap.Addr()), addr)
+	if err != nil {
+		return nil, startFailure("the RPC", "-rpc-addr", addr, err)
+	}
+	return ln, nil
+}
+
+// reload reads the options again, and changes what can change while the agent runs. An error changes nothing.
+func (r *runningAgent) reload() error {
+	a, err := r.source.read()
+	if err != nil {
+		return err
+	}
+	keys, err := parseKeys(a.keys)
+	if err != nil {
+		return fmt.Errorf("-encrypt: %w", err)
+	}
+	if _, err := makeTags(a.tags); err != nil {
+		return fmt.Errorf("-tag: %w", err)
+	}
+	if err := r.handlers.reload(a.handlers); err != nil {
+		return err
+	}
+
+	for _, note := range a.notes {
+		if !slices.Contains(r.lastRead.notes, note) {
+			log.Printf("[WARN] %s", note)
+		}
+	}
+	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
+		log.Printf("[WARN] only a restart changes -%s", strings.Join(fixed, ", -"))
+	}
+	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
+	r.gossip.setKeys(keys)
+	set, remove := tagChanges(r.lastRead.tags, a.tags)
+	r.lastRead = a
+	return r.gossip.run(func(n *node) error { return n.setTags(set, remove) })
+}
+
+// tagChanges is what leads from one set of tags to another. What the tags command has changed meanwhile stays.
+func tagChanges(was, is map[string]string) (set map[string]string, remove []string) {
+	set = make(map[string]string)
+	for key, value := range is {
+		if old, ok := was[key]; !ok || old != value {
+			set[key] = value
+		}
+	}
+	for key := range was {
+		if _, ok := is[key]; !ok {
+			remove = append(remove, key)
+		}
+	}
+	return set, remove
+}
+
+// fixedChanges names the options that differ in b, and cannot change while the agent runs.
+func (a *agent) fixedChanges(b *agent) (names []string) {
+	for _, option := range []struct{ name, a, b string }{
+		{"advertise", a.advertise, b.advertise},
+		{"bind", a.bind, b.bind},
+		{"cluster", a.gossip.cluster, b.gossip.cluster},
+		{"iface", a.iface, b.iface},
+		{"join", strings.Join(a.gossip.seeds, ","), strings.Join(b.gossip.seeds, ",")},
+		{"leave-on-terminate", fmt.Sprint(a.leaveOnTerminate), fmt.Sprint(b.leaveOnTerminate)},
+		{"node", a.gossip.member.Name, b.gossip.member.Name},
+		{"reap-after", a.gossip.reapAfter.String(), b.gossip.reapAfter.String()},
+		{"replay", fmt.Sprint(a.gossip.replay), fmt.Sprint(b.gossip.replay)},
+		{"retry-max", fmt.Sprint(a.gossip.retryMax), fmt.Sprint(b.gossip.retryMax)},
+		{"rpc-addr", a.rpcAddr, b.rpcAddr},
+		{"rpc-auth", a.rpcAuth, b.rpcAuth},
+	} {
+		if option.a != option.b {
+			names = append(names, option.name)
+		}
+	}
+	return names
 }
 
 // prepareProcess fits the process to an agent, and returns the signals that it gets.
 func prepareProcess() <-chan os.Signal {
 	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
+	debug.SetTraceback("crash")   // a panic ends with SIGABRT, and never with 2, after which systemd would not start it again
 	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
@@ -982,11 +1846,11 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Advertise: '%s' (%s)
      RPC addr: '%s'
     Encrypted: %v
-`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, len(a.gossip.keys) > 0)
+`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, a.gossip.sealsWithKey())
 	switch ip := self.Addr.Addr(); {
 	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
 		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
-	case len(a.gossip.keys) == 0 && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+	case !a.gossip.sealsWithKey() && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
@@ -996,78 +1860,88 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	}
 }
 
-// info is what the agent knows of itself.
-func (a *agent) info(g *gossip, handlers *handlers, json bool) string {
-	self, _ := g.self()
-	var events, about pairs
-	add := func(key string, value any) {
-		for n, plain := 2, key; slices.Contains(events, any(key)); n++ { // no JSON should hold a key twice
-			key = fmt.Sprintf("%s (%d)", plain, n)
-		}
-		events = append(events, key, value)
+// info is what the agent knows of itself: group, key, value; and so on.
+func (r *runningAgent) info() (facts []string) {
+	add := func(group, key string, value any) { facts = append(facts, group, key, fmt.Sprint(value)) }
+	self, _ := r.gossip.self()
+	add("agent", "name", self.Name)
+	add("agent", "addr", self.Addr)
+	add("agent", "version", version)
+	add("agent", "protocol", protocolVersion)
+	add("agent", "uptime", time.Since(r.gossip.start).Round(time.Second))
+
+	add("event_handlers", "", "")
+	facts = append(facts, r.handlers.info()...)
+
+	add("runtime", "arch", runtime.GOARCH)
+	add("runtime", "cpu_count", runtime.NumCPU())
+	add("runtime", "goroutines", runtime.NumGoroutine())
+	add("runtime", "max_procs", runtime.GOMAXPROCS(0))
+	add("runtime", "os", runtime.GOOS)
+	add("runtime", "version", runtime.Version())
+
+	sealer := r.gossip.acceptor.sealer.Load()
+	add("serf", "encrypted", sealer.sealsWithKey())
+	add("serf", "keys", len(sealer.keys))
+	for i, key := range sealer.keys {
+		add("serf", fmt.Sprintf("key_%d", i+1), fingerprint(key))
 	}
-	for _, h := range handlers.all {
-		waiting, lost, last := h.state()
-		for _, ev := range h.events { // as Serf has it
-			kind, name, _ := strings.Cut(ev, ":")
-			add(kind+":"+name, fmt.Sprintf("%.1000s", h.script)) // or many would fill more than a frame
-		}
-		of := strings.Join(h.events, ",")
-		add(of+" waiting", waiting)
-		add(of+" dropped", lost)
-		add(of+" last run", last)
+	r.gossip.run(func(n *node) error {
+		facts = append(facts, n.info()...)
+		return nil
+	})
+
+	add("tags", "", "")
+	for _, tag := range splitNUL(self.Tags) {
+		key, value, _ := strings.Cut(tag, "=")
+		add("tags", key, value)
 	}
-	g.run(func(n *node) error { about = n.info(); return nil })
-	all := pairs{
-		"agent", pairs{"name", self.Name, "addr", self.Addr, "version", version, "uptime", time.Since(g.start).Round(time.Second)},
-		"event_handlers", events,
-		"runtime", pairs{"arch", runtime.GOARCH, "cpu_count", runtime.NumCPU(), "goroutines", runtime.NumGoroutine(),
-			"max_procs", runtime.GOMAXPROCS(0), "os", runtime.GOOS, "version", runtime.Version()},
-		"serf", append(pairs{"encrypted", len(a.gossip.keys) > 0}, about...),
-		"tags", tagPairs(self),
-	}
-	text := ""
-	for group := range slices.Chunk(all, 2) {
-		text += fmt.Sprintf("%s:\n", group[0])
-		for fact := range slices.Chunk(group[1].(pairs), 2) {
-			fact[1] = fmt.Sprint(fact[1])
-			text += fmt.Sprintf("\t%s = %s\n", printable(fact[0].(string), ""), printable(fact[1].(string), ""))
-		}
-	}
-	if json {
-		return toJSON(all, "\n") + "\n"
-	}
-	return text
+	return facts
 }
 
 // wait returns when the agent has ended: told by a signal, by the leave command, or by itself.
-func (a *agent) wait(g *gossip, ended <-chan struct{}, signals <-chan os.Signal) error {
+func (r *runningAgent) wait(signals <-chan os.Signal) error {
 	var told time.Time // to stop
 	for {
 		select {
-		case <-ended:
-			if errors.Is(g.err, errNameTaken) {
-				return failf("choose another name with -node", "%v", g.err)
+		case <-r.ended:
+			if errors.Is(r.gossip.err, errNameTaken) {
+				return failf("choose another name with -node", "%v", r.gossip.err)
 			}
-			return g.err
+			return r.gossip.err
 		case s := <-signals:
-			switch {
-			case s == syscall.SIGHUP: // Serf would read its configuration again
-				log.Print("[INFO] hangup: there is no configuration to reload, carrying on")
-			case !told.IsZero() && time.Since(told) > sameSignal:
+			if s == syscall.SIGHUP {
+				r.hangUp()
+				continue
+			}
+			if !told.IsZero() && time.Since(told) > sameSignal {
 				return failf("", "%v while stopping: ended at once", s)
-			case !told.IsZero():
-			case s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate:
-				log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+			}
+			if told.IsZero() {
 				told = time.Now()
-				go g.leave()
-			default:
-				log.Printf("[INFO] %v: ending without leaving", s)
-				told = time.Now()
-				go g.close() // peers notice at once; handlers get their grace
+				r.stop(s)
 			}
 		}
 	}
+}
+
+func (r *runningAgent) hangUp() {
+	if err := r.reload(); err != nil {
+		log.Printf("[ERR] nothing is changed, since the options cannot be read again: %v", err)
+		return
+	}
+	log.Print("[INFO] hangup: read the options again")
+}
+
+// stop begins to end the agent, in the way that the signal asks for.
+func (r *runningAgent) stop(s os.Signal) {
+	if s == os.Interrupt || s == syscall.SIGTERM && r.started.leaveOnTerminate {
+		log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+		go r.gossip.leave()
+		return
+	}
+	log.Printf("[INFO] %v: ending without leaving", s)
+	go r.gossip.close() // peers notice at once; handlers get their grace
 }
 
 // runAsInit is the first process of a container: it runs this same program as its child and returns that child's
@@ -1278,10 +2152,13 @@ func isOwnAddress(ip netip.Addr) bool {
 
 var logLevels = []string{"trace", "debug", "info", "warn", "err"}
 
+// logLevelOf is the number of a level; -1: there is none of that name.
+func logLevelOf(name string) int { return slices.Index(logLevels, strings.ToLower(name)) }
+
 // logWriter writes log lines of a level and above. It never blocks: a terminal that was halted must not halt the
 // agent. Until pump runs, lines wait.
 type logWriter struct {
-	level   int
+	level   atomic.Int32
 	lines   chan string // "" is the end
 	dropped atomic.Int64
 	pumping sync.WaitGroup
@@ -1291,7 +2168,7 @@ type logWriter struct {
 func (w *logWriter) Write(p []byte) (int, error) {
 	line := string(p)
 	word, _, _ := strings.Cut(line[min(len(line), len("2013/12/08 07:56:48 ")):], " ")
-	if level := slices.Index(logLevels, strings.ToLower(strings.Trim(word, "[]"))); level >= 0 && level < w.level {
+	if level := logLevelOf(strings.Trim(word, "[]")); level >= 0 && level < int(w.level.Load()) {
 		return len(p), nil
 	}
 	select {

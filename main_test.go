@@ -3,8 +3,11 @@ package main
 import (
 	"encoding/json"
 	"flag"
+	"fmt"
 	"log"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -19,26 +22,147 @@ import (
 
 // Most defaults are shown by package flag, which knows them; these are not.
 func TestDefaultsInTheHelpAreTrue(t *testing.T) {
-	for _, o := range []struct {
-		command, option string
-		value           *time.Duration
-	}{
-		{"agent", "reap-after", &theAgent.gossip.reapAfter},
-		{"agent", "handler-timeout", &theAgent.handlers.timeout},
-		{"query", "timeout", &theClient.Timeout},
+	a := &agent{tags: make(map[string]string)}
+	fs := flag.NewFlagSet("", flag.ContinueOnError)
+	a.options(fs)
+	for option, value := range map[string]time.Duration{
+		"reap-after":      a.gossip.reapAfter,
+		"handler-timeout": a.handlers.timeout,
+	} {
+		_, said, _ := strings.Cut(fs.Lookup(option).Usage, "(default ")
+		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != value {
+			t.Errorf("agent -%s: the help says %s, it is %v", option, said, value)
+		}
+	}
+}
+
+func TestOptionsMayStandBehindArguments(t *testing.T) {
+	for args, want := range map[string]string{
+		"-n 3 a b":            "a b, n 3",
+		"a -n 3 b":            "a b, n 3",
+		"a b -n=3 -switch":    "a b, n 3 switch",
+		"a -5":                "a -5, n 0",
+		"a -switch=false -x":  "a -x, n 0",
+		"-n 3 -- -n 4":        "-n 4, n 3",
+		"a --n 3":             "a, n 3",
+		"a -":                 "a -, n 0",
+		"-n":                  "-n needs a value",
+		"-switch=maybe":       `invalid value "maybe" for -switch: want true or false`,
+		"-swich":              "there is no option -swich; did you mean -switch?",
+		"-x a":                "there is no option -x",
+		"-n three":            `invalid value "three" for -n: want a number, 0 or more`,
+		"-h":                  flag.ErrHelp.Error(),
+		"-syslogs -snapshott": "there is no option -syslogs",
 	} {
 		fs := flag.NewFlagSet("", flag.ContinueOnError)
-		for _, c := range commands {
-			if c.name == o.command {
-				for _, define := range c.options {
-					define(fs)
-				}
+		var n int
+		numberOption(fs, &n, "n", "")
+		on := fs.Bool("switch", false, "")
+		operands, _, err := parseArgs(fs, strings.Fields(args))
+		got := fmt.Sprintf("%s, n %d", strings.Join(operands, " "), n)
+		if *on {
+			got += " switch"
+		}
+		if err != nil {
+			got = err.Error()
+		}
+		if got != want {
+			t.Errorf("%s: got %q, want %q", args, got, want)
+		}
+	}
+}
+
+func TestNearestWordIsOneOrTwoLettersAway(t *testing.T) {
+	names := []string{"members", "event", "leave", "join", "info", "query"}
+	for word, want := range map[string]string{
+		"member": "members", "memebrs": "members", "evnt": "event", "jion": "join", "quary": "query", "leafe": "leave",
+		"x": "", "is": "", "foo": "", "evil-word": "", "": "",
+	} {
+		if got := nearest(word, names); got != want {
+			t.Errorf("%q: got %q, want %q", word, got, want)
+		}
+	}
+}
+
+func TestConfigurationFilesOfSerfAreRead(t *testing.T) {
+	for text, want := range map[string]string{
+		`{"node_name": "web1", "bind": "10.0.0.1:80", "log_level": "WARN"}`:         "web1 10.0.0.1:80 WARN",
+		`{"event_handlers": ["a.sh", "user:deploy=b.sh"]}`:                          "handlers a.sh user:deploy=b.sh",
+		`{"tags": {"role": "web", "zone": "b"}}`:                                    "tags map[role:web zone:b]",
+		`{"role": "web"}`:                                                           "tags map[role:web]",
+		`{"tags": {"dc": 3, "on": true}}`:                                           "tags map[dc:3 on:true]",
+		`{"start_join": ["a", "b:1"], "retry_join": "c"}`:                           "seeds c a b:1",
+		`{"retry_max_attempts": 4, "replay_on_join": true, "rpc_addr": ":1"}`:       "retry 4 replay rpc :1",
+		`{"leave_on_terminate": true, "tombstone_timeout": "1h", "interface": "x"}`: "leave 1h0m0s x",
+		`{"encrypt_key": "c2VjcmV0"}`:                                               "keys c2VjcmV0",
+		`{"retry_join": null, "handler_timeout": "1m"}`:                             "timeout 1m0s",
+		`{"profile": "wan", "protocol": 5, "snapshot_path": "/x"}`:                  "note f.json: \"profile\" has no effect; note f.json: \"protocol\" has no effect; note f.json: \"snapshot_path\" has no effect",
+		`{"discover": "web"}`:                                                       "note f.json: hamlet has no \"discover\"",
+		`{"nonsense": [1, {"a": [2]}]}`:                                             "note f.json: there is no option \"nonsense\"",
+		"{\"role\": \"web\",\n\n\"x\" 3}":                                           "error f.json: line 3: this is not JSON",
+		"[1]":                                                                       "error f.json: line 1: this is not JSON",
+		`{"log_level": ["info", {"a": 1}], "retry_max_attempts": "many"}`:           "error f.json: retry_max_attempts: invalid value \"many\"",
+		`{"replay_on_join": "maybe"}`:                                               "error f.json: replay_on_join: invalid value",
+		``:                                                                          "error f.json: line 1",
+	} {
+		fs := flag.NewFlagSet("agent", flag.ContinueOnError)
+		a := newAgent(fs)
+		err := a.setFromJSON(fs, nil, "f.json", []byte(text))
+		got := fmt.Sprint(a.gossip.member.Name, " ", a.bind, " ", a.logLevel, " handlers ", strings.Join(a.handlers.specs, " "),
+			" tags ", a.tags, " seeds ", strings.Join(a.gossip.seeds, " "), " retry ", a.gossip.retryMax, " ")
+		got += fmt.Sprint(map[bool]string{true: "replay "}[a.gossip.replay], "rpc ", a.rpcAddr, " ",
+			map[bool]string{true: "leave "}[a.leaveOnTerminate], a.gossip.reapAfter, " ", a.iface, " keys ", strings.Join(a.keys, " "),
+			" timeout ", a.handlers.timeout, " error ", err)
+		for _, note := range a.notes {
+			got += " note " + note + ";"
+		}
+		for _, w := range strings.Split(want, "; ") {
+			if !strings.Contains(got, w) {
+				t.Errorf("%s\ngives %s\nwant %s", text, got, w)
 			}
 		}
-		_, said, _ := strings.Cut(fs.Lookup(o.option).Usage, "(default ")
-		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != *o.value {
-			t.Errorf("%s -%s: the help says %s, it is %v", o.command, o.option, said, *o.value)
+	}
+}
+
+func TestFlagWinsOverEnvironmentAndThatOverFiles(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "a.json")
+	config := `{"node_name": "file", "log_level": "warn", "cluster": "file", "tags": {"role": "file", "zone": "file"},
+		"event_handlers": ["file.sh"], "start_join": ["file"], "encrypt_key": "file"}`
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	src := agentSource{
+		args:    []string{"-node", "flag", "-tag", "role=flag", "-config-file", file, "-event-handler", "flag.sh", "-encrypt", "flag"},
+		environ: []string{"HAMLET_NODE=env", "HAMLET_LOG_LEVEL=debug", "HAMLET_JOIN=env"},
+	}
+	a, err := src.read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := strings.TrimSpace(fmt.Sprintln(a.gossip.member.Name, a.logLevel, a.gossip.cluster, a.tags, a.handlers.specs, a.gossip.seeds, a.keys))
+	want := "flag debug file map[role:flag zone:file] [flag.sh file.sh] [env file] [flag]"
+	if got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestConfigurationFolderIsReadInOrderOfNames(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"20-b.json": `{"log_level": "debug", "event_handlers": ["b"]}`,
+		"10-a.json": `{"log_level": "warn", "event_handlers": ["a"]}`,
+		"30-c.txt":  `not JSON`,
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
 		}
+	}
+	a, err := agentSource{args: []string{"-config-dir", dir}}.read()
+	if err != nil || a.logLevel != "debug" || !slices.Equal(a.handlers.specs, []string{"a", "b"}) {
+		t.Errorf("%+v, %v", a, err)
+	}
+	if _, err := (agentSource{args: []string{"-config-dir", dir + "/none"}}).read(); err == nil || !strings.Contains(err.Error(), "none: no such file") {
+		t.Errorf("a folder that is not there: %v", err)
 	}
 }
 
@@ -130,17 +254,51 @@ var exampleMembers = []Member{
 	{Name: "precise64", Addr: netip.MustParseAddrPort("10.0.2.15:7946"), Status: statusAlive, Tags: "role=lb"},
 }
 
+// shown are members as the agent tells them to a command.
+func shown(members ...Member) (list []memberStatus) {
+	for _, m := range members {
+		list = append(list, memberStatus{m, 90 * time.Second})
+	}
+	return list
+}
+
+func TestNamesAreSortedAsPeopleCount(t *testing.T) {
+	want := []string{"Z", "a", "a-b", "host-8", "host-08", "host-79", "host-79a", "host-100", "web1.dc2", "web2.dc1", "web10.dc1"}
+	got := slices.Clone(want)
+	slices.Sort(got)
+	slices.SortFunc(got, compareNames)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestMembersDetailedShowsVersionAndTime(t *testing.T) {
+	m := exampleMembers[1]
+	m.Version = "0.2.0"
+	m.Protocol = 5
+	want := "precise64    10.0.2.15:7946    alive     for 1m30s    version 0.2.0    protocol 5    role=lb\n"
+	if got := membersText(shown(m), true); got != want {
+		t.Errorf("got:\n%swant:\n%s", got, want)
+	}
+	js := membersJSON(shown(m), true)
+	for _, want := range []string{`"for": "1m30s"`, `"version": "0.2.0"`, `"protocol": 5`} {
+		if !strings.Contains(js, want) {
+			t.Errorf("no %s in %s", want, js)
+		}
+	}
+}
+
 func TestMembersTextIsAligned(t *testing.T) {
 	want := "c1fbbfe7c9ea    172.17.0.20:7946    alive\n" +
 		"precise64       10.0.2.15:7946      alive     role=lb\n"
-	if got := membersText(exampleMembers); got != want {
+	if got := membersText(shown(exampleMembers...), false); got != want {
 		t.Errorf("got:\n%swant:\n%s", got, want)
 	}
 	ms := append(slices.Clone(exampleMembers), Member{Name: "ノード", Addr: netip.MustParseAddrPort("[2001:db8::7]:7946"), Status: statusLeaving, Tags: "a=1\x00b=x y"})
 	want = "c1fbbfe7c9ea    172.17.0.20:7946      alive\n" +
 		"precise64       10.0.2.15:7946        alive      role=lb\n" +
-		"ノード             [2001:db8::7]:7946    leaving    a=1,b=x y\n"
-	if got := membersText(ms); got != want {
+		"ノード          [2001:db8::7]:7946    leaving    a=1,b=x y\n"
+	if got := membersText(shown(ms...), false); got != want {
 		t.Errorf("got:\n%swant:\n%s", got, want)
 	}
 }
@@ -167,10 +325,10 @@ func TestMembersJSONIsSerfs(t *testing.T) {
   ]
 }
 `
-	if got := membersJSON(exampleMembers); got != want {
+	if got := membersJSON(shown(exampleMembers...), false); got != want {
 		t.Error(cmp.Diff(want, got))
 	}
-	if got := membersJSON(nil); got != "{\n  \"members\": []\n}\n" {
+	if got := membersJSON(nil, false); got != "{\n  \"members\": null\n}\n" {
 		t.Errorf("no members: %q", got)
 	}
 }
@@ -181,7 +339,7 @@ func TestEscapeSequencesFromPeersDoNotReachTheTerminal(t *testing.T) {
 	graphic := func(s string) bool {
 		return strings.IndexFunc(s, func(r rune) bool { return !unicode.IsGraphic(r) && r != '\n' }) < 0
 	}
-	text, js := membersText(ms), membersJSON(ms)
+	text, js := membersText(shown(ms...), false), membersJSON(shown(ms...), false)
 	if !graphic(text) || strings.Count(text, "\n") != 1 {
 		t.Errorf("text: %q", text)
 	}
@@ -217,7 +375,7 @@ func TestListsFromTheEnvironment(t *testing.T) {
 		var got []string
 		fs := flag.NewFlagSet("", flag.ContinueOnError)
 		fs.Func("event-handler", "", func(s string) error { got = append(got, s); return nil })
-		if err := setFromVariable("HAMLET_X", in, fs.Lookup("event-handler")); err != nil || !slices.Equal(got, want) {
+		if err := setFromVariable(fs, "HAMLET_X", in, "event-handler"); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
 		}
 	}
@@ -225,12 +383,12 @@ func TestListsFromTheEnvironment(t *testing.T) {
 	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
 		a, fs := &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
-		if err := setFromVariable("HAMLET_X", in, fs.Lookup(name)); err == nil || !strings.Contains(err.Error(), "newline") {
+		if err := setFromVariable(fs, "HAMLET_X", in, name); err == nil || !strings.Contains(err.Error(), "newline") {
 			t.Errorf("%s: %q, %v", in, a.handlers.specs, err)
 		}
 		a, fs = &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
 		a.options(fs)
-		err := setFromVariable("HAMLET_X", in+"\n", fs.Lookup(name))
+		err := setFromVariable(fs, "HAMLET_X", in+"\n", name)
 		if got := append(a.handlers.specs, "note="+a.tags["note"]); err != nil || got[0] != in {
 			t.Errorf("%s with a newline: %q, %v", in, got, err)
 		}
@@ -238,16 +396,16 @@ func TestListsFromTheEnvironment(t *testing.T) {
 }
 
 func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
-	v := pairs{"a", "x\n\"", "b", 3, "c", []any{"d", pairs{"e", true}}, "f", pairs{}, "g", []any(nil)}
-	for _, nl := range []string{"\n", ""} {
+	v := map[string]any{"a": "x\n\"", "b": 3, "c": []any{"d", map[string]any{"e": true}}, "f": map[string]string{}, "g": []string(nil)}
+	many, one := toJSON(v), toJSONLine(v)
+	for _, text := range []string{many, one} {
 		var back map[string]any
-		text := toJSON(v, nl)
 		if err := json.Unmarshal([]byte(text), &back); err != nil || len(back) != 5 || back["a"] != "x\n\"" {
 			t.Errorf("%v: %s", err, text)
 		}
-		if nl == "" && strings.Contains(text, "\n") {
-			t.Errorf("more than a line: %s", text)
-		}
+	}
+	if strings.Count(one, "\n") != 1 {
+		t.Errorf("more than a line: %s", one)
 	}
 }
 
@@ -266,17 +424,18 @@ func TestLinesOfWatch(t *testing.T) {
 		{rpcResponse{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
-		if got := (&client{}).line(tt.a, tt.u); got != tt.text {
+		if got := watchLine(tt.a, tt.u, false); got != tt.text {
 			t.Errorf("text: %q, want %q", got, tt.text)
 		}
-		if got := (&client{rpcRequest: rpcRequest{JSON: true}}).line(tt.a, tt.u); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+		if got := watchLine(tt.a, tt.u, true); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
 			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}
 }
 
 func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
-	w := &logWriter{level: slices.Index(logLevels, "info"), lines: make(chan string, 1024)}
+	w := &logWriter{lines: make(chan string, 1024)}
+	w.level.Store(int32(logLevelOf("info")))
 	l := log.New(w, "", log.LstdFlags)
 	for _, level := range logLevels {
 		l.Printf("[%s] x\x1b[2Jy\n\tz", strings.ToUpper(level))

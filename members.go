@@ -25,6 +25,8 @@ import (
 const (
 	maxName    = 128
 	maxTags    = 512
+	maxVersion = 32
+	maxExt     = 256
 	maxMembers = 1 << 14
 	maxPayload = 1024 // of a user event or a query, with its name, and of an answer
 )
@@ -98,6 +100,11 @@ type Member struct {
 	Instance uint64
 	Status   Status
 	Tags     Tags
+	// Version is the release that the member runs, Protocol the highest protocol that it understands.
+	Version  string
+	Protocol uint8
+	// Ext is for what later versions will say of a member. This one passes it on, unread.
+	Ext string
 }
 
 func (m Member) with(s Status) Member {
@@ -126,6 +133,9 @@ func (m Member) supersedes(old Member) bool {
 		cmp.Compare(m.Status, old.Status),
 		m.Addr.Compare(old.Addr),
 		cmp.Compare(m.Tags, old.Tags),
+		cmp.Compare(m.Version, old.Version),
+		cmp.Compare(m.Protocol, old.Protocol),
+		cmp.Compare(m.Ext, old.Ext),
 	) > 0
 }
 
@@ -146,11 +156,29 @@ func validName(s string) error {
 
 // isValid reports whether a claim from outside can be one about a member.
 func (m Member) isValid() bool {
-	ip := m.Addr.Addr()
 	tags, err := makeTags(m.Tags.asMap())
-	return err == nil && tags == m.Tags && validName(m.Name) == nil &&
-		ip.IsValid() && m.Addr.Port() != 0 && !ip.IsUnspecified() && !ip.IsMulticast() && validName("%"+ip.Zone()) == nil &&
-		m.Status != 0 && m.Status != statusLeaving && m.Status <= statusPruned && m.Instance <= m.Incarnation
+	if err != nil || tags != m.Tags {
+		return false
+	}
+	if validName(m.Name) != nil || validName("v"+m.Version) != nil {
+		return false
+	}
+	if len(m.Version) > maxVersion || len(m.Ext) > maxExt {
+		return false
+	}
+	if m.Status == 0 || m.Status == statusLeaving || m.Status > statusPruned {
+		return false
+	}
+	return m.Instance <= m.Incarnation && isMemberAddr(m.Addr)
+}
+
+// isMemberAddr reports whether a member can live at addr.
+func isMemberAddr(addr netip.AddrPort) bool {
+	ip := addr.Addr()
+	if !ip.IsValid() || ip.IsUnspecified() || ip.IsMulticast() {
+		return false
+	}
+	return addr.Port() != 0 && validName("%"+ip.Zone()) == nil
 }
 
 // eventKind is the kind of an event; its String is what handlers are told.
@@ -236,7 +264,7 @@ type entry struct {
 	isolated bool
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped bool
-	since  time.Duration // when it died, for reaping
+	since  time.Duration // when it came, or died
 	known  time.Duration // when the name was first heard of, on the caller's clock
 	state  *peerState    // the protocol's, with this instance; another one starts anew
 }
@@ -310,6 +338,10 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 		}
 		if m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation) {
 			e.since = now - age
+		}
+		returned := e.Status.isDead() || e.Instance != m.Instance
+		if !m.Status.isDead() && returned {
+			e.since = now
 		}
 		e.claim, e.reaped = &claim{m, e.pos}, false
 	})

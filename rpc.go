@@ -34,6 +34,7 @@ const (
 	maxDials        = 64               // addresses tried in one join
 	maxWatchQueue   = 4096             // events that wait for a slow watcher
 	pageSize        = 40               // members in a frame
+	factsPage       = 8 << 10          // bytes of facts in a frame, about; of one fact, at most
 	helloTimeout    = 2 * time.Second  // for a stranger's hello
 	frameTimeout    = 5 * time.Second  // for any frame: the first one takes a round trip
 	sessionTimeout  = 10 * time.Second // until the other side of a session has answered: three round trips, and what TCP sends again
@@ -46,7 +47,7 @@ const (
 
 // What is wrong with who is at the other end, as seen from this one.
 var (
-	errVersion  = errors.New("speaks another version of the protocol: run the same hamlet on both sides")
+	errVersion  = errors.New("speaks protocol")
 	errCluster  = errors.New("belongs to another cluster: give both the same -cluster")
 	errKeyless  = errors.New("wants a key, and this agent has none: start this one with -encrypt too")
 	errKeyed    = errors.New("has no key, and this agent has one: start that one with -encrypt too")
@@ -55,28 +56,41 @@ var (
 	errForeign  = errors.New("is no hamlet agent")
 	errRPC      = errors.New("is the RPC port of a hamlet agent")
 	errGossip   = errors.New("is the gossip port of a hamlet agent")
+	errSerfRPC  = errors.New("speaks the RPC of Serf, which this agent does not: see 'watch -format json' and the other commands")
 	errSilent   = fmt.Errorf("hung up without a word: it %w (a Serf agent hangs up so)", errForeign)
 	errHungUp   = errors.New("closed the connection")
 )
 
 // A hello is a line at which an HTTP server answers at once, the kind of the port and the number of the
-// agent's other one, whether there is a key, the cluster's tag, and a challenge.
+// agent's other one, whether there is a key, the cluster's tag, the highest protocol, and a challenge.
 const (
-	helloLine                = "HAMLET/3\r\n\r\n"
-	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 16
+	helloLine                = "HAMLET/5\r\n\r\n" // of protocol 5 and all after it
+	helloSize                = len(helloLine) + 1 + 1 + 2 + 4 + 1 + 16
 	gossipPort, rpcPort byte = 'g', 'r'
+	// What a hello says of keys. With a key and without, for a time, is helloEither.
+	helloInClear, helloKeyed, helloEither = 0, 1, 2
 )
 
 func (d *sealer) hello() []byte {
-	b := append([]byte(helloLine), d.portKind, byte(min(len(d.keys), 1)), byte(d.otherPort>>8), byte(d.otherPort))
-	return append(append(b, d.receiverHash("")...), rand.Text()[:16]...) // 80 bits
+	keyed := byte(helloInClear)
+	if !d.opensInClear() {
+		keyed = helloKeyed
+	} else if len(d.keys) > 0 {
+		keyed = helloEither
+	}
+	b := append([]byte(helloLine), d.portKind, keyed, byte(d.otherPort>>8), byte(d.otherPort))
+	b = append(b, d.receiverHash("")...)
+	b = append(b, protocolVersion)
+	return append(b, rand.Text()[:16]...) // 80 bits
 }
 
 // checkHello says what is wrong with the hello of the other side.
 func (d *sealer) checkHello(b []byte, dialled bool) error {
 	switch is := b[len(helloLine):]; {
 	case string(b[:len(helloLine)]) != helloLine:
-		return errVersion
+		return checkProtocol(4)
+	case checkProtocol(is[8]) != nil:
+		return checkProtocol(is[8])
 	case is[0] != d.portKind && !dialled:
 		return errors.New("looks for the other port of this agent")
 	case is[0] != d.portKind && d.portKind == gossipPort:
@@ -85,9 +99,9 @@ func (d *sealer) checkHello(b []byte, dialled bool) error {
 		return fmt.Errorf("%w, whose RPC is on port %d", errGossip, binary.BigEndian.Uint16(is[2:]))
 	case !bytes.Equal(is[4:8], d.receiverHash("")):
 		return errCluster
-	case is[1] != 0 && !d.hasKey():
+	case is[1] == helloKeyed && len(d.keys) == 0:
 		return errKeyless
-	case is[1] == 0 && d.hasKey():
+	case is[1] == helloInClear && !d.opensInClear():
 		return errKeyed
 	}
 	return nil
@@ -120,6 +134,8 @@ func (d *sealer) handshake(s *session) *session {
 	n, err := io.ReadFull(s, theirs)
 	s.roundTrip = time.Since(start)
 	switch {
+	case n > 0 && bytes.Contains(theirs[:n], []byte("Command")): // msgpack: {"Command": "handshake", ...}
+		s.err = errSerfRPC
 	case n > 0 && !bytes.HasPrefix(theirs, []byte(helloLine[:7])):
 		s.err = fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
 	case n == 0 && s.dialled && !timedOut(err):
@@ -208,7 +224,7 @@ func plainError(err error) error {
 // acceptor are those who come in at a port, and all that is under way there. When there are too many connections,
 // the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
 type acceptor struct {
-	sealer *sealer
+	sealer atomic.Pointer[sealer] // keys may change
 	tcp    net.Listener
 	limit  int
 	wg     sync.WaitGroup
@@ -263,7 +279,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 			defer s.gone.Store(true)
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
-			gs.sealer.handshake(s)
+			gs.sealer.Load().handshake(s)
 			c.SetDeadline(time.Now().Add(frameTimeout)) // the first frame answers this hello, and may come from far away
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
@@ -379,7 +395,7 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 
 // openSession opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
 func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about []update) {
-	s = g.sealer.handshake(&session{Conn: c, dialled: true})
+	s = g.acceptor.sealer.Load().handshake(&session{Conn: c, dialled: true})
 	var hdr header
 	g.doFor(s, func(n *node) error { hdr = n.header(k); return nil })
 	s.send(&hdr)
@@ -547,8 +563,10 @@ func (g *gossip) serve(s *session) error {
 	var about []update
 	if s.receive(&hdr); s.err != nil {
 		return s.err
-	} else if validName(hdr.From) != nil || hdr.Kind < msgTCPProbe || hdr.Kind > msgSync {
+	} else if validName(hdr.From) != nil || hdr.Kind < msgTCPProbe || hdr.Kind > msgSync && hdr.Kind <= msgBye {
 		return errMalformed
+	} else if hdr.Kind > msgBye { // of a later version
+		return nil
 	}
 	if hdr.Kind == msgSync {
 		select {
@@ -626,7 +644,6 @@ type rpcRequest struct {
 	Payload                 []byte
 	Args, DeleteTags        string // both separated by NUL; Drop are the tags to delete
 	Prune, Replay, Coalesce bool   // Merge: coalesce the event
-	JSON                    bool   // rather than text: what the agent knows of itself
 	Timeout                 time.Duration
 }
 
@@ -687,7 +704,7 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	case errors.Is(err, errForeign):
 		return failf(where, "what listens at %s is not the RPC of a hamlet agent", addr)
 	case errors.Is(err, errVersion):
-		return failf("use one version for both; this is "+version, "the agent at %s speaks another version of the RPC", addr)
+		return failf("this is hamlet "+version, "the agent at %s %v", addr, err)
 	case errors.Is(err, errKeyless):
 		return failf("give it with -rpc-auth or SERF_RPC_AUTH", "the agent at %s wants a token", addr)
 	case errors.Is(err, errKeyed):
@@ -695,10 +712,10 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	case errors.Is(err, errOtherKey):
 		return failf("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with", "the agent at %s wants another token", addr)
 	case timedOut(err):
-		return &failure{code: 1, again: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
+		return &failure{code: 1, retriable: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
 			hint: "it may be stopped or overloaded: look at its process and its log"}
 	}
-	return &failure{code: 1, again: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
+	return &failure{code: 1, retriable: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
 		hint: fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or SERF_RPC_ADDR", prog)}
 }
 
@@ -712,17 +729,18 @@ func rpcSealer(token string, gossip uint16) *sealer {
 	return d
 }
 
-// serveRPC answers commands at ln; info is what the agent knows of itself, as text or as JSON.
-func serveRPC(ln net.Listener, g *gossip, token string, info func(json bool) string) *acceptor {
+// serveRPC answers commands at ln; info is what the agent knows of itself.
+func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	gs := &acceptor{sealer: rpcSealer(token, self.Addr.Port()), tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs := &acceptor{tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
 	return gs
 }
 
 // command does what a command asks for, and answers it.
-func (g *gossip) command(s *session, ln net.Listener, info func(json bool) string) (err error) {
+func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
 	var req rpcRequest
 	var a rpcResponse // the last one
 	if s.receive(&req); s.err != nil {
@@ -748,7 +766,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 	case "tags":
 		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
-		a.Text = info(req.JSON)
+		s.sendFacts(info())
 	case "query":
 		var who []string
 		f := &subscriber{}
@@ -779,13 +797,32 @@ func (g *gossip) command(s *session, ln net.Listener, info func(json bool) strin
 	return s.err
 }
 
+// sendFacts sends strings in frames of some KiB.
+func (s *session) sendFacts(facts []string) {
+	var page []string
+	size := 0
+	for _, fact := range facts {
+		fact = strings.ReplaceAll(fact[:min(len(fact), factsPage)], "\x00", "")
+		page = append(page, fact)
+		size += len(fact)
+		if size > factsPage {
+			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+			page = nil
+			size = 0
+		}
+	}
+	s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+}
+
 // list sends all members, few at a time: a reader that does not read costs a page, however many they are.
 func (g *gossip) list(s *session) {
 	for after, more := "", true; more && s.err == nil; {
 		var us []update
 		g.doFor(s, func(n *node) error {
 			for _, m := range n.members(after, pageSize) {
-				us, after = append(us, update{Member: m}), m.Name
+				since := n.table.get(m.Name).since
+				us = append(us, update{Member: m, Age: uint64((n.now - since) / ms)})
+				after = m.Name
 			}
 			return nil
 		})

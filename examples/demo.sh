@@ -54,8 +54,22 @@ say "Build it: one static binary."
 run make -s build
 PATH=$PWD:$PATH
 
-# Each demo takes its own ports, so that two can run at the same time.
+# Each demo takes its own ports, so that two can run at the same time. Where another
+# program has them, the agent that tries them ends at once.
 port=$((20000 + $$ % 1000 * 10))
+for _ in 1 2 3 4 5 6 7 8 9; do
+	free=yes
+	for p in $port $((port + 2)) $((port + 4)); do
+		: >"$dir/try"
+		hamlet agent -bind 127.0.0.1:$p -rpc-addr 127.0.0.1:$((p + 1)) >"$dir/try" 2>&1 &
+		until grep -qE 'running!|error:' "$dir/try"; do sleep 0.02; done
+		grep -q 'running!' "$dir/try" || free=
+		kill -9 $! 2>/dev/null || :
+		wait $! 2>/dev/null || :
+	done
+	[ -z "$free" ] || break
+	port=$((20000 + (port + 1010) % 10000))
+done
 gossip=127.0.0.1:$port
 SERF_RPC_ADDR=127.0.0.1:$((port + 1)) # of alice; "hamlet members" asks there
 export SERF_RPC_ADDR

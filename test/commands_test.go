@@ -8,7 +8,6 @@ import (
 	"io"
 	"maps"
 	"net"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -44,8 +43,14 @@ func TestHelpBeginsWithCommandsAndFits80Columns(t *testing.T) {
 	}
 	for _, name := range append(names, "") {
 		text := helpOf(t, name)
-		if !strings.HasPrefix(text, "  hamlet ") {
-			t.Errorf("help %s begins with something else:\n%s", name, text)
+		usage, examples, _ := strings.Cut(text, "\n\n")
+		if name == "" {
+			examples = text
+		} else if !strings.HasPrefix(usage, "Usage: hamlet "+name) || strings.Contains(usage, "\n") {
+			t.Errorf("help %s does not begin with its usage line:\n%s", name, text)
+		}
+		if !strings.HasPrefix(examples, "  hamlet ") {
+			t.Errorf("help %s has no commands to copy at its beginning:\n%s", name, text)
 		}
 		for line := range strings.Lines(text) {
 			if len(strings.ReplaceAll(line, "    \t", "        ")) > 81 || strings.TrimRight(line, " \n") != strings.TrimSuffix(line, "\n") {
@@ -85,13 +90,14 @@ func TestKeygenMakesKeysThatAgentsTake(t *testing.T) {
 	startAgent(t, "-encrypt", strings.TrimSuffix(one, "\n")+","+two) // as the advice about Serf's keys has it
 }
 
-func TestVersionIsPrinted(t *testing.T) {
-	want := "hamlet " + testVersion + " ("
-	if os.Getenv("HAMLET") != "" {
-		want = "hamlet "
+func TestVersionIsThatOfTheNewestChange(t *testing.T) {
+	heading := regexp.MustCompile(`(?m)^## (\S+) `).FindStringSubmatch(readFile("CHANGELOG.md"))
+	if heading == nil {
+		t.Fatal("CHANGELOG.md has no version")
 	}
+	want := "hamlet " + heading[1] + " ("
 	for _, arg := range []string{"version", "-version", "--version", "-v"} {
-		if out, errs, code := hamlet(t, arg); code != 0 || errs != "" || !strings.HasPrefix(out, want) {
+		if out, errs, code := hamlet(t, arg); code != 0 || errs != "" || !strings.HasPrefix(out, want) || !strings.Contains(out, "protocol ") {
 			t.Errorf("%s: %q %q %d", arg, out, errs, code)
 		}
 	}
@@ -99,7 +105,7 @@ func TestVersionIsPrinted(t *testing.T) {
 
 func TestTheNameItWasCalledByIsInUsageAndErrors(t *testing.T) {
 	call := serfIn(t, t.TempDir())
-	if out, _, _ := runCmd(t, call("help", "members")); !strings.HasPrefix(out, "  serf members") || strings.Contains(out, "hamlet") {
+	if out, _, _ := runCmd(t, call("help", "members")); !strings.HasPrefix(out, "Usage: serf members") || strings.Contains(out, "hamlet") {
 		t.Errorf("help members of serf:\n%s", out)
 	}
 	if _, errs, _ := runCmd(t, call("members", "-rpc-addr", freePort(t))); !strings.HasPrefix(errs, "serf: error: ") || !strings.Contains(errs, "'serf agent'") {
@@ -167,9 +173,11 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{[]string{"join", "not an address"}, 2, []string{`"not an address"`}},
 		{[]string{"join", "-rpc-addr", free, "127.0.0.1"}, 1, []string{free}},
 		{[]string{"force-leave"}, 2, []string{"NAME"}},
-		{[]string{"force-leave", "a", "-prune"}, 2, []string{`"-prune"`}},
+		{[]string{"force-leave", "a", "b"}, 2, []string{`"b"`}},
+		{[]string{"membrs"}, 2, []string{`"membrs"`, "did you mean 'hamlet members'?"}},
+		{[]string{"members", "-stauts", "alive"}, 2, []string{"-stauts", "did you mean -status?"}},
 		{[]string{"event"}, 2, []string{"NAME"}},
-		{[]string{"event", "deploy", "-coalesce=false"}, 2, []string{"-coalesce=false", "options come before the name"}},
+		{[]string{"event", "deploy", "-coalesce=false", "-rpc-addr", free}, 1, []string{free}},
 		{[]string{"keygen", "now"}, 2, []string{`"now"`}},
 	}
 	for _, tt := range tests {
@@ -616,12 +624,19 @@ func TestOutputOfAQueryIsShortOrJSONOnRequest(t *testing.T) {
 func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
 	t.Parallel()
 	_, web2, db := querySite(t)
-	for _, args := range []string{"-node nobody load", "-tag role=none load", "-tag none=.* load",
-		"-node db -tag role=web load"} {
-		if out := db.askQuery(1, []string{"hamlet: error: nobody is asked"},
-			strings.Fields(args)...); out[0] != "" {
-			t.Errorf("query %s prints %q", args, out)
+	if out := db.askQuery(1, []string{"hamlet: error: nobody is asked"}, "-node", "nobody", "load"); out[0] != "" {
+		t.Errorf("a query to nobody prints %q", out)
+	}
+	// Where a filter lets nobody through, everybody who was asked has answered.
+	for _, args := range []string{"-tag role=none load", "-tag none=.* load", "-node db -tag role=web load"} {
+		out := db.askQuery(0, nil, strings.Fields(args)...)
+		if diff := cmp.Diff([]string{"Total Acks: 0", "Total Responses: 0"}, out); diff != "" {
+			t.Errorf("query %s: wanted, printed\n%s", args, diff)
 		}
+	}
+	if out, errs, code := db.run("query", "-format", "json", "-tag", "role=none", "load"); code != 0 ||
+		out != "{\n  \"Acks\": null,\n  \"Responses\": {}\n}\n" || errs != "" {
+		t.Errorf("JSON of a query to nobody: exit %d, %s%s", code, out, errs)
 	}
 	lines := db.askQuery(1, []string{"no answer from web1\n"}, "-timeout", "300ms", "-node", "web1", "-node", "web1", "slow")
 	if diff := cmp.Diff([]string{"Query 'slow' dispatched", "Ack from 'web1'", "Total Acks: 1",

@@ -26,7 +26,7 @@ cleanup() {
 	[ -z "$host" ] || kill "$host" 2>/dev/null || true
 	[ -z "$compose" ] || compose down -t 1 >/dev/null 2>&1 || true
 	docker ps -aq --filter "label=$id" | xargs -r docker rm -f >/dev/null 2>&1 || true
-	docker network rm "$id" "$id-2" >/dev/null 2>&1 || true
+	docker network rm "$id" "$id-2" "$id-readme" >/dev/null 2>&1 || true
 	docker rmi -f "$id" >/dev/null 2>&1 || true
 	rm -rf "$dir"
 	exit $status
@@ -74,15 +74,17 @@ powerless() {
 
 # --- the image and the agent on the host
 
-CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$dir/hamlet" .
-cp examples/docker/Dockerfile examples/docker/compose.yaml "$dir"
-docker build -q -t "$id" "$dir" >/dev/null 2>"$dir/build" || fail "docker build: $(cat "$dir/build")"
+make image IMAGE="$id" >"$dir/build" 2>&1 || fail "make image: $(cat "$dir/build")"
+cp examples/docker/hamlet examples/docker/Dockerfile examples/docker/compose.yaml "$dir"
+size=$(docker inspect -f '{{.Size}}' "$id")
+grep -qx "the image $id has $size bytes" "$dir/build" || fail "make image says: $(cat "$dir/build")"
 for net in 10.203.45 10.217.86 172.27.133 192.168.247 none; do # one that nobody has
 	! docker network create --subnet "$net.0/24" --gateway "$net.1" "$id" >/dev/null 2>&1 || break
 done
 [ $net != none ] || fail "all networks that it would use are taken"
 bridge=$net.1
-ok "the image holds $(docker inspect -f '{{.Size}}' "$id") bytes"
+[ "$size" = "$(wc -c <"$dir/hamlet")" ] || fail "the image holds more than the binary: $size bytes"
+ok "the image holds $size bytes"
 
 cat >"$dir/handler.sh" <<'END'
 #!/bin/sh
@@ -210,6 +212,18 @@ set -e
 [ $status -ne 0 ] && [ "$(echo "$err" | grep -c 'error:')" = 1 ] && echo "$err" | grep -q 'needs a shell' || fail "shell syntax without a shell, status $status: $err"
 ok "an init, a health check and handlers in an image without a shell"
 
+# --- what the README shows, with other names
+
+readme=$(sed -e ':a' -e '/\\$/{N;s/ *\\\n */ /;ba' -e '}' README.md | sed -n 's/^\$ \(docker .*\)/\1/p' | grep -v ' logs ' |
+	sed -e "s/--name seed/--name $id-seed --label $id/; s/exec seed/exec $id-seed/; s/ create cluster/ create $id-readme/; s/ cluster / $id-readme /" \
+		-e "s/-d --network/-d --label $id --network/; s/ hamlet\$/ $id/")
+[ "$(echo "$readme" | wc -l)" = 5 ] || fail "the README shows other commands of Docker: $readme"
+sh -ec "$readme" >"$dir/readme" 2>&1 || fail "the README's commands: $readme: $(cat "$dir/readme")"
+[ "$(awk '$3 == "alive" { printf "%s ", $1 }' "$dir/readme")" = "seed web1 web2 " ] || fail "the README's three containers: $(cat "$dir/readme")"
+handled() { docker logs "$id-seed" 2>&1 | grep -A9 'script output:' | grep -q '^web2 .* alive'; }
+within 3000 "the handler of the README runs" handled
+ok "three containers with a handler, as the README has them"
+
 # --- compose
 
 if docker compose version >/dev/null 2>&1; then
@@ -221,11 +235,12 @@ elif [ "${CI:-}" = true ]; then
 else
 	skip "the compose file: there is no docker compose"
 fi
-compose up -d --scale web=3 >"$dir/compose.log" 2>&1 || fail "compose up: $(cat "$dir/compose.log")"
+compose up -d >"$dir/compose.log" 2>&1 || fail "compose up: $(cat "$dir/compose.log")"
 inseed() { compose exec -T seed /hamlet members "$@"; }
 count() { [ "$(inseed -status alive -tag "role=$1" | wc -l)" = "$2" ]; }
 inseed -wait 4 -timeout 15s >/dev/null || fail "compose: $(inseed)"
 count web 3 || fail "compose: $(inseed)"
+[ "$(inseed | awk '{ printf "%s ", $1 }')" = "seed web1 web2 web3 " ] || fail "compose: these names are not readable: $(inseed)"
 healthy() { [ "$(compose ps -q | xargs docker inspect -f '{{.State.Health.Status}}' | grep -cx healthy)" = 4 ]; }
 within 20000 "all are healthy" healthy
 for n in $(compose ps -q); do
@@ -235,14 +250,14 @@ for n in $(compose ps -q); do
 	docker inspect -f '{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}' "$n" | grep -qx '67108864 128' || fail "$n has no limits"
 done
 ok "compose: the agents are nobody, with no capability to get, on a read-only root"
-ran() { compose logs web | grep -q "Event 'member-join' script output"; }
+ran() { compose logs web1 | grep -q "Event 'member-join' script output"; }
 within 5000 "handlers from the environment run" ran
-compose up -d --scale web=1 >"$dir/compose.log" 2>&1 || fail "compose up: $(cat "$dir/compose.log")"
-scaled() { count web 1 && [ "$(inseed -status left | wc -l)" = 2 ]; }
-within 5000 "two that are scaled down leave" scaled
+compose stop web2 web3 >"$dir/compose.log" 2>&1 || fail "compose stop: $(cat "$dir/compose.log")"
+stopped() { count web 1 && [ "$(inseed -status left | awk '{ printf "%s ", $1 }')" = "web2 web3 " ]; }
+within 5000 "two that are stopped leave" stopped
 compose restart -t 1 seed >"$dir/compose.log" 2>&1 || fail "compose restart: $(cat "$dir/compose.log")"
 inseed -wait 2 -timeout 10s >/dev/null || fail "the seed does not come back: $(inseed)"
-ok "compose: four by service name, healthy; two scaled down have left; the seed was restarted"
+ok "compose: four by name, healthy; two that were stopped have left; the seed was restarted"
 
 kill "$host"
 wait "$host" || fail "the agent on the host ends with status $?"

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -66,20 +67,20 @@ func writeScript(t *testing.T, path, body string) {
 
 // --- examples/haproxy, with a hamlet that shows what the test wants
 
-// balancer runs balance.sh in a directory of its own.
+// balancer runs balance.sh, that of HAProxy or nginx, in a directory of its own.
 type balancer struct {
-	t     *testing.T
-	dir   string
-	shell string
-	env   []string
+	t             *testing.T
+	dir           string
+	shell, script string
+	env           []string
 }
 
-func newBalancer(t *testing.T, shell string) *balancer {
+func newBalancer(t *testing.T, shell, program string) *balancer {
 	t.Helper()
 	if _, err := exec.LookPath("flock"); err != nil {
 		t.Skip("SKIPPED: there is no flock here, which balance.sh uses")
 	}
-	b := &balancer{t: t, dir: t.TempDir(), shell: shell}
+	b := &balancer{t: t, dir: t.TempDir(), shell: shell, script: "examples/" + program + "/balance.sh"}
 	writeScript(t, filepath.Join(b.dir, "hamlet"), `echo "$*" >>"$DIR/asked"; cat "$DIR/members"`)
 	writeScript(t, filepath.Join(b.dir, "sleep"), `:`)
 	b.env = append(hamletCmd().Env, "DIR="+b.dir, "PATH="+b.dir+":"+os.Getenv("PATH"),
@@ -101,7 +102,7 @@ func (b *balancer) alive(members ...string) {
 }
 
 func (b *balancer) run() (output string, err error) {
-	cmd := exec.Command(b.shell, "examples/haproxy/balance.sh")
+	cmd := exec.Command(b.shell, b.script)
 	cmd.Env = b.env
 	out, err := cmd.CombinedOutput()
 	return string(out), err
@@ -128,7 +129,7 @@ func (b *balancer) wantNow(list string, reloads int) {
 
 func TestHAProxyReloadsOnlyWhenTheMembersChanged(t *testing.T) {
 	t.Parallel()
-	b := newBalancer(t, "/bin/sh")
+	b := newBalancer(t, "/bin/sh", "haproxy")
 	const web1, web2, web3 = "web1 10.0.0.1 role=web", "web2 10.0.0.2 port=81,role=web,zone=b", "web3 fd00::3 a=b,c,report=99,role=web"
 	const two = "backend web\n    server web1-10.0.0.1:8080 10.0.0.1:8080\n    server web2-10.0.0.2:81 10.0.0.2:81\n"
 	const three = two + "    server web3-_fd00::3_:8080 [fd00::3]:8080\n"
@@ -184,7 +185,7 @@ func TestHAProxyLeavesOutMembersThatDrain(t *testing.T) {
 	const drain1, drain2 = "web1 10.0.0.1 role=web,state=drain,zone=b", "web2 10.0.0.2 port=81,role=web,state=drain"
 	const server1, server2 = "    server web1-10.0.0.1:8080 10.0.0.1:8080\n", "    server web2-10.0.0.2:81 10.0.0.2:81\n"
 	eachShell(t, func(t *testing.T, shell string) {
-		b := newBalancer(t, shell)
+		b := newBalancer(t, shell, "haproxy")
 		for i, step := range []struct {
 			alive []string
 			want  string
@@ -212,7 +213,7 @@ func TestHAProxyLeavesOutMembersThatDrain(t *testing.T) {
 func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
 	t.Parallel()
 	needProc(t)
-	b := newBalancer(t, "/bin/sh")
+	b := newBalancer(t, "/bin/sh", "haproxy")
 	pid, reloads := filepath.Join(b.dir, "pid"), filepath.Join(b.dir, "reloads")
 	b.env = append(b.env, "BALANCE_RELOAD=", "BALANCE_PID="+pid)
 	b.alive("web1 10.0.0.1 role=web")
@@ -249,7 +250,7 @@ func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
 }
 
 // Real agents, and the real members command in front of the script.
-func TestNamesAndTagsOfPeersCannotConfigureHAProxy(t *testing.T) {
+func TestNamesAndTagsOfPeersCannotConfigureABalancer(t *testing.T) {
 	t.Parallel()
 	lb := startAgent(t, "-node", "lb")
 	count := 0
@@ -273,16 +274,22 @@ func TestNamesAndTagsOfPeersCannotConfigureHAProxy(t *testing.T) {
 	}
 	eventually(t, "all are members", func() bool { return len(lb.members()) == 1+count })
 	line := regexp.MustCompile(`^    server [A-Za-z0-9_.:-]+-(127\.0\.1\.\d+:8080) (127\.0\.1\.\d+:8080)$`)
-	list := ""
+	nginxLine := regexp.MustCompile(`^server 127\.0\.1\.\d+:8080;$`)
+	list, nginxList := "", ""
 	eachShell(t, func(t *testing.T, shell string) {
-		b := newBalancer(t, shell)
-		os.Remove(filepath.Join(b.dir, "hamlet"))
-		b.env = append(exampleEnv(t, b.dir, b.env...), "SERF_RPC_ADDR="+lb.rpc)
-		if out, err := b.run(); err != nil {
-			t.Fatalf("%v: %s", err, out)
+		written := func(program string) (list string, lines []string) {
+			t.Helper()
+			b := newBalancer(t, shell, program)
+			os.Remove(filepath.Join(b.dir, "hamlet"))
+			b.env = append(exampleEnv(t, b.dir, b.env...), "SERF_RPC_ADDR="+lb.rpc)
+			if out, err := b.run(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			list = readFile(filepath.Join(b.dir, "web.cfg"))
+			return list, strings.Split(strings.TrimSuffix(list, "\n"), "\n")
 		}
-		list = readFile(filepath.Join(b.dir, "web.cfg"))
-		lines := strings.Split(strings.TrimSuffix(list, "\n"), "\n")
+		var lines []string
+		list, lines = written("haproxy")
 		if lines[0] != "backend web" || len(lines) != 1+good {
 			t.Errorf("%d lines, want 1 and %d servers:\n%s", len(lines), good, list)
 		}
@@ -291,7 +298,23 @@ func TestNamesAndTagsOfPeersCannotConfigureHAProxy(t *testing.T) {
 				t.Errorf("not as it should be: %q", l)
 			}
 		}
+		nginxList, lines = written("nginx")
+		if len(lines) != good {
+			t.Errorf("%d lines, want %d servers:\n%s", len(lines), good, nginxList)
+		}
+		for _, l := range lines {
+			if !nginxLine.MatchString(l) {
+				t.Errorf("not as it should be: %q", l)
+			}
+		}
 	})
+	if nginx := lookNginx(); nginx != "" {
+		dir := t.TempDir()
+		os.WriteFile(filepath.Join(dir, "web.servers"), []byte(nginxList), 0o644)
+		if out, err := exec.Command(nginx, "-t", "-p", dir, "-c", ownNginxConfig(t, dir, freePort(t))).CombinedOutput(); err != nil {
+			t.Errorf("nginx: %v: %s", err, out)
+		}
+	}
 	if _, err := exec.LookPath("haproxy"); err == nil {
 		written := filepath.Join(t.TempDir(), "web.cfg")
 		os.WriteFile(written, []byte(list), 0o644)
@@ -359,6 +382,150 @@ func TestAWebNodeStopsWithItsServerItsAgentOrASignal(t *testing.T) {
 	}
 }
 
+// --- examples/nginx
+
+// lookNginx is where nginx is installed; "" is nowhere.
+func lookNginx() string {
+	for _, name := range []string{"nginx", "/usr/sbin/nginx"} {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	return ""
+}
+
+// ownNginxConfig is the example's file in a whole configuration, with another address
+// and the list of servers beside it.
+func ownNginxConfig(t *testing.T, dir, addr string) (path string) {
+	t.Helper()
+	site := strings.NewReplacer("listen 80;", "listen "+addr+";", "/etc/nginx/web.servers", filepath.Join(dir, "web.servers")).
+		Replace(readFile("examples/nginx/web.conf"))
+	if !strings.Contains(site, "listen "+addr+";") || !strings.Contains(site, dir) {
+		t.Fatal("the example listens elsewhere, or reads another list")
+	}
+	text := "pid " + dir + "/nginx.pid;\nerror_log " + dir + "/error.log;\nevents {}\nhttp {\naccess_log off;\n"
+	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		text += kind + "_temp_path " + dir + "/" + kind + ";\n"
+	}
+	path = filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(path, []byte(text+site+"}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestNginxReloadsOnlyWhenTheMembersChanged(t *testing.T) {
+	t.Parallel()
+	const web1, web2, drain1 = "web1 10.0.0.1 role=web", "web2 fd00::2 port=81,role=web", "web1 10.0.0.1 role=web,state=drain"
+	const server1, server2 = "server 10.0.0.1:8080;\n", "server [fd00::2]:81;\n"
+	eachShell(t, func(t *testing.T, shell string) {
+		b := newBalancer(t, shell, "nginx")
+		b.alive(web2, web1)
+		b.want(server1+server2, 1)
+		b.alive(web1, web2)
+		b.want(server1+server2, 1)
+		b.alive(drain1, web2)
+		b.want(server2, 2)
+		b.alive(drain1) // nobody else is there
+		b.want(server1, 3)
+		b.alive() // the agent has just started, or is cut off
+		b.want(server1, 3)
+
+		broken := filepath.Join(b.dir, "broken")
+		b.alive(web1, web2)
+		os.WriteFile(broken, nil, 0o644)
+		if _, err := b.run(); err == nil {
+			t.Error("a reload that failed was not told")
+		}
+		os.Remove(broken)
+		b.want(server1+server2, 5) // it is tried again, though the list is the same
+	})
+}
+
+// The real nginx, with a handler's reloads: a server that drains loses no request,
+// and one whose agent is killed is asked no more.
+func TestNginxFollowsTheCluster(t *testing.T) {
+	t.Parallel()
+	nginx := lookNginx()
+	if nginx == "" {
+		t.Skip("SKIPPED: nginx is not installed")
+	}
+	dir, addr := t.TempDir(), freePort(t)
+	os.Chmod(dir, 0o755)
+	os.WriteFile(filepath.Join(dir, "web.servers"), []byte("server 127.0.0.1:9;\n"), 0o644)
+	config := ownNginxConfig(t, dir, addr)
+	server := exec.Command(nginx, "-p", dir, "-c", config, "-g", "daemon off;")
+	log := &output{}
+	server.Stdout, server.Stderr = log, log
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		server.Process.Signal(syscall.SIGTERM)
+		server.Wait()
+		if t.Failed() {
+			t.Logf("nginx:\n%s%s", log, readFile(filepath.Join(dir, "error.log")))
+		}
+	})
+	pidIn(t, filepath.Join(dir, "nginx.pid"))
+
+	handler, _ := filepath.Abs("examples/nginx/balance.sh")
+	cmd := hamletCmd(agentArgs("-node", "lb", "-event-handler", "member-join,member-leave,member-failed,member-update="+handler)...)
+	cmd.Env = exampleEnv(t, dir, "BALANCE_LIST="+filepath.Join(dir, "web.servers"), "BALANCE_RELOAD="+nginx+" -p "+dir+" -c "+config+" -s reload")
+	lb := startAgentCmd(t, cmd)
+	nodes := make(map[string]*agent)
+	for _, name := range []string{"web1", "web2"} {
+		web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, name) }))
+		t.Cleanup(web.Close)
+		_, port, _ := net.SplitHostPort(web.Listener.Addr().String())
+		nodes[name] = startAgent(t, "-node", name, "-role", "web", "-tag", "port="+port, "-join", lb.advertised)
+	}
+
+	client := &webClient{addr: addr, path: "/"}
+	// answers asks some times, and counts answers by server.
+	answers := func() map[string]int {
+		t.Helper()
+		from := make(map[string]int)
+		for range 8 {
+			name, err := client.get()
+			if err != nil {
+				name = err.Error()
+			}
+			from[name]++
+		}
+		return from
+	}
+	onlyFrom := func(what string, names ...string) {
+		t.Helper()
+		var last map[string]int
+		eventually(t, what, func() bool {
+			last = answers()
+			for _, name := range names {
+				if last[name] == 0 {
+					return false
+				}
+			}
+			return len(last) == len(names)
+		})
+	}
+	onlyFrom("both serve", "web1", "web2")
+	nodes["web1"].run("tags", "-set", "state=drain")
+	deadline := time.Now().Add(10 * time.Second)
+	for from := answers(); from["web1"] > 0; from = answers() {
+		if from["web1"]+from["web2"] != 8 {
+			t.Errorf("while web1 drains: %v", from)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("web1 drains and is asked still: %v", from)
+		}
+	}
+	onlyFrom("web2 serves alone", "web2")
+	nodes["web1"].run("tags", "-delete", "state")
+	onlyFrom("both serve again", "web1", "web2")
+	nodes["web2"].kill()
+	onlyFrom("web1 serves alone", "web1")
+}
+
 // --- examples/handlers
 
 func TestTheCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
@@ -406,16 +573,116 @@ func TestTheCatchAllHandlerRunsNothingElsewhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	writeScript(t, filepath.Join(dir, "evil"), "echo evil")
-	writeScript(t, filepath.Join(here, "user-$(evil)"), "echo literal")
+	writeScript(t, filepath.Join(dir, "user-evil"), "echo evil")
+	for _, name := range []string{"ok", "$(evil)", "old.bak", ".hidden", "backup~", "a b", "é", "ok\nevil", "*", "-n", "ok-2_B"} {
+		writeScript(t, filepath.Join(here, "user-"+name), "echo user "+strings.NewReplacer("$", "", "(", "", ")", "", "*", "", "\n", "").Replace(name))
+		writeScript(t, filepath.Join(here, "query-"+name), "echo query; cat")
+	}
+	// Of all these scripts only those run whose names hold nothing but letters, digits, _ and -.
+	runs := map[string]string{"ok": "user ok\n", "-n": "user -n\n", "ok-2_B": "user ok-2_B\n"}
+	names := []string{"ok", "-n", "ok-2_B", "x/../../evil", "/../../evil", "../evil", "..", ".", "$(evil)", "`evil`", "", "a b", "*", "o?", "\n",
+		"ok\nevil", "ok\n../evil", "old.bak", ".hidden", "backup~", "é", "~root", "ok ", "ok;evil", "'ok'", "o\\k", "${SERF_SELF_NAME}", "x", "nothing"}
 	eachShell(t, func(t *testing.T, shell string) {
-		for event, want := range map[string]string{"x/../../evil": "", "/../../evil": "", "../evil": "", "$(evil)": "literal\n", "": "", "a b": "", "*": "", "\n": ""} {
-			cmd := exec.Command(shell, filepath.Join(here, "route.sh"))
-			cmd.Env = append(hamletCmd().Env, "SERF_EVENT=user", "SERF_USER_EVENT="+event)
-			if out, err := cmd.CombinedOutput(); err != nil || string(out) != want {
-				t.Errorf("event %q: %q, %v", event, out, err)
+		for _, locale := range []string{"C", "C.UTF-8", "en_US.UTF-8"} {
+			for _, name := range names {
+				run := func(event string) string {
+					cmd := exec.Command(shell, filepath.Join(here, "route.sh"))
+					cmd.Env = append(hamletCmd().Env, "LC_ALL="+locale, "SERF_EVENT="+event, "SERF_SELF_NAME=ok", "SERF_USER_EVENT="+name, "SERF_QUERY_NAME="+name)
+					cmd.Stdin = strings.NewReader("payload\n")
+					out, err := cmd.CombinedOutput()
+					if err != nil {
+						t.Errorf("%s %q: %v", event, name, err)
+					}
+					return regexp.MustCompile(`(?m)^.*setlocale.*\n`).ReplaceAllString(string(out), "") // bash, where there is no such language
+				}
+				if got := run("user"); got != runs[name] {
+					t.Errorf("%s: the event %q runs %q, want %q", locale, name, got, runs[name])
+				}
+				want := ""
+				if runs[name] != "" {
+					want = "query\npayload\n"
+				}
+				if got := run("query"); got != want {
+					t.Errorf("%s: the query %q runs %q, want %q", locale, name, got, want)
+				}
 			}
 		}
 	})
+}
+
+// A query reaches the script of its name, as in Serf's recipe, and is answered by it.
+func TestTheCatchAllHandlerAnswersQueries(t *testing.T) {
+	t.Parallel()
+	handler, _ := filepath.Abs("examples/handlers/route.sh")
+	app := startAgent(t, "-node", "app1", "-event-handler", handler)
+	out, stderr, code := app.run("query", "load")
+	if code != 0 || !strings.Contains(out, "Response from 'app1': ") || !strings.Contains(out, "load average: ") {
+		t.Errorf("exit %d: %s%s", code, out, stderr)
+	}
+}
+
+func TestTheDeployHandlerTakesRevisionsOnly(t *testing.T) {
+	t.Parallel()
+	eachShell(t, func(t *testing.T, shell string) {
+		dir := t.TempDir()
+		writeScript(t, filepath.Join(dir, "git"), `printf '%s|' "$@" >>"$APP/calls"`)
+		for _, file := range []string{"abc", "f00"} { // what a pattern could become
+			os.WriteFile(filepath.Join(dir, file), nil, 0o644)
+		}
+		for _, locale := range []string{"C", "C.UTF-8", "en_US.UTF-8"} {
+			for _, payload := range []string{"", "\n", "$(touch canary)", "`touch canary`", "--help", "-q", "abc\ntouch canary", "abc;touch canary", "HEAD", "abc def", "ABC",
+				"abc\x00;id", "*", "[abc]", "???", "é", "ａ", "abc -f", "a/b"} {
+				cmd := exec.Command(shell, "examples/handlers/user-deploy")
+				cmd.Env = append(hamletCmd().Env, "LC_ALL="+locale, "APP="+dir, "SERF_SELF_NAME=me", "PATH="+dir+":"+os.Getenv("PATH"))
+				cmd.Stdin = strings.NewReader(payload + "\n")
+				if out, err := cmd.CombinedOutput(); err == nil {
+					t.Errorf("%s: %q was taken: %s", locale, payload, out)
+				}
+			}
+		}
+		if calls := readFile(filepath.Join(dir, "calls")); calls != "" {
+			t.Errorf("git was called: %q", calls)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "canary")); err == nil {
+			t.Error("a payload was run")
+		}
+	})
+}
+
+// People copy what is shown here and on the pages. Where a script expands what another
+// machine has chosen, that stands in double quotes, or is an assignment or a case.
+func TestShippedScriptsQuoteWhatTheyExpand(t *testing.T) {
+	t.Parallel()
+	texts := make(map[string]string)
+	for _, pattern := range []string{"examples/*.sh", "examples/*/*"} {
+		files, _ := filepath.Glob(pattern)
+		for _, f := range files {
+			texts[f] = readFile(f)
+		}
+	}
+	for path, text := range pages(t) {
+		texts[path] = strings.Join(regexp.MustCompile("(?ms)^```.*?^```$").FindAllString(text, -1), "\n")
+	}
+	for _, name := range commandNames(t) {
+		texts["help "+name] = helpOf(t, name)
+	}
+	foreign := regexp.MustCompile(`\$\((cat|hamlet [a-z][^)]*)\)|\$\{?(SERF_(USER|QUERY|EVENT|SELF|TAG)\w*|name|revision|members|line|message)\b`)
+	harmless := regexp.MustCompile(`(^|[;)])\s*\w+=(\$\([^)]*\))?[^\s"]*$|\bcase $|#.*$`)
+	found := 0
+	for where, text := range texts {
+		for line := range strings.Lines(text) {
+			for _, at := range foreign.FindAllStringIndex(line, -1) {
+				before := line[:at[0]]
+				found++
+				if strings.Count(before, `"`)%2 == 0 && !harmless.MatchString(before) {
+					t.Errorf("%s: unquoted: %s", where, line)
+				}
+			}
+		}
+	}
+	if found < 15 {
+		t.Errorf("only %d expansions were looked at", found)
+	}
 }
 
 // --- examples/watch
@@ -557,6 +824,70 @@ func TestWhoFailedInLinesThatAreMissingIsTold(t *testing.T) {
 	if _, stderr, code := runCmd(t, cmd); code != 2 || !strings.Contains(stderr, "usage: ") {
 		t.Errorf("without a command: exit %d, %q", code, stderr)
 	}
+}
+
+// The same program three times: each shows the same lines.
+func TestFollowersShowTheLivingAfterEachChange(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	rpc := freePort(t)
+	start := func() *agent { return startAgent(t, "-node", "a", "-rpc-addr", rpc) }
+	a := start()
+	goProgram := filepath.Join(dir, "follow")
+	if out, err := exec.Command("go", "build", "-o", goProgram, "examples/watch/follow.go").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	shown := make(map[string]*output)
+	for _, name := range []string{"examples/watch/follow.sh", "examples/watch/follow.py", goProgram} {
+		if filepath.Ext(name) == ".py" {
+			if _, err := exec.LookPath("python3"); err != nil {
+				t.Log("SKIPPED: there is no python3 here")
+				continue
+			}
+		}
+		shown[name] = &output{}
+		cmd := exec.Command(name)
+		cmd.Env = append(exampleEnv(t, dir), "SERF_RPC_ADDR="+rpc)
+		cmd.Stdout = shown[name]
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		cmd.WaitDelay = time.Second
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			cmd.Wait()
+		})
+	}
+	// last waits until each program's last line shows these agents.
+	last := func(agents ...*agent) {
+		t.Helper()
+		want := "alive:"
+		for _, x := range agents {
+			want += " " + x.name + "=" + x.advertised
+		}
+		for name, out := range shown {
+			eventually(t, fmt.Sprintf("%s shows %q last", name, want), func() bool { return strings.HasSuffix("\n"+out.String(), "\n"+want+"\n") })
+		}
+	}
+	last(a)
+	b := startAgent(t, "-node", "b", "-join", a.advertised)
+	last(a, b)
+	c := startAgent(t, "-node", "c", "-join", a.advertised)
+	last(a, b, c)
+	a.run("event", "deploy") // changes nothing, and is not shown
+	b.kill()
+	last(a, c)
+	c.int()
+	last(a)
+	for name, out := range shown {
+		if lines := strings.Count(out.String(), "\n"); lines > 5 {
+			t.Errorf("%s shows %d lines for 5 changes:\n%s", name, lines, out)
+		}
+	}
+	a.kill() // they wait, and go on
+	a = start()
+	last(a)
 }
 
 // --- examples/systemd

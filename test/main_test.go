@@ -25,10 +25,9 @@ import (
 )
 
 const (
-	testVersion = "1.2.3-test"
-	defaultRPC  = "127.0.0.1:7373"
-	sameSignal  = 200 * time.Millisecond // a signal that comes again so soon is the same Ctrl-C
-	ms          = time.Millisecond
+	defaultRPC = "127.0.0.1:7373"
+	sameSignal = 200 * time.Millisecond // a signal that comes again so soon is the same Ctrl-C
+	ms         = time.Millisecond
 )
 
 // program is what is tested. asker answers the tests' own questions: the same,
@@ -70,7 +69,7 @@ func buildPrograms(dir string) error {
 	}
 	build := func(to, cgo string, flags ...string) error {
 		cmd := exec.Command("go", slices.Concat([]string{"build", "-trimpath", "-buildvcs=false",
-			"-ldflags", "-s -w -X main.version=" + testVersion, "-o", to}, flags, []string{"."})...)
+			"-ldflags", "-s -w", "-o", to}, flags, []string{"."})...)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("go build: %w\n%s", err, out)
@@ -96,7 +95,7 @@ func underRace() bool {
 var noteSources = sync.OnceFunc(func() {
 	os.Getenv("HAMLET")
 	top, _ := os.Getwd()
-	for _, pattern := range []string{"*.go", "go.mod", "Makefile", "README.md", "examples/*/*"} {
+	for _, pattern := range []string{"*.go", "go.mod", "Makefile", "*.md", "docs/*", "docs/*/*", "examples/*/*"} {
 		files, _ := filepath.Glob(filepath.Join(top, pattern))
 		for _, f := range files {
 			os.Stat(f)

@@ -45,16 +45,16 @@ members=$(hamlet members -format text -status alive -tag role=web)
 	echo "backend web"
 	printf '%s\n' "$members" | LC_ALL=C awk -v usual="$port" '{
 		address = $2; sub(/:[0-9]+$/, "", address)
+		tags = $0; sub(/^[^ ]+ +[^ ]+ +alive */, "", tags); tags = "," tags ","
 		port = usual
-		if (match($0, / alive +(.*,)?port=[^,]*/)) {
-			port = substr($0, RSTART, RLENGTH); sub(/.*=/, "", port)
-		}
+		if (match(tags, /,port=[^,]*/))
+			port = substr(tags, RSTART + 6, RLENGTH - 6)
 		if (address !~ /^[][0-9a-f.:]+$/ || port !~ /^[0-9]+$/ || port + 0 < 1 || port + 0 > 65535)
 			next
 		address = address ":" port + 0
 		name = $1 "-" address; gsub(/[^A-Za-z0-9_.:-]/, "_", name)
 		line = "    server " name " " address "\n"
-		if ($0 ~ / alive +(.*,)?state=drain(,|$)/)
+		if (tags ~ /,state=drain,/)
 			draining = draining line
 		else
 			serving = serving line
