@@ -9,6 +9,7 @@ PREFIX      ?= /usr/local
 IMAGE       ?= hamlet
 FUZZTIME    ?= 1m
 SEED        ?= 1
+SEEDS       ?= 200
 
 BIN  = $(DESTDIR)$(PREFIX)/bin
 MAN  = $(DESTDIR)$(PREFIX)/share/man
@@ -69,9 +70,11 @@ fuzz:
 		echo "== $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . || exit 1; \
 	done
 
-# A big cluster in virtual time, and its figures: make sim N=10000 SEED=7 LOSS=5
+# A big cluster in virtual time, and its figures: make sim N=10000 SEED=7 LOSS=5.
+# Then the stories in which a seed matters, with SEEDS of them.
 sim:
 	SIM_N=$(or $(N),1000) SIM_SEED=$(SEED) SIM_LOSS=$(LOSS) go test -count=1 -v -timeout 60m -run '^TestSimulation$$' .
+	SIM_SEEDS=$(SEEDS) SIM_SEED=$(SEED) go test -count=1 -timeout 60m -run 'WithAnySeed$$' .
 
 # Real agents, measured; beside another program with Serf's command line if
 # PEER names one: make bench N=100 PEER=/usr/local/bin/serf

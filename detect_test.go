@@ -229,7 +229,7 @@ func TestFirstPromisesAreSpreadOverTheCycle(t *testing.T) {
 	}
 	slots := make(map[time.Duration]bool)
 	for _, p := range n.tick(0).packets {
-		slots[promiseOf(p)/heartbeatInterval] = true
+		slots[promiseOf(p)/earlyInterval] = true
 	}
 	if len(slots) != 4 {
 		t.Errorf("four watchers are promised %v", slots)

@@ -73,7 +73,8 @@ const (
 	requestTimeout                = 3 * time.Second // a question's answer counts for so long
 	leaveTimeout                  = time.Second
 	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
-	lateBy                        = 100 * ms // how much later than planned a wake-up may count
+	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
+	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
 
 	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer than
 	// that, and a line is measured once; a longer one at times, since it may have been a stall.
@@ -111,10 +112,13 @@ var (
 // The detector's times and bounds; a probe counts from its start. They are those of a short line: see schedule.
 const (
 	heartbeatInterval = 500 * ms // one heartbeat, to one watcher at a time
+	earlyInterval     = 125 * ms // while there are new watchers
 	overdueAfter      = 100 * ms // past its promise
 	newWatchGrace     = 500 * ms
-	linksWanted       = 2        // watchers that hold a watch link
-	relinkDelay       = 100 * ms // while many join, rings change all the time
+	linksWanted       = 2 // watchers that hold a watch link
+	relinkDelay       = 100 * ms
+	linkOverlap       = time.Second // of a former link and a new one
+	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
 	indirectAgainAfter = 300 * ms // more: those that have not voted
@@ -128,6 +132,7 @@ const (
 	lastResortTimeout  = 900 * ms
 	retryRate          = 2.0 // pings a second, times the failed share of the table
 	maxProbes          = 256
+	maxRandomHelpers   = 16
 )
 
 // ---- messages ----
@@ -919,7 +924,7 @@ func (n *node) handleAck(hdr header) {
 func (n *node) noteValidated(e *entry) {
 	if d := e.peer(); !d.validated {
 		d.validated = true
-		n.heartbeats.linkAt = min(n.heartbeats.linkAt, n.now+relinkDelay) // if it watches me
+		n.heartbeats.planLinks(n) // if it watches this node
 	}
 	if n.detector.isolated {
 		n.detector.isolated = false
@@ -1354,6 +1359,7 @@ type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	nextTry  time.Duration // when to try next; never: that runs
 	rounds   int           // failed in a row
+	failing  time.Duration // when the first of them had failed
 	warned   bucket
 	names    []string // members that answered at a seed's address
 	errs     []string // of the last round
@@ -1381,6 +1387,14 @@ func (j *joining) step(n *node) {
 	n.wakeAt(j.nextTry)
 }
 
+// wait is how long to wait after a failed round. At first a try a second costs nothing, and whole clusters start in any
+// order; a seed that is missing for long is tried more and more rarely.
+func (j *joining) wait(now time.Duration) time.Duration {
+	first := 250 * ms << min(j.rounds, 10)
+	later := (now - j.failing - seedsOftenFor) / 2
+	return min(first, max(later, seedsOften), seedsMax)
+}
+
 // handleSeedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
 func (n *node) handleSeedsTried(names, errs []string, why error) {
 	j := &n.joining
@@ -1392,7 +1406,10 @@ func (n *node) handleSeedsTried(names, errs []string, why error) {
 		j.names, j.rounds = names, 0
 		j.nextTry = n.now + time.Second // if none of them is believed alive
 	} else {
-		wait := min(250*ms<<min(j.rounds, 10), seedsMax)
+		if j.rounds == 0 {
+			j.failing = n.now
+		}
+		wait := j.wait(n.now)
 		j.nextTry = n.now + wait - n.jitter(wait/4)
 		j.rounds++
 	}
@@ -1587,7 +1604,9 @@ type heartbeats struct {
 	queue    []*entry // the same
 	watched  []*entry
 	nextBeat time.Duration // on the caller's clock: the watchers' time goes on while this node is stopped
-	linkAt   time.Duration // when to ask for other watch links; never: they are as they shall be
+	early    int           // beats after the next one that come early
+	links    []Member      // the watch links that were asked for last
+	linkAt   time.Duration // when to ask for others; never: they are as they shall be
 }
 
 // refresh recomputes whom this node watches, and its watchers, after a change.
@@ -1611,15 +1630,14 @@ func (r *heartbeats) refresh(n *node) {
 		}
 	}
 	r.requeue(n)
-	r.linkAt = min(r.linkAt, n.now+relinkDelay)
+	r.planLinks(n)
 }
 
-// requeue drops the former watchers from the queue and greets the new ones: the greeting is a heartbeat, and promises
-// the next one, so that a host is missed that vanishes right after its join.
+// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a heartbeat.
 func (r *heartbeats) requeue(n *node) {
 	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
 	if len(r.queue) == 0 {
-		r.nextBeat = n.real + n.jitter(heartbeatInterval)
+		r.nextBeat = n.real + n.jitter(heartbeatInterval/2)
 	}
 	for _, w := range r.watchers {
 		if !slices.Contains(r.queue, w) {
@@ -1628,17 +1646,29 @@ func (r *heartbeats) requeue(n *node) {
 		}
 	}
 
+	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with those
+	// that were promised an early one; each of them cost half a second more.
+	isNew := func(w *entry) bool { return !w.peer().greeted } // or another instance
+	if slices.ContainsFunc(r.queue, isNew) {
+		r.early = len(r.queue) - 1
+	}
 	for place, w := range r.queue {
-		if !w.peer().greeted { // a new watcher, or another instance of one
+		if isNew(w) {
 			r.sendHeartbeat(n, w, place)
 		}
 	}
 }
 
+// turn is when the watcher at that place in the queue is sent its next heartbeat.
+func (r *heartbeats) turn(place int) time.Duration {
+	early := min(place, r.early)
+	return r.nextBeat + time.Duration(early)*earlyInterval + time.Duration(place-early)*heartbeatInterval
+}
+
 // sendHeartbeat sends a heartbeat to w, whose place in the queue promises it the next one. A watcher that has not
 // answered yet is asked to: before that it gets no broadcasts, which it does not take if it has not heard of this node.
 func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
-	wait := r.nextBeat + time.Duration(place)*heartbeatInterval - n.real
+	wait := r.turn(place) - n.real
 	hdr := n.header(msgHeartbeat)
 	hdr.Promise = uint32(max(wait, 0)/ms) + 1 // 0 is no promise
 	w.peer().greeted = true
@@ -1669,14 +1699,9 @@ func (r *heartbeats) step(n *node) {
 
 // beat sends what is due now.
 func (r *heartbeats) beat(n *node) {
-	late := n.real - r.nextBeat
-	if late < 0 {
-		return
-	}
-
-	// This node was stopped, and more than the first watcher's promise is broken. All get new ones, which hold, or
-	// each of them starts a probe.
-	if late >= heartbeatInterval {
+	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each of
+	// them starts a probe.
+	if n.real >= r.nextBeat+heartbeatInterval {
 		r.nextBeat = n.real + heartbeatInterval
 		for place, w := range r.queue {
 			r.sendHeartbeat(n, w, place)
@@ -1684,21 +1709,48 @@ func (r *heartbeats) beat(n *node) {
 		return
 	}
 
-	first := r.queue[0]
-	r.queue = append(slices.Delete(r.queue, 0, 1), first)
-	r.nextBeat += heartbeatInterval
-	r.sendHeartbeat(n, first, len(r.queue)-1)
+	for n.real >= r.nextBeat {
+		first := r.queue[0]
+		r.queue = append(slices.Delete(r.queue, 0, 1), first)
+		r.nextBeat = r.turn(1)
+		r.early = max(r.early-1, 0)
+		r.sendHeartbeat(n, first, len(r.queue)-1)
+	}
 }
 
-// relink asks for watch links to the first watchers that have answered.
+// planLinks is told that other watchers may want a link. While many join, rings change all the time, and links follow a
+// little later; but one that is missing is made at once, or nobody is told when this node is killed then.
+func (r *heartbeats) planLinks(n *node) {
+	delay := relinkDelay
+	r.links = slices.DeleteFunc(r.links, n.table.ended)
+	if len(r.links) < min(linksWanted, len(r.watchers)) {
+		delay = 0
+	}
+	r.linkAt = min(r.linkAt, n.now+delay)
+}
+
+// relink asks for watch links to the first watchers that have answered. The former ones last until these stand.
 func (r *heartbeats) relink(n *node) {
 	r.linkAt = never
-	n.out.links = []Member{}
+	var links []Member
+	isNew := false
 	for _, w := range r.watchers {
-		if len(n.out.links) < linksWanted && w.peer().validated {
-			n.out.links = append(n.out.links, w.Member)
+		if len(links) < linksWanted && w.peer().validated {
+			links = append(links, w.Member)
+			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
 		}
 	}
+	if isNew {
+		former := slices.DeleteFunc(r.links, func(m Member) bool {
+			return n.table.ended(m) || slices.ContainsFunc(links, m.sameInstance)
+		})
+		if len(former) > 0 {
+			links = append(links, former[:min(len(former), linksWanted)]...)
+			r.linkAt = n.now + linkOverlap
+		}
+	}
+	r.links = links
+	n.out.links = append([]Member{}, links...)
 }
 
 // ---- probes ----
@@ -1729,6 +1781,7 @@ type probe struct {
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
 	pending      []*entry // who has not voted yet
+	unanswered   int      // rounds in which no helper has voted
 }
 
 // probeStage is a step of a round.
@@ -1819,7 +1872,10 @@ func (n *node) linkEnded(m Member, tries int, refused bool) {
 	if n.table.ended(m) || e == n.self || e.isolated || n.identity.leaving != 0 {
 		return
 	}
-	if tries == 4 {
+	if tries > linkTries {
+		return // a firewall stays, and says nothing about the member
+	}
+	if tries == linkTries {
 		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
 	if p := n.detector.startProbe(n, e.Member); p != nil {
@@ -1876,13 +1932,29 @@ func (d *detector) stepProbe(n *node, p *probe) {
 // localOnly reports whether what I see is the verdict: a helper asks nobody, and of a conflict nobody else can tell.
 func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
 
-// chooseHelpers are the target's other watchers and one random member.
+// chooseHelpers are the target's other watchers and one random member. Where most hosts are lost at once, those are
+// as dead as the target: after each round in which nobody has voted, more random members are asked, and first those
+// that have ever answered this node, since what others are sent is limited.
 func (n *node) chooseHelpers(p *probe) []*entry {
 	if p.localOnly(n) {
 		return nil
 	}
 	hs := slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
-	if r := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }); r != nil {
+	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }
+	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
+
+	more := min(1<<min(2*p.unanswered, 10), maxRandomHelpers)
+	for i := range more {
+		var r *entry
+		if i > 0 {
+			r = n.randomMember(n.table.ring[0], hasAnswered)
+		}
+		if r == nil {
+			r = n.randomMember(n.table.ring[0], canHelp)
+		}
+		if r == nil {
+			break
+		}
 		hs = append(hs, r)
 	}
 	return hs
@@ -2036,6 +2108,7 @@ func (d *detector) conclude(n *node, p *probe) {
 	case len(p.results) > 0, n.table.aliveCount() <= 2: // nobody else reaches it either
 		d.declareSuspect(n, p)
 	default: // nobody else could say
+		p.unanswered++
 		d.restart(n, p, n.now)
 	}
 }

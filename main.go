@@ -1392,8 +1392,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "a `TOKEN` that the other commands must give")
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take one or two minutes, each\n"+
-		"further one 30 s (default: never)")
+	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s, each\n"+
+		"further one up to 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
