@@ -971,6 +971,7 @@ type broadcastQueue struct {
 	queue   [][]byte // updates on their way to my watchers
 	recent  []news   // the last claims that went into it, newest last
 	joined  []news   // who has compared tables with this node, and has not been heard of since
+	former  []*entry // watchers whose successors have not answered yet
 	flushAt time.Duration
 	rate    bucket
 	events  eventBuffer
@@ -1042,16 +1043,42 @@ func (s *broadcastQueue) flush(n *node) {
 }
 
 // receivers are the watchers that have answered, and those who have just joined through this node: over a long line
-// they know nobody else for a while.
+// they know nobody else for a while. Until all watchers have answered the former ones stand in for them, or members
+// between newcomers from far away would hear of nothing for so long.
 func (s *broadcastQueue) receivers(n *node) []*entry {
-	es := slices.DeleteFunc(slices.Clone(n.heartbeats.watchers), func(w *entry) bool { return !w.peer().validated })
-	s.joined = slices.DeleteFunc(s.joined, func(j news) bool { return n.now-j.at > recentFor || j.e.Status.isDead() })
-	for _, j := range s.joined {
-		if !slices.Contains(es, j.e) {
-			es = append(es, j.e)
+	var es []*entry
+	add := func(e *entry) {
+		if !e.Status.isDead() && !slices.Contains(es, e) {
+			es = append(es, e)
 		}
 	}
+	for _, w := range n.heartbeats.watchers {
+		if w.peer().validated {
+			add(w)
+		}
+	}
+
+	if len(es) == len(n.heartbeats.watchers) {
+		s.former = nil
+	}
+	for _, w := range s.former {
+		add(w)
+	}
+
+	s.joined = slices.DeleteFunc(s.joined, func(j news) bool { return n.now-j.at > recentFor })
+	for _, j := range s.joined {
+		add(j.e)
+	}
 	return es
+}
+
+// noteFormerWatchers is told who watched this node before others do.
+func (s *broadcastQueue) noteFormerWatchers(former []*entry) {
+	for _, w := range former {
+		if w.peer().validated && !slices.Contains(s.former, w) {
+			s.former = append(s.former[max(0, len(s.former)-rings+1):], w)
+		}
+	}
 }
 
 // heardFrom is told of a datagram of e.
@@ -1622,6 +1649,7 @@ func (r *heartbeats) refresh(n *node) {
 	}
 	watched := r.watched
 	r.version = n.table.version
+	n.broadcasts.noteFormerWatchers(r.watchers)
 	r.watchers = n.table.watchers(n.self)
 	r.watched = n.table.watched(n.self)
 	for _, e := range r.watched {
