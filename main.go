@@ -1329,6 +1329,9 @@ SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
 others see this node fail. A second signal ends at once, with exit status 1.
 SIGHUP reads the files and options again: handlers, tags, the log level and keys
 change while the agent runs.
+
+It works over lines with a round trip of up to 1.6 s that lose some per cent, without
+a setting: round trips are measured. Up to 300 ms a death is noticed as on a LAN.
 `
 
 func agentCommand(fs *flag.FlagSet) func([]string) error {

@@ -1854,9 +1854,9 @@ type lineCase struct {
 
 // The limits hold for the median: a packet that TCP has to send again takes two round trips more.
 var lineCases = []lineCase{
-	{roundTrip: 150 * ms, joined: 800 * ms, killed: time.Second, lost: 2800 * ms, bytes: 160},
-	{roundTrip: 150 * ms, loss: .01, joined: 1200 * ms, killed: time.Second, lost: 2800 * ms, bytes: 200},
-	{roundTrip: 300 * ms, joined: 1500 * ms, killed: time.Second, lost: 2900 * ms, bytes: 160},
+	{roundTrip: 150 * ms, joined: 800 * ms, killed: time.Second, lost: 2900 * ms, bytes: 160},
+	{roundTrip: 150 * ms, loss: .01, joined: 1200 * ms, killed: time.Second, lost: 2900 * ms, bytes: 200},
+	{roundTrip: 300 * ms, joined: 1500 * ms, killed: time.Second, lost: 3100 * ms, bytes: 160},
 	{roundTrip: 300 * ms, loss: .02, joined: 2500 * ms, killed: time.Second, lost: 3100 * ms, bytes: 200},
 	{roundTrip: 600 * ms, joined: 3 * time.Second, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 160},
 	{roundTrip: 600 * ms, loss: .01, joined: 4500 * ms, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 200},
@@ -1933,10 +1933,10 @@ func median(fs []float64) float64 {
 	return fs[len(fs)/2]
 }
 
-// Each length of a line, among three regions and with everybody far from everybody: SIM_LINES sets the number of seeds.
+// Each length of a line, among three regions and with everybody far from everybody. SIM_SEEDS sets the number of seeds.
 func TestLongLineCostsAMemberLittleAndFailsNobody(t *testing.T) {
 	t.Parallel()
-	seeds := envInt("SIM_LINES", 5)
+	seeds := envInt("SIM_SEEDS", 5)
 	for _, c := range lineCases {
 		for _, regions := range []int{3, 12} {
 			t.Run(fmt.Sprintf("%v,loss=%v%%,regions=%d", c.roundTrip, c.loss*100, regions), func(t *testing.T) {
@@ -1963,7 +1963,7 @@ func TestFarSeedIsJoined(t *testing.T) {
 	for _, roundTrip := range []time.Duration{920 * ms, 1600 * ms, 2 * time.Second} {
 		for _, loss := range []float64{0, .02} {
 			t.Run(fmt.Sprintf("%v,loss=%v%%", roundTrip, loss*100), func(t *testing.T) {
-				for i := range envInt("SIM_LINES", 5) {
+				for i := range envInt("SIM_SEEDS", 5) {
 					s := newSim(t, seedFor(t.Name())+uint64(i))
 					s.regions, s.loss = 2, loss
 					s.setLine(roundTrip)
@@ -1984,7 +1984,7 @@ func TestLineThatChangesFailsNobody(t *testing.T) {
 	} {
 		for _, regions := range []int{3, 12} {
 			t.Run(fmt.Sprintf("%v to %v,regions=%d", c.before, c.after, regions), func(t *testing.T) {
-				for i := range envInt("SIM_LINES", 5) {
+				for i := range envInt("SIM_SEEDS", 5) {
 					s := newSim(t, seedFor(t.Name())+uint64(i))
 					s.regions, s.loss = regions, .01
 					s.setLine(c.before)
