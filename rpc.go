@@ -422,7 +422,7 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	defer cancel()
 	tell := func(v verdict, w header) { g.post(func(n *node) { n.handleTCPProbeResult(m, v, w) }) }
 	for range 4 {
-		c, err := g.connect(ctx, m.Addr, false, limit, again, again)
+		c, err := g.connect(ctx, m.Addr, false, sessionTimeout, again, again) // ctx ends it
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			tell(verdictRefused, header{})
 		}
