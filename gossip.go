@@ -508,7 +508,7 @@ type outputs struct {
 	syncs     []Member // compare tables with these
 	events    []Event
 	logs      []string
-	resolve   bool          // look the seeds up and try them all
+	seeds     []int         // try these, each on its own
 	wake      time.Duration // when to tick next, on the caller's clock
 	left      bool          // the leave is done
 	fatal     error         // the node must not go on
@@ -518,7 +518,7 @@ type outputs struct {
 type nodeConfig struct {
 	member    Member // its Incarnation is its Born: see birth
 	seeds     []string
-	retryMax  int // failed rounds of joining the seeds; 0: for ever
+	retryMax  int // failed tries of each seed; 0: for ever
 	reapAfter time.Duration
 	replay    bool // deliver user events of before this agent's time
 	random    [32]byte
@@ -554,6 +554,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.heartbeats.linkAt = never
 	n.detector.lastHeard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
+	n.joining.seeds = make([]seed, len(cfg.seeds))
 	return n
 }
 
@@ -1381,15 +1382,30 @@ func (n *node) syncDone(sync *stateSync) {
 
 // ---- joining ----
 
-// joining is when to try the seeds. To try is to compare tables with all their addresses at once.
+// joining is when to try the seeds. To try one is to look it up and to sync with its addresses. Each seed is tried on
+// its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
 type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
-	nextTry  time.Duration // when to try next; never: that runs
-	rounds   int           // failed in a row
-	failing  time.Duration // when the first of them had failed
+	seeds    []seed        // in the order of nodeConfig.seeds
+	failing  bool          // it was reported that no seed answers
 	warned   bucket
-	names    []string // members that answered at a seed's address
-	errs     []string // of the last round
+}
+
+// seed is what is known of one seed.
+type seed struct {
+	nextTry time.Duration // never: a try is under way
+	failed  int           // tries in a row
+	failing time.Duration // when the first of them had failed
+	last    seedResult
+	tried   bool // last holds the result of a try
+}
+
+// seedResult is what one try of a seed has brought.
+type seedResult struct {
+	names  []string // members that answered at the seed's addresses
+	errs   []string // "ADDR: reason" of what did not answer; one address that answers is enough
+	isSelf bool     // this node itself is what answered
+	taken  error    // another member has this node's name
 }
 
 // noteJoined notes that this node is in a cluster.
@@ -1400,61 +1416,108 @@ func (j *joining) noteJoined(n *node) {
 	}
 }
 
-// step tries as long as no seed is an alive member: two halves of a cluster would else stay apart for ever.
+// step tries as long as no seed is an alive member. Otherwise two halves of a cluster might stay apart for ever.
 func (j *joining) step(n *node) {
-	if len(n.seeds) == 0 || slices.ContainsFunc(j.names, func(name string) bool {
-		e := n.table.get(name)
-		return e != nil && e != n.self && e.displayStatus() == statusAlive
-	}) {
+	if slices.ContainsFunc(j.seeds, func(s seed) bool { return s.isMember(n) }) {
 		return
 	}
-	if n.now >= j.nextTry {
-		n.out.resolve, j.nextTry = true, never
+	for i := range j.seeds {
+		s := &j.seeds[i]
+		if n.now >= s.nextTry {
+			n.out.seeds = append(n.out.seeds, i)
+			s.nextTry = never
+		}
+		n.wakeAt(s.nextTry)
 	}
-	n.wakeAt(j.nextTry)
 }
 
-// wait is how long to wait after a failed round. At first a try a second costs nothing, and whole clusters start in any
+// wait is how long to wait after a failed try. At first a try a second costs nothing, and whole clusters start in any
 // order; a seed that is missing for long is tried more and more rarely.
-func (j *joining) wait(now time.Duration) time.Duration {
-	first := 250 * ms << min(j.rounds, 10)
-	later := (now - j.failing - seedsOftenFor) / 2
+func (s *seed) wait(now time.Duration) time.Duration {
+	first := 250 * ms << min(s.failed, 10)
+	later := (now - s.failing - seedsOftenFor) / 2
 	return min(first, max(later, seedsOften), seedsMax)
 }
 
-// handleSeedsTried ends a round: who answered, what went wrong ("ADDR: reason"), and why, if the own name is taken.
-func (n *node) handleSeedsTried(names, errs []string, why error) {
+// isMember reports whether an alive member has answered at the seed.
+func (s seed) isMember(n *node) bool {
+	return slices.ContainsFunc(s.last.names, func(name string) bool {
+		e := n.table.get(name)
+		return e != nil && e != n.self && e.displayStatus() == statusAlive
+	})
+}
+
+// handleSeedTried takes the result of trying the seed with index i.
+func (n *node) handleSeedTried(i int, r seedResult) {
 	j := &n.joining
-	j.errs = errs
-	if len(names) > 0 {
-		if j.rounds > 0 {
-			n.logf("[INFO] joined through %s", names[0])
-		}
-		j.names, j.rounds = names, 0
-		j.nextTry = n.now + time.Second // if none of them is believed alive
+	s := &j.seeds[i]
+	s.last = r
+	s.tried = true
+	if len(r.names) > 0 {
+		s.failed = 0
+		s.nextTry = n.now + time.Second // if none of them is believed alive
 	} else {
-		if j.rounds == 0 {
-			j.failing = n.now
+		if s.failed == 0 {
+			s.failing = n.now
 		}
-		wait := j.wait(n.now)
-		j.nextTry = n.now + wait - n.jitter(wait/4)
-		j.rounds++
+		wait := s.wait(n.now)
+		s.nextTry = n.now + wait - n.jitter(wait/4)
+		s.failed++
 	}
-	text := strings.Join(errs[:min(len(errs), 5)], "; ")
-	others := slices.ContainsFunc(errs, func(e string) bool { return !strings.HasSuffix(e, errSelf.Error()) })
-	warn := others && j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
+
+	if j.joinedAt == 0 && r.taken != nil {
+		n.out.fatal = r.taken
+		return
+	}
+	keepsTrying := func(s seed) bool { return n.retryMax == 0 || s.failed < n.retryMax }
+	if j.joinedAt == 0 && !slices.ContainsFunc(j.seeds, keepsTrying) {
+		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.retryMax, j.errors(5))
+		return
+	}
+	j.report(n)
+}
+
+// report logs how it stands with the seeds, once each of them has been tried.
+func (j *joining) report(n *node) {
+	answered, dead := "", false
+	for _, s := range j.seeds {
+		switch {
+		case !s.tried:
+			return
+		case len(s.last.names) > 0:
+			answered = s.last.names[0]
+		case !s.last.isSelf:
+			dead = true
+		}
+	}
+
+	if answered != "" && j.failing {
+		n.logf("[INFO] joined through %s", answered)
+	}
+	newlyFailing := answered == "" && !j.failing
+	j.failing = answered == ""
+
+	warn := false
+	if dead {
+		warn = j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
+	}
 	switch {
-	case j.joinedAt == 0 && why != nil:
-		n.out.fatal = why
-	case j.joinedAt == 0 && n.retryMax > 0 && j.rounds >= n.retryMax:
-		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", j.rounds, text)
-	case warn && len(names) > 0:
-		n.logf("[WARN] not all seeds answer (%s)", text)
+	case warn && answered != "":
+		n.logf("[WARN] not all seeds answer (%s)", j.errors(5))
 	case warn:
-		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", text, seedsMax)
-	case !others && j.rounds == 1: // one list of seeds for all is usual, and somebody is the first on it
-		n.logf("[INFO] no seed answers but this node itself (%s)", text)
+		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", j.errors(5), seedsMax)
+	case newlyFailing && !dead: // one list of seeds for all is usual, and some node is the first on it
+		n.logf("[INFO] no seed answers but this node itself (%s)", j.errors(5))
 	}
+}
+
+// errors are what is wrong with the seeds, at most limit of them.
+func (j *joining) errors(limit int) string {
+	var errs []string
+	for _, s := range j.seeds {
+		errs = append(errs, s.last.errs...)
+	}
+	return strings.Join(errs[:min(len(errs), limit)], "; ")
 }
 
 // ---- identity ----
@@ -1613,7 +1676,7 @@ func (n *node) info() (facts []string) {
 	add("left", count[statusLeft])
 	add("members", len(members))
 	add("seeds", strings.Join(n.seeds, ","))
-	add("seeds_error", strings.Join(n.joining.errs, "; "))
+	add("seeds_error", n.joining.errors(math.MaxInt))
 	return facts
 }
 
@@ -2357,7 +2420,10 @@ type gossipConfig struct {
 	sealer
 	bind  netip.AddrPort // UDP and TCP; port 0 takes a free one
 	moves bool           // the address was not chosen by the user: it may change
-	log   *log.Logger
+	iface string         // it is one of this interface; "": of any
+	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown nobody is joined or let in.
+	awaits string
+	log    *log.Logger
 	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
 	events func(ev Event, answer func(r reply, text []byte))
 }
@@ -2372,6 +2438,7 @@ type gossip struct {
 	isolated  atomic.Bool
 	inputs    chan func(*node) // what the loop shall do
 	syncSlots chan struct{}    // a place for each exchange that others have dialled
+	ready     chan struct{}    // closed: the address to advertise is known
 	ended     chan struct{}    // the loop; done: also all that it has started
 	done      chan struct{}    // all has ended: err and last may be read
 	loopState
@@ -2391,7 +2458,7 @@ type loopState struct {
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
-		ended: make(chan struct{}), done: make(chan struct{}),
+		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
 		acceptor: acceptor{limit: guestLimit(), log: cfg.log}}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
@@ -2405,6 +2472,9 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	self.Incarnation = self.Instance
 	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), subscribers: make(map[*subscriber]bool)}
 	g.record.Store(g.node.self.claim)
+	if cfg.awaits == "" {
+		close(g.ready)
+	}
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.accept(g.serve) })
@@ -2487,10 +2557,10 @@ func (g *gossip) perform(out outputs) {
 	if out.links != nil {
 		g.relink(g.node.self.Member, out.links)
 	}
-	if out.resolve {
+	for _, i := range out.seeds {
 		g.wg.Go(func() {
-			names, errs, why := g.join(g.cfg.seeds, false)
-			g.post(func(n *node) { n.handleSeedsTried(names, errs, why) })
+			r := g.joinSeed(g.cfg.seeds[i], false)
+			g.post(func(n *node) { n.handleSeedTried(i, r) })
 		})
 	}
 	if out.fatal != nil || out.left {

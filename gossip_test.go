@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -717,6 +718,79 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	}
 	if got := moved("10.99.0.1", true, false); got != "10.99.0.1" {
 		t.Errorf("when its address has gone it stays at %s", got)
+	}
+}
+
+func TestSeedThatIsSlowHoldsUpNoOther(t *testing.T) {
+	n := newNode(nodeConfig{member: labMember(0), seeds: []string{"slow", "dead"}, retryMax: 3}, 0)
+	now := ms
+	var all outputs // of a minute and a half
+	pass := func() {
+		all = outputs{}
+		for end := now + 90*time.Second; now < end; now += 250 * ms {
+			o := n.tick(now)
+			all.seeds = append(all.seeds, o.seeds...)
+			all.logs = append(all.logs, o.logs...)
+			if o.fatal != nil {
+				all.fatal = o.fatal
+			}
+		}
+	}
+	tried := func(i int, err string) {
+		n.step(now, func(n *node) { n.handleSeedTried(i, seedResult{errs: []string{err}}) })
+	}
+	pass()
+	if !slices.Equal(all.seeds, []int{0, 1}) {
+		t.Fatalf("it tries %v", all.seeds)
+	}
+
+	// The look-up of the first goes on and on: the other is tried again, and the first not twice at a time.
+	for range 5 {
+		tried(1, "dead: connection refused")
+		pass()
+		if !slices.Equal(all.seeds, []int{1}) || all.fatal != nil || len(all.logs) > 0 {
+			t.Fatalf("it tries %v, logs %q, fatal %v", all.seeds, all.logs, all.fatal)
+		}
+	}
+
+	tried(0, "slow: no such host")
+	pass()
+	want := "[WARN] no seed answers (slow: no such host; dead: connection refused)"
+	if len(all.logs) != 1 || !strings.HasPrefix(all.logs[0], want) {
+		t.Errorf("once both have been tried it logs %q", all.logs)
+	}
+	for range 2 {
+		if all.fatal != nil {
+			t.Fatalf("it gives up before each was tried three times: %v", all.fatal)
+		}
+		tried(0, "slow: no such host")
+		pass()
+	}
+	if all.fatal == nil || !strings.Contains(all.fatal.Error(), "in 3 rounds") {
+		t.Errorf("each was tried three times: %v", all.fatal)
+	}
+}
+
+func TestSeedNeedsOneAddressThatAnswers(t *testing.T) {
+	at := netip.MustParseAddrPort("[fd00::1]:7946")
+	for _, tt := range []struct {
+		other error
+		logs  int
+		text  string
+	}{
+		{nil, 0, ""},
+		{errSelf, 1, "[INFO] no seed answers but this node itself"},
+		{syscall.ECONNREFUSED, 1, "[WARN] no seed answers"},
+	} {
+		n := newNode(nodeConfig{member: labMember(0), seeds: []string{"both"}}, 0)
+		n.tick(ms)
+		var r seedResult
+		r.add(at, "", syscall.ECONNREFUSED)
+		r.add(labMember(1).Addr, "b", tt.other)
+		n.step(2*ms, func(n *node) { n.handleSeedTried(0, r) })
+		if logs := n.tick(2 * ms).logs; len(logs) != tt.logs || tt.logs > 0 && !strings.Contains(logs[0], tt.text) {
+			t.Errorf("the other address: %v: it logs %q", tt.other, logs)
+		}
 	}
 }
 

@@ -7,15 +7,13 @@
 package main
 
 import (
-	"cmp"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log"
-	"math"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -26,9 +24,10 @@ import (
 )
 
 const (
-	queueLimit = 4096    // events that may wait for one handler
-	outputKept = 8 << 10 // bytes of a run's output that are logged
-	killAfter  = 5 * time.Second
+	queueLimit = 4096             // events that may wait for one handler
+	outputKept = 8 << 10          // bytes of a run's output that are logged
+	slowAfter  = 10 * time.Second // a run that takes longer is one WARN
+	killAfter  = 5 * time.Second  // between TERM and KILL
 	// closeKillAfter is killAfter once the agent stops: somebody waits for it.
 	closeKillAfter = time.Second
 	// pipesFor bounds the wait for the output of a script that has ended: a child in the background may hold the
@@ -69,6 +68,7 @@ type handler struct {
 	dropped      int    // since the last run
 	droppedTotal int    // in all
 	last         string // how the last run ended
+	runningSince time.Time
 }
 
 // delivery is an event on its way to a handler.
@@ -82,10 +82,13 @@ type delivery struct {
 
 // newHandlers parses the specs.
 func newHandlers(cfg handlerConfig) (*handlers, error) {
+	if cfg.shell == "" {
+		cfg.shell = "/bin/sh"
+	}
 	hs := &handlers{handlerConfig: cfg}
 	hs.ending, hs.end = context.WithCancelCause(context.Background())
 	for _, spec := range cfg.specs {
-		h, err := newHandler(spec, cmp.Or(cfg.shell, "/bin/sh"))
+		h, err := newHandler(spec, cfg.shell)
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
@@ -134,31 +137,49 @@ func (hs *handlers) now() []*handler {
 	return hs.all
 }
 
-// newHandler takes "script" or "event[,event...]=script" apart.
+// newHandler parses the value of -event-handler.
 func newHandler(spec, shell string) (*handler, error) {
-	events, script, found := strings.Cut(spec, "=")
-	h := &handler{spec: oneLine(spec), last: "never", events: strings.Split(events, ","), script: script}
-	bad := checkEvents(h.events)
-	if !found && bad == nil { // a forgotten script, or a list that was cut at its commas: run, it would only fail later
-		return nil, fmt.Errorf("there is no script; write %s=SCRIPT", spec)
-	} else if !found {
-		h.events, h.script, bad = []string{"*"}, spec, nil
+	events, script, err := splitSpec(spec)
+	if err != nil {
+		return nil, err
 	}
-	words := strings.Fields(h.script)
-	switch _, noShell := exec.LookPath(shell); {
-	case len(words) == 0:
-		return nil, errors.New("the script is empty")
-	case bad != nil:
-		return nil, bad
-	case noShell == nil:
-		h.argv = []string{shell, "-c", h.script}
-	case strings.ContainsAny(h.script, shellSyntax) || strings.Contains(words[0], "="):
+	argv, err := commandLine(script, shell)
+	if err != nil {
+		return nil, err
+	}
+	return &handler{spec: oneLine(spec), events: events, script: script, argv: argv, last: "never"}, nil
+}
+
+// splitSpec splits "event[,event...]=script". A script alone runs on every event.
+func splitSpec(spec string) (events []string, script string, err error) {
+	list, script, hasEvents := strings.Cut(spec, "=")
+	if !hasEvents {
+		// A list of events whose script was forgotten, or cut at its commas, would only fail later as a script.
+		if checkEvents(strings.Split(spec, ",")) == nil {
+			return nil, "", fmt.Errorf("there is no script; write %s=SCRIPT", spec)
+		}
+		list = "*"
+		script = spec
+	}
+	if strings.TrimSpace(script) == "" {
+		return nil, "", errors.New("the script is empty")
+	}
+	events = strings.Split(list, ",")
+	return events, script, checkEvents(events)
+}
+
+// commandLine is how script is run: by the shell. An image built from scratch has none; there a program with plain
+// arguments must do.
+func commandLine(script, shell string) ([]string, error) {
+	if _, err := exec.LookPath(shell); err == nil {
+		return []string{shell, "-c", script}, nil
+	}
+	words := strings.Fields(script)
+	if strings.ContainsAny(script, shellSyntax) || strings.Contains(words[0], "=") {
 		return nil, fmt.Errorf("the script needs a shell, and there is no %s here; "+
 			"only a program with plain arguments can run", shell)
-	default: // an image built from scratch has no shell: there a program with plain arguments must do
-		h.argv = words
 	}
-	return h, nil
+	return words, nil
 }
 
 // shellSyntax are the characters that would mean something to a shell.
@@ -166,14 +187,24 @@ const shellSyntax = "|&;<>()$`\\\"'*?[]{}~#!\n"
 
 func checkEvents(events []string) error {
 	for _, ev := range events {
-		kind, name, named := strings.Cut(ev, ":")
-		k := eventKind(slices.Index(eventNames[1:], kind) + 1)
-		if ev != "*" && (k == 0 || named && (k < eventUser || name == "")) {
+		if !isEvent(ev) {
 			return fmt.Errorf("unknown event %.60q; there are %s, user:NAME, query:NAME and * "+
 				"(a script that holds a '=' is written *=SCRIPT)", ev, strings.Join(eventNames[1:], ", "))
 		}
 	}
 	return nil
+}
+
+// isEvent reports whether ev can stand for events in a spec.
+func isEvent(ev string) bool {
+	if ev == "*" {
+		return true
+	}
+	kind, name, hasName := strings.Cut(ev, ":")
+	if hasName {
+		return name != "" && (kind == eventUser.String() || kind == eventQuery.String())
+	}
+	return slices.Contains(eventNames[1:], kind)
 }
 
 // matches reports whether events, as in a spec, hold that of kind and name.
@@ -206,34 +237,38 @@ func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 func (h *handler) enqueue(d delivery) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	i := -1
 	if d.Coalesce {
-		i = slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name })
+		if at := slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name }); at >= 0 {
+			// Broadcasts overtake each other: the last event is the last one sent.
+			if h.queue[at].LTime > d.LTime {
+				return
+			}
+			h.queue = slices.Delete(h.queue, at, at+1)
+		}
 	}
-	switch {
-	case i >= 0 && h.queue[i].LTime > d.LTime: // floods overtake each other: the last is the last one sent
-		return
-	case i >= 0:
-		h.queue = slices.Delete(h.queue, i, i+1)
-	case len(h.queue) == queueLimit:
+
+	if len(h.queue) == queueLimit {
 		h.queue = h.queue[1:]
 		h.droppedTotal++
-		if h.dropped++; h.dropped == 1 {
+		h.dropped++
+		if h.dropped == 1 {
 			h.handlers.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
 		}
 	}
-	if h.queue = append(h.queue, d); !h.working {
+	h.queue = append(h.queue, d)
+	if !h.working {
 		h.working = true
 		h.handlers.workers.Go(h.work)
 	}
 }
 
-// take removes what the next run is about: consecutive member events of one kind, one user event, or one query.
-// Where nothing waits it is nothing, and whoever works has to stop.
+// take removes what the next run is about: consecutive member events of one kind, one user event, or one query. When
+// nothing waits it returns nil, and the worker has to stop.
 func (h *handler) take() []delivery {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.working = len(h.queue) > 0; !h.working {
+	if len(h.queue) == 0 {
+		h.working = false
 		h.queue = nil // lets go of what a burst has taken
 		return nil
 	}
@@ -241,7 +276,9 @@ func (h *handler) take() []delivery {
 		h.handlers.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.spec, h.dropped)
 		h.dropped = 0
 	}
-	n, kind := 1, h.queue[0].kind
+
+	n := 1
+	kind := h.queue[0].kind
 	for kind < eventUser && n < len(h.queue) && h.queue[n].kind == kind {
 		n++
 	}
@@ -274,6 +311,9 @@ func (hs *handlers) info() (facts []string) {
 		add(events+" waiting", strconv.Itoa(len(h.queue)))
 		add(events+" dropped", strconv.Itoa(h.droppedTotal))
 		add(events+" last run", h.last)
+		if !h.runningSince.IsZero() {
+			add(events+" running since", h.runningSince.Format(time.DateTime))
+		}
 		h.mu.Unlock()
 	}
 	return facts
@@ -306,67 +346,143 @@ func (hs *handlers) close(last ...Event) {
 
 // ---- runs ----
 
-// run runs the handler's script once, to its end or its timeout, and tells what came of it.
+// run runs the handler's script once, to its end or its timeout, and reports the result.
 func (h *handler) run(batch []delivery) {
-	event, started := batch[0], time.Now()
+	event := batch[0]
+	started := time.Now()
+	h.noteStart(started)
+	slow := time.AfterFunc(slowAfter, func() {
+		h.handlers.log.Printf("[WARN] handler '%s' has been running for %v, since %s: its other events wait", h.spec, slowAfter,
+			started.Format(time.DateTime))
+	})
 	var printed, answer outputCapture // answer: what a query's handler prints to stdout
 	status := h.runScript(batch, &printed, &answer)
-	end := fmt.Sprintf("%s after %v", cmp.Or(status, "well"), time.Since(started).Round(time.Millisecond))
-	h.mu.Lock()
-	h.last = end + ", " + started.Format(time.DateTime)
-	h.mu.Unlock()
+	slow.Stop()
+
+	end := "well"
+	if status != "" {
+		end = status
+	}
+	end += fmt.Sprintf(" after %v", time.Since(started).Round(time.Millisecond))
+	h.noteEnd(end + ", " + started.Format(time.DateTime))
 	output := string(answer.last) + string(printed.last)
 	h.handlers.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
-	r, text, size := replyDone, string(answer.first), answer.size
 	if status != "" {
-		what := strings.TrimSuffix(event.kind.String()+":"+event.Name, ":")
-		lines := strings.Split(strings.TrimSpace(output), "\n")
-		h.handlers.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.spec, oneLine(what), end,
-			oneLine(cmp.Or(lines[len(lines)-1], "(no output)")))
-		r, text, size = replyFailed, status+"\n"+text+string(printed.first), len(status)+1+size+printed.size
+		h.handlers.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.spec, oneLine(event.title()), end, lastLine(output))
 	}
+
 	if event.answer != nil {
-		if note := fmt.Sprintf("... (cut: %d bytes)\n", size); size > maxPayload {
-			text = text[:maxPayload-len(note)] + note
-		}
-		event.answer(r, []byte(text))
+		event.answer(replyTo(status, &printed, &answer))
 	}
+}
+
+func (h *handler) noteStart(at time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.runningSince = at
+}
+
+func (h *handler) noteEnd(how string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.last = how
+	h.runningSince = time.Time{}
+}
+
+// title is the event as a spec has it, such as user:deploy.
+func (ev Event) title() string {
+	if ev.Name == "" {
+		return ev.kind.String()
+	}
+	return ev.kind.String() + ":" + ev.Name
+}
+
+func lastLine(output string) string {
+	output = strings.TrimSpace(output)
+	if output == "" {
+		return "(no output)"
+	}
+	return oneLine(output[strings.LastIndex(output, "\n")+1:])
+}
+
+// replyTo is what the asker of a query gets: what was printed to stdout or, where the script has failed, its status and
+// all that it printed. What does not fit is cut, and that is said.
+func replyTo(status string, printed, answer *outputCapture) (reply, []byte) {
+	kind := replyDone
+	text := string(answer.first)
+	size := answer.size
+	if status != "" {
+		kind = replyFailed
+		text = status + "\n" + text + string(printed.first)
+		size += len(status) + 1 + printed.size
+	}
+	if size > maxPayload {
+		note := fmt.Sprintf("... (cut: %d bytes)\n", size)
+		text = text[:maxPayload-len(note)] + note
+	}
+	return kind, []byte(text)
 }
 
 // runScript runs the script in a process group of its own. The status says what was wrong with its end, if anything.
 func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
-	ctx, cancel := context.WithTimeoutCause(h.handlers.ending, cmp.Or(h.handlers.runTimeout(), math.MaxInt64), errors.New("timed out"))
-	defer cancel()
+	ctx := h.handlers.ending
+	if timeout := h.handlers.runTimeout(); timeout > 0 {
+		limited, cancel := context.WithTimeoutCause(ctx, timeout, errors.New("timed out"))
+		defer cancel()
+		ctx = limited
+	}
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
-	cmd.Cancel = func() error { endGroup(cmd.Process.Pid, h.handlers.ending); return nil }
+	cmd.Cancel = func() error {
+		endGroup(cmd.Process.Pid, h.handlers.ending)
+		return nil
+	}
 	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Env, cmd.Stdin = h.environ(batch[0].Event), strings.NewReader(stdinFor(batch))
-	stdout, err := printed, printed.open()
+	cmd.Env = h.environ(batch[0].Event)
+	cmd.Stdin = strings.NewReader(stdinFor(batch))
+
+	stdout := printed
+	err := printed.open()
 	if batch[0].answer != nil && err == nil {
-		stdout, err = answer, answer.open()
+		stdout = answer
+		err = answer.open()
 	}
-	if cmd.Stdout, cmd.Stderr = stdout.w, printed.w; err == nil {
+	if err == nil {
+		cmd.Stdout = stdout.w
+		cmd.Stderr = printed.w
 		err = cmd.Run()
 	}
 	printed.close()
 	answer.close()
-	switch {
-	case cmd.Process == nil:
-		return fmt.Sprintf("cannot start: %v", cmp.Or(context.Cause(ctx), err))
-	case err == nil || errors.Is(err, exec.ErrWaitDelay):
-		return ""
-	case ctx.Err() != nil:
-		return fmt.Sprintf("%v, %v", context.Cause(ctx), cmd.ProcessState)
-	default:
-		return err.Error()
+
+	if cmd.Process == nil && ctx.Err() != nil {
+		return fmt.Sprintf("cannot start: %v", context.Cause(ctx))
 	}
+	if cmd.Process == nil {
+		return fmt.Sprintf("cannot start: %v", err)
+	}
+	if err == nil || errors.Is(err, exec.ErrWaitDelay) {
+		return ""
+	}
+	if ctx.Err() != nil {
+		return fmt.Sprintf("%v, %v", context.Cause(ctx), cmd.ProcessState)
+	}
+	return err.Error()
 }
 
-// endGroup ends a process group: TERM, then KILL for whoever is still there, the leader or what it left behind.
+// endGroup ends a process group: TERM, then KILL for what is still there, the leader or what it left behind.
 func endGroup(pgid int, ending context.Context) {
 	syscall.Kill(-pgid, syscall.SIGTERM)
-	for began := time.Now(); groupLives(pgid); time.Sleep(5 * time.Millisecond) {
+	// One process of the group is watched. Another one is searched for only when that has ended: to search is to ask about
+	// every process of the host.
+	survivor := pgid
+	for began := time.Now(); syscall.Kill(-pgid, 0) == nil; time.Sleep(5 * time.Millisecond) {
+		if !runsInGroup(survivor, pgid) {
+			survivor = findInGroup(pgid)
+		}
+		if survivor == 0 {
+			return // only zombies are left, which nobody has reaped
+		}
 		took := time.Since(began)
 		if took > killAfter || took > closeKillAfter && ending.Err() != nil {
 			break
@@ -375,18 +491,34 @@ func endGroup(pgid int, ending context.Context) {
 	syscall.Kill(-pgid, syscall.SIGKILL)
 }
 
-// groupLives reports whether something of a process group runs. A zombie that nobody has reaped does not, and
-// where there is a /proc it is told apart.
-func groupLives(pgid int) bool {
-	if syscall.Kill(-pgid, 0) != nil {
+// runsInGroup reports whether a process is of the group and no zombie. Where there is no /proc, all run.
+func runsInGroup(pid, pgid int) bool {
+	if group, err := syscall.Getpgid(pid); err != nil || group != pgid {
 		return false
 	}
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	runs := regexp.MustCompile(fmt.Sprintf(`\) [^ZX] \d+ %d `, pgid)) // state, parent, group
-	return len(stats) == 0 || slices.ContainsFunc(stats, func(f string) bool {
-		b, _ := os.ReadFile(f)
-		return runs.Match(b)
-	})
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		_, noProc := os.Stat("/proc/self/stat")
+		return noProc != nil
+	}
+	_, fields, _ := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ") // the name before it may hold anything
+	return fields != "" && fields[0] != 'Z' && fields[0] != 'X'
+}
+
+// findInGroup is a process of the group that runs; 0: there is none.
+func findInGroup(pgid int) int {
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return pgid // it cannot be found out
+	}
+	defer proc.Close()
+	names, _ := proc.Readdirnames(-1)
+	for _, name := range names {
+		if pid, err := strconv.Atoi(name); err == nil && runsInGroup(pid, pgid) {
+			return pid
+		}
+	}
+	return 0
 }
 
 // outputCapture keeps the first and the last bytes written to it, and their number.
@@ -428,8 +560,9 @@ func (c *outputCapture) Write(p []byte) (int, error) {
 
 // oneLine makes s fit to stand inside a log line.
 func oneLine(s string) string {
-	if s = strings.NewReplacer("\n", " ", "\r", " ").Replace(s); len(s) > 200 {
-		s = s[:200] + "..."
+	s = strings.NewReplacer("\n", " ", "\r", " ").Replace(s)
+	if len(s) > 200 {
+		return s[:200] + "..."
 	}
 	return s
 }
@@ -438,12 +571,14 @@ func oneLine(s string) string {
 
 // stdinFor is what a script reads: Serf's line for each member, or the payload.
 func stdinFor(batch []delivery) string {
-	if text := string(batch[0].Payload); batch[0].kind >= eventUser {
-		if text != "" {
-			text = strings.TrimSuffix(text, "\n") + "\n"
+	if batch[0].kind >= eventUser {
+		payload := string(batch[0].Payload)
+		if payload == "" {
+			return ""
 		}
-		return text
+		return strings.TrimSuffix(payload, "\n") + "\n"
 	}
+
 	var b strings.Builder
 	escape := strings.NewReplacer("\t", `\t`, "\n", `\n`).Replace
 	for _, ev := range batch {
@@ -470,13 +605,17 @@ func (h *handler) environ(ev Event) []string {
 // handlerEnv is what scripts are told about their agent, under Serf's names. SERF_RPC_AUTH is set even when empty:
 // an inherited one is not this agent's.
 func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
+	aloneValue := ""
+	if alone {
+		aloneValue = "1"
+	}
 	env := []string{
 		"SERF_SELF_NAME=" + self.Name,
 		"SERF_SELF_ROLE=" + self.Tags.asMap()["role"],
 		"SERF_SELF_ADDR=" + self.Addr.String(),
 		"SERF_RPC_ADDR=" + rpcAddr,
 		"SERF_RPC_AUTH=" + rpcAuth,
-		"SERF_SELF_ALONE=" + map[bool]string{true: "1"}[alone],
+		"SERF_SELF_ALONE=" + aloneValue,
 	}
 	odd := regexp.MustCompile("[^0-9A-Z]") // in the name of a variable
 	for _, tag := range splitNUL(self.Tags) {

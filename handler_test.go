@@ -673,7 +673,7 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 }
 
 func TestOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
-	hs, logged := startHandlers(t, handlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
+	hs, logged := startHandlers(t, handlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 600 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
 	for i := range 20 {
 		hs.deliver(userEventOf("e", "", uint64(i), false), nil)
 		logged.waitFor(t, fmt.Sprintf("line 299\nlast %d\n", i), 1)
@@ -974,5 +974,35 @@ func BenchmarkDeliverToFirstLine(b *testing.B) {
 			b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
 			b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
 		})
+	}
+}
+
+// To end a group costs nothing that grows with the number of processes of the host, while a script ignores TERM.
+func TestGroupThatIgnoresTermCostsNoSearchOfTheHost(t *testing.T) {
+	crowd := exec.Command("/bin/sh", "-c", "i=0; while [ $i -lt 600 ]; do sleep 60 & i=$((i+1)); done; wait")
+	crowd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := crowd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		syscall.Kill(-crowd.Process.Pid, syscall.SIGKILL)
+		crowd.Wait()
+	})
+	ready := filepath.Join(t.TempDir(), "ready")
+	hs, _ := startHandlers(t, handlerConfig{}, "trap '' TERM; echo >"+ready+"; while :; do sleep 1; done")
+	hs.deliver(joinOf("a"), nil)
+	awaitCond(t, "the script runs", func() bool { _, err := os.Stat(ready); return err == nil })
+
+	used := func() time.Duration {
+		var r syscall.Rusage
+		syscall.Getrusage(syscall.RUSAGE_SELF, &r)
+		return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+	}
+	before := used()
+	hs.close() // takes closeKillAfter
+	took := used() - before
+	t.Logf("%v of processor time", took)
+	if took > 150*time.Millisecond {
+		t.Errorf("%v of processor time", took)
 	}
 }

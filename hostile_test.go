@@ -40,7 +40,7 @@ type rig struct {
 	numbers map[string]uint64
 	mode    [rigPeers]peerMode
 	beatAt  time.Duration
-	resolve bool // the node waits for its seeds
+	trying  bool // the node waits for its seed
 	todo    []func()
 
 	may       map[netip.AddrPort]bool // members, seeds, addresses of joins and namesakes
@@ -305,10 +305,10 @@ func (r *rig) step() {
 			addrs = append(addrs, rigAddr(r.pick(rigPeers)))
 			r.may[addrs[len(addrs)-1]] = true
 		}
-		if r.resolve {
-			r.resolve = false
+		if r.trying {
+			r.trying = false
 			errs, names := []string{fmt.Sprint(addrs)}, []string{r.name()}
-			r.tell(func(n *node) { n.handleSeedsTried(names[:len(addrs)%2], errs, nil) })
+			r.tell(func(n *node) { n.handleSeedTried(0, seedResult{names: names[:len(addrs)%2], errs: errs}) })
 		}
 	case 12:
 		size, how := r.pick(256), r.byte()
@@ -484,7 +484,7 @@ func (r *rig) pass(d time.Duration) {
 
 // react carries outputs out, and lets peers answer that do.
 func (r *rig) react(o outputs) {
-	r.resolve = r.resolve || o.resolve
+	r.trying = r.trying || len(o.seeds) > 0
 	for _, p := range o.packets {
 		r.sealed = append(r.sealed[max(0, len(r.sealed)-200):], p.data)
 		var hdr header
@@ -621,7 +621,9 @@ func (r *rig) checkBounds() {
 	bound("questions", len(n.requests.open), maxRequests)
 	bound("floods", len(n.broadcasts.queue), maxQueue)
 	bound("events", len(n.broadcasts.events.recent), maxEvents)
-	bound("seeds' names", len(n.joining.names), 64+4)
+	for _, s := range n.joining.seeds {
+		bound("a seed's names", len(s.last.names), 64+4)
+	}
 	bound("queries", len(n.queries.open), maxQueries)
 	bound("queries of others", len(n.queries.heard), maxHeard)
 	for _, ev := range n.broadcasts.events.recent {

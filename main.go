@@ -54,6 +54,8 @@ const (
 	keySize        = 32 // of a new key
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 20 * time.Second // a join or a leave takes the agent itself up to fifteen
+	startPatience  = time.Second      // how long the banner waits for the name of -advertise
+	addressPoll    = 500 * ms         // between looks whether there is an address to advertise now
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
 )
@@ -713,7 +715,14 @@ func joinCommand(fs *flag.FlagSet) func([]string) error {
 		}
 		req := rpcRequest{Op: "join", Args: strings.Join(addrs, "\x00"), Replay: *replay}
 		return agent.call(req, slowTimeout, func(a rpcResponse, _ []update) error {
-			return output(fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count))
+			if a.More {
+				return nil // the agent is at it
+			}
+			text := fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count)
+			if a.Text != "" { // one of them is the agent itself
+				text += printable(a.Text, "") + "\n"
+			}
+			return output(text)
 		})
 	}
 }
@@ -1369,8 +1378,8 @@ func (src agentSource) read() (*agent, error) {
 	if err != nil {
 		return nil, wrongUsage("agent", err)
 	}
-	for _, variable := range unknown {
-		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: it is not looked at", variable))
+	if len(unknown) > 0 {
+		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: not looked at", strings.Join(unknown, ", ")))
 	}
 	if err := a.readFiles(fs); err != nil {
 		return nil, err
@@ -1387,25 +1396,26 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
 	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
-	fs.StringVar(&a.bind, "bind", "0.0.0.0:"+defaultPort, "`IP:PORT` where to listen for gossip, UDP and TCP")
+	fs.StringVar(&a.bind, "bind", "", "`HOST:PORT` where to listen for gossip, UDP and TCP (default\n"+
+		"0.0.0.0:7946; [::]:7946 where only IPv6 will do)")
 	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
 		"from which packets to the first seed go out)")
-	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`")
+	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`, also when\n"+
+		"it changes")
 	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
-	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "a `TOKEN` that the other commands must give")
+	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
 	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s, each\n"+
 		"further one up to 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
-	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
+	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
 		"repeatable, or separated by commas: the first seals, all can open;\n"+
 		"'none' among them stands for no encryption, while keys are introduced.\n"+
-		"Others can see arguments: better set HAMLET_ENCRYPT", func(s string) error {
+		"Others can see arguments: better set HAMLET_ENCRYPT", secret(func(s string) {
 		a.keys = append(a.keys, strings.Split(s, ",")...)
-		return nil
-	})
+	}))
 	durationOption(fs, &g.reapAfter, "reap-after", "forget failed and left members after `DURATION` (default 24h)")
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
 	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
@@ -1437,16 +1447,55 @@ func setFromEnvironment(fs *flag.FlagSet, environ []string) (unknown []string, e
 	for _, kv := range environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
+		if !ours {
+			continue
+		}
+
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
-		switch f := fs.Lookup(name); {
-		case !ours:
-		case f == nil:
-			unknown = append(unknown, variable)
-		case text != "" && !given[name] && err == nil:
+		if fs.Lookup(name) == nil {
+			if !isServiceLink(variable, text) {
+				unknown = append(unknown, variable)
+			}
+			continue
+		}
+		// Templates set all variables, also those that have no value. But an empty secret is one that is missing.
+		meant := text != "" || keepsOthersOut(name)
+		if meant && !given[name] && err == nil {
 			err = setFromVariable(fs, variable, text, name)
 		}
 	}
 	return unknown, err
+}
+
+// keepsOthersOut reports whether the option of that name is there to keep others out. Without a value that would
+// silently not happen, so none is refused, wherever it comes from.
+func keepsOthersOut(option string) bool {
+	return slices.Contains([]string{"encrypt", "rpc-auth", "cluster"}, option)
+}
+
+// secret returns the way to take the value of an option that keeps others out.
+func secret(set func(string)) func(string) error {
+	return func(s string) error {
+		if strings.TrimSpace(s) == "" {
+			return errors.New("it is empty; leave it out altogether if there is to be none")
+		}
+		set(s)
+		return nil
+	}
+}
+
+// isServiceLink reports whether a variable was set by Kubernetes or by a Docker link, for a service or a container
+// that is called hamlet or hamlet-something, and not by the user.
+func isServiceLink(variable, text string) bool {
+	if strings.HasSuffix(variable, "_PORT") && strings.Contains(text, "://") { // HAMLET_PORT=tcp://10.0.0.1:7946
+		return true
+	}
+	if strings.HasSuffix(variable, "_NAME") && strings.HasPrefix(text, "/") { // HAMLET_NAME=/web/hamlet
+		return true
+	}
+	is, _ := regexp.MatchString(`^HAMLET(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|`+
+		`PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END|PORT_START|PORT_END))?|ENV_\w+)$`, variable)
+	return is
 }
 
 // setFromVariable sets an option to the text of a variable, or to each item of it where the option is repeatable.
@@ -1454,6 +1503,9 @@ func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
 	items, note := []string{text}, ""
 	if slices.Contains([]string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}, name) {
 		items = splitList(text)
+	}
+	if len(items) == 0 && keepsOthersOut(name) {
+		items = []string{""} // which it refuses
 	}
 	if len(items) > 1 && name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
 		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
@@ -1563,7 +1615,11 @@ func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string
 			a.notes = append(a.notes, unknownKey(file, key, name))
 			continue
 		}
-		for _, value := range optionTexts(object[key]) {
+		values := optionTexts(object[key])
+		if len(values) == 0 && keepsOthersOut(name) {
+			values = []string{""} // which it refuses
+		}
+		for _, value := range values {
 			if given[name] || a.hasTag(name, value) {
 				continue
 			}
@@ -1628,19 +1684,49 @@ func (a *agent) check() (why string, err error) {
 	if cfg.member.Tags, err = makeTags(a.tags); err != nil {
 		return "", usagef("", "-tag: %v", err)
 	}
-	host, port, _ := hostPort(a.bind, defaultPort)
-	bind, err := netip.ParseAddrPort(net.JoinHostPort(cmp.Or(host, "0.0.0.0"), port)) // which takes no empty port
-	if err != nil || bind.Addr().IsMulticast() {
-		return "", usagef("-bind takes IP:PORT, such as 0.0.0.0:7946 or [::1]:7946",
-			"-bind: %q is not an IP address and a port", a.bind)
+	cfg.bind, err = a.bindAddress()
+	if err != nil {
+		return "", err
 	}
-	cfg.bind = netip.AddrPortFrom(bind.Addr().Unmap(), bind.Port())
 	if cfg.keys, err = parseKeys(a.keys); err != nil {
 		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
-	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == "" && a.iface == ""
-	cfg.member.Addr, why, err = a.advertised()
-	return why, err
+	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == ""
+	cfg.iface = a.iface
+	return a.chooseAddress()
+}
+
+// chooseAddress chooses the address to advertise. Where it may become known later, a stopgap is taken until then.
+func (a *agent) chooseAddress() (why string, err error) {
+	cfg := &a.gossip
+	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
+	defer cancel()
+	cfg.member.Addr, why, err = a.advertised(ctx)
+	f, _ := errors.AsType[*failure](err)
+	if f == nil || !f.retriable {
+		return why, err
+	}
+	cfg.awaits = f.msg
+	_, port, _ := hostPort(a.advertise, fmt.Sprint(cfg.bind.Port()))
+	cfg.member.Addr = netip.MustParseAddrPort(net.JoinHostPort("127.0.0.1", port))
+	return "it is not known yet", nil
+}
+
+// awaitAddress waits until the address to advertise is known, and has the agent join then.
+func (a *agent) awaitAddress(g *gossip) {
+	log.Printf("[WARN] %s: this node joins as soon as it has an address to advertise", a.gossip.awaits)
+	for {
+		addr, _, err := a.advertised(g.ctx)
+		if err == nil {
+			g.addressKnown(addr.Addr())
+			return
+		}
+		select {
+		case <-time.After(addressPoll):
+		case <-g.ctx.Done():
+			return
+		}
+	}
 }
 
 // parseKeys decodes the keys. Its errors never show a key.
@@ -1685,7 +1771,6 @@ func (src agentSource) run() error {
 	a.gossip.member.Version = version
 	a.handlers.log = log.Default()
 	a.gossip.log = log.Default()
-	signals := prepareProcess()
 	started := *a // check completes what was read
 	why, err := a.check()
 	if err != nil {
@@ -1696,6 +1781,7 @@ func (src agentSource) run() error {
 	if err != nil {
 		return err
 	}
+	signals := prepareProcess() // only now: until here a signal ends the process, however long a resolver takes
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return usagef(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
@@ -1714,6 +1800,9 @@ func (src agentSource) run() error {
 
 	go g.loop()
 	a.banner(g, why, ln.Addr())
+	if a.gossip.awaits != "" {
+		go a.awaitAddress(g)
+	}
 	for _, note := range a.notes {
 		log.Printf("[WARN] %s", note)
 	}
@@ -1851,9 +1940,14 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Encrypted: %v
 `, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, a.gossip.sealsWithKey())
 	switch ip := self.Addr.Addr(); {
+	case a.gossip.awaits != "": // which is told
 	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
-		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (-advertise sets one)", self.Addr, why)
-	case !a.gossip.sealsWithKey() && !ip.IsPrivate() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast():
+		remedy := "-advertise sets one"
+		if ips, _ := addressesOf(""); !bestAddress(ips, netip.IPv6Unspecified()).Is4() && a.gossip.bind.Addr().Is4() {
+			remedy = fmt.Sprintf("-bind [::]:%d takes IPv6 as well", a.gossip.bind.Port())
+		}
+		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (%s)", self.Addr, why, remedy)
+	case !a.gossip.sealsWithKey() && !isPrivate(ip):
 		log.Printf("[WARN] %s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
@@ -2027,88 +2121,247 @@ func rpcAddr(s string) (string, error) {
 	return net.JoinHostPort(host, port), err
 }
 
-// resolve looks up all addresses of all hosts at the same time; port stands in for a missing one. What takes
-// longer than 1.5 s counts as failed.
-func resolve(ctx context.Context, hosts []string, port string) (addrs []netip.AddrPort, errs []string) {
-	ctx, cancel := context.WithTimeout(ctx, 1500*ms)
-	defer cancel()
-	found, failed := make([][]net.IPAddr, len(hosts)), make([]error, len(hosts))
-	var all sync.WaitGroup
-	for i, s := range hosts {
-		all.Go(func() {
-			host, _, err := hostPort(s, port)
-			if failed[i] = err; err == nil {
-				found[i], failed[i] = net.DefaultResolver.LookupIPAddr(ctx, host) // LookupNetIP would lose a zone
-			}
-		})
-	}
-	all.Wait()
-	for i, s := range hosts {
-		if failed[i] != nil {
-			errs = append(errs, fmt.Sprintf("%s: %v", s, failed[i]))
-		}
-		_, port, _ := hostPort(s, port)
-		for _, ip := range found[i] {
-			addr, _ := netip.AddrFromSlice(ip.IP) // only IPv6 has zones
-			a := netip.MustParseAddrPort(net.JoinHostPort(addr.Unmap().WithZone(ip.Zone).String(), port))
-			if !slices.Contains(addrs, a) {
-				addrs = append(addrs, a)
-			}
-		}
-	}
-	return addrs, errs
+// lookup is an answer of the system's resolver.
+type lookup struct {
+	addrs []netip.AddrPort
+	err   error
 }
 
-// advertised returns the address that others are told, and the reason. It is never a wildcard, and
-// loopback only if that is asked for or if there is nothing else.
-func (a *agent) advertised() (addr netip.AddrPort, why string, err error) {
-	bind := a.gossip.bind
-	try := func(ip netip.Addr, reason string) {
-		if !addr.IsValid() && usable(ip, bind.Addr()) {
-			addr, why = netip.AddrPortFrom(ip, bind.Port()), reason
+// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and each
+// answer comes as soon as it is there. The resolver takes as long as it takes: only ctx ends it. After the last answer
+// the channel is closed.
+func lookUp(ctx context.Context, s, port string) <-chan lookup {
+	answers := make(chan lookup, 2)
+	host, port, err := hostPort(s, port)
+	if err != nil {
+		answers <- lookup{err: err}
+		close(answers)
+		return answers
+	}
+	complete := func(ip netip.Addr) netip.AddrPort {
+		return netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
+	}
+	if ip, err := netip.ParseAddr(host); err == nil {
+		answers <- lookup{addrs: []netip.AddrPort{complete(ip)}}
+		close(answers)
+		return answers
+	}
+
+	var both sync.WaitGroup
+	for _, family := range []string{"ip4", "ip6"} {
+		both.Go(func() {
+			ips, err := net.DefaultResolver.LookupNetIP(ctx, family, host)
+			l := lookup{err: lookupError(err)}
+			for _, ip := range ips {
+				l.addrs = append(l.addrs, complete(ip))
+			}
+			answers <- l
+		})
+	}
+	go func() {
+		both.Wait()
+		close(answers)
+	}()
+	return answers
+}
+
+// lookupError says in plain words why a name has no address.
+func lookupError(err error) error {
+	dns, _ := errors.AsType[*net.DNSError](err)
+	switch {
+	case dns == nil || errors.Is(err, context.Canceled):
+		return err
+	case dns.IsNotFound:
+		return errors.New("no such host")
+	case dns.Server != "":
+		return fmt.Errorf("no usable answer from the name server %s", dns.Server)
+	}
+	return errors.New("the name cannot be looked up")
+}
+
+// lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
+func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) (addr netip.AddrPort, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	err = errors.New("it has no address that fits")
+	for l := range lookUp(ctx, s, port) {
+		if l.err != nil && !addr.IsValid() {
+			err = l.err
+		}
+		for _, found := range l.addrs {
+			better := !addr.IsValid() || found.Addr().Is4() && !addr.Addr().Is4()
+			if better && fits(found.Addr()) {
+				addr = found
+			}
+		}
+		if addr.Addr().Is4() {
+			break
 		}
 	}
+	if addr.IsValid() {
+		return addr, nil
+	}
+	return addr, err
+}
+
+// bindAddress returns the address to listen on.
+func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
+	wrong := usagef("-bind takes HOST:PORT, such as 0.0.0.0:7946 or [::1]:7946",
+		"-bind: %q is not an address to listen on", a.bind)
+	host, port, err := hostPort(a.bind, defaultPort)
+	if err != nil {
+		return bind, wrong
+	}
+	if host == "" {
+		host = "0.0.0.0"
+		if a.needsIPv6() {
+			host = "::" // which takes IPv4 as well
+		}
+	}
+
+	if ip, err := netip.ParseAddr(host); err == nil {
+		if ip.IsMulticast() {
+			return bind, wrong
+		}
+		return netip.ParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
+	}
+	isName := strings.ContainsFunc(host, unicode.IsLetter) && !strings.Contains(host, ":")
+	if !isName {
+		return bind, wrong
+	}
+	isOwn := func(ip netip.Addr) bool { return ip.IsLoopback() || isOwnAddress(ip) }
+	bind, err = lookUpOne(context.Background(), host, port, isOwn)
+	if err != nil {
+		err = failf("-bind takes HOST:PORT; HOST must be, or resolve to, an address of this machine",
+			"-bind: cannot listen on %q: %v", a.bind, err)
+	}
+	return bind, err
+}
+
+// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or has no other.
+func (a *agent) needsIPv6() bool {
+	for _, s := range append(slices.Clone(a.gossip.seeds), a.advertise) {
+		host, _, _ := hostPort(s, defaultPort)
+		if ip, err := netip.ParseAddr(host); err == nil && ip.Unmap().Is6() {
+			return true
+		}
+	}
+	all, _ := addressesOf("")
+	own, _ := addressesOf(a.iface)
+	is4 := func(ip netip.Addr) bool { return ip.Is4() && !ip.IsLoopback() }
+	return !slices.ContainsFunc(own, is4) && slices.ContainsFunc(all, netip.Addr.Is6)
+}
+
+// advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if that
+// is asked for or if there is nothing else. An error whose failure is retriable may come right by itself.
+func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string, err error) {
+	bind := a.gossip.bind
 	switch {
 	case a.advertise != "" && a.iface != "":
 		return addr, "", usagef("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
 	case a.advertise != "":
-		found, errs := resolve(context.Background(), []string{a.advertise}, fmt.Sprint(bind.Port()))
-		for _, ap := range found {
-			if ip := ap.Addr(); !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr()) {
-				return ap, "set with -advertise", nil
-			}
-		}
-		errs = append(errs, fmt.Sprintf("no address at which others could reach %s", bind))
-		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise %q: %s", a.advertise, errs[0])
-	case a.iface == "" && !bind.Addr().IsUnspecified():
+		return a.namedAddress(ctx)
+	case a.iface != "":
+		return a.interfaceAddress()
+	case !bind.Addr().IsUnspecified():
 		return bind, "the bound address", nil
-	case a.iface == "":
-		seeds, _ := resolve(context.Background(), a.gossip.seeds, defaultPort)
-		for _, seed := range seeds {
-			try(sourceTo(seed.Addr()), fmt.Sprintf("source address of the route to %s", seed.Addr()))
+	}
+	ip, why := routeAddress(a.gossip.seeds, bind.Addr())
+	return netip.AddrPortFrom(ip, bind.Port()), why, nil
+}
+
+// namedAddress is the address of -advertise.
+func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why string, err error) {
+	bind := a.gossip.bind
+	host, _, err := hostPort(a.advertise, fmt.Sprint(bind.Port()))
+	if err != nil {
+		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise: %v", err)
+	}
+	addr, err = lookUpOne(ctx, a.advertise, fmt.Sprint(bind.Port()), func(ip netip.Addr) bool {
+		return !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr())
+	})
+	if err == nil {
+		return addr, "set with -advertise", nil
+	}
+	if _, notIP := netip.ParseAddr(host); notIP == nil {
+		return addr, "", usagef("-advertise takes HOST or HOST:PORT; -bind [::]:7946 takes IPv4 and IPv6",
+			"-advertise %q: no address at which others could reach %s", a.advertise, bind)
+	}
+	return addr, "", &failure{msg: fmt.Sprintf("-advertise %q: %v", a.advertise, err), code: 1, retriable: true}
+}
+
+// interfaceAddress is the address of -iface.
+func (a *agent) interfaceAddress() (addr netip.AddrPort, why string, err error) {
+	bind := a.gossip.bind
+	ips, err := addressesOf(a.iface)
+	if err != nil {
+		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", a.iface)
+	}
+	if !bind.Addr().IsUnspecified() {
+		if !slices.Contains(ips, bind.Addr()) {
+			return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
+				"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
 		}
-		for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
-			try(sourceTo(netip.MustParseAddr(far)), "source address of the default route")
+		return bind, "the bound address, of " + a.iface, nil
+	}
+	ip := bestAddress(ips, bind.Addr())
+	if !ip.IsValid() {
+		return addr, "", &failure{msg: fmt.Sprintf("-iface: %s has no address yet at which others could reach %s", a.iface, bind),
+			code: 1, retriable: true}
+	}
+	return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
+}
+
+// routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then to
+// the rest of the world. Names are not looked up here: the first seed that answers settles it.
+func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
+	for _, s := range seeds {
+		host, _, _ := hostPort(s, defaultPort)
+		seed, err := netip.ParseAddr(host)
+		if err != nil {
+			continue
+		}
+		ip = sourceTo(seed)
+		if isReachable(ip, bind) {
+			return ip, fmt.Sprintf("source address of the route to %s", seed.Unmap())
+		}
+		if seed.Zone() == "" {
+			continue
+		}
+		// A link-local IPv6 address means nothing elsewhere: another one of that interface has to do.
+		ips, _ := addressesOf(seed.Zone())
+		ip = bestAddress(ips, bind)
+		if ip.IsValid() {
+			return ip, "address of " + seed.Zone()
 		}
 	}
+	for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
+		ip = sourceTo(netip.MustParseAddr(far))
+		if isReachable(ip, bind) {
+			return ip, "source address of the default route"
+		}
+	}
+
+	var linkLocal netip.Addr // others on its network can be reached by it, but any other address is better
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
-		if ifc.Name == a.iface || a.iface == "" && ifc.Flags&net.FlagUp != 0 {
-			addrs, _ := ifc.Addrs()
-			for _, ip := range addrs {
-				try(ipOf(ip), "address of "+ifc.Name)
-			}
+		if ifc.Flags&net.FlagUp == 0 {
+			continue
+		}
+		addrs, _ := ifc.Addrs()
+		ip := bestAddress(ipsOf(addrs), bind)
+		if usable(ip, bind) {
+			return ip, "address of " + ifc.Name
+		}
+		if ip.IsValid() && !linkLocal.IsValid() {
+			linkLocal = ip
+			why = "address of " + ifc.Name
 		}
 	}
-	switch {
-	case addr.IsValid():
-		return addr, why, nil
-	case a.iface != "":
-		return addr, "", usagef("-iface takes the name of an interface",
-			"-iface: there is no interface %q with an address at which others could reach %s", a.iface, bind)
+	if linkLocal.IsValid() {
+		return linkLocal, why
 	}
-	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1}) // which [::] takes as well
-	return netip.AddrPortFrom(loopback, bind.Port()), "no other address was found", nil
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1}), "no other address was found" // which [::] takes as well
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
@@ -2121,15 +2374,79 @@ func sourceTo(ip netip.Addr) netip.Addr {
 	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
 }
 
-// ipOf is the address of an interface, without the length of its network.
-func ipOf(a net.Addr) netip.Addr {
-	p, _ := netip.ParsePrefix(a.String())
-	return p.Addr().Unmap()
+// addressesOf are the addresses of an interface; of all for "".
+func addressesOf(iface string) (ips []netip.Addr, err error) {
+	if iface == "" {
+		addrs, err := net.InterfaceAddrs()
+		return ipsOf(addrs), err
+	}
+	ifc, err := net.InterfaceByName(iface)
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := ifc.Addrs()
+	return ipsOf(addrs), err
+}
+
+// ipsOf drops from addresses of interfaces the length of their network.
+func ipsOf(addrs []net.Addr) (ips []netip.Addr) {
+	for _, a := range addrs {
+		prefix, _ := netip.ParsePrefix(a.String())
+		ips = append(ips, prefix.Addr().Unmap())
+	}
+	return ips
+}
+
+// bestAddress is the address among ips to tell others; the zero one if there is none.
+func bestAddress(ips []netip.Addr, bind netip.Addr) netip.Addr {
+	for _, fits := range []func(ip, bind netip.Addr) bool{usable, isReachable} {
+		for _, ip := range ips {
+			if fits(ip, bind) {
+				return ip
+			}
+		}
+	}
+	return netip.Addr{}
+}
+
+// followInterface is the address to advertise of an interface: own as long as it has that.
+func followInterface(iface string, own, bind netip.Addr) netip.Addr {
+	ips, _ := addressesOf(iface)
+	if slices.Contains(ips, own) {
+		return own
+	}
+	return bestAddress(ips, bind)
+}
+
+// onOneInterface reports whether both are addresses of the same interface.
+func onOneInterface(x, y netip.Addr) bool {
+	if x == y {
+		return true
+	}
+	ifcs, _ := net.Interfaces()
+	return slices.ContainsFunc(ifcs, func(ifc net.Interface) bool {
+		addrs, _ := ifc.Addrs()
+		ips := ipsOf(addrs)
+		return slices.Contains(ips, x) && slices.Contains(ips, y)
+	})
 }
 
 // usable reports whether other machines may reach ip at a socket bound to bind.
 func usable(ip, bind netip.Addr) bool {
 	return ip.IsGlobalUnicast() && ip.Zone() == "" && sameFamily(ip, bind)
+}
+
+// isReachable reports whether the machines of some network may reach ip at a socket bound to bind: it is usable, or
+// a link-local address of IPv4. One of IPv6 is of use only with the name of an interface, which other machines do not share.
+func isReachable(ip, bind netip.Addr) bool {
+	return usable(ip, bind) || ip.Is4() && ip.IsLinkLocalUnicast() && sameFamily(ip, bind)
+}
+
+// isPrivate reports whether ip is one that the Internet does not route: also those of RFC 6598, which carriers,
+// clouds and VPNs use as private ones.
+func isPrivate(ip netip.Addr) bool {
+	shared := netip.MustParsePrefix("100.64.0.0/10")
+	return ip.IsPrivate() || ip.IsLoopback() || ip.IsLinkLocalUnicast() || shared.Contains(ip)
 }
 
 // family ends the name of the network for a socket bound to ip: as "4", or 0.0.0.0 would take IPv6 as well.
@@ -2147,8 +2464,8 @@ func sameFamily(ip, bind netip.Addr) bool {
 
 // isOwnAddress reports whether others can reach this machine at ip, as far as it knows.
 func isOwnAddress(ip netip.Addr) bool {
-	addrs, err := net.InterfaceAddrs()
-	return err != nil || !ip.IsLoopback() && slices.ContainsFunc(addrs, func(a net.Addr) bool { return ipOf(a) == ip })
+	ips, err := addressesOf("")
+	return err != nil || !ip.IsLoopback() && slices.Contains(ips, ip)
 }
 
 // ---- the log ----

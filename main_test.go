@@ -191,7 +191,7 @@ func TestHostPort(t *testing.T) {
 func TestAdvertisedAddress(t *testing.T) {
 	any4, any6 := netip.MustParseAddrPort("0.0.0.0:7946"), netip.MustParseAddrPort("[::]:7946")
 	advertised := func(bind netip.AddrPort, seeds ...string) (netip.AddrPort, string) {
-		got, why, err := (&agent{gossip: gossipConfig{bind: bind, nodeConfig: nodeConfig{seeds: seeds}}}).advertised()
+		got, why, err := (&agent{gossip: gossipConfig{bind: bind, nodeConfig: nodeConfig{seeds: seeds}}}).advertised(t.Context())
 		if err != nil {
 			t.Errorf("bound to %s: %v", bind, err)
 		}
@@ -240,7 +240,7 @@ func TestAdvertiseOptionDecides(t *testing.T) {
 		{"0.0.0.0:7000", "no.such.host.invalid", ""},
 	} {
 		a := agent{advertise: tt.advertise, gossip: gossipConfig{bind: netip.MustParseAddrPort(tt.bind)}}
-		got, _, err := a.advertised()
+		got, _, err := a.advertised(t.Context())
 		if err == nil && got.String() != tt.want || err != nil && tt.want != "" {
 			t.Errorf("-bind %s -advertise %s: %s, %v; want %s", tt.bind, tt.advertise, got, err, tt.want)
 		}

@@ -13,7 +13,7 @@ import (
 
 // testMember is a member in short: name, incarnation, status.
 func testMember(name string, inc uint64, s Status) Member {
-	return Member{Name: name, Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Incarnation: inc, Instance: inc, Status: s}
+	return Member{Name: name, Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Incarnation: inc, Instance: inc, Status: s, Protocol: protocolVersion}
 }
 
 func TestWhichClaimWins(t *testing.T) {

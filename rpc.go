@@ -88,7 +88,7 @@ func (d *sealer) hello() []byte {
 func (d *sealer) checkHello(b []byte, dialled bool) error {
 	switch is := b[len(helloLine):]; {
 	case string(b[:len(helloLine)]) != helloLine:
-		return checkProtocol(4)
+		return checkProtocol(max(b[7]-'0', 4)) // HAMLET/N; that of protocol 4 was HAMLET/3
 	case checkProtocol(is[8]) != nil:
 		return checkProtocol(is[8])
 	case is[0] != d.portKind && !dialled:
@@ -324,6 +324,9 @@ func (gs *acceptor) logRejected(who netip.Addr, err error) {
 func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, limit time.Duration, waits ...time.Duration) (c net.Conn, err error) {
 	deadline, ip := time.Now().Add(limit), g.cfg.bind.Addr()
 	dialer := net.Dialer{KeepAlive: -1, Deadline: deadline}
+	if joins && !sameFamily(to.Addr(), ip) { // TCP might get there, but no datagram of this node
+		return nil, fmt.Errorf("this agent is bound to %s, an address of another kind (-bind [::]:%d takes both)", ip, g.cfg.bind.Port())
+	}
 	if !ip.IsUnspecified() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0))
 	}
@@ -331,15 +334,16 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, lim
 	switch {
 	case err == nil:
 		c.SetDeadline(deadline)
-		if from := addrOf(c.LocalAddr()); g.cfg.moves && usable(from, ip) {
-			g.post(func(n *node) {
-				own := n.self.Addr.Addr()
-				n.addressChanged(from, from != own && !isOwnAddress(own), joins, uint64(time.Now().UnixMilli()))
-			})
+		local := addrOf(c.LocalAddr())
+		g.noteLocalAddr(local, joins)
+		if joins && g.cfg.moves {
+			err = g.checkAdvertised(local)
+		}
+		if err != nil {
+			c.Close()
+			return nil, err
 		}
 		return c, nil
-	case !ip.IsUnspecified() && ip.Is4() != to.Addr().Is4():
-		err = fmt.Errorf("this agent is bound to %s, an address of another kind", ip)
 	case ip.IsLoopback() && !to.Addr().IsLoopback():
 		err = fmt.Errorf("this agent is bound to %s, from where no other machine can be reached (-bind sets another address)", ip)
 	}
@@ -384,6 +388,72 @@ func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, waits 
 			return nil, ctx.Err()
 		}
 	}
+}
+
+// noteLocalAddr is told at which address of this machine a connection stands. It follows a change of addresses where
+// the user has not chosen one; settles: it also shows which one leads to the peers.
+func (g *gossip) noteLocalAddr(local netip.Addr, settles bool) {
+	self, _ := g.self()
+	own := self.Addr.Addr()
+	if !g.cfg.moves || local == own {
+		return
+	}
+
+	gone := true
+	if g.cfg.iface != "" {
+		local = followInterface(g.cfg.iface, own, g.cfg.bind.Addr())
+		settles = false
+	} else if isReachable(local, g.cfg.bind.Addr()) {
+		gone = !isOwnAddress(own)
+	} else {
+		return
+	}
+	if local.IsValid() {
+		g.post(func(n *node) { n.addressChanged(local, gone, settles, uint64(time.Now().UnixMilli())) })
+	}
+}
+
+// noteInbound is told at which address of this machine a peer came in; joins: in order to sync. A node that knows
+// nobody yet learns from that on which network its peers are. Of the addresses of one kind and interface it keeps its
+// own: the other may be a virtual one, which can move to another machine.
+func (g *gossip) noteInbound(local netip.Addr, joins bool) {
+	self, _ := g.self()
+	own := self.Addr.Addr()
+	if !g.cfg.moves || local == own {
+		return
+	}
+
+	alone := false
+	if joins {
+		g.run(func(n *node) error { alone = n.joining.joinedAt == 0; return nil })
+	}
+	elsewhere := local.Is4() != own.Is4() || !onOneInterface(local, own)
+	g.noteLocalAddr(local, alone && elsewhere)
+}
+
+// checkAdvertised says what is wrong with joining from the address local of this machine: a peer could not answer.
+func (g *gossip) checkAdvertised(local netip.Addr) error {
+	self, _ := g.self()
+	if self.Addr.Addr().IsLoopback() && local.Is6() && local.IsLinkLocalUnicast() {
+		return errors.New("this machine has only a link-local IPv6 address, which means nothing to others: give its interface another one")
+	}
+	return nil
+}
+
+// isReady reports whether this node has an address to tell.
+func (g *gossip) isReady() bool {
+	select {
+	case <-g.ready:
+		return true
+	default:
+		return false
+	}
+}
+
+// addressKnown is told the address to advertise when it was not known at the start.
+func (g *gossip) addressKnown(ip netip.Addr) {
+	g.post(func(n *node) { n.addressChanged(ip, true, false, uint64(time.Now().UnixMilli())) })
+	close(g.ready)
 }
 
 // doFor has the loop run f for a session, unless it has ended; an error of f ends it.
@@ -561,6 +631,9 @@ func (g *gossip) receiveTable(s *session, sync *stateSync) {
 func (g *gossip) serve(s *session) error {
 	var hdr, w header
 	var about []update
+	if !g.isReady() {
+		return errHungUp // a peer must not learn an address that is only a stopgap
+	}
 	if s.receive(&hdr); s.err != nil {
 		return s.err
 	} else if validName(hdr.From) != nil || hdr.Kind < msgTCPProbe || hdr.Kind > msgSync && hdr.Kind <= msgBye {
@@ -568,6 +641,7 @@ func (g *gossip) serve(s *session) error {
 	} else if hdr.Kind > msgBye { // of a later version
 		return nil
 	}
+	g.noteInbound(addrOf(s.LocalAddr()), hdr.Kind == msgSync)
 	if hdr.Kind == msgSync {
 		select {
 		case g.syncSlots <- struct{}{}:
@@ -609,31 +683,96 @@ func (g *gossip) holdLink(s *session, m Member) error {
 	return s.err
 }
 
-// join compares tables with every address of every name in addrs once, all at the same time. It returns the names
-// of those that answered, and what is wrong with the others ("ADDR: reason"); why: the own name is taken.
-func (g *gossip) join(addrs []string, replay bool) (names, errs []string, why error) {
-	ips, errs := resolve(g.ctx, addrs, defaultPort)
-	var mu sync.Mutex
-	var all sync.WaitGroup
-	for _, ip := range ips[:min(len(ips), maxDials)] {
-		all.Go(func() {
-			with := stateSync{replay: replay}
-			err := g.syncWith(ip, &with, true)
-			mu.Lock()
-			defer mu.Unlock()
-			if err == nil {
-				names = append(names, with.peer.Name)
-				return
-			}
-			errs = append(errs, fmt.Sprintf("%s: %v", ip, err))
-			if errors.Is(err, errNameTaken) {
-				why = err
-			}
-		})
+// join tries every one of seeds once, all at the same time, and returns what came of them together.
+func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
+	results := make(chan seedResult, len(seeds))
+	for _, seed := range seeds {
+		g.wg.Go(func() { results <- g.joinSeed(seed, replay) })
 	}
-	all.Wait()
-	return names, errs, why
+	for range seeds {
+		r := <-results
+		all.names = append(all.names, r.names...)
+		all.errs = append(all.errs, r.errs...)
+		all.isSelf = all.isSelf || r.isSelf
+	}
+	return all
 }
+
+// joinSeed syncs with every address of a seed, with each as soon as it is known. One address that answers is enough:
+// no look-up that is still under way is waited for then.
+func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
+	ctx, cancel := context.WithCancel(g.ctx)
+	defer cancel()
+	select {
+	case <-g.ready: // until then there is no address to tell the peer
+	case <-ctx.Done():
+		return r
+	}
+
+	type outcome struct {
+		at   netip.AddrPort
+		peer string
+		err  error
+	}
+	outcomes := make(chan outcome, maxDials)
+	lookups := lookUp(ctx, seed, defaultPort)
+	var tried []netip.AddrPort
+	var failed []string
+	for dialling := 0; lookups != nil || dialling > 0; {
+		select {
+		case l, more := <-lookups:
+			if !more {
+				lookups = nil
+			}
+			if l.err != nil {
+				failed = append(failed, fmt.Sprintf("%s: %v", seed, l.err))
+			}
+			for _, at := range l.addrs {
+				if len(tried) == maxDials || slices.Contains(tried, at) {
+					continue
+				}
+				tried = append(tried, at)
+				dialling++
+				g.wg.Go(func() {
+					sync := stateSync{replay: replay}
+					err := g.syncWith(at, &sync, true)
+					outcomes <- outcome{at, sync.peer.Name, err}
+				})
+			}
+		case o := <-outcomes:
+			dialling--
+			r.add(o.at, o.peer, o.err)
+		}
+		if dialling == 0 && r.answered() {
+			lookups = nil
+		}
+	}
+	if len(tried) == 0 { // a name with an A record needs no AAAA
+		r.errs = slices.Compact(failed)
+	}
+	return r
+}
+
+// add takes what came of a sync with one address of the seed.
+func (r *seedResult) add(at netip.AddrPort, peer string, err error) {
+	if err == nil {
+		r.names = append(r.names, peer)
+		r.errs = nil // one address is enough
+		return
+	}
+	if len(r.names) == 0 {
+		r.errs = append(r.errs, fmt.Sprintf("%s: %v", at, err))
+	}
+	if errors.Is(err, errSelf) {
+		r.isSelf = true
+	}
+	if errors.Is(err, errNameTaken) {
+		r.taken = err
+	}
+}
+
+// answered reports whether it is known what is at the seed.
+func (r *seedResult) answered() bool { return len(r.names) > 0 || r.isSelf || r.taken != nil }
 
 // ---- sessions of commands ----
 
@@ -689,7 +828,7 @@ func callRPC(addr, token string, req rpcRequest, timeout time.Duration, each fun
 		} else if err != nil || !a.More {
 			return err
 		}
-		if req.Op == "watch" || req.Op == "query" {
+		if req.Op == "watch" || req.Op == "query" || req.Op == "join" {
 			c.SetReadDeadline(time.Time{})
 		}
 	}
@@ -751,10 +890,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "members":
 		g.list(s)
 	case "join":
-		names, errs, _ := g.join(splitNUL(req.Args), req.Replay)
-		if a.Count = len(names); a.Count == 0 {
-			err = errors.New(strings.Join(errs, "; "))
-		}
+		err = g.joinCommand(s, req, &a)
 	case "leave":
 		g.cfg.log.Print("[INFO] told to leave the cluster")
 		ln.Close() // who reads the answer may start the next agent at once
@@ -795,6 +931,25 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	}
 	s.send(&a)
 	return s.err
+}
+
+// joinCommand joins, for as long as the resolver and the peers take. An address of this node itself counts as one
+// that was contacted, as in Serf: start scripts run the same join on every node.
+func (g *gossip) joinCommand(s *session, req rpcRequest, a *rpcResponse) error {
+	if !g.isReady() {
+		return fmt.Errorf("cannot join yet: %s", g.cfg.awaits)
+	}
+	s.send(&rpcResponse{More: true}) // it may take longer than the command waits for an agent that is stopped
+	r := g.join(splitNUL(req.Args), req.Replay)
+	a.Count = len(r.names)
+	if r.isSelf {
+		a.Count++
+		a.Text = strings.Join(r.errs, "; ")
+	}
+	if a.Count == 0 {
+		return errors.New(strings.Join(r.errs, "; "))
+	}
+	return nil
 }
 
 // sendFacts sends strings in frames of some KiB.

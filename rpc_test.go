@@ -177,11 +177,11 @@ func BenchmarkASealedDatagram(b *testing.B) {
 
 // joined has g join addr; n is how many answered.
 func joined(g *gossip, addr string) (n int, err error) {
-	names, errs, _ := g.join([]string{addr}, false)
-	if len(errs) > 0 {
-		err = errors.New(strings.Join(errs, "; "))
+	r := g.join([]string{addr}, false)
+	if len(r.errs) > 0 {
+		err = errors.New(strings.Join(r.errs, "; "))
 	}
-	return len(names), err
+	return len(r.names), err
 }
 
 // pipe returns both ends of a session over a pipe.
@@ -368,7 +368,8 @@ func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 		{plain, address(keyed).String(), "start this one with -encrypt"},
 		{keyed, address(plain).String(), "start that one with -encrypt"},
 		{apart, address(plain).String(), "give both the same -cluster"},
-		{plain, fakeServer(t, "HAMLET/9\r\n\r\n"+strings.Repeat("x", helloSize)), "run the same hamlet on both sides"},
+		{plain, fakeServer(t, "HAMLET/9\r\n\r\n"+strings.Repeat("x", helloSize)), "speaks protocol 9, this agent 5: upgrade this one"},
+		{plain, fakeServer(t, "HAMLET/3\r\n\r\n"+strings.Repeat("x", helloSize)), "speaks protocol 4 or older, this agent 5: upgrade that one"},
 		{plain, ln.Addr().String(), "is this the right port"},
 		{plain, fakeServer(t, ""), "a Serf agent hangs up so"},
 		{plain, rpc, fmt.Sprintf("is the RPC port of a hamlet agent, which gossips on port %d", address(plain).Port())},
@@ -904,7 +905,7 @@ func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
 		t.Errorf("%d log lines, want one a minute:\n%s", n, l)
 	}
 	for answer, want := range map[string]string{
-		"HAMLET/9\r\n\r\n" + strings.Repeat("x", helloSize):          "another version",
+		"HAMLET/9\r\n\r\n" + strings.Repeat("x", helloSize):          "speaks protocol 9, this agent 5: upgrade this one",
 		"HTTP/1.1 400 Bad Request\r\n\r\n" + strings.Repeat("x", 50): "is not the RPC of a hamlet agent",
 		"hi": "is not the RPC of a hamlet agent",
 		"":   "is not the RPC of a hamlet agent",

@@ -564,8 +564,8 @@ func (p *proc) carryOut(o outputs) {
 	for _, ev := range o.events {
 		p.event(ev)
 	}
-	if o.resolve {
-		s.after(ms/5, p.joinSeeds)
+	for _, i := range o.seeds {
+		s.after(ms/5, func() { p.trySeed(i) })
 	}
 	p.left, p.fatal = o.left, o.fatal
 	p.checkSelf()
@@ -979,22 +979,14 @@ func (p *proc) join(to ...netip.AddrPort) {
 	}
 }
 
-// joinSeeds is a round of joining the seeds, as rpc.go makes it.
-func (p *proc) joinSeeds() {
-	left, names, errs, why := len(p.seeds), []string(nil), []string(nil), error(nil)
-	for _, a := range p.seeds {
-		sync := &stateSync{}
-		p.s.compare(p, a, sync, func(err error) {
-			if err == nil {
-				names = append(names, sync.peer.Name)
-			} else if errs = append(errs, fmt.Sprintf("%s: %v", a, err)); errors.Is(err, errNameTaken) {
-				why = err
-			}
-			if left--; left == 0 {
-				p.tell(func(n *node) { n.handleSeedsTried(names, errs, why) })
-			}
-		})
-	}
+// trySeed tries a seed that has one address, as rpc.go does.
+func (p *proc) trySeed(i int) {
+	sync := &stateSync{}
+	p.s.compare(p, p.seeds[i], sync, func(err error) {
+		var r seedResult
+		r.add(p.seeds[i], sync.peer.Name, err)
+		p.tell(func(n *node) { n.handleSeedTried(i, r) })
+	})
 }
 
 // ---- what is seen, and what must always hold ----
@@ -2171,9 +2163,9 @@ func TestASeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	p := s.start(s.host(), "w", s.host())
 	tries := func(d time.Duration) int {
-		before := p.n.joining.rounds
+		before := p.n.joining.seeds[0].failed
 		s.run(d)
-		return p.n.joining.rounds - before
+		return p.n.joining.seeds[0].failed - before
 	}
 	if got := tries(time.Minute); got < 50 || got > 80 {
 		t.Errorf("%d tries in the first minute", got)

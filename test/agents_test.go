@@ -444,3 +444,21 @@ func TestZombiesDoNotHoldAHandlersQueue(t *testing.T) {
 	})
 	c.waitLog("timed out")
 }
+
+func TestHandlerThatRunsForLongIsOneWarning(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a", "-event-handler", "user:slow=exec sleep 12")
+	a.run("event", "slow")
+	eventually(t, "info says since when it runs", func() bool {
+		out, _, _ := a.run("info")
+		return strings.Contains(out, "user:slow running since = 20")
+	})
+	a.waitLog("[WARN] handler 'user:slow=exec sleep 12' has been running for 10s")
+	eventually(t, "it has ended", func() bool {
+		out, _, _ := a.run("info")
+		return strings.Contains(out, "user:slow last run = well after 12")
+	})
+	if out, _, _ := a.run("info"); strings.Contains(out, "running since") || a.count("has been running") != 1 {
+		t.Errorf("%s%s", out, a.stderr)
+	}
+}

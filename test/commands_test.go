@@ -134,7 +134,8 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{agent("-handler-timeout", "10"), 2, []string{`"10"`, "-handler-timeout", "20s"}},
 		{agent("-reap-after", "0s"), 2, []string{`"0s"`, "-reap-after"}},
 		{agent("-leave-on-terminate=maybe"), 2, []string{`"maybe"`, "true or false"}},
-		{agent("-bind", "nowhere"), 2, []string{`"nowhere"`, "hint: -bind takes IP:PORT"}},
+		{agent("-bind", "nowhere.invalid"), 1, []string{`"nowhere.invalid"`, "hint: -bind takes HOST:PORT"}},
+		{agent("-bind", "224.0.0.1"), 2, []string{`"224.0.0.1"`, "hint: -bind takes HOST:PORT"}},
 		{agent("-bind", "10.0.0.1:99999"), 2, []string{`"10.0.0.1:99999"`}},
 		{agent("-bind", "1.2.3"), 2, []string{`"1.2.3"`}},
 		{agent("-bind", taken), 1, []string{"cannot listen on " + taken, "address already in use", "hint:", "-bind"}},
@@ -143,7 +144,12 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 		{agent("-rpc-addr", "a:b:c"), 2, []string{`"a:b:c"`, "hint: -rpc-addr takes HOST:PORT"}},
 		{agent("-advertise", "0.0.0.0"), 2, []string{"0.0.0.0", "-advertise"}},
 		{agent("-advertise", "a b"), 2, []string{`"a b"`, "-advertise"}},
-		{agent("-iface", "nope0"), 2, []string{`"nope0"`, "-iface"}},
+		{agent("-iface", "nope0"), 1, []string{`"nope0"`, "-iface"}}, // it may be there soon
+		{agent("-iface", "lo", "-bind", "198.51.100.7:7946"), 1, []string{"-iface lo", "-bind 198.51.100.7:7946"}},
+		{agent("-encrypt", ""), 2, []string{"-encrypt", "empty"}},
+		{agent("-encrypt", " "), 2, []string{"-encrypt", "empty"}},
+		{agent("-rpc-auth", ""), 2, []string{"-rpc-auth", "empty"}},
+		{agent("-cluster", ""), 2, []string{"-cluster", "empty"}},
 		{agent("-iface", "lo", "-advertise", "10.0.0.1"), 2, []string{"lo", "10.0.0.1", "one of them"}},
 		{agent("-join", "a b"), 2, []string{`-join: "a b"`, "hint:"}},
 		{agent("-join", "host:port"), 2, []string{`"host:port"`, "hint:"}},
@@ -396,6 +402,48 @@ func TestBadValueInTheEnvironmentNamesTheVariable(t *testing.T) {
 	cmd.Env = append(cmd.Env, "HAMLET_HANDLER_TIMEOUT=soon")
 	if _, errs, code := runCmd(t, cmd); code != 2 || !strings.Contains(errs, `"soon" for HAMLET_HANDLER_TIMEOUT`) {
 		t.Errorf("exit %d, %s", code, errs)
+	}
+}
+
+// A secret that a template left empty is one that is missing.
+func TestASecretThatIsSetButEmptyIsRefused(t *testing.T) {
+	t.Parallel()
+	for _, variable := range []string{"HAMLET_ENCRYPT", "HAMLET_RPC_AUTH", "HAMLET_CLUSTER"} {
+		for _, value := range []string{"", " ", "\n"} {
+			cmd := hamletCmd(agentArgs()...)
+			cmd.Env = append(cmd.Env, variable+"="+value)
+			a := launch(t, cmd, here)
+			wantEnd(t, fmt.Sprintf("%s=%q", variable, value), a.exit(5*time.Second), 2, a.stderr.String(), variable, "empty")
+		}
+	}
+
+	cmd := hamletCmd(agentArgs("-encrypt", testKeys[0], "-rpc-auth", "tok", "-cluster", "c")...)
+	cmd.Env = append(cmd.Env, "HAMLET_ENCRYPT=", "HAMLET_RPC_AUTH=", "HAMLET_CLUSTER=", "HAMLET_NODE=", "HAMLET_JOIN=", "HAMLET_BIND=")
+	startAgentCmd(t, cmd) // a flag wins, and what is no secret may be empty
+}
+
+func TestWhatServicesSetInTheEnvironmentIsNoWarning(t *testing.T) {
+	t.Parallel()
+	cmd := hamletCmd(agentArgs("-node", "a")...)
+	cmd.Env = append(cmd.Env, "HAMLET_SERVICE_HOST=10.0.0.1", "HAMLET_SERVICE_PORT=7946", "HAMLET_SERVICE_PORT_GOSSIP_TCP=7946",
+		"HAMLET_PORT=tcp://10.0.0.1:7946", "HAMLET_PORT_7946_TCP=tcp://10.0.0.1:7946", "HAMLET_PORT_7946_TCP_PROTO=tcp",
+		"HAMLET_PORT_7946_TCP_PORT=7946", "HAMLET_PORT_7946_TCP_ADDR=10.0.0.1", "HAMLET_PORT_7946_UDP=udp://10.0.0.1:7946",
+		"HAMLET_NAME=/web/hamlet", "HAMLET_ENV_DEBIAN_FRONTEND=noninteractive",
+		"HAMLET_WEB_SERVICE_HOST=10.0.0.2", "HAMLET_WEB_PORT=tcp://10.0.0.2:80", "HAMLET_WEB_PORT_80_TCP=tcp://10.0.0.2:80")
+	a := startAgentCmd(t, cmd)
+	a.waitLog("member-join: a")
+	if n := a.count("[WARN]"); n > 0 {
+		t.Errorf("it warns:\n%s", a.stderr)
+	}
+
+	cmd = hamletCmd(agentArgs("-node", "b")...)
+	cmd.Env = append(cmd.Env, "HAMLET_PORT=7946", "HAMLET_NAME=web1", "HAMLET_SERVICE_HOST=10.0.0.1", "HAMLET_JION=10.0.0.1")
+	b := startAgentCmd(t, cmd)
+	b.waitLog("HAMLET_JION")
+	for name, want := range map[string]int{"[WARN]": 1, "HAMLET_PORT": 1, "HAMLET_NAME": 1, "HAMLET_SERVICE_HOST": 0} {
+		if n := b.count(name); n != want {
+			t.Errorf("%s: %d times, want %d:\n%s", name, n, want, b.stderr)
+		}
 	}
 }
 
@@ -960,7 +1008,6 @@ func TestASlipIsExplained(t *testing.T) {
 		{[]string{"join", serf}, []string{serf, "is no hamlet agent", "Serf"}},
 		{[]string{"join", "10.99.99.99"}, []string{"10.99.99.99:7946", "bound to 127.0.0.1",
 			"no other machine", "-bind"}},
-		{[]string{"join", a.advertised}, []string{a.advertised, "this node itself"}},
 		{[]string{"members", "-wait", "9", "-timeout", "300ms"},
 			[]string{"2 of 9 members alive after 300ms: a, b\n"}},
 		{[]string{"members", "-wait", "1", "-name", "c", "-timeout", "300ms"},
@@ -999,6 +1046,38 @@ func TestASlipIsExplained(t *testing.T) {
 		if tags := whole.member("whole").Tags; variable == "HAMLET_TAG" && tags["note"] != "a,b" {
 			t.Errorf("with a newline: tags %q", tags)
 		}
+	}
+}
+
+// Start scripts run "until serf join SEED" on every node, on the seed too.
+func TestJoiningOneselfIsDoneAndSaysSo(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	out, errs, code := a.run("join", a.advertised)
+	if code != 0 || errs != "" || !strings.Contains(out, "Successfully joined cluster by contacting 1 nodes.\n") ||
+		!strings.Contains(out, a.advertised) || !strings.Contains(out, "this node itself") {
+		t.Errorf("exit %d, %s%s", code, out, errs)
+	}
+
+	dead, b := freePort(t), startAgent(t, "-node", "b")
+	if out, errs, code := a.run("join", dead, a.advertised); code != 0 {
+		t.Errorf("with a dead one: exit %d, %s%s", code, out, errs)
+	}
+	out, errs, code = a.run("join", a.advertised, b.advertised)
+	if code != 0 || !strings.Contains(out, "by contacting 2 nodes.\n") {
+		t.Errorf("with another: exit %d, %s%s", code, out, errs)
+	}
+	waitAlive(t, []string{"a", "b"}, a, b)
+	if _, errs, code := a.run("join", dead); code != 1 || !strings.Contains(errs, dead) {
+		t.Errorf("a dead one alone: exit %d, %s", code, errs)
+	}
+}
+
+func TestBindTakesAName(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a", "-bind", "localhost:0")
+	if !strings.HasPrefix(a.bind, "127.0.0.1:") || a.advertised != a.bind {
+		t.Errorf("-bind localhost:0 listens on %s and advertises %s", a.bind, a.advertised)
 	}
 }
 

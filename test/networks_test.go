@@ -82,9 +82,21 @@ var netnsTests = []netnsTest{
 	{"a living name cannot be taken", 6, nameTaken, false},
 	{"a new name at a dead one's address does not revive it", 5, addressReused, false},
 	{"force-leave reaches everywhere and stays", 4, forceLeaves, false},
+	{"a seed is found as soon as the resolver has an answer", 2, slowResolver, false},
+	{"a name that is still looked up holds up no other seed", 2, hangingResolver, false},
+	{"one address of a name is enough", 2, oneFamilyAnswers, false},
+	{"an interface that has no address yet is waited for", 2, interfaceWithoutAddress, false},
+	{"an advertised name that has no address yet is waited for", 2, nameWithoutAddress, false},
+	{"a cluster lives on link-local addresses", 3, onlyLinkLocal, false},
+	{"a host with IPv6 alone needs no options", 3, ipv6ByDefault, false},
+	{"a host with IPv6 alone joins one with both families", 2, ipv6JoinsBoth, false},
+	{"a seed is joined by a link-local IPv6 address", 3, linkLocalIPv6Seed, false},
+	{"a seed takes the address at which its first peer comes", 3, seedOnTwoNetworks, false},
+	{"a lone node whose address changes is joined at the new one", 2, loneAddressChanges, false},
 	{"the advertised address is one that others reach", 0, advertised, false},
 	{"a node that starts before its network advertises what comes", 2, networkComesLate, false},
-	{"a node whose address changes advertises the new one", 4, addressChanges, false},
+	{"a node whose address changes advertises the new one", 4, func(w *world) { addressChanges(w) }, false},
+	{"a node that advertises an interface follows it", 4, func(w *world) { addressChanges(w, "-iface", "eth0") }, false},
 	{"a cluster lives on IPv6", 3, onlyIPv6, false},
 	{"both address families live in one cluster", 4, bothFamilies, false},
 	{"a full disk ends no agent", 3, fullDisk, false},
@@ -531,6 +543,15 @@ func advertised(w *world) {
 		{only("fd77::1/64"), "-bind [::]:7946", "'[fd77::1]:7946' (address of eth0)"},
 		{only("2a00:1::9/64"), "-bind [::]:7946", "'[2a00:1::9]:7946' (address of eth0)"},
 		{bare, "", "'127.0.0.1:7946' (no other address was found)"},
+		{[]string{"addr add 10.77.0.11/24 dev eth0"}, "-iface eth0 -bind 10.77.0.11:7946", "'10.77.0.11:7946' (the bound address, of eth0)"},
+		{only("169.254.10.2/16"), "-join 169.254.10.1", "'169.254.10.2:7946' (source address of the route to 169.254.10.1)"},
+		{only("169.254.10.3/16"), "", "'169.254.10.3:7946' (address of eth0)"},
+		{[]string{"addr add 169.254.20.10/32 dev lo"}, "", "'10.77.0.1:7946' (address of eth0)"},
+		{only("fd77::1/64"), "", "'[fd77::1]:7946' (address of eth0)"},
+		{only("fd77::2/64 nodad"), "-join [fd77::254]:7946", "'[fd77::2]:7946' (source address of the route to fd77::254)"},
+		{only("fd77::3/64 nodad"), "-join fe80::254%eth0", "'[fd77::3]:7946' (address of eth0)"},
+		{gateway, "-join fd77::254", "'[fd77::1]:7946' (source address of the route to fd77::254)"},
+		{gateway, "-advertise 2001:db8::5", "'[2001:db8::5]:7946' (set with -advertise)"},
 	} {
 		w.Run(c.args, func(t *testing.T) {
 			w := newWorld(t, 1)
@@ -540,6 +561,11 @@ func advertised(w *world) {
 			a.exit(3 * time.Second) // now the log is complete
 			if a.find(time.Time{}, "Advertise: "+c.want) == nil {
 				t.Errorf("want %s, have\n%s", c.want, a.log(10))
+			}
+			if warns := a.find(time.Time{}, "is a public address") != nil; warns == (strings.Contains(c.want, "'10.") ||
+				strings.Contains(c.want, "'192.168.") || strings.Contains(c.want, "'100.64.") || strings.Contains(c.want, "'169.254.") ||
+				strings.Contains(c.want, "'[fd") || strings.Contains(c.want, "'127.")) {
+				t.Errorf("warns of a public address: %v\n%s", warns, a.log(10))
 			}
 			if warns := a.find(time.Time{}, "[WARN] advertising 127.0.0.1:7946") != nil; warns != strings.Contains(c.want, "127.0.0.1") {
 				t.Errorf("warns of a loopback address: %v\n%s", warns, a.log(10))
@@ -562,8 +588,8 @@ func networkComesLate(w *world) {
 	w.agree(0, everybody(2), c...)
 }
 
-func addressChanges(w *world) {
-	c := w.cluster(4)
+func addressChanges(w *world, args ...string) {
+	c := w.cluster(4, args...)
 	mark := time.Now()
 	w.ip(4, "addr del 10.77.0.4/24 dev eth0", "addr add 10.77.0.44/24 dev eth0")
 	w.until(8*time.Second, func() string { return "all know the new address" }, func() bool {
