@@ -2011,6 +2011,9 @@ func (d *detector) stepProbe(n *node, p *probe) {
 			n.ping(p.m)
 			d.askHelpers(n, p)
 		case stageHelpersLate:
+			if p.deciding { // the last chance to contradict: one answer must get through
+				n.ping(p.m)
+			}
 			d.askHelpers(n, p)
 		default:
 			d.conclude(n, p)
