@@ -2093,7 +2093,8 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 		p.requester, p.seq = by, hdr.Seq
 		// The line from here may not be known, and may be as long.
 		p.roundTrip = max(p.roundTrip, min(time.Duration(hdr.Promise)*ms, longestLine))
-		if len(running) > 0 && running[0].stage > stageTCP { // one look will do for all
+		// One look will do for all, unless it has been answered: the target may have died since.
+		if len(running) > 0 && running[0].stage > stageTCP && running[0].result != verdictAlive {
 			p.stage = stageEnd
 			p.record(running[0].result)
 		}
