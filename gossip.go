@@ -16,6 +16,7 @@
 //	requests        what waits for an answer
 //	datagrams in    what comes, and what it tells
 //	broadcasts      how news spreads
+//	user events     their order, and how fast they may come
 //	anti-entropy    comparing tables with a peer
 //	joining         the seeds
 //	identity        this node's own name, address and tags
@@ -65,7 +66,18 @@ const (
 // The protocol's times and bounds. They were settled in simulation: the
 // scenarios in sim_test.go are the measurements.
 const (
-	broadcastBatch, broadcastRate = 2 * ms, 200 // packets a second
+	broadcastBatch, broadcastRate = 2 * ms, 200      // packets a second
+	eventRate                     = 4000             // the same of user events: their senders are slowed down when it is not enough
+	eventsCalm                    = 200 * ms         // after which events that differ were missed, and are not under way
+	eventBurst                    = 64               // packets in one go: the watchers' sockets must hold those of four
+	eventRepairEvery              = 40 * ms          // floods that overtake each other need less
+	eventRepairTries              = 5                // by UDP, before tables are compared
+	eventRepairPackets            = 8                // in answer to one request
+	eventRepairRate               = 20               // of requests that are answered to one peer, a second
+	eventGapTimeout               = 5 * time.Second  // then an event that did not come is given up
+	eventAwayTimeout              = time.Minute      // the same while its sender is not there to ask: a split may end
+	eventMemory                   = 10 * time.Minute // for how long more than the last few events are remembered
+	eventCheckTimeout             = 2 * time.Second  // for so long an agent waits for a member that does not keep up
 	syncInterval                  = time.Second
 	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
 	claimInterval                 = 200 * ms
@@ -84,20 +96,28 @@ const (
 
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
-	maxRecent, recentFor        = 64, 3 * time.Second
+	maxRecent, maxJoined        = 64, 16
+	recentFor                   = 3 * time.Second
 	maxRequests                 = 2 * maxMembers
-	maxQueries, maxHeard        = 64, 1 << 14 // of one's own at a time, and those of others
+	maxQueries                  = 64          // of one's own at a time
 	replyTimeout                = time.Minute // a reply is sent again for so long at most
 	maxQueryTimeout             = time.Hour   // a query that arrives again is known for so long at most
 	reliableRate, reliableBurst = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
+	replayedPingRate            = 1000        // answers a second to pings that may be recordings
 	maxInputs                   = 1024        // that wait for the loop; more datagrams are lost
 	drainFor                    = 20 * ms     // inputs may keep the loop from its tick
 	writeFor                    = 20 * ms     // what the socket does not take by then is lost, as UDP may be
-	linesRate, linesBurst       = 50, 2000    // log lines about members: a second, and at once
 
-	// Bystanders whose addresses somebody forged get, all together, so much a second, and so many queries.
-	amplificationRate, amplificationBurst           = 20, 60
-	queryAmplificationRate, queryAmplificationBurst = 2000, 1000
+	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries queries
+	// under way, and a few probes.
+	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
+	maxRequestsToPeer = 8 * maxQueries
+	maxProbesForPeer  = maxProbes / 8
+
+	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only this
+	// agent's own users make it ask; of all else they get a hundredth of that.
+	amplificationRate, amplificationBurst = 2000, 6000
+	queryCost, unaskedCost                = 1, 100
 )
 
 var (
@@ -107,13 +127,15 @@ var (
 	errNameTaken       = errors.New("is taken")
 	errNobodyAsked     = errors.New("nobody is asked: no living member is as the query wants it")
 	errStopped         = errors.New("the agent is stopping")
+	errEventsWait      = errors.New("earlier events of this agent have not reached all members yet")
 )
 
 // The detector's times and bounds; a probe counts from its start. They are those of a short line: see schedule.
 const (
-	heartbeatInterval = 500 * ms // one heartbeat, to one watcher at a time
-	earlyInterval     = 125 * ms // while there are new watchers
-	overdueAfter      = 100 * ms // past its promise
+	heartbeatInterval = 500 * ms                        // one heartbeat, to one watcher at a time
+	earlyInterval     = 125 * ms                        // while there are new watchers
+	overdueAfter      = 100 * ms                        // past its promise
+	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle, which a first heartbeat may be put behind
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
@@ -132,7 +154,6 @@ const (
 	lastResortTimeout  = 900 * ms
 	retryRate          = 2.0 // pings a second, times the failed share of the table
 	maxProbes          = 256
-	maxRandomHelpers   = 16
 )
 
 // ---- messages ----
@@ -149,6 +170,8 @@ const (
 	msgBroadcast              // carries claims and user events
 	msgQuery                  // carries a query: answer it if you can
 	msgReply                  // to a msgQuery
+	msgEventCheck             // tell me when you have my user events up to this one
+	msgEventRequest           // send me what comes after this user event of its sender
 	msgTCPProbe               // first frame of a session: who are you
 	msgLink                   // first frame: an idle link that tells of my death
 	msgSync                   // first frame: let us compare tables
@@ -443,12 +466,24 @@ func (w *replayWindow) accept(number uint64) bool {
 	return fresh
 }
 
-// reset makes number the highest that has counted.
-func (w *replayWindow) reset(number uint64) {
-	if number+windowSize < w.top {
-		*w = replayWindow{number, ^uint64(0)}
-	}
+// isBehind reports whether number is too far below the highest to count.
+func (w *replayWindow) isBehind(number uint64) bool {
+	return w.top >= windowSize && number <= w.top-windowSize
 }
+
+// handleAnswer takes the number of an answer. asked is what the highest was when its question was first sent: a sender
+// numbers on from what it has sent before, so that an answer below it shows that somebody has forged that highest
+// number. Where nobody can forge (with a key) no answer is below, however late it comes.
+func (w *replayWindow) handleAnswer(number, asked uint64) {
+	if number < asked {
+		*w = replayWindow{top: number, seen: ^uint64(0)}
+		return
+	}
+	w.accept(number)
+}
+
+// closedWindow lets nothing count until an answer comes.
+func closedWindow() replayWindow { return replayWindow{top: ^uint64(0), seen: ^uint64(0)} }
 
 // ---- awake time ----
 
@@ -483,6 +518,11 @@ func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
 	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
 	return b
 }
+
+// has reports whether cost tokens are there; spend takes them.
+func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
+
+func (b *bucket) spend(cost float64) { b.tokens -= cost }
 
 // take takes a token, if there is one.
 func (b *bucket) take() bool {
@@ -536,11 +576,14 @@ type node struct {
 	requests    requests
 	heartbeats  heartbeats
 	detector    detector
-	broadcasts  broadcastQueue
+	broadcasts  broadcasts
 	antiEntropy antiEntropy
 	joining     joining
 	identity    identity
 	queries     queries
+
+	amplification bucket // what those get who have never answered
+	replayedPings bucket // answers to these, and to unknown senders
 }
 
 // newNode makes a node of cfg; now is the caller's clock.
@@ -552,6 +595,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.known = now // what a former run of this name has sent is over
 	n.heartbeats.linkAt = never
+	n.requests.ofPeer = make(map[string]int)
 	n.detector.lastHeard = n.now
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
@@ -560,14 +604,19 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 
 // step is the one way in: it runs the clock to now, then input, which may call whatever is told to a node.
 func (n *node) step(now time.Duration, input func(*node)) {
-	n.clock.advance(now)
+	n.advance(now)
 	input(n)
+}
+
+func (n *node) advance(now time.Duration) {
+	n.clock.advance(now)
+	n.amplification.fill(n.now, amplificationRate, amplificationBurst)
 }
 
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
 // that had arrived before (a queued heartbeat acquits its sender).
 func (n *node) tick(now time.Duration) outputs {
-	n.clock.advance(now)
+	n.advance(now)
 	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
 	n.requests.step(n)
 	if n.identity.leaving == 0 {
@@ -584,7 +633,7 @@ func (n *node) tick(now time.Duration) outputs {
 	} else if n.wakeAt(n.identity.leaving); len(n.requests.open) == 0 || n.now >= n.identity.leaving {
 		n.out.left = true
 	}
-	n.broadcasts.flush(n)
+	n.broadcasts.step(n)
 	o := n.out
 	o.events = append(o.events, n.table.events...)
 	o.wake = n.real + n.planned
@@ -598,8 +647,8 @@ func (n *node) logf(format string, a ...any) {
 	n.out.logs = append(n.out.logs, fmt.Sprintf(format, a...))
 }
 
-// isPlausible is the one rule about numbers from outside: no incarnation and no Lamport time is far above all
-// that is known, or one forged datagram with the highest number of all would end joins, or events, for good.
+// isPlausible is the rule about Lamport times from outside: none is far above all that is known, or one forged datagram
+// with the highest number of all would end events for good. About incarnations see isPlausibleClaim.
 // What is known at the start may be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
 func (n *node) isPlausible(number, known uint64) bool {
 	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
@@ -611,43 +660,67 @@ func (n *node) isPlausible(number, known uint64) bool {
 func (n *node) header(k msgKind) header {
 	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation, Raised: n.self.Incarnation - n.self.Instance}
 	switch k {
-	case msgHeartbeat, msgPing, msgAck, msgSync, msgHandshakeReply: // a ping's makes room for that of the answer, which is never larger
+	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for that of the answer, which is never larger
+		hdr.Digest = n.calmDigest()
+	case msgSync, msgHandshakeReply:
 		hdr.Digest = n.digest()
 	}
 	return hdr
 }
 
-// digest covers the table and the remembered user events.
-func (n *node) digest() uint64 { return n.table.digest ^ n.broadcasts.events.digest }
+// digest covers the table, and how many user events of each member are known.
+func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
 
-// allows reports whether m may be sent something that it has not asked for, a message of kind k.
-func (n *node) allows(m Member, k msgKind) bool {
-	if e := n.table.get(m.Name); e != nil && e.Addr == m.Addr && e.peer().validated {
-		return true
+// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the same.
+func (n *node) calmDigest() uint64 {
+	if n.now-n.broadcasts.heardAt < eventsCalm {
+		return n.table.digest
 	}
-	if k == msgQuery {
-		return n.queries.amplification.fill(n.now, queryAmplificationRate, queryAmplificationBurst).take()
-	}
-	return n.detector.amplification.fill(n.now, amplificationRate, amplificationBurst).take()
+	return n.digest()
 }
+
+// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members that
+// have answered at their address cost nothing.
+func (n *node) amplificationCost(m Member, k msgKind) float64 {
+	e := n.table.get(m.Name)
+	if e != nil && e.Addr == m.Addr && e.peer().validated {
+		return 0
+	}
+	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
+		return queryCost
+	}
+	return unaskedCost
+}
+
+// allows reports whether m may be sent a message of kind k; spend notes that it is.
+func (n *node) allows(m Member, k msgKind) bool {
+	return n.amplification.has(n.amplificationCost(m, k))
+}
+
+func (n *node) spend(m Member, k msgKind) { n.amplification.spend(n.amplificationCost(m, k)) }
 
 // send sends h and a body of updates to one run of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
-	if hdr.Kind == msgAck || n.allows(to, hdr.Kind) {
-		if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
-			to.Protocol = e.Protocol
+	if hdr.Kind != msgAck { // which is never larger than what was asked
+		if !n.allows(to, hdr.Kind) {
+			return
 		}
-		n.number++
-		hdr.Number = n.number
-		n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
+		n.spend(to, hdr.Kind)
 	}
+
+	if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
+		to.Protocol = e.Protocol
+	}
+	n.number++
+	hdr.Number = n.number
+	n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
 }
 
 // ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
 	hdr.Target, hdr.Seq = m.Name, n.nonce()
-	n.requests.add(request{m: m, h: hdr, until: n.now + requestTimeout, at: never, sent: n.now})
+	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never, sent: n.now})
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
@@ -655,8 +728,17 @@ func (n *node) ping(m Member) {
 // sendReliable sends m a letter.
 func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Duration) {
 	hdr.Seq = n.nonce()
-	n.requests.add(request{m: m, h: hdr, body: body, until: n.now + within})
+	n.addRequest(request{m: m, h: hdr, body: body, until: n.now + within})
 	n.wakeAt(n.now)
+}
+
+// addRequest notes a question.
+func (n *node) addRequest(q request) {
+	e := n.table.get(q.m.Name)
+	if e != nil && e.Instance == q.m.Instance {
+		q.asked = e.peer().datagrams.top
+	}
+	n.requests.add(q)
 }
 
 // nonce is a number that nobody can guess.
@@ -665,6 +747,7 @@ func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 // tcpProbe has TCP look at m.
 func (n *node) tcpProbe(m Member) {
 	if n.allows(m, msgTCPProbe) {
+		n.spend(m, msgTCPProbe)
 		n.out.tcpProbes = append(n.out.tcpProbes, m)
 	}
 }
@@ -672,6 +755,7 @@ func (n *node) tcpProbe(m Member) {
 // sync has TCP compare tables with m.
 func (n *node) sync(m Member) {
 	if n.allows(m, msgSync) {
+		n.spend(m, msgSync)
 		n.logf("[DEBUG] comparing tables with %s at %s", m.Name, m.Addr)
 		n.out.syncs = append(n.out.syncs, m)
 	}
@@ -703,6 +787,7 @@ func (n *node) claim(e *entry) update {
 type request struct {
 	m     Member // the run that is asked
 	h     header
+	asked uint64 // the highest number of its datagrams, before
 	body  []byte
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
@@ -711,14 +796,30 @@ type request struct {
 }
 
 type requests struct {
-	open []*request
-	rate bucket // of letters
+	open   []*request
+	ofPeer map[string]int // how many of them each name has
+	rate   bucket         // of letters
 }
 
 func (qs *requests) add(q request) {
-	if len(qs.open) < maxRequests {
-		qs.open = append(qs.open, &q)
+	if len(qs.open) >= maxRequests || qs.ofPeer[q.m.Name] >= maxRequestsToPeer {
+		return
 	}
+	qs.open = append(qs.open, &q)
+	qs.ofPeer[q.m.Name]++
+}
+
+// removed is told that q is not open any more.
+func (qs *requests) removed(q *request) {
+	qs.ofPeer[q.m.Name]--
+	if qs.ofPeer[q.m.Name] == 0 {
+		delete(qs.ofPeer, q.m.Name)
+	}
+}
+
+func (qs *requests) removeAll() {
+	qs.open = nil
+	clear(qs.ofPeer)
 }
 
 func (qs *requests) step(n *node) {
@@ -726,6 +827,7 @@ func (qs *requests) step(n *node) {
 	qs.open = slices.DeleteFunc(qs.open, func(q *request) bool {
 		due := n.now >= q.at && n.now < q.until && qs.rate.take()
 		if n.now >= q.until || due && n.table.ended(q.m) {
+			qs.removed(q)
 			return true
 		}
 		if due {
@@ -748,14 +850,18 @@ func (qs *requests) step(n *node) {
 // dealings is what the protocol has had to do with one run of a member.
 type peerState struct {
 	datagrams     replayWindow
+	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
 	validated     bool          // it has answered: somebody lives at its address
 	greeted       bool          // it watches this node and has been sent a heartbeat
 	due           time.Duration // when it is overdue, if I watch it
 	claimRate     bucket        // with what is believed of it
+	eventRate     bucket        // with user events that it has missed
+	pingRate      bucket        // with pings that others bring about
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
 	newsRate      bucket        // with news that it may have missed
 	line          line
+	heard         []heardQuery // its queries whose time is not over
 }
 
 func (e *entry) peer() *peerState {
@@ -826,29 +932,70 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 	}
 	e := n.table.get(hdr.From)
 	switch {
-	case hdr.Raised > hdr.Incarnation || !n.isPlausible(hdr.Incarnation, n.table.highest):
-		return errors.New("claims an incarnation far ahead of all that is known")
-	case hdr.Kind > msgReply && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
+	case hdr.Raised > hdr.Incarnation:
+		return errMalformed
+	case hdr.Kind > msgEventRequest && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
 	case hdr.Kind == msgPing:
-		if hdr.Target == n.self.Name { // else it was meant for a former owner of this address
-			n.sendAck(from, hdr, len(b))
-		}
+		n.handlePing(e, from, hdr, len(b))
 	case hdr.Kind == msgAck:
 		n.handleAck(hdr)
 	case e == nil || e == n.self || e.Instance != hdr.born(): // a run that is not remembered comes in by an exchange
 		n.handleUnknownHeartbeat(e, hdr)
-	case e.peer().datagrams.accept(hdr.Number): // it counts: it has not come before
-		n.detector.lastHeard = n.now
-		return n.handleMessage(e, from, hdr, len(b), body)
+	case e.peer().datagrams.isBehind(hdr.Number):
+		n.handleBehind(e, hdr)
+	default:
+		fresh := e.peer().datagrams.accept(hdr.Number)
+		if fresh {
+			n.detector.lastHeard = n.now
+			return n.handleMessage(e, from, hdr, len(b), body)
+		}
 	}
 	return nil
 }
 
+// handlePing answers a ping. Anybody can play a recorded one again and again, also without a key: those that have come
+// before, and those of a sender that is not remembered, get so many answers a second, all together.
+func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
+	if hdr.Target != n.self.Name {
+		return // it was meant for a former owner of this address
+	}
+	fresh := false
+	if e != nil && e.Instance == hdr.born() {
+		fresh = e.peer().datagrams.accept(hdr.Number)
+	}
+	if !fresh {
+		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
+		if !n.replayedPings.has(1) {
+			return
+		}
+		n.replayedPings.spend(1)
+	}
+	n.sendAck(from, hdr, size)
+}
+
+// handleBehind handles what is far below the highest number of e. It does not count. But without a key, somebody may have
+// forged that highest number; so, if e waits for an answer, it is pinged, and what it answers shows where it is.
+func (n *node) handleBehind(e *entry, hdr header) {
+	if hdr.Seq != 0 {
+		n.pingAtBoundedRate(e)
+	}
+}
+
+// pingAtBoundedRate pings e, since somebody said something that only e can settle.
+func (n *node) pingAtBoundedRate(e *entry) {
+	rate := &e.peer().pingRate
+	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
+	if rate.has(1) {
+		rate.spend(1)
+		n.ping(e.Member)
+	}
+}
+
 // handleMessage takes what counts: e has sent it just now.
 func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int, body []byte) error {
-	if hdr.Seq != 0 && hdr.Kind != msgIndirectProbe && hdr.Kind != msgProbeResult {
+	if hdr.Seq != 0 && hdr.Kind != msgIndirectProbe && hdr.Kind != msgProbeResult && hdr.Kind != msgEventCheck {
 		n.sendAck(from, hdr, size)
 	}
 	n.noteContact(e, hdr)
@@ -864,14 +1011,26 @@ func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int
 		return n.queries.handleQuery(n, e, hdr, us)
 	case hdr.Kind == msgReply:
 		n.queries.handleAnswer(n, e, hdr, us)
+	case hdr.Kind == msgEventCheck:
+		return n.handleEventCheck(e, from, hdr, size, us)
+	case hdr.Kind == msgEventRequest:
+		return n.handleEventRequest(e, us)
 	case hdr.Kind == msgBroadcast:
-		for i := range us {
-			if err := n.handleUpdate(&us[i], e.Name, nil); err != nil {
-				return err
-			}
-		}
+		return n.handleBroadcast(e, us)
 	}
 	return nil
+}
+
+// handleBroadcast takes what by has flooded. One bad update costs that update; the first is returned as an error.
+func (n *node) handleBroadcast(by *entry, us []update) error {
+	var first error
+	for i := range us {
+		err := n.handleUpdate(&us[i], by.Name, nil)
+		if first == nil {
+			first = err
+		}
+	}
+	return first
 }
 
 // sendAck acknowledges a datagram of size bytes. It is never larger, since the source may be forged.
@@ -895,6 +1054,7 @@ func (n *node) handleAck(hdr header) {
 	}
 	q := qs.open[i]
 	qs.open = slices.Delete(qs.open, i, i+1)
+	qs.removed(q)
 	if q.m.Addr != n.self.Addr {
 		n.detector.lastHeard = n.now
 	}
@@ -908,9 +1068,13 @@ func (n *node) handleAck(hdr header) {
 			n.sync(e.Member)
 		}
 	default:
-		e.peer().datagrams.reset(hdr.Number) // only a forger's is far above what was sent just now
+		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
+		n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
 		if q.sent > 0 {
 			n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+		}
+		if q.h.Kind == msgEventCheck {
+			n.broadcasts.flow.checked(e)
 		}
 		if q.h.Kind == msgQuery {
 			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
@@ -948,16 +1112,17 @@ func (n *node) noteContact(e *entry, hdr header) {
 	e.peer().tcpOnly = 0
 	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, time.Minute) + n.overdueMargin(e.Member)
+		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + n.overdueMargin(e.Member)
 		n.detector.handleSignOfLife(n, e.Member)
 	}
-	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) || e.isolated { // if isolated: I hear it; does it hear me?
-		n.ping(e.Member)
-	}
 	if e.isolated {
+		n.ping(e.Member) // I hear it; does it hear me?
 		return
 	}
-	if hdr.Digest != 0 && hdr.Digest != n.digest() {
+	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
+		n.pingAtBoundedRate(e)
+	}
+	if hdr.Digest != 0 && hdr.Digest != n.digest() && hdr.Digest != n.calmDigest() {
 		if e.peer().validated {
 			n.broadcasts.sendRecent(n, e)
 		}
@@ -967,19 +1132,29 @@ func (n *node) noteContact(e *entry, hdr header) {
 
 // ---- broadcasts ----
 
-// broadcastQueue is what is to be flooded, and the user events that are remembered.
-type broadcastQueue struct {
-	queue   [][]byte // updates on their way to my watchers
-	recent  []news   // the last claims that went into it, newest last
-	joined  []news   // who has compared tables with this node, and has not been heard of since
-	former  []*entry // watchers whose successors have not answered yet
-	flushAt time.Duration
-	rate    bucket
+// broadcasts is what is to be flooded, and the user events that are remembered.
+type broadcasts struct {
+	claims  broadcastQueue
+	news    broadcastQueue // user events, which are sent faster: acknowledgements bound their number
 	events  eventBuffer
+	heardAt time.Duration // when the last user event came in
+	gaps    []*eventGap
+	flow    eventFlow
+
+	recent []recentEntry // whose claims were broadcast last, the newest last
+	joined []recentEntry // that have compared tables with this node, and have not been heard of since
+	former []*entry      // watchers whose successors have not answered yet
 }
 
-// news is a claim that was broadcast, or came, a moment ago.
-type news struct {
+// broadcastQueue holds updates on their way to the watchers.
+type broadcastQueue struct {
+	queue   [][]byte
+	flushAt time.Duration
+	rate    bucket
+}
+
+// recentEntry is a member to which something happened a moment ago.
+type recentEntry struct {
 	e  *entry
 	at time.Duration
 }
@@ -990,18 +1165,18 @@ func (n *node) broadcast(e *entry) {
 		return
 	}
 	u := n.claim(e)
-	n.broadcasts.add(&u)
+	n.broadcasts.claims.add(&u)
 
 	s := &n.broadcasts
-	s.recent = slices.DeleteFunc(s.recent, func(r news) bool { return r.e == e })
-	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], news{e, n.now})
+	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return r.e == e })
+	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], recentEntry{e, n.now})
 }
 
 // sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long line,
 // each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to compare
 // tables takes four round trips, and this one.
-func (s *broadcastQueue) sendRecent(n *node, to *entry) {
-	s.recent = slices.DeleteFunc(s.recent, func(r news) bool { return n.now-r.at > recentFor })
+func (s *broadcasts) sendRecent(n *node, to *entry) {
+	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return n.now-r.at > recentFor })
 	var body []byte
 	for _, r := range slices.Backward(s.recent) {
 		if r.e == to || r.e.reaped {
@@ -1014,39 +1189,52 @@ func (s *broadcastQueue) sendRecent(n *node, to *entry) {
 		}
 		body = longer
 	}
-	if len(body) > 0 && to.peer().newsRate.fill(n.now, 1/claimInterval.Seconds(), 1).take() {
+
+	rate := &to.peer().newsRate
+	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
+	if len(body) > 0 && rate.has(1) {
+		rate.spend(1)
 		n.send(to.Member, n.header(msgBroadcast), body)
 	}
 }
 
-func (s *broadcastQueue) add(u *update) {
-	s.queue = append(s.queue[max(0, len(s.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
+func (q *broadcastQueue) add(u *update) {
+	q.queue = append(q.queue[max(0, len(q.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
 }
 
-// flush sends the queue to all watchers: at once when the line was idle, else in batches, broadcastRate a second.
-func (s *broadcastQueue) flush(n *node) {
-	if s.rate.fill(n.now, broadcastRate, broadcastRate/5); len(s.queue) > 0 && n.now >= s.flushAt {
-		for len(s.queue) > 0 && s.rate.tokens >= 0 {
+func (s *broadcasts) step(n *node) {
+	s.stepGaps(n)
+	s.flow.step(n)
+	s.claims.flush(n, broadcastRate, broadcastRate/5)
+	s.news.flush(n, eventRate, eventBurst)
+}
+
+// flush sends the queue to all watchers: at once when the line was idle, else in batches, rate packets a second.
+func (q *broadcastQueue) flush(n *node, rate, burst float64) {
+	q.rate.fill(n.now, rate, burst)
+	if len(q.queue) > 0 && n.now >= q.flushAt {
+		for len(q.queue) > 0 && q.rate.tokens >= 0 {
 			var one []byte // as much as fits into a datagram
-			for len(s.queue) > 0 && (len(one) == 0 || len(one)+len(s.queue[0]) <= maxDatagram-256) {
-				one, s.queue = append(one, s.queue[0]...), s.queue[1:]
+			for len(q.queue) > 0 && (len(one) == 0 || len(one)+len(q.queue[0]) <= maxDatagram-256) {
+				one = append(one, q.queue[0]...)
+				q.queue = q.queue[1:]
 			}
-			for _, e := range s.receivers(n) {
+			for _, e := range n.broadcasts.receivers(n) {
 				n.send(e.Member, n.header(msgBroadcast), one)
-				s.rate.tokens--
+				q.rate.tokens--
 			}
 		}
-		s.flushAt = n.now + broadcastBatch + time.Duration(max(0, -s.rate.tokens)/broadcastRate*float64(time.Second))
+		q.flushAt = n.now + broadcastBatch + time.Duration(max(0, -q.rate.tokens)/rate*float64(time.Second))
 	}
-	if len(s.queue) > 0 {
-		n.wakeAt(s.flushAt)
+	if len(q.queue) > 0 {
+		n.wakeAt(q.flushAt)
 	}
 }
 
 // receivers are the watchers that have answered, and those who have just joined through this node: over a long line
 // they know nobody else for a while. Until all watchers have answered the former ones stand in for them, or members
 // between newcomers from far away would hear of nothing for so long.
-func (s *broadcastQueue) receivers(n *node) []*entry {
+func (s *broadcasts) receivers(n *node) []*entry {
 	var es []*entry
 	add := func(e *entry) {
 		if !e.Status.isDead() && !slices.Contains(es, e) {
@@ -1066,7 +1254,7 @@ func (s *broadcastQueue) receivers(n *node) []*entry {
 		add(w)
 	}
 
-	s.joined = slices.DeleteFunc(s.joined, func(j news) bool { return n.now-j.at > recentFor })
+	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
 	for _, j := range s.joined {
 		add(j.e)
 	}
@@ -1074,7 +1262,7 @@ func (s *broadcastQueue) receivers(n *node) []*entry {
 }
 
 // noteFormerWatchers is told who watched this node before others do.
-func (s *broadcastQueue) noteFormerWatchers(former []*entry) {
+func (s *broadcasts) noteFormerWatchers(former []*entry) {
 	for _, w := range former {
 		if w.peer().validated && !slices.Contains(s.former, w) {
 			s.former = append(s.former[max(0, len(s.former)-rings+1):], w)
@@ -1082,32 +1270,97 @@ func (s *broadcastQueue) noteFormerWatchers(former []*entry) {
 	}
 }
 
+// noteJoined is told that e has joined through this node.
+func (s *broadcasts) noteJoined(e *entry, now time.Duration) {
+	s.heardFrom(e)
+	s.joined = append(s.joined[max(0, len(s.joined)-maxJoined+1):], recentEntry{e, now})
+}
+
 // heardFrom is told of a datagram of e.
-func (s *broadcastQueue) heardFrom(e *entry) {
-	s.joined = slices.DeleteFunc(s.joined, func(j news) bool { return j.e == e })
+func (s *broadcasts) heardFrom(e *entry) {
+	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
 }
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
 // length.
-func (n *node) sanitizeClaim(u *update) error {
+func sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
 	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
-	if !m.isValid() || !n.isPlausible(m.Incarnation, n.table.highest) {
+	if !m.isValid() {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
 	return nil
 }
 
+// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
+// of all would make its member irrefutable for good. Hearsay leads no further than a little above what the member
+// itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it. Where the limit
+// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off whoever had missed one.
+const (
+	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
+	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former run before it has joined
+	firstHandLimit  = 1<<64 - 1<<21 // nearly none
+	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
+)
+
+// isPlausibleClaim reports whether the incarnation of m, a claim about e that came as sync says, can be believed.
+func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
+	limit, known := uint64(hearsayLimit), uint64(0)
+	if e != nil {
+		known = e.proven
+	}
+	if e == n.self {
+		known = e.Incarnation
+	}
+	switch {
+	case n.isFirstHand(m, e, sync):
+		limit = firstHandLimit
+	case sync != nil && e == n.self && n.joining.joinedAt == 0:
+		limit = formerRunLimit
+	}
+	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
+}
+
+// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled it; or
+// what a seed believes when this node comes in, which then counts as known.
+func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
+	if sync == nil || !sync.peer.Addr.IsValid() { // nobody was dialled
+		return false
+	}
+	ownWord := m.sameInstance(sync.peer) && m.Addr == sync.peer.Addr
+	moved := e != nil && !e.Status.isDead() && e.Addr != m.Addr
+	return n.joining.joinedAt == 0 || ownWord && !moved
+}
+
+// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
+// only others were told of it. So the member is asked.
+func (n *node) handleImplausible(m Member, e *entry) error {
+	switch {
+	case e == n.self, m.Status.isDead() && (e == nil || e.Status.isDead()):
+	case m.Status.isDead():
+		n.detector.startProbe(n, e.Member)
+	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
+		n.pingAtBoundedRate(e)
+	default:
+		n.antiEntropy.askFirstHand(n, m)
+	}
+	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
+}
+
 // handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
 func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
-		return n.handleUserEvent(u, sync != nil && sync.replay)
+		return n.handleUserEvent(u, via, sync != nil && sync.replay)
 	}
-	if err := n.sanitizeClaim(u); err != nil {
+	if err := sanitizeClaim(u); err != nil {
 		return err
 	}
 	m, e := u.Member, n.table.get(u.Member.Name)
+	if !n.isPlausibleClaim(m, e, sync) {
+		return n.handleImplausible(m, e)
+	}
+	firstHand := n.isFirstHand(m, e, sync)
 	switch {
 	case e == n.self:
 		n.identity.handleSelfClaim(n, m, via)
@@ -1122,6 +1375,9 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 		if revived && e.Status == statusAlive && n.table.failed > 0 {
 			n.sync(e.Member) // a split has ended: it knows of many more
 		}
+	}
+	if firstHand {
+		n.table.prove(m)
 	}
 	return nil
 }
@@ -1152,44 +1408,385 @@ func (n *node) applyAndForward(u *update) {
 	}
 }
 
+// ---- user events ----
+
 // isValidEvent reports whether u can be a user event or a query.
-func (n *node) isValidEvent(u *update) bool {
-	return validatePayload("", u.Name, u.Payload) == nil && u.LTime != 0 && n.isPlausible(u.LTime, n.broadcasts.events.lamport)
+func isValidEvent(u *update) bool {
+	return validatePayload("", u.Name, u.Payload) == nil && u.LTime > 0 && u.LTime <= maxCount
 }
 
-// handleUserEvent takes a user event; replay: also one from before this agent's time.
-func (n *node) handleUserEvent(u *update, replay bool) error {
-	s, name := &n.broadcasts, u.Member.Name
-	if validName(name) != nil || !n.isValidEvent(u) {
+// handleUserEvent takes a user event that via has told; replay: also one from before this agent's time.
+func (n *node) handleUserEvent(u *update, via string, replay bool) error {
+	name := u.Member.Name
+	if validName(name) != nil || !isValidEvent(u) || u.Number == 0 || u.Number > 2*maxCount {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
-	// Only what belongs to an event goes on: the rest may be of any length.
-	is := update{Member: Member{Name: name}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce}
-	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	if !s.events.add(bufferedEvent{is, is.key(), sent}) || n.isBeforeItsTime(name, sent) && !replay && !n.replay {
+	e := n.table.get(name)
+	if e == nil {
+		return nil // the claim about it was missed: repair brings both
+	}
+	source := e.eventSource(u.Member.Instance)
+	if source == nil {
 		return nil
 	}
-	n.out.events = append(n.out.events, Event{kind: eventUser, update: is})
-	s.add(&is)
+
+	if !source.isNew(u.id()) {
+		return nil
+	}
+	if e == n.self && u.Number > source.number+1 {
+		// Somebody foretells what this node will send. It goes on above that, so that its own events are not taken
+		// for the forged ones.
+		if u.Number <= source.number+eventWindow {
+			n.table.skip(e, source, u.Number)
+		}
+		return nil
+	}
+	// Only what belongs to an event goes on: the rest may be of any length.
+	is := update{Member: Member{Name: name, Instance: source.instance}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce,
+		Number: u.Number, Nonce: u.Nonce}
+	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
+	is.Before = n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
+	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
+	if u.Number > source.number+1 {
+		if n.noteGap(e, source, u.Number) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
+			n.forwardEvent(ev)
+		}
+		return nil
+	}
+	n.takeEvent(e, source, ev)
+	n.forwardEvent(ev)
+	n.takeHeld(e, source)
 	return nil
 }
 
-// isBeforeItsTime reports whether what name sent then was sent before my time: before I knew the sender, who was in
-// another cluster, or I was not there yet. A restarted agent would else run the handler of "reboot" again.
-func (n *node) isBeforeItsTime(name string, sent time.Duration) bool {
-	if e := n.table.get(name); e != nil {
-		return sent < e.known
+// forwardEvent passes an event on, also ahead of its turn: one that is missing here is missing nowhere else for it.
+func (n *node) forwardEvent(ev heldEvent) {
+	if !ev.fresh {
+		return
 	}
-	return n.joining.joinedAt == 0 || sent < n.joining.joinedAt
+	u := ev.update
+	u.Age = uint64((n.real - ev.sent) / ms)
+	n.broadcasts.news.add(&u)
 }
 
-// bufferedEvent sends a user event to everybody, this node included.
+// isBeforeItsTime reports whether an event was sent before this agent knew e, its sender or the one that tells of it, which
+// was in another cluster then, or this agent was not there yet. A restarted agent would run the handler of "reboot" again.
+func (n *node) isBeforeItsTime(e *entry, sent time.Duration) bool {
+	return e == nil || sent < e.known
+}
+
+// takeEvent counts an event whose turn has come.
+func (n *node) takeEvent(e *entry, source *eventSource, ev heldEvent) {
+	// Times are inexact, numbers are not: what follows an event that has run is not before this agent's time.
+	if source.ran && ev.Number > source.number {
+		ev.Before = false
+		ev.fresh = true
+	}
+	if ev.Number > source.number {
+		n.table.advance(e, source, ev.Number)
+	}
+	source.remember(ev.id())
+	n.broadcasts.events.witness(ev.LTime)
+	n.broadcasts.events.add(ev.update, source, ev.sent)
+	n.broadcasts.heardAt = n.now
+	if ev.fresh {
+		source.ran = true
+		n.out.events = append(n.out.events, Event{kind: eventUser, update: ev.update})
+	}
+}
+
+// takeHeld counts what has waited for its turn, as far as that has come.
+func (n *node) takeHeld(e *entry, source *eventSource) {
+	for len(source.held) > 0 && source.held[0].Number <= source.number+1 {
+		ev := source.held[0]
+		source.held = source.held[1:]
+		if source.isNew(ev.id()) {
+			n.takeEvent(e, source, ev)
+		}
+	}
+}
+
+// skipEvents gives up the events of e up to number that have not come.
+func (n *node) skipEvents(e *entry, source *eventSource, number uint64) {
+	n.table.skip(e, source, number)
+	n.takeHeld(e, source)
+}
+
+// eventGap is a member of whose events some are missing.
+type eventGap struct {
+	e      *entry
+	source *eventSource
+	upTo   uint64 // is known to have been sent
+	number uint64 // of the last that is known; when that changes, they are coming
+	since  time.Duration
+	askAt  time.Duration
+	tries  int
+	away   bool    // the sender is not there to ask
+	check  *header // its sender waits for an answer
+	from   netip.AddrPort
+	size   int
+}
+
+// heldCount is how many events wait for their turn.
+func (s *broadcasts) heldCount() int {
+	count := 0
+	for _, g := range s.gaps {
+		count += len(g.source.held)
+	}
+	return count
+}
+
+// noteGap notes that events of e up to number have been sent; nil: there are too many gaps.
+func (n *node) noteGap(e *entry, source *eventSource, number uint64) *eventGap {
+	s := &n.broadcasts
+	i := slices.IndexFunc(s.gaps, func(g *eventGap) bool { return g.source == source })
+	if i < 0 && len(s.gaps) >= maxEvents {
+		return nil
+	}
+	if i < 0 {
+		i = len(s.gaps)
+		s.gaps = append(s.gaps, &eventGap{e: e, source: source, number: source.number, since: n.now, askAt: n.now + eventRepairEvery})
+	}
+	g := s.gaps[i]
+	g.upTo = max(g.upTo, number)
+	n.wakeAt(g.askAt)
+	return g
+}
+
+// stepGaps asks for events that do not come, and gives them up when nobody has them.
+func (s *broadcasts) stepGaps(n *node) {
+	s.gaps = slices.DeleteFunc(s.gaps, func(g *eventGap) bool {
+		if g.source.number >= g.upTo {
+			if g.check != nil {
+				n.sendAck(g.from, *g.check, g.size)
+			}
+			return true
+		}
+		away := g.e.isSkipped() || g.e.Instance != g.source.instance
+		if away != g.away {
+			g.away = away
+			g.since = n.now
+		}
+		if g.source.number != g.number {
+			g.number = g.source.number
+			g.since = n.now
+			g.askAt = n.now + eventRepairEvery
+			g.tries = 0
+		}
+		timeout := eventGapTimeout
+		if g.away {
+			timeout = eventAwayTimeout
+		}
+		if n.now >= g.since+timeout {
+			end := g.upTo
+			if len(g.source.held) > 0 {
+				end = g.source.held[0].Number - 1
+			}
+			n.logf("[DEBUG] %d user events of %s are given up: nobody has them", end-g.source.number, g.e.Name)
+			n.skipEvents(g.e, g.source, end)
+			g.since = n.now
+		}
+		if n.now >= g.askAt {
+			g.askAt = n.now + eventRepairEvery
+			g.ask(n)
+		}
+		n.wakeAt(g.askAt)
+		return false
+	})
+}
+
+// handleEventRequest sends e the user events that follow the one that it names, as far as they are remembered.
+func (n *node) handleEventRequest(e *entry, us []update) error {
+	if len(us) != 1 || validName(us[0].Member.Name) != nil {
+		return errors.New("sent a bad request for events")
+	}
+	if !e.peer().eventRate.fill(n.now, eventRepairRate, 2).take() {
+		return nil
+	}
+	var body []byte
+	packets := 0
+	for _, ev := range n.broadcasts.events.recent {
+		wanted := ev.Member.Name == us[0].Member.Name && ev.Member.Instance == us[0].Member.Instance && ev.Number > us[0].Number
+		if !wanted || packets == eventRepairPackets {
+			continue
+		}
+		u := ev.update
+		u.Age = uint64((n.real - ev.sent) / ms)
+		one := wire.encode(nil, &u)
+		if len(body) > 0 && len(body)+len(one) > maxDatagram-256 {
+			n.send(e.Member, n.header(msgBroadcast), body)
+			packets++
+			body = nil
+		}
+		body = append(body, one...)
+	}
+	if len(body) > 0 && packets < eventRepairPackets {
+		n.send(e.Member, n.header(msgBroadcast), body)
+	}
+	return nil
+}
+
+// ask asks the sender, which has what is missing for certain, and members at random, which may be nearer and outlive it.
+func (g *eventGap) ask(n *node) {
+	g.tries++
+	to := g.e
+	if g.away || g.tries%2 == 1 {
+		to = n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isSkipped() })
+	}
+	if to == nil || to == n.self {
+		return
+	}
+	if g.tries%(eventRepairTries+1) == 0 {
+		n.antiEntropy.requestEvents(n, to)
+		return
+	}
+	last := update{Member: Member{Name: g.e.Name, Instance: g.source.instance}, Number: g.source.number}
+	n.send(to.Member, n.header(msgEventRequest), wire.encode(nil, &last))
+}
+
+// userEvent sends a user event to everybody, this node included. errEventsWait: the others have to catch up first.
 func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 	if err := validatePayload("event", name, payload); err != nil {
 		return err
 	}
-	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.broadcasts.events.lamport + 1, Coalesce: coalesce}
-	return n.handleUserEvent(&u, true)
+	flow, source := &n.broadcasts.flow, n.self.eventSource(n.self.Instance)
+	if source.number-flow.known(n.self) >= eventWindow {
+		return errEventsWait
+	}
+	ev := heldEvent{
+		update: update{Member: Member{Name: n.self.Name, Instance: n.self.Instance}, Name: name, Payload: payload, Coalesce: coalesce,
+			LTime: min(n.broadcasts.events.lamport+1, maxCount), Number: source.number + 1, Nonce: n.nonce()},
+		sent:  n.real,
+		fresh: true,
+	}
+	n.takeEvent(n.self, source, ev)
+	n.forwardEvent(ev)
+	return nil
+}
+
+// resendEvents sends the remembered events of this node, which has just joined, to all that are there now.
+func (n *node) resendEvents() {
+	source := n.self.eventSource(n.self.Instance)
+	if n.self.events.former != nil { // its address has changed since then
+		n.table.advance(n.self, source, 0)
+	}
+	for i := range n.broadcasts.events.recent {
+		ev := &n.broadcasts.events.recent[i]
+		if ev.Member.Name != n.self.Name {
+			continue
+		}
+		if ev.Member.Instance != n.self.Instance {
+			ev.Member.Instance = n.self.Instance
+			ev.source.kept--
+			ev.source = source
+			source.kept++
+			source.remember(ev.id())
+			n.table.advance(n.self, source, ev.Number)
+		}
+		ev.sent = n.real
+		n.broadcasts.news.add(&ev.update)
+	}
+}
+
+// eventFlow bounds how many of this node's user events are under way. Floods are not acknowledged. When half of the
+// window is used up, every member is asked to answer as soon as it has all.
+type eventFlow struct {
+	instance  uint64
+	settled   uint64 // all members have the events up to this one, or are not waited for
+	asked     uint64 // when it is higher: they have been asked for those up to this one
+	until     time.Duration
+	waiting   []Member // who has not answered
+	confirmed int      // how many have
+}
+
+// known is how many events of self everybody has.
+func (f *eventFlow) known(self *entry) uint64 {
+	if f.instance != self.Instance {
+		*f = eventFlow{instance: self.Instance}
+	}
+	return f.settled
+}
+
+// checked is told that e has all events for which it was asked.
+func (f *eventFlow) checked(e *entry) {
+	e.peer().lagging = false
+	f.confirmed++
+	f.waiting = slices.DeleteFunc(f.waiting, e.sameInstance)
+}
+
+func (f *eventFlow) step(n *node) {
+	count := n.self.eventCount()
+	if f.asked > f.known(n.self) {
+		f.waiting = slices.DeleteFunc(f.waiting, n.table.ended)
+		if len(f.waiting) > 0 && n.now < f.until {
+			n.wakeAt(f.until)
+			return
+		}
+		f.conclude(n)
+	}
+
+	outside := n.joining.joinedAt == 0 && len(n.seeds) > 0
+	if count-f.settled >= eventWindow/2 && !outside && !n.detector.isolated {
+		f.ask(n, count)
+	}
+}
+
+// conclude ends a check. One that is stopped must not stop the others: it will catch up by itself. But if nobody at all has
+// answered, nothing is known to have arrived.
+func (f *eventFlow) conclude(n *node) {
+	if len(f.waiting) > 0 && f.confirmed == 0 {
+		f.asked = f.settled
+		return
+	}
+	for _, m := range f.waiting {
+		n.table.get(m.Name).peer().lagging = true
+	}
+	f.settled = f.asked
+}
+
+// ask asks all members for the events up to count. Those that did not keep up are asked, too, but not waited for while
+// others are.
+func (f *eventFlow) ask(n *node, count uint64) {
+	f.asked = count
+	f.until = n.now + eventCheckTimeout
+	f.waiting = nil
+	f.confirmed = 0
+	var lagging []Member
+	hdr := n.header(msgEventCheck)
+	body := wire.encode(nil, &update{Number: count})
+	for _, e := range n.table.ordered {
+		if e == n.self || e.displayStatus() != statusAlive {
+			continue
+		}
+		n.sendReliable(e.Member, hdr, body, eventCheckTimeout)
+		if e.peer().lagging {
+			lagging = append(lagging, e.Member)
+		} else {
+			f.waiting = append(f.waiting, e.Member)
+		}
+	}
+	if len(f.waiting) == 0 {
+		f.waiting = lagging
+	}
+	n.wakeAt(n.now)
+}
+
+// handleEventCheck answers e as soon as all of its user events up to the one that it names have come.
+func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size int, us []update) error {
+	if len(us) != 1 || us[0].Number == 0 || us[0].Number > 2*maxCount {
+		return errors.New("sent a bad check of its events")
+	}
+	source := e.eventSource(e.Instance)
+	if source.number >= us[0].Number {
+		n.sendAck(from, hdr, size)
+		return nil
+	}
+	if g := n.noteGap(e, source, us[0].Number); g != nil {
+		g.check = &hdr
+		g.from = from
+		g.size = size
+	}
+	return nil
 }
 
 // ---- anti-entropy ----
@@ -1211,6 +1808,26 @@ func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
 	if r.peer == nil && e.peer().syncedDigests != digest^n.digest() && r.rate.take() {
 		r.peer, r.digest = e, digest
 		r.at = n.now + 20*ms + n.jitter(100*ms)
+	}
+}
+
+// requestEvents plans an exchange with e, which has user events that have not come.
+func (r *antiEntropy) requestEvents(n *node, e *entry) {
+	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
+	if r.peer == nil && !e.isSkipped() && e != n.self && r.rate.has(1) {
+		r.rate.spend(1)
+		r.peer = e
+		r.digest = 0
+		r.at = n.now
+	}
+}
+
+// askFirstHand compares tables with m now, as often as comparisons may be made.
+func (r *antiEntropy) askFirstHand(n *node, m Member) {
+	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
+	if r.rate.has(1) {
+		r.rate.spend(1)
+		n.sync(m)
 	}
 }
 
@@ -1239,18 +1856,35 @@ func (r *antiEntropy) step(n *node) {
 	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
 		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
 		n.table.reap(n.now, n.reapAfter)
+		n.broadcasts.events.trim(n.real - eventMemory)
 	}
 }
 
 // exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer      Member        // who answered or dialled, once known; its Addr is where I dialled, or from where it did
+	peer      Member        // who answered or dialled, once known; its Addr is where I dialled
+	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
 	conflict  *probe        // of who has my name there; the exchange waits for it
 	replay    bool
 	lastKey   string // the next piece begins after this key
 	digest    uint64 // the other side's, at first
+	tables    int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
+	counts    []eventCount
+	known     map[lifetime]uint64 // the same, by instance
+}
+
+// lifetime is one instance of a member.
+type lifetime struct {
+	name     string
+	instance uint64
+}
+
+// eventCount is how many of an instance's user events the other side knows.
+type eventCount struct {
+	lifetime
+	number uint64
 }
 
 // handshakeReply answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
@@ -1283,7 +1917,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 			m.Addr = sync.peer.Addr
 		}
 		switch {
-		case n.sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name:
+		case sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name || !n.isPlausibleClaim(*m, n.self, sync):
 		case n.joining.joinedAt != 0 && m.Instance > n.self.Instance: // it gives way when it hears of me
 		case sync.conflict != nil && sync.conflict.result == verdictAlive:
 			return nameTaken(sync.conflict.m)
@@ -1297,37 +1931,80 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	return nil
 }
 
-// tableChunk is the next frame of my table, members first: an empty one, if the other side had just what I have now.
+// tableChunk is the next frame of my table, members first: an empty one, if the other side had just what I have now. The
+// dialler does not know yet which events the other side has, and sends them when it has heard that.
 func (n *node) tableChunk(sync *stateSync) (frame []byte, more bool) {
 	hdr := n.header(msgTable)
 	if sync.digest == n.digest() {
-		sync.lastKey = "" // the news may have come between two pieces
+		sync.endTable() // the news may have come between two pieces
 		return wire.encode(nil, &hdr), false
 	}
 	var body []byte
-	add := func(u update) {
+	add := func(u update, key string) {
 		b := wire.encode(body, &u)
-		if hdr.More = len(b) > maxFrame-512; !hdr.More {
-			body, sync.lastKey = b, u.key()
+		hdr.More = len(b) > maxFrame-512
+		if !hdr.More {
+			body = b
+			sync.lastKey = key
 		}
 	}
 	at, _ := n.table.index(sync.lastKey + "\x00") // the least name that is greater
+	if sync.tables == 2 {
+		at = len(n.table.ordered)
+	}
 	for ; at < len(n.table.ordered) && !hdr.More; at++ {
 		if e := n.table.ordered[at]; !e.reaped && (e != n.self || n.detector.ownProbe(n.self) == nil) {
-			add(n.claim(e))
+			u := n.claim(e)
+			u.Number = e.eventCount()
+			add(u, u.Member.Name)
 		}
 	}
-	for _, ev := range n.broadcasts.events.recent {
-		if !hdr.More && ev.key > sync.lastKey {
+	if sync.tables > 0 {
+		for i, ev := range n.broadcasts.events.recent {
+			key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
+			if hdr.More || key <= sync.lastKey || !sync.wantsEvent(&ev, len(n.broadcasts.events.recent)-i) {
+				continue
+			}
 			u := ev.update
 			u.Age = uint64((n.real - ev.sent) / ms)
-			add(u)
+			add(u, key)
 		}
 	}
-	if hdr.Target = sync.lastKey; !hdr.More {
-		sync.lastKey, hdr.Target = "", ""
+	hdr.Target = sync.lastKey
+	if !hdr.More {
+		hdr.Target = ""
+		sync.endTable()
 	}
 	return append(wire.encode(nil, &hdr), body...), hdr.More
+}
+
+// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it. Whoever does
+// not know the sender was not there, and gets what all remember.
+func (x *stateSync) wantsEvent(ev *bufferedEvent, age int) bool {
+	known, ok := x.known[lifetime{ev.Member.Name, ev.Member.Instance}]
+	if !ok {
+		return age <= keptEvents
+	}
+	return ev.Number > known
+}
+
+// endTable is told that a table has gone, or has come, whole.
+func (x *stateSync) endTable() {
+	x.lastKey = ""
+	x.tables++
+}
+
+// noteCount is told how many events of a member the other side knows.
+func (x *stateSync) noteCount(u *update) {
+	if u.Name != "" {
+		return
+	}
+	if x.known == nil {
+		x.known = make(map[lifetime]uint64)
+	}
+	l := lifetime{u.Member.Name, u.Member.Instance}
+	x.known[l] = u.Number
+	x.counts = append(x.counts, eventCount{l, u.Number})
 }
 
 // mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
@@ -1338,34 +2015,71 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	}
 	n.detector.lastHeard = n.now
 	for _, u := range us {
+		count := u
 		if n.handleUpdate(&u, sync.peer.Name, sync) != nil {
 			bad++
+			continue
 		}
+		sync.noteCount(&count)
 	}
-	if sync.lastKey = hdr.Target; !hdr.More {
-		n.joining.noteJoined(n)
-		if e := n.validateBySync(sync); e != nil && !e.peer().line.isSettled(n.now) {
-			n.ping(e.Member) // the answer also tells whether it has missed what came after its table
-			n.broadcasts.joined = append(n.broadcasts.joined, news{e, n.now})
-		}
+	sync.lastKey = hdr.Target
+	if !hdr.More {
+		sync.endTable()
+		n.takeCounts(sync)
+		n.joining.noteJoined(n, sync.peer.Addr.IsValid())
+		n.noteSynced(sync)
 	}
 	return hdr.More, bad, nil
 }
 
-// validateBySync notes that a peer has answered at the address of its session: it need not answer a datagram first.
-func (n *node) validateBySync(sync *stateSync) *entry {
+// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first. One that
+// has dialled may be far away, and know nobody else yet: it is asked for its digest, which tells what it has missed.
+func (n *node) noteSynced(sync *stateSync) {
 	e := n.table.get(sync.peer.Name)
-	if e == nil || e == n.self || e.Instance != sync.peer.Instance || e.Addr.Addr() != sync.peer.Addr.Addr() {
-		return nil
+	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
+		return
 	}
-	n.noteValidated(e)
-	return e
+
+	switch e.Addr.Addr() {
+	case sync.peer.Addr.Addr():
+		n.noteValidated(e)
+	case sync.from:
+		n.noteValidated(e)
+		if !e.peer().line.isSettled(n.now) {
+			n.pingAtBoundedRate(e)
+			n.broadcasts.noteJoined(e, n.now)
+		}
+	}
+}
+
+// takeCounts is told how many events of each member the other side knows, when all that it remembers of them has come.
+func (n *node) takeCounts(sync *stateSync) {
+	if sync.tables == 1 {
+		return // the acceptor gets the dialler's events at the end
+	}
+	for _, c := range sync.counts {
+		e := n.table.get(c.name)
+		if e == nil || e.Instance != c.instance {
+			continue
+		}
+		source := e.eventSource(c.instance)
+		switch {
+		case c.number <= source.number:
+		case n.joining.joinedAt == 0 && e != n.self: // a newcomer: what has not come is before its time
+			n.skipEvents(e, source, min(c.number, maxCount))
+		case c.number > source.number+countStep:
+		case e == n.self: // somebody has foretold events of this node, which goes on above them
+			n.skipEvents(e, source, c.number)
+		default: // the other side may have come later than they, and have none of them: others do
+			n.noteGap(e, source, c.number)
+		}
+	}
 }
 
 // syncDone ends a comparison of tables, of mine, that went well.
 func (n *node) syncDone(sync *stateSync) {
-	n.joining.noteJoined(n)
-	n.validateBySync(sync)
+	n.joining.noteJoined(n, true)
+	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(e, false) // the other side would have said so
 	}
@@ -1408,11 +2122,16 @@ type seedResult struct {
 	taken  error    // another member has this node's name
 }
 
-// noteJoined notes that this node is in a cluster.
-func (j *joining) noteJoined(n *node) {
-	if j.joinedAt == 0 {
-		j.joinedAt = max(n.real, 1)
-		n.broadcast(n.self)
+// noteJoined notes that this node is in a cluster, to which it has dialled or which has dialled it.
+func (j *joining) noteJoined(n *node, dialled bool) {
+	if j.joinedAt != 0 {
+		return
+	}
+	j.joinedAt = max(n.real, 1)
+	n.broadcast(n.self)
+	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to them.
+	if dialled || len(n.seeds) > 0 {
+		n.resendEvents()
 	}
 }
 
@@ -1431,9 +2150,9 @@ func (j *joining) step(n *node) {
 	}
 }
 
-// wait is how long to wait after a failed try. At first a try a second costs nothing, and whole clusters start in any
+// wait is how long to wait after a try that failed. At first a try a second costs nothing, and clusters start in any
 // order; a seed that is missing for long is tried more and more rarely.
-func (s *seed) wait(now time.Duration) time.Duration {
+func (s seed) wait(now time.Duration) time.Duration {
 	first := 250 * ms << min(s.failed, 10)
 	later := (now - s.failing - seedsOftenFor) / 2
 	return min(first, max(later, seedsOften), seedsMax)
@@ -1620,7 +2339,8 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 // leaveTimeout, or three round trips.
 func (n *node) startLeave() {
 	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
-	n.identity.leaving, n.requests.open = cmp.Or(n.identity.leaving, n.now+within), nil
+	n.identity.leaving = cmp.Or(n.identity.leaving, n.now+within)
+	n.requests.removeAll()
 	for _, w := range n.heartbeats.watchers {
 		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), within)
 	}
@@ -1809,8 +2529,8 @@ func (r *heartbeats) beat(n *node) {
 	}
 }
 
-// planLinks is told that other watchers may want a link. While many join, rings change all the time, and links follow a
-// little later; but one that is missing is made at once, or nobody is told when this node is killed then.
+// planLinks notes that other watch links may be wanted. While many join, rings change all the time, and links follow a
+// little later; but a missing link is made at once, or a kill in between is not noticed before a heartbeat is overdue.
 func (r *heartbeats) planLinks(n *node) {
 	delay := relinkDelay
 	r.links = slices.DeleteFunc(r.links, n.table.ended)
@@ -1820,7 +2540,8 @@ func (r *heartbeats) planLinks(n *node) {
 	r.linkAt = min(r.linkAt, n.now+delay)
 }
 
-// relink asks for watch links to the first watchers that have answered. The former ones last until these stand.
+// relink asks for watch links to the first watchers that have answered. Former links last for a while beside new ones,
+// so that there is no moment without any.
 func (r *heartbeats) relink(n *node) {
 	r.linkAt = never
 	var links []Member
@@ -1848,12 +2569,11 @@ func (r *heartbeats) relink(n *node) {
 
 // detector is all probes that run, and whether this node hears anybody.
 type detector struct {
-	probes        []*probe
-	lastHeard     time.Duration // last sign of anybody
-	lastResortAt  time.Duration // the next last call
-	isolated      bool
-	retry         bucket
-	amplification bucket // what those get who have never answered
+	probes       []*probe
+	lastHeard    time.Duration // last sign of anybody
+	lastResortAt time.Duration // the next last call
+	isolated     bool
+	retry        bucket
 }
 
 // probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
@@ -2027,18 +2747,21 @@ func (d *detector) stepProbe(n *node, p *probe) {
 func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
 
 // chooseHelpers are the target's other watchers and one random member. Where most hosts are lost at once, those are
-// as dead as the target: after each round in which nobody has voted, more random members are asked, and first those
-// that have ever answered this node, since what others are sent is limited.
+// as dead as the target: after a round without a vote only random members are asked, each time more of them, and first
+// those that have ever answered this node, since what others are sent is limited.
 func (n *node) chooseHelpers(p *probe) []*entry {
 	if p.localOnly(n) {
 		return nil
 	}
-	hs := slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
+	var hs []*entry
+	if p.unanswered == 0 {
+		hs = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
+	}
 	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }
 	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
 
-	more := min(1<<min(2*p.unanswered, 10), maxRandomHelpers)
-	for i := range more {
+	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
+	for i := range random {
 		var r *entry
 		if i > 0 {
 			r = n.randomMember(n.table.ring[0], hasAnswered)
@@ -2087,7 +2810,7 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	case e == nil || e == n.self || by.Status.isDead() || slices.ContainsFunc(d.probes, again):
 	case e.Status.isDead(): // the asker has missed it, and may have nobody else to ask
 		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
-	case len(d.probes) < maxProbes/2: // I have my own to look at
+	case len(d.probes) < maxProbes/2 && d.countFor(by) < maxProbesForPeer: // I have my own to look at
 		running := d.probesOf(e.Member)
 		p := d.addProbe(n, e.Member)
 		p.requester, p.seq = by, hdr.Seq
@@ -2099,6 +2822,16 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 			p.record(running[0].result)
 		}
 	}
+}
+
+// countFor counts the probes that by has asked for.
+func (d *detector) countFor(by *entry) (count int) {
+	for _, p := range d.probes {
+		if p.requester == by {
+			count++
+		}
+	}
+	return count
 }
 
 // sendProbeResult tells the asker what was seen, and of which run: a helper that knows a newer one would else acquit the old
@@ -2307,16 +3040,20 @@ func (d *detector) stepRetry(n *node) {
 // is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
 // twice or late.
 type queries struct {
-	open          []*query
-	heard         []*query // of others, remembered until their time is over: they may arrive again
-	amplification bucket   // what those get who have never answered
+	open []*query
 }
 
-// query is one that this node has asked, or has heard.
+// query is one that this node has asked.
 type query struct {
 	id      uint32
 	until   time.Duration
-	waiting []Member // whose answer has not come; of one that was heard: who asked
+	waiting []Member // whose answer has not come
+}
+
+// heardQuery is one of a peer, remembered until its time is over: it may arrive again.
+type heardQuery struct {
+	id    uint32
+	until time.Duration
 }
 
 // query asks the living members that nodes names; none: all of them. It returns the query's number, which the
@@ -2330,7 +3067,7 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
 	q := &query{id: n.nonce(), until: n.now + within}
-	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: n.broadcasts.events.lamport + 1, Timeout: uint32(within / ms)}
+	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: min(n.broadcasts.events.lamport+1, maxCount), Timeout: uint32(within / ms)}
 	hdr, body := n.header(msgQuery), wire.encode(nil, &u)
 	hdr.Query = q.id
 	for _, e := range n.table.ordered {
@@ -2355,18 +3092,21 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 
 // handleQuery takes a query of e.
 func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error {
-	if len(us) != 1 || !n.isValidEvent(&us[0]) {
+	if len(us) != 1 || !isValidEvent(&us[0]) {
 		return errors.New("sent a bad query")
 	}
-	u, again := us[0], func(q *query) bool { return q.id == hdr.Query && slices.ContainsFunc(q.waiting, e.sameInstance) }
-	if slices.ContainsFunc(qs.heard, again) || len(qs.heard) >= maxHeard {
+	u := us[0]
+	peer := e.peer()
+	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
+	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
 		return nil
 	}
-	n.broadcasts.events.lamport = max(n.broadcasts.events.lamport, u.LTime)
+	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
 	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
 	within := min(time.Duration(ev.Timeout)*ms, maxQueryTimeout)
-	qs.heard = append(qs.heard, &query{ev.id, n.now + within, []Member{e.Member}})
+	// A peer that asks more than its share has its own oldest queries forgotten.
+	peer.heard = append(peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):], heardQuery{ev.id, n.now + within})
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
@@ -2403,7 +3143,6 @@ func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
 
 // step ends queries: when everybody who lives has answered, or their time is over.
 func (qs *queries) step(n *node) {
-	qs.heard = slices.DeleteFunc(qs.heard, func(q *query) bool { return n.now >= q.until })
 	qs.open = slices.DeleteFunc(qs.open, func(q *query) bool {
 		if q.waiting = slices.DeleteFunc(q.waiting, n.table.ended); len(q.waiting) == 0 || n.now >= q.until {
 			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
@@ -2441,6 +3180,7 @@ type gossip struct {
 	record    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
 	isolated  atomic.Bool
 	inputs    chan func(*node) // what the loop shall do
+	dropped   atomic.Int64     // datagrams that found inputs full
 	syncSlots chan struct{}    // a place for each exchange that others have dialled
 	ready     chan struct{}    // closed: the address to advertise is known
 	ended     chan struct{}    // the loop; done: also all that it has started
@@ -2453,17 +3193,87 @@ type loopState struct {
 	node        *node
 	links       map[string]context.CancelFunc
 	subscribers map[*subscriber]bool
-	memberLines bucket  // of the log about members
-	unlogged    int     // lines that were left out
 	err         error   // why it ended; nil: it was told to
 	last        []Event // what handlers shall still hear then
+}
+
+// logClass is whose doing a log line tells of.
+type logClass int
+
+const (
+	aboutHost      logClass = iota // this host has too little of something
+	aboutPeers                     // a peer was refused, at an address that answers
+	aboutStrangers                 // a datagram was refused: anybody can forge where it comes from
+	aboutMembers                   // a member came, changed or went
+	aboutEvents                    // a user of some agent sent an event
+	aboutQueries                   // or a query
+)
+
+// logBounds is how many lines of each class are logged: per second, and at once.
+var logBounds = [...]struct {
+	what        string
+	rate, burst float64
+}{
+	aboutHost:      {"this host", 10.0 / 60, 10},
+	aboutPeers:     {"peers that were refused", 10.0 / 60, 10},
+	aboutStrangers: {"datagrams that were refused", 10.0 / 60, 10},
+	aboutMembers:   {"members", 50, 2000},
+	aboutEvents:    {"user events", 50, 2000},
+	aboutQueries:   {"queries", 50, 2000},
+}
+
+// sourceSilence is how long one source of refused messages is not named again.
+const sourceSilence = time.Minute
+
+// logLimit bounds the log lines that others can cause. Each class has its own bound, so that a flood of what anybody can
+// forge hides no line of more importance. Safe for concurrent use.
+type logLimit struct {
+	log     *log.Logger
+	start   time.Time
+	mu      sync.Mutex
+	classes [len(logBounds)]struct {
+		bucket
+		omitted int                      // lines, since the last one that was logged
+		named   map[string]time.Duration // when each source was last named
+	}
+}
+
+func newLogLimit(log *log.Logger) *logLimit { return &logLimit{log: log, start: time.Now()} }
+
+// printf logs a line about source, if the class has room for it and the source was not named for a while. Source "" is
+// that of lines which may follow each other.
+func (l *logLimit) printf(class logClass, source, format string, a ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c, bound, now := &l.classes[class], logBounds[class], time.Since(l.start)
+	c.fill(now, bound.rate, bound.burst)
+	// Only what is logged is remembered, so the map is as small as the bound.
+	maps.DeleteFunc(c.named, func(_ string, at time.Duration) bool { return now-at >= sourceSilence })
+	_, named := c.named[source]
+	if named || !c.has(1) {
+		c.omitted++
+		return
+	}
+
+	c.spend(1)
+	if c.omitted > 0 {
+		l.log.Printf("[WARN] %d lines about %s were left out", c.omitted, bound.what)
+		c.omitted = 0
+	}
+	if source != "" {
+		if c.named == nil {
+			c.named = make(map[string]time.Duration)
+		}
+		c.named[source] = now
+	}
+	l.log.Printf(format, a...)
 }
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
 		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{limit: guestLimit(), log: cfg.log}}
+		acceptor: acceptor{limit: guestLimit(), lines: newLogLimit(cfg.log)}}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
@@ -2585,17 +3395,11 @@ func (g *gossip) dispatch(ev Event) {
 	case ev.kind == eventAnswer:
 		return
 	case ev.kind == eventUser:
-		g.cfg.log.Printf("[INFO] user-event: %s", what)
+		g.lines.printf(aboutEvents, "", "[INFO] user-event: %s", what)
 	case ev.kind == eventQuery:
-		g.cfg.log.Printf("[DEBUG] query: %s", what)
-	case !g.memberLines.fill(time.Since(g.start), linesRate, linesBurst).take():
-		g.unlogged++
+		g.lines.printf(aboutQueries, "", "[DEBUG] query: %s", what)
 	default:
-		if g.unlogged > 0 {
-			g.cfg.log.Printf("[WARN] %d lines about members were left out", g.unlogged)
-		}
-		g.unlogged = 0
-		g.cfg.log.Printf("[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
+		g.lines.printf(aboutMembers, "", "[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
 	}
 	g.cfg.events(ev, func(r reply, text []byte) { g.post(func(n *node) { n.sendReply(ev, r, text) }) })
 }
@@ -2613,15 +3417,15 @@ func (g *gossip) readUDP() {
 		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Member)
 		if err != nil {
 			if !errors.Is(err, errNotForMe) {
-				g.logRejected(from.Addr(), err)
+				g.logRejected(aboutStrangers, from.Addr(), err)
 			}
 			continue
 		}
 		data = slices.Clone(data)
 		select {
-		case g.inputs <- func(n *node) { g.logRejected(from.Addr(), n.handleDatagram(from, data, anyRun)) }:
+		case g.inputs <- func(n *node) { g.logRejected(aboutStrangers, from.Addr(), n.handleDatagram(from, data, anyRun)) }:
 		default:
-			g.dropped.Add(1)
+			g.lines.printf(aboutHost, "datagrams", "[WARN] datagrams are dropped, %d so far: more come in than this host has time for", g.dropped.Add(1))
 		}
 	}
 }

@@ -208,6 +208,10 @@ func (r *rig) update() update {
 		if u.Coalesce = sel&32 > 0; u.Coalesce {
 			u.LTime = 1 << (u.LTime % 64)
 		}
+		if e := r.n.table.get(m.Name); e != nil {
+			m.Instance = e.Instance
+			u.Number = e.eventCount() + uint64(r.byte()%8)
+		}
 		u.Timeout = uint32(r.byte()) * 100
 	case sel&32 > 0:
 		u.Age = 1 << (r.byte() % 64)
@@ -619,17 +623,28 @@ func (r *rig) checkBounds() {
 	bound("members", members, maxMembers)
 	bound("probes", len(n.detector.probes), maxProbes+1)
 	bound("questions", len(n.requests.open), maxRequests)
-	bound("floods", len(n.broadcasts.queue), maxQueue)
+	bound("floods", len(n.broadcasts.claims.queue), maxQueue)
+	bound("floods of events", len(n.broadcasts.news.queue), maxQueue)
+	bound("gaps", len(n.broadcasts.gaps), maxEvents)
+	for _, e := range n.table.ordered {
+		if e.events != nil {
+			bound("events that wait for their turn", len(e.events.held), eventWindow)
+			bound("remembered numbers", len(e.events.recent), eventWindow*maxVariants+1)
+		}
+	}
 	bound("events", len(n.broadcasts.events.recent), maxEvents)
 	for _, s := range n.joining.seeds {
 		bound("a seed's names", len(s.last.names), 64+4)
 	}
 	bound("queries", len(n.queries.open), maxQueries)
-	bound("queries of others", len(n.queries.heard), maxHeard)
+	for _, e := range n.table.ordered {
+		bound("queries of a peer", len(e.peer().heard), maxHeardOfPeer)
+		bound("questions to a peer", n.requests.ofPeer[e.Name], maxRequestsToPeer)
+	}
 	for _, ev := range n.broadcasts.events.recent {
 		bound("bytes of an event", len(ev.Name)+len(ev.Payload), maxPayload)
 	}
-	for _, f := range n.broadcasts.queue {
+	for _, f := range slices.Concat(n.broadcasts.claims.queue, n.broadcasts.news.queue) {
 		bound("bytes of a flood", len(f), maxPayload+maxName+60)
 	}
 	for _, p := range n.detector.probes {
@@ -751,7 +766,7 @@ func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T
 func TestMoreNewsThanCanBeSentIsNotKept(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range 2 * maxQueue {
-		r.n.broadcasts.add(&update{Member: Member{Name: strconv.Itoa(i)}})
+		r.n.broadcasts.claims.add(&update{Member: Member{Name: strconv.Itoa(i)}})
 	}
 	r.checkBounds()
 }
@@ -792,7 +807,7 @@ func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	r.table(&rigTable{stateSync: stateSync{peer: Member{Name: "a", Instance: 1000}}}, table)
 	m := Member{Name: "c", Addr: rigAddr(3), Incarnation: 9, Instance: 9, Status: statusAlive}
 	r.flood(update{Member: m, Payload: make([]byte, 1201)})
-	r.flood(update{Member: Member{Name: "a", Tags: Tags(strings.Repeat("t", 400))}, Name: "deploy", LTime: 1})
+	r.flood(update{Member: Member{Name: "a", Instance: 1000, Tags: Tags(strings.Repeat("t", 400))}, Name: "deploy", LTime: 1, Number: 1})
 	had := len(r.sealed)
 	r.pass(20 * ms)
 	for _, b := range r.sealed[had:] {
@@ -913,6 +928,347 @@ func TestForgedSuspectsInAFullTableCostLittle(t *testing.T) {
 		t.Errorf("%v each", each)
 	}
 	r.checkBounds()
+}
+
+// ---- conversations with strangers ----
+
+// heardQueries counts the queries that handlers were told of.
+func (l *lab) heardQueries() int { return strings.Count(l.text.String(), "event query") }
+
+// asks hands in a query of member from, and returns the datagram.
+func (l *lab) asks(from int, id, timeout uint32) []byte {
+	hdr := l.head(from, header{Kind: msgQuery, Query: id, Seq: id})
+	b := wire.encode(nil, &hdr, update{Member: Member{Name: hdr.From}, Name: "go", LTime: 5, Timeout: timeout})
+	l.raw(from, b)
+	return b
+}
+
+// quiet has all others tell the node that they are well, and lets d pass, in small steps.
+func (l *lab) quiet(count int, d time.Duration, but ...int) {
+	for end := l.now + d; l.now < end; {
+		for i := 1; i < count; i++ {
+			if !slices.Contains(but, i) {
+				beat := l.head(i, header{Kind: msgHeartbeat, Promise: 2500, Digest: l.n.digest()})
+				l.n.step(l.now, func(n *node) { n.handleDatagram(labMember(i).Addr, wire.encode(nil, &beat), false) })
+			}
+		}
+		l.after(min(2*time.Second, end-l.now))
+	}
+}
+
+func TestReplayIsNotReopenedByALateAnswer(t *testing.T) {
+	l := newLab(t, 3)
+	l.breaks(1) // a question to b
+	late := l.head(1, header{Kind: msgAck, Seq: l.seqs["b"]})
+	for range windowSize + 2 { // b goes on
+		l.udp(1, header{Kind: msgBroadcast})
+	}
+	recorded := l.asks(1, 7, 1000)
+	l.after(2500 * ms) // the query's time is over; the question's is not
+	l.raw(1, wire.encode(nil, &late))
+	l.raw(1, recorded)
+	if l.heardQueries() != 1 {
+		t.Errorf("it was heard %d times:\n%s", l.heardQueries(), l.text.String())
+	}
+}
+
+// A run that was forgotten may come back: after a split that lasted, or when another run had its name for a while. Its
+// window was empty then, and all that was recorded before counted again.
+func TestReplayCountsForNothingAfterItsSenderWasForgotten(t *testing.T) {
+	for what, forget := range map[string]func(l *lab, b Member){
+		"reaped": func(l *lab, b Member) {
+			l.n.step(l.now, func(n *node) { n.applyAndBroadcast(b.with(statusFailed)) })
+			l.quiet(3, 2*time.Hour+2*time.Second, 1)
+			if l.n.table.get("b") != nil {
+				t.Fatal("b is not forgotten")
+			}
+		},
+		"another run had its name": func(l *lab, b Member) {
+			b.Instance, b.Incarnation = 11, 11
+			l.n.step(l.now, func(n *node) { n.applyAndBroadcast(b) })
+		},
+		"dropped for a newcomer": func(l *lab, b Member) {
+			l.n.step(l.now, func(n *node) {
+				n.applyAndBroadcast(b.with(statusFailed))
+				n.table.dropOldest()
+			})
+		},
+	} {
+		l := newLab(t, 3)
+		recorded := l.asks(1, 7, 1000)
+		l.quiet(3, 2*time.Second)
+		back := labMember(1)
+		forget(l, back)
+		back.Incarnation = 12
+		l.n.step(l.now, func(n *node) { n.applyAndBroadcast(back) })
+		l.raw(1, recorded)
+		if l.heardQueries() != 1 {
+			t.Errorf("%s: a recording is heard", what)
+		}
+		if l.n.now-l.n.detector.lastHeard < ms && what != "reaped" {
+			t.Errorf("%s: a recording counts as life", what)
+		}
+
+		// What b sends now is heard as soon as it has answered.
+		l.after(time.Second)
+		hdr := header{Kind: msgQuery, Query: 8, Seq: 8, From: "b", Incarnation: 12, Raised: 2}
+		q := update{Member: Member{Name: "b"}, Name: "go", LTime: 6, Timeout: 1000}
+		l.udp(1, hdr, q)
+		l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"], From: "b", Incarnation: 12, Raised: 2})
+		l.udp(1, hdr, q)
+		if l.heardQueries() != 2 {
+			t.Errorf("%s: b is not heard any more:\n%s", what, l.text.String())
+		}
+	}
+}
+
+// A member that the node never asks anything was mute for good after one forged datagram of 37 bytes.
+func TestForgedNumberMutesNoQuery(t *testing.T) {
+	for _, kind := range []msgKind{msgHeartbeat, msgPing, msgBroadcast, msgQuery} {
+		l := newLab(t, 2)
+		forged := header{Kind: kind, From: "b", Incarnation: 10, Number: 1 << 60, Target: "a", Digest: 1}
+		l.raw(1, wire.encode(nil, &forged))
+		l.text.Reset()
+		for range 1000 { // its queries: each is sent again until it is acknowledged
+			l.asks(1, 8, 10000)
+		}
+		if pings := strings.Count(l.text.String(), "to b: ping b"); pings != 1 {
+			t.Errorf("%d pings for 1,000 datagrams that do not count", pings)
+		}
+		l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
+		l.asks(1, 8, 10000)
+		if l.heardQueries() != 1 {
+			t.Errorf("kind %d: heard %d times", kind, l.heardQueries())
+		}
+	}
+}
+
+// Heartbeats that were held back, and are played one by one, kept a dead member alive for twenty minutes: what its answers
+// have overtaken does not count. (Half a minute's worth may: that many numbers the window holds.)
+func TestHeartbeatsHeldBackKeepADeadMemberAliveForAMomentOnly(t *testing.T) {
+	l := newLab(t, 2)
+	var held [][]byte
+	for range 600 { // for twenty minutes b's heartbeats are held back, and its answers are not
+		for range 3 {
+			l.head(1, header{}) // to others
+		}
+		beat := l.head(1, header{Kind: msgHeartbeat, Promise: 2000})
+		held = append(held, wire.encode(nil, &beat))
+		for range 40 {
+			l.after(50 * ms)
+			for _, q := range slices.Clone(l.n.requests.open) {
+				l.udp(1, header{Kind: msgAck, Seq: q.h.Seq})
+			}
+		}
+	}
+	if l.n.table.get("b").displayStatus() != statusAlive {
+		t.Fatal("b is not alive")
+	}
+	died := l.now
+	for _, beat := range held[len(held)-windowSize/4:] { // those that may still count
+		for l.n.detector.ownProbe(l.n.table.get("b")) == nil && l.n.table.get("b").displayStatus() == statusAlive {
+			l.after(100 * ms)
+		}
+		l.raw(1, beat)
+		if l.n.table.get("b").displayStatus() == statusFailed {
+			break
+		}
+		l.after(100 * ms)
+	}
+	for l.n.table.get("b").displayStatus() != statusFailed && l.now < died+time.Hour {
+		l.after(time.Second)
+	}
+	t.Logf("called failed %v after its death", l.now-died)
+	if l.now-died > time.Minute {
+		t.Errorf("it lives on for %v", l.now-died)
+	}
+}
+
+// A forged promise hid a lost host for a minute.
+func TestPromiseIsBelievedForACycleAtMost(t *testing.T) {
+	for _, promise := range []uint32{1, 500, 2500, 2501, 60000, 1 << 31, 1<<32 - 1} {
+		l := newLab(t, 2)
+		l.udp(1, header{Kind: msgHeartbeat, Promise: promise})
+		want := min(time.Duration(promise)*ms, maxPromise) + overdueAfter
+		if due := l.n.heartbeats.watched[0].peer().due - l.n.now; due != want {
+			t.Errorf("after a promise of %d ms it is due in %v, want %v", promise, due, want)
+		}
+	}
+	// No honest promise is longer, whatever others have been promised.
+	for count := 2; count < 12; count++ {
+		l := newLab(t, count)
+		for l.now < 20*time.Second {
+			l.now += 50 * ms
+			for _, p := range l.n.tick(l.now).packets {
+				var hdr header
+				wire.decode(p.data, &hdr)
+				if d := time.Duration(hdr.Promise) * ms; d > maxPromise {
+					t.Fatalf("%d members: a promise of %v", count, d)
+				}
+			}
+		}
+	}
+}
+
+// One member's queries of an hour made all others deaf to everybody else's for that hour.
+func TestQueriesOfOnePeerKeepNobodyElsesOut(t *testing.T) {
+	l := newLab(t, 3)
+	hour := uint32(time.Hour / ms)
+	start := time.Now()
+	for i := range 20000 {
+		hdr := l.head(2, header{Kind: msgQuery, Query: uint32(i), Seq: uint32(i)})
+		b := wire.encode(nil, &hdr, update{Member: Member{Name: "c"}, Name: "go", LTime: 5, Timeout: hour})
+		l.n.step(l.now, func(n *node) { n.handleDatagram(labMember(2).Addr, b, false) })
+	}
+	l.n.tick(l.now)
+	if each := time.Since(start) / 20000; each > ms {
+		t.Errorf("%v a query", each)
+	}
+	if heard := len(l.n.table.get("c").peer().heard); heard > maxHeardOfPeer {
+		t.Errorf("%d queries are remembered", heard)
+	}
+	l.text.Reset()
+	l.asks(1, 7, 1000)
+	l.asks(2, 1<<20, 1000)
+	l.asks(2, 1<<20, 1000)
+	if l.heardQueries() != 2 {
+		t.Errorf("%d of 2 new queries are heard", l.heardQueries())
+	}
+}
+
+// Replies that nobody acknowledges are sent again for a minute, and held every place for what waits for an answer: also
+// for the pings by which a member is found alive.
+func TestRequestsOfOnePeerLeaveRoomForOthers(t *testing.T) {
+	l := newLab(t, 3)
+	ev := Event{update: update{Member: labMember(2), Timeout: 1 << 31}}
+	for i := range 4 * maxRequestsToPeer {
+		ev.id = uint32(i)
+		l.n.step(l.now, func(n *node) { n.sendReply(ev, replyDone, make([]byte, maxPayload)) })
+	}
+	if open := len(l.n.requests.open); open > maxRequestsToPeer {
+		t.Errorf("%d replies to one peer wait", open)
+	}
+	l.breaks(1)
+	l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
+	if p := l.n.detector.ownProbe(l.n.table.get("b")); p != nil {
+		t.Errorf("b has answered, and is still probed")
+	}
+	// Once they are over, there is room again.
+	l.now += replyTimeout + time.Second
+	l.n.clock.planned = never
+	l.n.tick(l.now)
+	if open := len(l.n.requests.open); len(l.n.requests.ofPeer) > open {
+		t.Errorf("%d wait, and are counted for %v", open, l.n.requests.ofPeer)
+	}
+}
+
+func TestProbesForOnePeerLeaveRoomForOthers(t *testing.T) {
+	r := newRig(t, []byte{7 << 2})
+	r.crowd(2 * maxProbes)
+	for i := range 2 * maxProbes {
+		r.datagram(rigAddr(1), r.from("a", header{Kind: msgIndirectProbe, Target: fmt.Sprintf("m%03d", i), Seq: uint32(i + 1)}))
+	}
+	r.datagram(rigAddr(2), r.from("b", header{Kind: msgIndirectProbe, Target: "m000", Seq: 7}))
+	for name, want := range map[string]int{"a": maxProbesForPeer, "b": 1} {
+		if got := r.n.detector.countFor(r.n.table.get(name)); got != want {
+			t.Errorf("%d probes for %s, want %d", got, name, want)
+		}
+	}
+}
+
+// A recorded ping was answered as often as it was played. New ones of members are always answered.
+func TestPingRecordedIsAnsweredAtABoundedRate(t *testing.T) {
+	l := newLab(t, 3)
+	l.after(time.Second)
+	ping := func(hdr header) (answers int) {
+		b := wire.encode(nil, &hdr)
+		l.n.step(l.now, func(n *node) { n.handleDatagram(netip.MustParseAddrPort("203.0.113.9:9"), b, true) })
+		for _, p := range l.n.tick(l.now).packets {
+			var a header
+			if wire.decode(p.data, &a); a.Kind != msgAck {
+				continue
+			}
+			answers++
+			if len(p.data) > len(b) {
+				t.Fatalf("%d bytes are answered with %d", len(b), len(p.data))
+			}
+		}
+		return answers
+	}
+	recorded := l.head(1, header{Kind: msgPing, Target: "a", Seq: 5, Digest: 1 << 62})
+	stranger := header{Kind: msgPing, From: "x", Incarnation: 9, Number: 5, Target: "a", Seq: 5, Digest: 1 << 62}
+	elsewhere := header{Kind: msgPing, From: "b", Incarnation: 10, Number: 5, Target: "z", Seq: 5, Digest: 1 << 62}
+	answers := 0
+	for range 5 * replayedPingRate {
+		l.now += 100 * time.Microsecond
+		answers += ping(recorded) + ping(stranger) + ping(elsewhere)
+	}
+	if limit := replayedPingRate*3/2 + 10; answers > limit {
+		t.Errorf("%d answers in half a second, the limit is %d", answers, limit)
+	}
+	for range 100 { // under the flood
+		if ping(l.head(2, header{Kind: msgPing, Target: "a", Seq: 6, Digest: 1 << 62})) != 1 {
+			t.Fatal("a member's own ping is not answered")
+		}
+		ping(recorded)
+	}
+}
+
+// Each dead name for which a full table made room cost a walk over all of it: 188 us, so that 345 kB/s took a processor.
+func TestDeadNamesInAFullTableCostLittle(t *testing.T) {
+	l := newLab(t, 3)
+	add := func(i int, s Status) *entry {
+		m := labMember(5)
+		m.Name, m.Status = fmt.Sprintf("%08x", mix(uint64(i))), s
+		return l.n.table.apply(l.n.now+time.Duration(i), m, 0)
+	}
+	i := 0
+	for ; len(l.n.table.ordered) < maxMembers; i++ {
+		add(i, []Status{statusLeft, statusFailed, statusAlive}[i%3])
+	}
+	l.n.table.events = nil
+
+	oldest := l.n.table.dead[0].e.Name
+	if add(i, statusAlive) == nil || l.n.table.get(oldest) != nil {
+		t.Error("a living newcomer does not take the place of the one who has been dead for longest")
+	}
+	// The measure is what one walk costs, on this machine as busy as it is.
+	const names = 5000
+	var walks, adds time.Duration
+	living := 0
+	for range names {
+		start := time.Now()
+		for _, e := range l.n.table.ordered {
+			if !e.Status.isDead() {
+				living++
+			}
+		}
+		walked := time.Now()
+		i++
+		add(i, statusLeft)
+		walks += walked.Sub(start)
+		adds += time.Since(walked)
+	}
+	t.Logf("%v a dead name, %v a walk over %d living ones", adds/names, walks/names, living/names)
+	if adds > walks/2 || len(l.n.table.ordered) != maxMembers {
+		t.Errorf("%v each, %d names", adds/names, len(l.n.table.ordered))
+	}
+
+	// Only the living are left: no room, and no long search for it.
+	for len(l.n.table.dead) > 0 {
+		i++
+		add(i, statusAlive)
+	}
+	start := time.Now()
+	for range names {
+		i++
+		if add(i, statusAlive) != nil {
+			t.Fatal("there is room in a full table")
+		}
+	}
+	if refused := time.Since(start); refused > walks/2 {
+		t.Errorf("%v to be refused", refused/names)
+	}
 }
 
 // ---- real agents ----

@@ -209,15 +209,12 @@ type update struct {
 	LTime    uint64 // Lamport time at which it was sent
 	Coalesce bool   // of several that wait in a queue, the last will do
 	Timeout  uint32 // of a query: milliseconds in which it wants answers
+	Number   uint64 // of a user event among those of its sender's instance; of a claim in a table: how many are known
+	Nonce    uint32 // of a user event: nobody can make it up before the event is sent
+	Before   bool   // a user event that the teller has not delivered: it is older than the teller's membership
 }
 
-// key tells updates apart, and orders them: members by name, then (no name begins so) user events by their time.
-func (u *update) key() string {
-	if u.Name == "" {
-		return u.Member.Name
-	}
-	return fmt.Sprintf("\xff%016x%016x", u.LTime, ringHash(rings, u.Member.Name+"\x00"+u.Name+"\x00"+string(u.Payload)))
-}
+func (u *update) id() eventID { return eventID{u.Number, u.Nonce} }
 
 // Event is one thing that handlers, the log and watchers are told: something that happened to Member, what a user
 // sent, whose sender is Member, or (eventAnswer) the Payload that came back from there.
@@ -244,8 +241,19 @@ const (
 	// maxWalk bounds how many members are walked over for one neighbour: forged suspects would else make every
 	// walk as long as the table. Of real suspects so many in a row are never seen.
 	maxWalk = 64
-	// maxEvents is how many user events are remembered.
-	maxEvents = 128
+	// maxEvents is how many user events are remembered while many are sent, and keptEvents how many of them for longer.
+	maxEvents  = 2048
+	keptEvents = 128
+	// eventWindow is how many of its events a member may have under way: sent, and perhaps not yet known to all. No
+	// honest number is further ahead, but for a member that was not waited for.
+	eventWindow = 128
+	// maxVariants is how many events may claim one number: a forger can use a number before its owner does, and the
+	// owner's event counts nevertheless.
+	maxVariants = 4
+	// maxCount bounds Lamport times and numbers of events. At most countStep is believed at once, so that no forged number
+	// uses them up: nothing that is true grows by so much between two messages.
+	maxCount  = 1 << 62
+	countStep = 1 << 32
 )
 
 // claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
@@ -265,8 +273,10 @@ type entry struct {
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped bool
 	since  time.Duration // when it came, or died
+	proven uint64        // the highest incarnation that was learnt from the member itself
 	known  time.Duration // when the name was first heard of, on the caller's clock
 	state  *peerState    // the protocol's, with this instance; another one starts anew
+	events *eventSource  // what is known of its user events; nil: nothing
 }
 
 // displayStatus is the status that users see; 0: they see nothing.
@@ -288,14 +298,18 @@ func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.isolated 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
 	ordered []*entry        // by name, so that no map order can show
+	dead    []death         // those that are not alive, by when they died
 	ring    [rings][]*entry // those believed alive, in ring order
 	digest  uint64          // XOR over the entries that are not reaped
-	highest uint64          // incarnation of all
-	version uint64          // counts changes of the rings or of who is walked over
-	shrunk  uint64          // the version that last took somebody off
-	failed  int             // members that may come back, of
-	total   int             // all that have neither left nor been forgotten
-	events  []Event         // news that nobody has taken yet
+	heard   uint64          // the same over how many events of each are known
+	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such a run must not count
+	// again when it comes back, after a split or a conflict: see apply.
+	forgotten uint64
+	version   uint64  // counts changes of the rings or of who is walked over
+	shrunk    uint64  // the version that last took somebody off
+	failed    int     // members that may come back, of
+	total     int     // all that have neither left nor been forgotten
+	events    []Event // news that nobody has taken yet
 }
 
 // index returns where name is in ordered, or would be.
@@ -316,36 +330,123 @@ func (t *table) ended(m Member) bool {
 	return e == nil || e.Instance != m.Instance || e.Status.isDead()
 }
 
-// apply takes claim m into the table when it wins over what is there, and returns its entry then, else nil.
-// age is how long a dead member has been dead.
-func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
+// apply takes claim m into the table, if it wins over what is there. It returns the entry of m's name, or nil if m was
+// refused: it lost, or it is about a new name and the table is full. deadFor is how long ago a dead m died.
+func (t *table) apply(now time.Duration, m Member, deadFor time.Duration) *entry {
 	e := t.get(m.Name)
-	switch {
-	case e != nil && !m.supersedes(e.Member), e == nil && len(t.ordered) >= maxMembers && !t.makeRoom():
+	if e != nil && !m.supersedes(e.Member) {
 		return nil
-	case e == nil: // as if it had been here and was forgotten
-		e = &entry{claim: &claim{Member: Member{Name: m.Name, Status: statusPruned}}, reaped: true}
-		for i := range e.pos {
-			e.pos[i] = ringHash(i, m.Name)
-		}
-		at, _ := t.index(m.Name)
-		t.ordered = slices.Insert(t.ordered, at, e)
 	}
-	t.highest = max(t.highest, m.Incarnation)
+	if e == nil {
+		e = t.insert(m.Name)
+	}
+	if e == nil {
+		return nil
+	}
+
 	t.change(e, func() {
-		if e.Instance != m.Instance {
-			e.isolated, e.state = false, nil
+		if e.Instance != m.Instance { // nothing that is known of the former run holds for this one
+			t.dropState(e)
+			e.isolated = false
+			if m.Instance <= t.forgotten {
+				e.state = &peerState{datagrams: closedWindow()}
+			}
 		}
-		if m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation) {
-			e.since = now - age
+		newlyDead := !e.Status.isDead() || m.Incarnation != e.Incarnation
+		if m.Status.isDead() && newlyDead {
+			e.since = now - deadFor
 		}
 		returned := e.Status.isDead() || e.Instance != m.Instance
 		if !m.Status.isDead() && returned {
 			e.since = now
 		}
-		e.claim, e.reaped = &claim{m, e.pos}, false
+		e.claim = &claim{m, e.pos}
+		e.reaped = false
 	})
 	return e
+}
+
+// insert adds an entry for a new name. It counts as reaped, and so nowhere, until a claim is applied to it. A full table
+// drops the member that has been dead for longest: names that nobody needs must keep no newcomer out. nil: there is none.
+func (t *table) insert(name string) *entry {
+	if len(t.ordered) >= maxMembers {
+		t.dropOldest()
+	}
+	if len(t.ordered) >= maxMembers {
+		return nil
+	}
+
+	c := &claim{Member: Member{Name: name, Status: statusPruned}}
+	for ring := range c.pos {
+		c.pos[ring] = ringHash(ring, name)
+	}
+	e := &entry{claim: c, reaped: true}
+	at, _ := t.index(name)
+	t.ordered = slices.Insert(t.ordered, at, e)
+	return e
+}
+
+// dropOldest drops the member that has been dead for longest.
+func (t *table) dropOldest() {
+	if len(t.dead) == 0 {
+		return
+	}
+	e := t.dead[0].e
+	t.change(e, func() { e.reaped = true })
+	t.dropState(e)
+	t.dead[0] = death{}
+	t.dead = t.dead[1:]
+	at, _ := t.index(e.Name)
+	t.ordered = slices.Delete(t.ordered, at, at+1)
+}
+
+// death is one that is dead. It keeps the time at which it was put in order, whatever becomes of the entry.
+type death struct {
+	since time.Duration
+	e     *entry
+}
+
+// updateDead keeps the dead in order after a change of e, which was as was says.
+func (t *table) updateDead(was, e *entry) {
+	if !was.Status.isDead() && !e.Status.isDead() {
+		return
+	}
+	at, found := t.deadIndex(was.Name, was.since)
+	if found && e.Status.isDead() && e.since == was.since {
+		return
+	}
+	if found {
+		t.dead = slices.Delete(t.dead, at, at+1)
+	}
+	if e.Status.isDead() {
+		at, _ = t.deadIndex(e.Name, e.since)
+		t.dead = slices.Insert(t.dead, at, death{e.since, e})
+	}
+}
+
+func (t *table) deadIndex(name string, since time.Duration) (int, bool) {
+	return slices.BinarySearchFunc(t.dead, name, func(d death, name string) int {
+		if d.since != since {
+			return cmp.Compare(d.since, since)
+		}
+		return strings.Compare(d.e.Name, name)
+	})
+}
+
+// prove notes that m has its incarnation by its own word.
+func (t *table) prove(m Member) {
+	e := t.get(m.Name)
+	if e != nil && m.Incarnation <= firstHandLimit {
+		e.proven = max(e.proven, m.Incarnation)
+	}
+}
+
+// dropState drops what the protocol knows of e's run.
+func (t *table) dropState(e *entry) {
+	if e.state != nil {
+		t.forgotten = max(t.forgotten, e.Instance)
+	}
+	e.state = nil
 }
 
 // setIsolated marks or clears "failed for me".
@@ -361,6 +462,7 @@ func (t *table) change(e *entry, f func()) {
 	t.count(e, -1)
 	f()
 	t.count(e, +1)
+	t.updateDead(&was, e)
 	if e.Status.isDead() != was.Status.isDead() {
 		for i, ring := range t.ring {
 			if at, on := t.ringIndex(i, e); on {
@@ -385,24 +487,13 @@ func (t *table) count(e *entry, by int) {
 		return
 	}
 	t.digest ^= e.digest()
+	t.heard ^= e.eventDigest()
 	if e.Status < statusLeft {
 		t.total += by
 	}
 	if e.displayStatus() == statusFailed {
 		t.failed += by
 	}
-}
-
-// makeRoom reaps the member that has been dead for longest: names that nobody needs must keep no newcomer out.
-func (t *table) makeRoom() bool {
-	before, oldest := len(t.ordered), never
-	for _, e := range t.ordered {
-		if e.Status.isDead() {
-			oldest = min(oldest, e.since)
-		}
-	}
-	t.reap(oldest, 0)
-	return len(t.ordered) < before
 }
 
 // announce tells the events that lead from what was shown last to what is visible now. Per member they
@@ -436,13 +527,22 @@ func (t *table) announce(e *entry, was Member) {
 
 // reap hides the members that have been dead for longer than after, and drops them after as long again.
 func (t *table) reap(now, after time.Duration) {
-	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool {
-		if !e.Status.isDead() || now-e.since < after {
-			return false
+	dropped := 0
+	for i := 0; i < len(t.dead) && now-t.dead[i].since >= after; i++ {
+		e := t.dead[i].e
+		if !e.reaped {
+			t.change(e, func() { e.reaped = true })
 		}
-		t.change(e, func() { e.reaped = true })
-		return now-e.since >= 2*after
-	})
+		if now-e.since >= 2*after {
+			t.dropState(e)
+			dropped++
+		}
+	}
+	if dropped == 0 {
+		return
+	}
+	t.dead = slices.Delete(t.dead, 0, dropped)
+	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool { return e.Status.isDead() && now-e.since >= 2*after })
 }
 
 // aliveCount counts the members on the rings, oneself included.
@@ -521,34 +621,179 @@ func mix(x uint64) uint64 {
 	return hi ^ lo
 }
 
-// bufferedEvent is one remembered user event, as it travels. Its key orders it, see update.key.
-type bufferedEvent struct {
+// ---- user events ----
+
+// eventSource is what is known of the user events of one instance of a member. They are numbered from 1, and counted in
+// that order: what comes early waits.
+type eventSource struct {
+	instance uint64
+	number   uint64      // all up to this one are known
+	floor    uint64      // what is not known up to this one is over, and never counts
+	announce uint64      // there are so many, as far as is known
+	recent   []eventID   // those of the last numbers
+	held     []heldEvent // further ahead than number+1, in order
+	kept     int         // how many are in the buffer
+	ran      bool        // one has run handlers here
+	former   *eventSource
+}
+
+type eventID struct {
+	number uint64
+	nonce  uint32
+}
+
+// heldEvent is a user event, when it was sent on the caller's clock, and whether it runs handlers here.
+type heldEvent struct {
 	update
-	key  string
-	sent time.Duration // on the caller's clock, as far as is known
+	sent  time.Duration
+	fresh bool
 }
 
-// eventBuffer is the latest user events. Everybody who has heard the same ones remembers the same ones, so they
-// can be part of the digest.
-type eventBuffer struct {
-	lamport uint64          // the highest time heard of
-	recent  []bufferedEvent // in the order of their keys
-	digest  uint64
+// eventSource returns what is known of the events of e's instance, or of the one before it; nil: it is neither.
+func (e *entry) eventSource(instance uint64) *eventSource {
+	s := e.events
+	if instance == e.Instance {
+		if s == nil {
+			e.events = &eventSource{instance: instance}
+		} else if s.instance != instance {
+			s.former = nil // or the chain would grow with each restart
+			e.events = &eventSource{instance: instance, former: s}
+		}
+		return e.events
+	}
+	for s != nil && s.instance != instance {
+		s = s.former
+	}
+	return s
 }
 
-// add remembers ev; false: it was heard before, or is too old to be told from one that was.
-func (m *eventBuffer) add(ev bufferedEvent) bool {
-	m.lamport = max(m.lamport, ev.LTime)
-	byKey := func(o bufferedEvent, key string) int { return strings.Compare(o.key, key) }
-	at, heard := slices.BinarySearchFunc(m.recent, ev.key, byKey)
-	if heard || at == 0 && len(m.recent) == maxEvents {
+// eventCount is how many events of e's instance are known.
+func (e *entry) eventCount() uint64 {
+	if e.events == nil || e.events.instance != e.Instance {
+		return 0
+	}
+	return e.events.number
+}
+
+// eventDigest is this entry's part of the digest over events.
+func (e *entry) eventDigest() uint64 {
+	count := e.eventCount()
+	if count == 0 {
+		return 0
+	}
+	return mix(e.pos[0] ^ mix(e.Instance^mix(count)))
+}
+
+// advance notes that all events of e up to number are known.
+func (t *table) advance(e *entry, s *eventSource, number uint64) {
+	counts := !e.reaped
+	if counts {
+		t.heard ^= e.eventDigest()
+	}
+	s.number = number
+	if counts {
+		t.heard ^= e.eventDigest()
+	}
+}
+
+// skip gives up the events up to number that have not come.
+func (t *table) skip(e *entry, s *eventSource, number uint64) {
+	s.floor = number
+	t.advance(e, s, number)
+	s.held = slices.DeleteFunc(s.held, func(h heldEvent) bool { return h.Number <= number })
+}
+
+// isNew reports whether an event that is not ahead of its turn has not come before.
+func (s *eventSource) isNew(id eventID) bool {
+	if id.number > s.number {
+		return true
+	}
+	if id.number <= s.floor || id.number+eventWindow <= s.number || slices.Contains(s.recent, id) {
 		return false
 	}
-	m.recent = slices.Insert(m.recent, at, ev)
-	m.digest ^= ringHash(rings, ev.key)
-	if len(m.recent) > maxEvents {
-		m.digest ^= ringHash(rings, m.recent[0].key)
-		m.recent = slices.Delete(m.recent, 0, 1)
+	variants := 0
+	for _, r := range s.recent {
+		if r.number == id.number {
+			variants++
+		}
 	}
+	return variants < maxVariants
+}
+
+// remember notes that the event has come.
+func (s *eventSource) remember(id eventID) {
+	const limit = eventWindow * maxVariants
+	if len(s.recent) >= limit {
+		s.recent = slices.DeleteFunc(s.recent, func(r eventID) bool { return r.number+eventWindow <= s.number })
+	}
+	s.recent = append(s.recent, id)
+}
+
+// hold keeps an event that is ahead of its turn. False: it is there already, or there is no room and it has to come again.
+func (s *eventSource) hold(h heldEvent) bool {
+	if h.Number > s.number+eventWindow || len(s.held) >= eventWindow {
+		return false
+	}
+	at := 0
+	for ; at < len(s.held) && s.held[at].Number <= h.Number; at++ {
+		if s.held[at].id() == h.id() {
+			return false
+		}
+	}
+	s.held = slices.Insert(s.held, at, h)
 	return true
+}
+
+// bufferedEvent is one remembered user event, as it travels.
+type bufferedEvent struct {
+	update
+	position uint64 // in the order in which this node has heard them
+	source   *eventSource
+	sent     time.Duration // on the caller's clock, as far as is known
+}
+
+// eventBuffer is the latest user events, for those who have missed some.
+type eventBuffer struct {
+	lamport  uint64          // the highest time heard of
+	recent   []bufferedEvent // in the order in which they were heard
+	position uint64
+}
+
+// witness is told of a Lamport time. The clock follows, but not far at once: one forged time would use it up.
+func (b *eventBuffer) witness(ltime uint64) {
+	b.lamport = max(b.lamport, min(ltime, b.lamport+countStep))
+}
+
+// add remembers an event of source. When there are too many, the sender that takes most room loses its oldest, so that
+// nobody can push out what others have sent.
+func (b *eventBuffer) add(u update, source *eventSource, sent time.Duration) {
+	if len(b.recent) >= maxEvents {
+		most := 0
+		for i, ev := range b.recent {
+			if ev.source.kept > b.recent[most].source.kept {
+				most = i
+			}
+		}
+		b.drop(most, most+1)
+	}
+	b.position++
+	b.recent = append(b.recent, bufferedEvent{u, b.position, source, sent})
+	source.kept++
+}
+
+// drop forgets the events from place i to place j.
+func (b *eventBuffer) drop(i, j int) {
+	for _, ev := range b.recent[i:j] {
+		ev.source.kept--
+	}
+	b.recent = slices.Delete(b.recent, i, j)
+}
+
+// trim forgets what was sent before then, but for the last keptEvents.
+func (b *eventBuffer) trim(before time.Duration) {
+	old := 0
+	for old < len(b.recent)-keptEvents && b.recent[old].sent < before {
+		old++
+	}
+	b.drop(0, old)
 }

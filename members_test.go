@@ -215,25 +215,79 @@ func TestRowsOfSuspectsMakeNoWalkLonger(t *testing.T) {
 	}
 }
 
-func TestAnEventIsRememberedOnceAndInOrder(t *testing.T) {
-	var a, b eventBuffer
-	event := func(ltime uint64) bufferedEvent {
-		u := update{Member: Member{Name: "n"}, Name: "e", LTime: ltime}
-		return bufferedEvent{update: u, key: u.key()}
+// What one sender can occupy is a share: with times above all others it could push out all that others had sent.
+func TestEventBufferGivesNobodyMoreThanItsShare(t *testing.T) {
+	var b eventBuffer
+	small, big := &eventSource{}, &eventSource{}
+	for i := range uint64(100) {
+		b.add(update{Name: "small", Number: i + 1}, small, 0)
 	}
-	for i := range uint64(2 * maxEvents) {
-		if !a.add(event(i+1)) || a.add(event(i+1)) {
+	for i := range uint64(5 * maxEvents) {
+		b.add(update{Name: "big", Number: i + 1}, big, 0)
+	}
+	if small.kept != 100 || big.kept != maxEvents-100 || len(b.recent) != maxEvents {
+		t.Errorf("%d and %d of %d", small.kept, big.kept, len(b.recent))
+	}
+	b.trim(time.Second)
+	if len(b.recent) != keptEvents || b.recent[0].Number != 5*maxEvents-keptEvents+1 || small.kept != 0 || big.kept != keptEvents {
+		t.Errorf("%d are kept, from %d on", len(b.recent), b.recent[0].Number)
+	}
+}
+
+func TestEventSourceTakesAnEventOnce(t *testing.T) {
+	tb := &table{}
+	e := tb.apply(0, testMember("a", 10, statusAlive), 0)
+	s := e.eventSource(10)
+	take := func(number uint64, nonce uint32) bool {
+		id := eventID{number, nonce}
+		if !s.isNew(id) {
+			return false
+		}
+		tb.advance(e, s, max(s.number, number))
+		s.remember(id)
+		return true
+	}
+	for i := range uint64(3 * eventWindow) {
+		if !take(i+1, 7) || take(i+1, 7) {
 			t.Fatalf("event %d", i+1)
 		}
 	}
-	if a.add(event(1)) {
+	if take(eventWindow, 8) {
 		t.Error("what is too old to be told from what was heard is news")
 	}
-	for i := uint64(2 * maxEvents); i > maxEvents; i-- {
-		b.add(event(i))
+	// Somebody who made up the number in advance cannot take the place of the real event, and not more than a few.
+	for nonce := range uint32(10) {
+		if got, want := take(3*eventWindow, 10+nonce), nonce < maxVariants-1; got != want {
+			t.Errorf("forged event %d: %v", nonce, got)
+		}
 	}
-	if a.digest != b.digest || a.lamport != b.lamport || len(a.recent) != maxEvents {
-		t.Errorf("the same %d events in another order: %x and %x", len(a.recent), a.digest, b.digest)
+	tb.skip(e, s, 4*eventWindow)
+	if take(4*eventWindow, 1) || !take(4*eventWindow+1, 1) {
+		t.Error("what was given up still counts")
+	}
+	if e.eventSource(9) != nil || e.eventSource(10) != s {
+		t.Error("an instance that is not the member's")
+	}
+}
+
+func TestEventSourceHoldsWhatIsAheadOfItsTurn(t *testing.T) {
+	s := &eventSource{number: 10}
+	for _, number := range []uint64{14, 12, 12, 13, 11 + eventWindow} {
+		s.hold(heldEvent{update: update{Number: number}})
+	}
+	s.hold(heldEvent{update: update{Number: 13, Nonce: 1}})
+	var got []uint64
+	for _, h := range s.held {
+		got = append(got, h.Number)
+	}
+	if diff := cmp.Diff([]uint64{12, 13, 13, 14}, got); diff != "" {
+		t.Error(diff)
+	}
+	for i := range uint64(2 * eventWindow) {
+		s.hold(heldEvent{update: update{Number: 20, Nonce: uint32(i)}})
+	}
+	if len(s.held) != eventWindow {
+		t.Errorf("%d are held", len(s.held))
 	}
 }
 

@@ -16,7 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"net"
 	"net/netip"
 	"slices"
@@ -39,6 +38,7 @@ const (
 	frameTimeout    = 5 * time.Second  // for any frame: the first one takes a round trip
 	sessionTimeout  = 10 * time.Second // until the other side of a session has answered: three round trips, and what TCP sends again
 	maxLinkWait     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
+	eventPatience   = 4 * time.Second  // for so long an event waits for its turn: less than its command waits
 	syncSlotTimeout = time.Second      // until a place for an exchange must be free
 	windowSize      = 64
 )
@@ -230,13 +230,7 @@ type acceptor struct {
 	wg     sync.WaitGroup
 	ctx    context.Context // of all connections
 	quit   context.CancelFunc
-
-	log        *log.Logger  // of what logRejected ones do; see logRejected
-	dropped    atomic.Int64 // packets lost to a full inbox
-	mu         sync.Mutex   // guards what follows
-	minute     time.Time
-	logged     map[netip.Addr]bool // that were logged in this minute
-	suppressed int                 // that were not
+	lines  *logLimit // about those that were refused
 }
 
 // guestLimit leaves half of the file descriptors for everything else.
@@ -261,7 +255,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			gs.logRejected(netip.Addr{}, fmt.Errorf("cannot accept a connection at %s: %w", gs.tcp.Addr(), err))
+			gs.lines.printf(aboutHost, "accept", "[WARN] cannot accept a connection at %s: %v", gs.tcp.Addr(), err)
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
@@ -283,7 +277,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 			c.SetDeadline(time.Now().Add(frameTimeout)) // the first frame answers this hello, and may come from far away
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
-				gs.logRejected(addrOf(c.RemoteAddr()), plainError(err))
+				gs.logRejected(aboutPeers, addrOf(c.RemoteAddr()), plainError(err))
 			}
 		})
 	}
@@ -291,29 +285,11 @@ func (gs *acceptor) accept(serve func(*session) error) {
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
-// logRejected logs what is wrong with who came from there: one line per peer a minute, at most ten lines a minute in
-// all, and counts the rest.
-func (gs *acceptor) logRejected(who netip.Addr, err error) {
-	if err == nil {
-		return
+// logRejected logs what is wrong with what came from there; nil: nothing is.
+func (gs *acceptor) logRejected(class logClass, from netip.Addr, err error) {
+	if err != nil {
+		gs.lines.printf(class, from.String(), "[WARN] dropped what came from %s: it %v", from, err)
 	}
-	gs.mu.Lock()
-	defer gs.mu.Unlock()
-	if now := time.Now(); now.Sub(gs.minute) >= time.Minute {
-		if drops := gs.dropped.Swap(0); gs.suppressed > 0 || drops > 0 {
-			gs.log.Printf("[WARN] %d more like it were dropped, and %d packets for want of time", gs.suppressed, drops)
-		}
-		gs.minute, gs.logged, gs.suppressed = now, make(map[netip.Addr]bool), 0
-	}
-	if gs.logged[who] || len(gs.logged) >= 10 {
-		gs.suppressed++
-		return
-	}
-	gs.logged[who] = true
-	if who.IsValid() {
-		err = fmt.Errorf("dropped what came from %s: it %w", who, err)
-	}
-	gs.log.Printf("[WARN] %v", err)
 }
 
 // ---- sessions of agents ----
@@ -598,6 +574,7 @@ func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error 
 	if differ {
 		g.sendTable(s, sync)
 		g.receiveTable(s, sync)
+		g.sendTable(s, sync) // the events that only this side has
 	}
 	g.doFor(s, func(n *node) error { n.syncDone(sync); return nil })
 	return plainError(s.err)
@@ -620,7 +597,7 @@ func (g *gossip) receiveTable(s *session, sync *stateSync) {
 		g.doFor(s, func(n *node) (err error) {
 			bad := 0
 			if more, bad, err = n.mergeChunk(sync, hdr, us); bad > 0 {
-				g.logRejected(addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+				g.logRejected(aboutPeers, addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 			}
 			return err
 		})
@@ -652,14 +629,14 @@ func (g *gossip) serve(s *session) error {
 	}
 	g.doFor(s, func(n *node) error { w, about = n.handshakeReply(hdr); return nil })
 	s.send(&w, about...)
-	from := Member{Name: hdr.From, Instance: hdr.born(), Addr: netip.AddrPortFrom(addrOf(s.RemoteAddr()), 0)}
-	switch hdr.Kind {
+	switch from := (Member{Name: hdr.From, Instance: hdr.born()}); hdr.Kind {
 	case msgLink:
 		return g.holdLink(s, from)
 	case msgSync: // who hangs up now has the same table
-		sync := &stateSync{peer: from, digest: hdr.Digest}
+		sync := &stateSync{peer: from, from: addrOf(s.RemoteAddr()), digest: hdr.Digest}
 		g.receiveTable(s, sync)
 		g.sendTable(s, sync)
+		g.receiveTable(s, sync)
 	}
 	return s.err
 }
@@ -871,7 +848,7 @@ func rpcSealer(token string, gossip uint16) *sealer {
 // serveRPC answers commands at ln; info is what the agent knows of itself.
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	gs := &acceptor{tcp: ln, limit: maxRPCConns, log: g.cfg.log}
+	gs := &acceptor{tcp: ln, limit: maxRPCConns, lines: g.lines}
 	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
@@ -898,7 +875,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "force-leave":
 		err = g.run(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
 	case "event":
-		err = g.run(func(n *node) error { return n.userEvent(req.Name, req.Payload, req.Coalesce) })
+		err = g.userEvent(req)
 	case "tags":
 		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
@@ -967,6 +944,21 @@ func (s *session) sendFacts(facts []string) {
 		}
 	}
 	s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+}
+
+// userEvent sends a user event, as soon as the members have caught up with those that were sent before.
+func (g *gossip) userEvent(req rpcRequest) error {
+	deadline := time.Now().Add(eventPatience)
+	for {
+		err := g.run(func(n *node) error { return n.userEvent(req.Name, req.Payload, req.Coalesce) })
+		if !errors.Is(err, errEventsWait) {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the event was not sent: %w within %v", err, eventPatience)
+		}
+		time.Sleep(2 * ms)
+	}
 }
 
 // list sends all members, few at a time: a reader that does not read costs a page, however many they are.

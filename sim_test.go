@@ -81,12 +81,6 @@ type promise struct {
 	to lifetime
 }
 
-// lifetime identifies one run of an agent.
-type lifetime struct {
-	name string
-	born uint64
-}
-
 // known is what a node has told of a name, and its highest incarnation.
 type known struct {
 	told eventKind
@@ -137,7 +131,8 @@ type proc struct {
 	known   []known // by the number of the name
 	user    map[string]int
 	userAt  map[string]time.Duration
-	joins   []error // the ends of join commands, by address; nil: it answered
+	from    map[string][]string // user events by sender, in order
+	joins   []error             // the ends of join commands, by address; nil: it answered
 	answers []Event
 	asked   int // queries that reached it
 	logs    []string
@@ -376,7 +371,7 @@ func (s *sim) reach(a, b *simHost) bool {
 func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
 	born := newInstanceID(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
 	self := Member{Name: name, Addr: h.addr, Incarnation: born, Instance: born, Status: statusAlive}
-	p := &proc{s: s, host: h, name: name, user: make(map[string]int), userAt: make(map[string]time.Duration), links: make(map[lifetime]*simLink)}
+	p := &proc{s: s, host: h, name: name, user: make(map[string]int), from: make(map[string][]string), userAt: make(map[string]time.Duration), links: make(map[lifetime]*simLink)}
 	cfg := nodeConfig{member: self, reapAfter: s.reapAfter}
 	for _, seed := range seeds {
 		cfg.seeds = append(cfg.seeds, seed.addr.String())
@@ -406,7 +401,7 @@ func (s *sim) cluster(n int) []*proc {
 	model := &table{}
 	var all []known
 	for _, p := range ps {
-		model.apply(time.Second, p.n.self.Member, 0)
+		model.apply(time.Second, p.n.self.Member, 0).known = s.now
 		s.number(p.name)
 		all = append(all, known{eventJoin, p.n.self.Incarnation})
 	}
@@ -434,7 +429,7 @@ func cloner(t *table) func() *table {
 	return func() *table {
 		c := *t
 		slab := make([]entry, len(t.ordered)) // one object: the garbage collector has less to look at
-		c.ordered, c.events = make([]*entry, len(t.ordered)), nil
+		c.ordered, c.dead, c.events = make([]*entry, len(t.ordered)), nil, nil
 		for i, e := range t.ordered {
 			slab[i] = *e
 			c.ordered[i] = &slab[i]
@@ -913,7 +908,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 		c.meet(msgSync, func(n *node, w header, about []update) {
 			welcomed = true
 			sync.roundTrip = c.roundTrip
-			y := &stateSync{peer: n.self.Member, digest: n.digest()}
+			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: n.self.Addr.Addr(), digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
 	}, redialAfter(sync.roundTrip)...)
@@ -939,7 +934,7 @@ func (s *sim) pieces(c *simSession, n *node, sync, y *stateSync, finish func(err
 	s.say(c, n, sync, y, 1, finish, func(n *node) {
 		s.say(c, n, y, sync, 0, finish, func(n *node) {
 			n.syncDone(sync)
-			finish(nil)
+			s.say(c, n, sync, y, 1, finish, func(*node) { finish(nil) }) // the events that only the dialler has
 		})
 	})
 }
@@ -1008,6 +1003,7 @@ func (p *proc) event(ev Event) {
 	if ev.kind == eventUser {
 		p.user[ev.Name]++
 		p.userAt[ev.Name] = s.now
+		p.from[ev.Member.Name] = append(p.from[ev.Member.Name], ev.Name)
 		s.note('u', p, []byte(ev.Name))
 		return
 	}
@@ -1140,7 +1136,7 @@ func (s *sim) check() {
 
 const (
 	restAfter   = 20 * time.Second // the last fault
-	restFor     = 10 * time.Second // it is looked at
+	restFor     = 6 * time.Second  // it is looked at
 	restPackets = 2.2              // a second and member: a heartbeat each half second, and a little
 	maxFailures = 3                // of one member that another is told in a minute
 )
@@ -2324,6 +2320,191 @@ func TestAStormOfUserEventsArrivesWhole(t *testing.T) {
 	})
 }
 
+// burst sends events of size bytes from senders as fast as they are accepted, count in all, and names them SENDER-NUMBER.
+type burst struct {
+	s        *sim
+	senders  []*proc
+	accepted map[*proc]int
+	ended    map[*proc]time.Duration
+}
+
+func (s *sim) burst(count, size int, senders ...*proc) *burst {
+	b := &burst{s: s, senders: senders, accepted: make(map[*proc]int), ended: make(map[*proc]time.Duration)}
+	for _, p := range senders {
+		var next func()
+		next = func() {
+			for p.state == procRunning && b.accepted[p] < count {
+				err := errEventsWait
+				p.do(func(n *node) {
+					err = n.userEvent(fmt.Sprintf("%s-%d", p.name, b.accepted[p]), make([]byte, size), false)
+				})
+				if err != nil {
+					break
+				}
+				b.accepted[p]++
+				b.ended[p] = s.now
+			}
+			if p.state != procDead && b.accepted[p] < count {
+				s.after(2*ms, next) // as the RPC asks again
+			}
+		}
+		next()
+	}
+	return b
+}
+
+// arrived reports whether p has all that was accepted of each sender, from the event first on.
+func (b *burst) arrived(p *proc, first int) bool {
+	for _, o := range b.senders {
+		if got := p.from[o.name]; len(got) < b.accepted[o]-first {
+			return false
+		}
+	}
+	return true
+}
+
+// check fails the test where p has not heard all accepted events from first on, once and in order.
+func (b *burst) check(t *testing.T, p *proc, first int) {
+	t.Helper()
+	for _, o := range b.senders {
+		got, want := p.from[o.name], make([]string, 0)
+		for i := first; i < b.accepted[o]; i++ {
+			want = append(want, fmt.Sprintf("%s-%d", o.name, i))
+		}
+		if !slices.Equal(got, want) {
+			at := 0
+			for at < min(len(got), len(want)) && got[at] == want[at] {
+				at++
+			}
+			t.Errorf("%s has %d of %d events of %s; from %d on: %q", p.name, len(got), len(want), o.name, at, got[at:min(len(got), at+5)])
+		}
+	}
+}
+
+// allArrive waits until count events of each sender are accepted and all of ps have them, and checks that.
+func (b *burst) allArrive(t *testing.T, count int, ps ...*proc) {
+	t.Helper()
+	b.s.within(time.Minute, "all have all", func() bool {
+		return !slices.ContainsFunc(b.senders, func(p *proc) bool { return b.accepted[p] < count }) &&
+			!slices.ContainsFunc(ps, func(p *proc) bool { return !b.arrived(p, 0) })
+	})
+	b.s.run(5 * time.Second) // would anything come twice?
+	for _, p := range ps {
+		b.check(t, p, 0)
+	}
+}
+
+func TestEventsOfABurstArriveOnceAndInOrder(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{2, 3, 10, 50}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		count := 1000
+		if len(ps) > 10 {
+			count = 300
+		}
+		p, from := ps[len(ps)/2], s.now
+		b := s.burst(count, 900, p)
+		b.allArrive(t, count, ps...)
+		t.Logf("accepted %.0f events a second", float64(count)/(b.ended[p]-from).Seconds())
+	})
+}
+
+func TestEventsOfManySendersArriveOnceAndInOrder(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{5, 20}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		s.burst(50, 100, ps...).allArrive(t, 50, ps...)
+	})
+}
+
+// Who comes in the middle hears all that is sent from some moment on, and the others miss nothing for it.
+func TestEventsOfABurstArriveWhileMembersJoin(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{3, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		b := s.burst(600, 900, ps[1])
+		var late []*proc
+		for i := range 3 {
+			s.run(100 * ms)
+			late = append(late, s.start(s.host(), fmt.Sprint("late", i), ps[0].host))
+		}
+		b.allArrive(t, 600, ps...)
+		for _, p := range late {
+			if p.n.joining.joinedAt > b.ended[ps[1]] {
+				continue // all was before its time
+			}
+			s.within(20*time.Second, "the late one has the last", func() bool { return slices.Contains(p.from[ps[1].name], ps[1].name+"-599") })
+			first := 600 - len(p.from[ps[1].name])
+			if first == 0 {
+				t.Errorf("%s has heard what was before its time", p.name)
+			}
+			b.check(t, p, first)
+		}
+	})
+}
+
+// One that is stopped holds up the others for a moment at most, and catches up.
+func TestEventsOfABurstPassAMemberThatIsStopped(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[2]
+		v.stop()
+		from := s.now
+		b := s.burst(1000, 900, ps[1])
+		s.within(8*time.Second, "the others have all", func() bool {
+			return b.accepted[ps[1]] == 1000 && !slices.ContainsFunc(others(ps, v), func(p *proc) bool { return !b.arrived(p, 0) })
+		})
+		s.run(8*time.Second - (s.now - from))
+		v.cont()
+		b.allArrive(t, 1000, ps...)
+	})
+}
+
+func TestEventsOfASplitArriveOnBothSidesWhenItHeals(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{4, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = apart
+		half := len(ps) / 2
+		b := s.burst(300, 100, ps[0], ps[half])
+		s.run(20 * ms)
+		s.split(ps[:half], ps[half:])
+		s.run(40 * time.Second)
+		s.heal()
+		s.within(time.Minute, "one cluster", s.agree)
+		b.allArrive(t, 300, ps...)
+	})
+}
+
+// A receiver that restarts hears what is sent from then on; a sender that is killed leaves nobody with more than others.
+func TestEventsOfABurstSurviveRestarts(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{4, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		x, v := ps[1], ps[2]
+		b := s.burst(600, 900, x)
+		s.run(150 * ms)
+		s.crash(v)
+		s.run(20 * ms)
+		w := s.start(v.host, v.name, ps[0].host)
+		b.allArrive(t, 600, others(ps, v)...)
+		s.within(20*time.Second, "the restarted one has the last", func() bool { return slices.Contains(w.from[x.name], x.name+"-599") })
+		b.check(t, w, 600-len(w.from[x.name]))
+
+		c := s.burst(600, 900, x)
+		s.run(150 * ms)
+		s.crash(x)
+		y := s.start(x.host, x.name, ps[0].host)
+		s.within(20*time.Second, "it is back", s.agree)
+		s.run(10 * time.Second)
+		for _, p := range others(ps, v, x) {
+			first := ps[0].from[x.name][600:]
+			if got := p.from[x.name][600:]; !slices.Equal(got, first) || len(got) > c.accepted[x] {
+				t.Errorf("%s has %d events of the killed one, another has %d of %d", p.name, len(got), len(first), c.accepted[x])
+			}
+		}
+		for _, p := range others(ps, v, x) {
+			p.from[x.name] = nil
+		}
+		s.burst(100, 900, y).allArrive(t, 100, others(append(ps, y), x, v)...)
+	})
+}
+
 func TestALeaverHasLeftAndNotFailed(t *testing.T) {
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		v := ps[len(ps)-1]
@@ -2769,28 +2950,25 @@ func TestAKillRightAfterARingChangeIsNoticedWithAnySeed(t *testing.T) {
 		},
 	}
 	anySeed(t, func(t *testing.T, s *sim) {
-		for _, n := range []int{8, 30} {
-			for _, what := range slices.Sorted(maps.Keys(changes)) {
-				s := newSim(t, s.seed)
-				ps := s.cluster(n)
-				changes[what](s, ps)
-				s.run(time.Duration(s.rng.Int64N(int64(150 * ms))))
-				from := s.now
-				s.crash(ps[3])
-				s.run(2 * time.Second)
-				atMost(t, what+", noticing", percentile(s.times(eventFailed, ps[3].name, from), 0), 50*ms)
-				s.check()
-			}
-
-			s := newSim(t, s.seed)
-			ps := s.joined(n)
-			s.run(5*ms + time.Duration(s.rng.Int64N(int64(150*ms)))) // until its first link stands
+		seed := s.seed
+		for _, what := range slices.Sorted(maps.Keys(changes)) {
+			s := newSim(t, seed)
+			ps := s.cluster(8)
+			changes[what](s, ps)
+			s.run(time.Duration(s.rng.Int64N(int64(150 * ms))))
 			from := s.now
-			s.crash(ps[n-1])
+			s.crash(ps[3])
 			s.run(2 * time.Second)
-			atMost(t, "its own join, noticing", percentile(s.times(eventFailed, ps[n-1].name, from), 0), 50*ms)
+			atMost(t, what+", noticing", percentile(s.times(eventFailed, ps[3].name, from), 0), 50*ms)
 			s.check()
 		}
+
+		ps := s.joined(8)
+		s.run(5*ms + time.Duration(s.rng.Int64N(int64(150*ms)))) // until its first link stands
+		from := s.now
+		s.crash(ps[7])
+		s.run(2 * time.Second)
+		atMost(t, "its own join, noticing", percentile(s.times(eventFailed, ps[7].name, from), 0), 50*ms)
 	})
 }
 

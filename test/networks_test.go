@@ -72,6 +72,7 @@ var netnsTests = []netnsTest{
 	{"leaving takes 2 s at most when every peer is gone", 4, leaveAlone, false},
 	{"twenty dead seeds do not hold up a good one", 2, deadSeeds, false},
 	{"the start order does not matter", 2, startOrder, false},
+	{"a cluster whose seed comes late is as quiet as any", 8, lateSeed, false},
 	{"retry-max ends an agent that finds no seed", 1, retryMax, false},
 	{"a seed may advertise another address", 2, seedElsewhere, false},
 	{"a restart is a failure and a join", 5, restarts, false},
@@ -472,6 +473,31 @@ func startOrder(w *world) {
 	time.Sleep(1500 * time.Millisecond)
 	a := w.start(1)
 	w.agree(4*time.Second, everybody(2), a, b)
+}
+
+// With watchers that are met late each heartbeat once came later than promised, for ever: ten probes a second.
+func lateSeed(w *world) {
+	var c []*agent
+	for host := 2; host <= 8; host++ {
+		c = append(c, w.start(host, "-join", "10.77.0.1", "-log-level", "trace"))
+	}
+	time.Sleep(3 * time.Second)
+	c = append(c, w.start(1, "-log-level", "trace"))
+	w.agree(3*time.Second, everybody(8), c...)
+	time.Sleep(4 * time.Second)
+	mark := time.Now()
+	time.Sleep(5 * time.Second)
+	probes := 0
+	for _, a := range c {
+		for _, l := range a.since(mark) {
+			if strings.Contains(l.text, "[TRACE] probing") {
+				probes++
+			}
+		}
+	}
+	if probes > 10 { // a busy machine may be late
+		w.Errorf("%d probes in 5 s", probes)
+	}
 }
 
 func deadSeeds(w *world) {
