@@ -1848,7 +1848,7 @@ var lineCases = []lineCase{
 	{roundTrip: 300 * ms, loss: .02, joined: 2500 * ms, killed: time.Second, lost: 3100 * ms, bytes: 200},
 	{roundTrip: 600 * ms, joined: 3 * time.Second, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 160},
 	{roundTrip: 600 * ms, loss: .01, joined: 4500 * ms, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 200},
-	{roundTrip: 1600 * ms, joined: 8 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
+	{roundTrip: 1600 * ms, joined: 9 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
 	{roundTrip: 1600 * ms, loss: .01, joined: 14 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
 }
 
