@@ -74,7 +74,7 @@ fuzz:
 # Then the stories in which a seed matters, with SEEDS of them.
 sim:
 	SIM_N=$(or $(N),1000) SIM_SEED=$(SEED) SIM_LOSS=$(LOSS) go test -count=1 -v -timeout 60m -run '^TestSimulation$$' .
-	SIM_SEEDS=$(SEEDS) SIM_SEED=$(SEED) go test -count=1 -timeout 60m -run 'WithAnySeed$$' .
+	SIM_SEEDS=$(SEEDS) SIM_SEED=$(SEED) go test -count=1 -timeout 60m -run 'WithAnySeed$$|^TestLongLine|^TestLineThat|^TestFarSeed' .
 
 # Real agents, measured; beside another program with Serf's command line if
 # PEER names one: make bench N=100 PEER=/usr/local/bin/serf

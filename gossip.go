@@ -81,15 +81,23 @@ const (
 	syncInterval                  = time.Second
 	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
 	claimInterval                 = 200 * ms
-	resendAfter                   = 50 * ms         // the first time; each wait is twice as long
+	resendAfter                   = 50 * ms         // the first time, or two round trips; each wait is twice as long
 	requestTimeout                = 3 * time.Second // a question's answer counts for so long
 	leaveTimeout                  = time.Second
 	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
 	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
 	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
 
+	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer than
+	// that, and a line is measured once; a longer one at times, since it may have been a stall.
+	shortLine      = 50 * ms
+	longestLine    = 2500 * ms
+	remeasureAfter = 2 * time.Minute
+
 	maxDatagram, maxFrame       = 1400, 32 << 10
 	maxQueue                    = 4096 // claims and events that wait to be flooded
+	maxRecent, maxJoined        = 64, 16
+	recentFor                   = 3 * time.Second
 	maxRequests                 = 2 * maxMembers
 	maxQueries                  = 64          // of one's own at a time
 	replyTimeout                = time.Minute // a reply is sent again for so long at most
@@ -123,7 +131,7 @@ var (
 	errEventsWait      = errors.New("earlier events of this agent have not reached all members yet")
 )
 
-// The detector's times and bounds; a probe counts from its start.
+// The detector's times and bounds; a probe counts from its start. They are those of a short line: see schedule.
 const (
 	heartbeatInterval = 500 * ms                        // one heartbeat, to one watcher at a time
 	earlyInterval     = 125 * ms                        // while there are new watchers
@@ -199,7 +207,7 @@ type header struct {
 	Raised      uint64 // Incarnation minus Born; 0 until the member raised it
 	Number      uint64 // of this datagram among all of the sender's run
 	Digest      uint64
-	Promise     uint32 // heartbeat: milliseconds until the next one to you
+	Promise     uint32 // heartbeat: milliseconds until the next one to you; check: the asker's round trip to the target, if long
 	Seq         uint32 // of a question (any but a check wants a msgAck), and of its answer
 	Query       uint32 // the asker's number of a query
 	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing; a first frame: the dialler's address
@@ -728,7 +736,7 @@ func (n *node) send(to Member, hdr header, body []byte) {
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
 	hdr.Target, hdr.Seq = m.Name, n.nonce()
-	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never})
+	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never, sent: n.now})
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
@@ -799,6 +807,7 @@ type request struct {
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
 	wait  time.Duration // how long that is after the last time
+	sent  time.Duration // when it was, if once only: an answer to what was sent again measures nothing (Karn's algorithm)
 }
 
 type requests struct {
@@ -837,7 +846,12 @@ func (qs *requests) step(n *node) {
 			return true
 		}
 		if due {
-			q.wait = min(max(2*q.wait, resendAfter), time.Second)
+			twice := 2 * n.roundTripTo(q.m)
+			q.sent = 0
+			if q.wait == 0 {
+				q.sent = n.now
+			}
+			q.wait = max(min(2*q.wait, time.Second), resendAfter, twice)
 			q.at = n.now + q.wait
 			n.send(q.m, q.h, q.body)
 		}
@@ -860,7 +874,9 @@ type peerState struct {
 	pingRate      bucket        // with pings that others bring about
 	tcpOnly       int           // probes in a row that only TCP answered
 	syncedDigests uint64        // both digests after the last comparison of tables
-	heard         []heardQuery  // its queries whose time is not over
+	newsRate      bucket        // with news that it may have missed
+	line          line
+	heard         []heardQuery // its queries whose time is not over
 
 	path peerPath
 	flap flapState
@@ -889,6 +905,58 @@ func (e *entry) peer() *peerState {
 	}
 	return e.state
 }
+
+// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer is
+// known at once, and a peer that stalled once is soon forgiven.
+type line struct {
+	roundTrips  [2]time.Duration // the last one first; 0: not measured
+	remeasureAt time.Duration
+}
+
+func (l *line) roundTrip() time.Duration { return max(l.roundTrips[0], l.roundTrips[1]) }
+
+// isSettled reports whether the line needs no measurement: it is short, or its last two agree and are not old.
+func (l *line) isSettled(now time.Duration) bool {
+	longer, shorter := l.roundTrip(), min(l.roundTrips[0], l.roundTrips[1])
+	if longer <= shortLine {
+		return longer > 0
+	}
+	return longer < 3*shorter+shortLine && now < l.remeasureAt
+}
+
+// noteRoundTrip notes how long an answer of that instance of name took.
+func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
+	e := n.table.get(name)
+	if e == nil || e == n.self || e.Instance != instance {
+		return
+	}
+	l := &e.peer().line
+	l.roundTrips[1] = l.roundTrips[0]
+	l.roundTrips[0] = min(max(took, 1), longestLine)
+	l.remeasureAt = n.now + remeasureAfter + n.jitter(remeasureAfter) // or all would be measured in the same moments
+}
+
+// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the longest
+// to those that this node watches, or that watch it.
+func (n *node) roundTripTo(m Member) time.Duration {
+	e := n.table.get(m.Name)
+	if e != nil && e.Instance == m.Instance && e.state != nil && e.state.line.roundTrip() > 0 {
+		return e.state.line.roundTrip()
+	}
+	return n.longestRoundTrip()
+}
+
+func (n *node) longestRoundTrip() (longest time.Duration) {
+	for _, es := range [][]*entry{n.heartbeats.watchers, n.heartbeats.watched} {
+		for _, e := range es {
+			longest = max(longest, e.peer().line.roundTrip())
+		}
+	}
+	return longest
+}
+
+// overdueMargin is how much later than promised a heartbeat of m may come: a longer line varies by more.
+func (n *node) overdueMargin(m Member) time.Duration { return max(overdueAfter, n.roundTripTo(m)/4) }
 
 // handleDatagram takes one datagram, already opened; anyRun: it was not for this run alone.
 func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error {
@@ -1038,6 +1106,9 @@ func (n *node) handleAck(hdr header) {
 	default:
 		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
 		n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
+		if q.sent > 0 {
+			n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+		}
 		if q.h.Kind == msgEventCheck {
 			n.broadcasts.flow.checked(e)
 		}
@@ -1123,14 +1194,23 @@ func (n *node) noteContact(e *entry, hdr header) {
 		return
 	}
 	e.peer().tcpOnly = 0
+	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
 		e.peer().path.missingBeats = 0
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + overdueAfter
+		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + n.overdueMargin(e.Member)
 		n.detector.handleSignOfLife(n, e.Member)
 	}
 	if e.isolated {
 		n.ping(e.Member) // I hear it; does it hear me?
-	} else if hdr.Digest != 0 && hdr.Digest != n.digest() && hdr.Digest != n.calmDigest() {
+		return
+	}
+	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
+		n.pingAtBoundedRate(e)
+	}
+	if hdr.Digest != 0 && hdr.Digest != n.digest() && hdr.Digest != n.calmDigest() {
+		if e.peer().validated {
+			n.broadcasts.sendRecent(n, e)
+		}
 		n.antiEntropy.requestSync(n, e, hdr.Digest)
 	}
 }
@@ -1145,6 +1225,10 @@ type broadcasts struct {
 	heardAt time.Duration // when the last user event came in
 	gaps    []*eventGap
 	flow    eventFlow
+
+	recent []recentEntry // whose claims were broadcast last, the newest last
+	joined []recentEntry // that have compared tables with this node, and have not been heard of since
+	former []*entry      // watchers whose successors have not answered yet
 }
 
 // broadcastQueue holds updates on their way to the watchers.
@@ -1154,10 +1238,48 @@ type broadcastQueue struct {
 	rate    bucket
 }
 
+// recentEntry is a member to which something happened a moment ago.
+type recentEntry struct {
+	e  *entry
+	at time.Duration
+}
+
 // broadcast has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
 func (n *node) broadcast(e *entry) {
-	if u := n.claim(e); n.joining.joinedAt != 0 {
-		n.broadcasts.claims.add(&u)
+	if n.joining.joinedAt == 0 {
+		return
+	}
+	u := n.claim(e)
+	n.broadcasts.claims.add(&u)
+
+	s := &n.broadcasts
+	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return r.e == e })
+	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], recentEntry{e, n.now})
+}
+
+// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long line,
+// each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to compare
+// tables takes four round trips, and this one.
+func (s *broadcasts) sendRecent(n *node, to *entry) {
+	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return n.now-r.at > recentFor })
+	var body []byte
+	for _, r := range slices.Backward(s.recent) {
+		if r.e == to || r.e.reaped {
+			continue
+		}
+		u := n.claim(r.e)
+		longer := wire.encode(body, &u)
+		if len(longer) > maxDatagram-256 {
+			break
+		}
+		body = longer
+	}
+
+	rate := &to.peer().newsRate
+	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
+	if len(body) > 0 && rate.has(1) {
+		rate.spend(1)
+		n.send(to.Member, n.header(msgBroadcast), body)
 	}
 }
 
@@ -1182,11 +1304,9 @@ func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 				one = append(one, q.queue[0]...)
 				q.queue = q.queue[1:]
 			}
-			for _, w := range n.heartbeats.watchers {
-				if w.peer().validated {
-					n.send(w.Member, n.header(msgBroadcast), one)
-					q.rate.tokens--
-				}
+			for _, e := range n.broadcasts.receivers(n) {
+				n.send(e.Member, n.header(msgBroadcast), one)
+				q.rate.tokens--
 			}
 		}
 		q.flushAt = n.now + broadcastBatch + time.Duration(max(0, -q.rate.tokens)/rate*float64(time.Second))
@@ -1194,6 +1314,56 @@ func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 	if len(q.queue) > 0 {
 		n.wakeAt(q.flushAt)
 	}
+}
+
+// receivers are the watchers that have answered, and those who have just joined through this node: over a long line
+// they know nobody else for a while. Until all watchers have answered the former ones stand in for them, or members
+// between newcomers from far away would hear of nothing for so long.
+func (s *broadcasts) receivers(n *node) []*entry {
+	var es []*entry
+	add := func(e *entry) {
+		if !e.Status.isDead() && !slices.Contains(es, e) {
+			es = append(es, e)
+		}
+	}
+	for _, w := range n.heartbeats.watchers {
+		if w.peer().validated {
+			add(w)
+		}
+	}
+
+	if len(es) == len(n.heartbeats.watchers) {
+		s.former = nil
+	}
+	for _, w := range s.former {
+		add(w)
+	}
+
+	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
+	for _, j := range s.joined {
+		add(j.e)
+	}
+	return es
+}
+
+// noteFormerWatchers is told who watched this node before others do.
+func (s *broadcasts) noteFormerWatchers(former []*entry) {
+	for _, w := range former {
+		if w.peer().validated && !slices.Contains(s.former, w) {
+			s.former = append(s.former[max(0, len(s.former)-rings+1):], w)
+		}
+	}
+}
+
+// noteJoined is told that e has joined through this node.
+func (s *broadcasts) noteJoined(e *entry, now time.Duration) {
+	s.heardFrom(e)
+	s.joined = append(s.joined[max(0, len(s.joined)-maxJoined+1):], recentEntry{e, now})
+}
+
+// heardFrom is told of a datagram of e.
+func (s *broadcasts) heardFrom(e *entry) {
+	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
 }
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
@@ -1801,15 +1971,17 @@ func (r *antiEntropy) step(n *node) {
 // stateSync is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer     Member // who answered or dialled, once known; its Addr is the one that was dialled
-	conflict *probe // of the holder of this newcomer's name; the exchange waits for it
-	joins    bool   // it was dialled to join, by a command or as a seed
-	replay   bool
-	lastKey  string // the next piece begins after this key
-	digest   uint64 // the other side's, at first
-	tables   int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
-	counts   []eventCount
-	known    map[lifetime]uint64 // the same, by instance
+	peer      Member        // who answered or dialled, once known; its Addr is the one that was dialled
+	from      netip.Addr    // from where it dialled
+	roundTrip time.Duration // to it; 0: not known
+	conflict  *probe        // of the holder of this newcomer's name; the exchange waits for it
+	joins     bool          // it was dialled to join, by a command or as a seed
+	replay    bool
+	lastKey   string // the next piece begins after this key
+	digest    uint64 // the other side's, at first
+	tables    int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
+	counts    []eventCount
+	known     map[lifetime]uint64 // the same, by instance
 }
 
 // lifetime is one instance of a member.
@@ -2006,8 +2178,29 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 		sync.endTable()
 		n.takeCounts(sync)
 		n.joining.noteJoined(n, sync.peer.Addr.IsValid())
+		n.noteSynced(sync)
 	}
 	return hdr.More, bad, nil
+}
+
+// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first. One that
+// has dialled may be far away, and know nobody else yet: it is asked for its digest, which tells what it has missed.
+func (n *node) noteSynced(sync *stateSync) {
+	e := n.table.get(sync.peer.Name)
+	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
+		return
+	}
+
+	switch e.Addr.Addr() {
+	case sync.peer.Addr.Addr():
+		n.noteValidated(e)
+	case sync.from:
+		n.noteValidated(e)
+		if !e.peer().line.isSettled(n.now) {
+			n.pingAtBoundedRate(e)
+			n.broadcasts.noteJoined(e, n.now)
+		}
+	}
 }
 
 // takeCounts is told how many events of each member the other side knows, when all that it remembers of them has come.
@@ -2037,11 +2230,15 @@ func (n *node) takeCounts(sync *stateSync) {
 // syncDone ends a comparison of tables, of mine, that went well.
 func (n *node) syncDone(sync *stateSync) {
 	n.joining.noteJoined(n, true)
+	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(n.now, e, false) // the other side would have said so
 	}
 	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
 		e.peer().syncedDigests = sync.digest ^ n.digest()
+		if e.peer().line.roundTrip() == 0 { // it was not known before
+			n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
+		}
 		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
 		if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
 			e.peer().path.reachedAt = sync.peer.Addr
@@ -2280,6 +2477,9 @@ func (o *identity) mayTake(n *node, sync *stateSync, u update) error {
 		return nameTaken(u.Member, u.Age)
 	case !foundGone:
 		sync.conflict = n.detector.startProbe(n, u.Member) // or the one that runs
+		if sync.conflict != nil { // the line to the peer is the only one that a newcomer knows
+			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip)
+		}
 		return errConflictPending
 	case o.heldSince == 0:
 		o.heldSince = n.now
@@ -2435,12 +2635,14 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 	return nil
 }
 
-// startLeave tells the watchers that this node leaves; it has left when all of them know, or after leaveTimeout.
+// startLeave tells the watchers that this node leaves; it has left when all of them know, or after
+// leaveTimeout, or three round trips.
 func (n *node) startLeave() {
-	n.identity.leaving = cmp.Or(n.identity.leaving, n.now+leaveTimeout)
+	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
+	n.identity.leaving = cmp.Or(n.identity.leaving, n.now+within)
 	n.requests.removeAll()
 	for _, w := range n.heartbeats.watchers {
-		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), leaveTimeout)
+		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), within)
 	}
 }
 
@@ -2530,11 +2732,12 @@ func (r *heartbeats) refresh(n *node) {
 	}
 	watched := r.watched
 	r.version = n.table.version
+	n.broadcasts.noteFormerWatchers(r.watchers)
 	r.watchers = n.table.watchers(n.self)
 	r.watched = n.table.watched(n.self)
 	for _, e := range r.watched {
 		if d := e.peer(); d.due == 0 || !slices.Contains(watched, e) {
-			d.due = n.now + grace
+			d.due = n.now + max(grace, 2*n.roundTripTo(e.Member)) // it learns of this, and says so
 		}
 	}
 	r.requeue(n)
@@ -2683,7 +2886,8 @@ type probe struct {
 	start        time.Duration // of the round
 	deciding     bool          // the target is suspect, and this round decides
 	seq          uint32        // of the checks: mine, or what the asker wrote
-	stage        int           // of the round: what comes next
+	roundTrip    time.Duration // to the target, or what the asker says
+	stage        probeStage    // of the round: what comes next
 	result       verdict
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
@@ -2691,6 +2895,51 @@ type probe struct {
 	pending      []*entry       // who has not voted yet
 	rival        netip.AddrPort // of another agent that wants the target's name
 	unanswered   int            // rounds in which no helper has voted
+}
+
+// probeStage is a step of a round.
+type probeStage uint8
+
+const (
+	stagePing        probeStage = iota
+	stageTCP                    // with the ping, unless the line is long
+	stageHelpers                // a second ping, and the helpers
+	stageHelpersLate            // those that have not voted
+	stageEnd
+)
+
+// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for at
+// least two round trips; up to shortLine the fixed times do. On a longer line a lost heartbeat shall cost a ping and
+// its answer, so a probe that begins with one asks by ping alone before it dials and asks helpers.
+func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
+	twice := 2 * p.roundTrip
+	switch {
+	case p.requester != nil:
+		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(helperTimeout, twice)}
+	case p.deciding || p.localOnly(n):
+		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
+	}
+
+	// The helpers' answers take one round trip more than their own looks.
+	const again, end = indirectAgainAfter - indirectAfter, probeTimeout - indirectAfter
+	helpers := max(indirectAfter, twice)
+	due := [...]time.Duration{0, 0, helpers, helpers + max(again, twice), helpers + max(end, twice+p.roundTrip)}
+	long, refused := p.roundTrip > shortLine, p.result == verdictRefused
+	if long && !p.linkEnded && !refused {
+		due[stageTCP] = helpers
+	}
+	if refused || long && p.linkEnded { // a death, it seems: no time is to be lost
+		due[stageHelpers] = 0
+	}
+	return due
+}
+
+// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more. What the first
+// round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host has failed as soon.
+func (p *probe) suspicion(n *node) (whole, round time.Duration) {
+	first := p.schedule(n)[stageEnd]
+	round = max(probeTimeout, 2*p.roundTrip)
+	return max(round, probeTimeout+suspicionTimeout-first), round
 }
 
 // probesOf is all probes of one run of a member.
@@ -2715,7 +2964,7 @@ func (d *detector) ownProbe(e *entry) *probe {
 
 func (d *detector) addProbe(n *node, m Member) *probe {
 	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: n.table.get(m.Name), start: n.now, seq: n.nonce(), results: make(map[string]verdict)}
+	p := &probe{m: m, e: n.table.get(m.Name), start: n.now, seq: n.nonce(), roundTrip: n.roundTripTo(m), results: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
 	return p
 }
@@ -2773,23 +3022,21 @@ func (d *detector) stepProbe(n *node, p *probe) {
 		d.declareFailed(n, p)
 		return
 	}
-	due := [...]time.Duration{0, indirectAfter, indirectAgainAfter, probeTimeout}
-	if p.result == verdictRefused {
-		due[1] = 0
-	}
-	if p.requester != nil {
-		due[3] = helperTimeout
-	}
+	due := p.schedule(n)
 	for ; n.now >= p.start+due[p.stage]; p.stage++ {
 		switch p.stage {
-		case 0:
+		case stagePing:
 			p.pending = n.chooseHelpers(p)
-			n.tcpProbe(p.m)
 			n.ping(p.m)
-		case 1:
+		case stageTCP:
+			n.tcpProbe(p.m)
+		case stageHelpers:
 			n.ping(p.m)
 			d.askHelpers(n, p)
-		case 2:
+		case stageHelpersLate:
+			if p.deciding { // the last chance to contradict: one answer must get through
+				n.ping(p.m)
+			}
 			d.askHelpers(n, p)
 		default:
 			d.conclude(n, p)
@@ -2837,6 +3084,9 @@ func (n *node) chooseHelpers(p *probe) []*entry {
 func (d *detector) askHelpers(n *node, p *probe) {
 	hdr := n.header(msgIndirectProbe)
 	hdr.Seq, hdr.Target = p.seq, p.m.Name
+	if p.roundTrip > shortLine {
+		hdr.Promise = uint32(p.roundTrip / ms)
+	}
 	for _, w := range p.pending {
 		n.send(w.Member, hdr, nil)
 	}
@@ -2854,8 +3104,8 @@ func (n *node) randomMember(list []*entry, ok func(*entry) bool) *entry {
 	return nil
 }
 
-// handleIndirectProbe answers the check of by, at once where the answer is known and within helperTimeout else. Only members are
-// looked at, at the address that I know.
+// handleIndirectProbe answers the check of by: at once where the answer is known, else within helperTimeout, or two round
+// trips. Only members are looked at, at the address that I know.
 func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	e := n.table.get(hdr.Target)
 	again := func(p *probe) bool { return p.requester == by && p.seq == hdr.Seq }
@@ -2867,8 +3117,11 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 		running := d.probesOf(e.Member)
 		p := d.addProbe(n, e.Member)
 		p.requester, p.seq = by, hdr.Seq
-		if len(running) > 0 && running[0].stage > 0 { // one look will do for all
-			p.stage = 3
+		// The line from here may not be known, and may be as long.
+		p.roundTrip = max(p.roundTrip, min(time.Duration(hdr.Promise)*ms, longestLine))
+		// One look will do for all, unless it has been answered: the target may have died since.
+		if len(running) > 0 && running[0].stage > stageTCP && running[0].result != verdictAlive {
+			p.stage = stageEnd
 			p.record(running[0].result)
 		}
 	}
@@ -3013,7 +3266,8 @@ func (p *probe) isStalled(now time.Duration) bool {
 // restart looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
-	p.start, p.stage, p.result, p.linkEnded = start, 0, verdictNone, false
+	p.start, p.stage, p.result, p.linkEnded = start, stagePing, verdictNone, false
+	p.roundTrip = n.roundTripTo(p.m)
 }
 
 // clear ends a probe of a member that somebody reached.
@@ -3025,7 +3279,7 @@ func (d *detector) clear(n *node, p *probe) {
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	if deal := p.e.peer(); deal.due <= n.now {
 		n.noteMissingBeat(p.e)
-		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + overdueAfter
+		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + n.overdueMargin(p.m)
 	}
 }
 
@@ -3051,7 +3305,7 @@ func (d *detector) handleStall(n *node, p *probe) {
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
 	clear(p.results)
-	d.restart(n, p, max(n.now, min(n.now+stallRound, end)-probeTimeout))
+	d.restart(n, p, max(n.now, min(n.now+stallRound, end)-p.schedule(n)[stageEnd]))
 }
 
 func (d *detector) remove(p *probe) {
@@ -3061,10 +3315,11 @@ func (d *detector) remove(p *probe) {
 // declareSuspect floods that the target is unreachable, and gives it time to contradict.
 func (d *detector) declareSuspect(n *node, p *probe) {
 	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
+	whole, round := p.suspicion(n)
 	p.m, p.deciding = p.e.Member, true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
 	n.sendClaim(p.m, n.claim(p.e))
-	d.restart(n, p, n.now+suspicionTimeout-probeTimeout)
+	d.restart(n, p, n.now+whole-round)
 }
 
 // declareFailed is the verdict: the target has failed, and everybody shall know.
@@ -3084,7 +3339,7 @@ func (d *detector) stepIsolation(n *node) {
 	}
 	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() }); {
 	case e == nil:
-	case silent >= isolatedAfter+lastResortTimeout:
+	case silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()):
 		d.isolated = true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.table.ordered {
@@ -3472,10 +3727,12 @@ func (g *gossip) perform(out outputs) {
 		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
 	}
 	for _, m := range out.tcpProbes {
-		g.wg.Go(func() { g.tcpProbe(m) })
+		roundTrip := g.node.roundTripTo(m)
+		g.wg.Go(func() { g.tcpProbe(m, roundTrip) })
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
-		g.wg.Go(func() { g.syncWith(m.Addr, &stateSync{}, false) })
+		sync := &stateSync{roundTrip: g.node.roundTripTo(m)}
+		g.wg.Go(func() { g.syncWith(m.Addr, sync, false) })
 	}
 	if out.links != nil {
 		g.relink(g.node.self.Member, out.links)

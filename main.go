@@ -53,7 +53,7 @@ const (
 	defaultRPC     = "127.0.0.1:" + defaultRPCPort
 	keySize        = 32 // of a new key
 	rpcTimeout     = 5 * time.Second
-	slowTimeout    = 10 * time.Second // a join or a leave takes the agent itself up to five
+	slowTimeout    = 20 * time.Second // a join or a leave takes the agent itself up to fifteen
 	startPatience  = time.Second      // how long the banner waits for the name of -advertise
 	addressPoll    = 500 * ms         // between looks whether there is an address to advertise now
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
@@ -1338,6 +1338,9 @@ SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
 others see this node fail. A second signal ends at once, with exit status 1.
 SIGHUP reads the files and options again: handlers, tags, the log level and keys
 change while the agent runs.
+
+It works over lines with a round trip of up to 1.6 s that lose some per cent, without
+a setting: round trips are measured. Up to 300 ms a death is noticed as on a LAN.
 `
 
 func agentCommand(fs *flag.FlagSet) func([]string) error {

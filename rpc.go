@@ -34,9 +34,9 @@ const (
 	maxWatchQueue   = 4096             // events that wait for a slow watcher
 	pageSize        = 40               // members in a frame
 	factsPage       = 8 << 10          // bytes of facts in a frame, about; of one fact, at most
-	helloTimeout    = 2 * time.Second  // for a stranger's hello and first frame
-	frameTimeout    = 5 * time.Second  // for any other frame
-	sessionTimeout  = 1800 * ms        // until the other side of a session has answered
+	helloTimeout    = 2 * time.Second  // for a stranger's hello
+	frameTimeout    = 5 * time.Second  // for any frame: the first one takes a round trip
+	sessionTimeout  = 10 * time.Second // until the other side of a session has answered: three round trips, and what TCP sends again
 	maxLinkWait     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
 	eventPatience   = 4 * time.Second  // for so long an event waits for its turn: less than its command waits
 	syncSlotTimeout = time.Second      // until a place for an exchange must be free
@@ -117,7 +117,8 @@ type session struct {
 	sealer         *sealer
 	hellos         string // both challenges
 	dialled        bool
-	patient        bool // its reader may pause for as long as it likes
+	patient        bool          // its reader may pause for as long as it likes
+	roundTrip      time.Duration // that of the hellos, for the one who has dialled
 	sent, received uint64
 	err            error
 }
@@ -126,10 +127,12 @@ type session struct {
 // What cannot be written is noticed by the next that is read.
 func (d *sealer) handshake(s *session) *session {
 	mine, theirs := d.hello(), make([]byte, helloSize)
+	start := time.Now()
 	if s.dialled {
 		s.Write(mine)
 	}
 	n, err := io.ReadFull(s, theirs)
+	s.roundTrip = time.Since(start)
 	switch {
 	case n > 0 && bytes.Contains(theirs[:n], []byte("Command")): // msgpack: {"Command": "handshake", ...}
 		s.err = errSerfRPC
@@ -271,6 +274,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
 			gs.sealer.Load().handshake(s)
+			c.SetDeadline(time.Now().Add(frameTimeout)) // the first frame answers this hello, and may come from far away
 			// Who says nothing, or hangs up, looks whether the port is open.
 			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
 				gs.logRejected(aboutPeers, addrOf(c.RemoteAddr()), plainError(err))
@@ -290,25 +294,22 @@ func (gs *acceptor) logRejected(class logClass, from netip.Addr, err error) {
 
 // ---- sessions of agents ----
 
-// connect dials to, for sessionTimeout at most, and gives the session as long. A lost SYN costs a second in the
-// kernel, so it dials anew after each of waits; joins: for a join. It tells the node from which address the dial
-// went out, where it may take another one.
-func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, waits ...time.Duration) (c net.Conn, err error) {
-	dialer, ip := net.Dialer{KeepAlive: -1, Deadline: time.Now().Add(sessionTimeout)}, g.cfg.bind.Addr()
+// connect dials to within limit, and gives the session as long. A lost SYN costs a second in the kernel, so it dials
+// anew after each of waits; joins: for a join. It tells the node from which address the dial went out, where it may take
+// another one.
+func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, limit time.Duration, waits ...time.Duration) (c net.Conn, err error) {
+	deadline, ip := time.Now().Add(limit), g.cfg.bind.Addr()
+	dialer := net.Dialer{KeepAlive: -1, Deadline: deadline}
 	if joins && !sameFamily(to.Addr(), ip) { // TCP might get there, but no datagram of this node
 		return nil, fmt.Errorf("this agent is bound to %s, an address of another kind (-bind [::]:%d takes both)", ip, g.cfg.bind.Port())
 	}
 	if !ip.IsUnspecified() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0))
 	}
-	for _, dialer.Timeout = range append(waits, sessionTimeout) {
-		if c, err = dialer.DialContext(ctx, "tcp", to.String()); !timedOut(err) {
-			break
-		}
-	}
+	c, err = dialAgain(ctx, dialer, to, waits)
 	switch {
 	case err == nil:
-		c.SetDeadline(time.Now().Add(sessionTimeout))
+		c.SetDeadline(deadline)
 		local := addrOf(c.LocalAddr())
 		g.noteLocalAddr(local, joins)
 		if joins && g.cfg.moves {
@@ -323,6 +324,46 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 		err = fmt.Errorf("this agent is bound to %s, from where no other machine can be reached (-bind sets another address)", ip)
 	}
 	return nil, plainError(err)
+}
+
+// dialAgain dials to, and once more after each of waits. The first answer counts; what was dialled before goes on, since
+// its answer may only be far away.
+func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, waits []time.Duration) (net.Conn, error) {
+	type result struct {
+		c   net.Conn
+		err error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan result)
+	dial := func() {
+		c, err := dialer.DialContext(ctx, "tcp", to.String())
+		select {
+		case results <- result{c, err}:
+		case <-ctx.Done():
+			if c != nil {
+				c.Close()
+			}
+		}
+	}
+
+	again := time.NewTimer(0)
+	defer again.Stop()
+	waits = append([]time.Duration{0}, waits...)
+	for dialled := 0; ; {
+		select {
+		case <-again.C:
+			go dial()
+			dialled++
+			if dialled < len(waits) {
+				again.Reset(waits[dialled])
+			}
+		case r := <-results:
+			return r.c, r.err
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 }
 
 // noteLocalAddr is told at which address of this machine a connection stands. It follows a change of addresses where
@@ -408,17 +449,26 @@ func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about
 	if s.err == nil && (w.Kind != msgHandshakeReply || validName(w.From) != nil) {
 		s.err = errMalformed
 	}
+	if s.err == nil {
+		g.post(func(n *node) { n.noteRoundTrip(w.From, w.born(), s.roundTrip) })
+	}
 	return s, w, about
+}
+
+// tcpProbeTimes is how long a TCP probe may take, which is three round trips and what is lost, and when it dials anew.
+func tcpProbeTimes(roundTrip time.Duration) (limit, again time.Duration) {
+	return max(probeTimeout, 5*roundTrip), max(150*ms, 2*roundTrip)
 }
 
 // tcpProbe looks at a member, and tells the node what it sees. Whoever is cut off looks again: a dying process's
 // listener accepts until the kernel has come to it, which resets who dialled just before, and then refuses.
-func (g *gossip) tcpProbe(m Member) {
-	ctx, cancel := context.WithTimeout(g.ctx, probeTimeout)
+func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
+	limit, again := tcpProbeTimes(roundTrip)
+	ctx, cancel := context.WithTimeout(g.ctx, limit)
 	defer cancel()
 	tell := func(v verdict, w header) { g.post(func(n *node) { n.handleTCPProbeResult(m, v, w) }) }
 	for range 4 {
-		c, err := g.connect(ctx, m.Addr, false, 150*ms, 150*ms)
+		c, err := g.connect(ctx, m.Addr, false, sessionTimeout, again, again) // ctx ends it
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			tell(verdictRefused, header{})
 		}
@@ -475,9 +525,16 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 	}
 }
 
+// redialAfter is when a session of more than a look dials anew.
+func redialAfter(roundTrip time.Duration) []time.Duration {
+	return []time.Duration{max(300*ms, 2*roundTrip), max(400*ms, 2*roundTrip)}
+}
+
 // linkOnce returns nil when a link has ended, or why none could be had.
 func (g *gossip) linkOnce(ctx context.Context, m Member) error {
-	c, err := g.connect(ctx, m.Addr, false, 300*ms, 400*ms)
+	var roundTrip time.Duration
+	g.run(func(n *node) error { roundTrip = n.roundTripTo(m); return nil })
+	c, err := g.connect(ctx, m.Addr, false, sessionTimeout, redialAfter(roundTrip)...)
 	if err != nil {
 		return err
 	}
@@ -497,13 +554,14 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 
 // syncWith compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
 func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error {
-	c, err := g.connect(g.ctx, to, joins, 300*ms, 400*ms)
+	c, err := g.connect(g.ctx, to, joins, sessionTimeout, redialAfter(sync.roundTrip)...)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	s, w, about := g.openSession(c, msgSync)
 	sync.peer.Addr = to
+	sync.roundTrip = s.roundTrip
 	differ := false
 	welcomed := func(n *node) error {
 		differ = w.Digest != n.digest()
@@ -575,7 +633,7 @@ func (g *gossip) serve(s *session) error {
 	case msgLink:
 		return g.holdLink(s, from)
 	case msgSync: // who hangs up now has the same table
-		sync := &stateSync{peer: from, digest: hdr.Digest}
+		sync := &stateSync{peer: from, from: addrOf(s.RemoteAddr()), digest: hdr.Digest}
 		g.receiveTable(s, sync)
 		g.sendTable(s, sync)
 		g.receiveTable(s, sync)

@@ -431,7 +431,7 @@ func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint
 		return nil
 	})
 	done := make(chan struct{})
-	go func() { g.tcpProbe(m); close(done) }()
+	go func() { g.tcpProbe(m, 0); close(done) }()
 	for over := false; !over; {
 		select {
 		case <-done:

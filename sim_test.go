@@ -47,7 +47,9 @@ type sim struct {
 
 	loss      float64 // of each datagram and each SYN
 	lat       [2]time.Duration
-	oneWay    map[[2]int]bool // host to host: nothing arrives
+	regions   int              // hosts are spread over so many
+	line      [2]time.Duration // one way between two regions
+	oneWay    map[[2]int]bool  // host to host: nothing arrives
 	reapAfter time.Duration
 	wallShift time.Duration // what clocks of agents started from now on show too much
 
@@ -95,6 +97,7 @@ type observation struct {
 
 type simHost struct {
 	i     int
+	place int // its region
 	addr  netip.AddrPort
 	up    bool // its link
 	noTCP bool // a firewall refuses all connections to it
@@ -317,8 +320,13 @@ func (s *sim) step(w *work) {
 	}
 }
 
-func (s *sim) latency() time.Duration {
-	return s.lat[0] + time.Duration(s.rng.Int64N(int64(s.lat[1]-s.lat[0])))
+// latency is how long a packet takes from a to b.
+func (s *sim) latency(a, b *simHost) time.Duration {
+	way := s.lat
+	if b != nil && a.place != b.place {
+		way = s.line
+	}
+	return way[0] + time.Duration(s.rng.Int64N(int64(way[1]-way[0])))
 }
 
 func (s *sim) lost() bool { return s.loss > 0 && s.rng.Float64() < s.loss }
@@ -346,7 +354,7 @@ func (s *sim) note(kind byte, p *proc, data []byte) {
 func (s *sim) host() *simHost {
 	i := len(s.hosts)
 	ip := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
-	h := &simHost{i: i, addr: netip.AddrPortFrom(ip, 7946), up: true}
+	h := &simHost{i: i, place: i % max(s.regions, 1), addr: netip.AddrPortFrom(ip, 7946), up: true}
 	s.hosts = append(s.hosts, h)
 	return h
 }
@@ -532,13 +540,14 @@ func (p *proc) carryOut(o outputs) {
 		if len(pk.data) > maxDatagram-sealSize {
 			s.problem("%s sends a datagram of %d bytes", p.name, len(pk.data))
 		}
-		s.push(s.now+s.latency(), &work{kind: itemPacket, from: p.host, to: pk.to, data: pk.data})
+		s.push(s.now+s.latency(p.host, s.hostAt(pk.to.Addr)), &work{kind: itemPacket, from: p.host, to: pk.to, data: pk.data})
 	}
 	for _, l := range o.tcpProbes {
-		s.look(p, l, 4, s.now+probeTimeout)
+		limit, again := tcpProbeTimes(p.n.roundTripTo(l))
+		s.look(p, l, 4, s.now+limit, again)
 	}
 	for _, m := range o.syncs {
-		s.compare(p, m.Addr, &stateSync{}, func(error) {})
+		s.compare(p, m.Addr, &stateSync{roundTrip: p.n.roundTripTo(m)}, func(error) {})
 	}
 	if o.links != nil {
 		p.relink(o.links)
@@ -670,10 +679,12 @@ type simSession struct {
 	deadline time.Duration // 0: an idle link has none
 	failed   func(end int, err error)
 	over     bool
+
+	roundTrip time.Duration // that of the hellos
 }
 
-// dial plays a connect of p that is made anew after each of waits, with the kernel's
-// own tries every second. done gets a session, or errTimedOut or ECONNREFUSED.
+// dial plays a connect of p that is made once more after each of waits, with the kernel's own tries after 1, 3 and 7
+// seconds. done gets a session, or errTimedOut or ECONNREFUSED.
 func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func(*simSession, error), waits ...time.Duration) {
 	h, over := s.hostAt(to), false
 	finish := func(c *simSession, err error) {
@@ -682,18 +693,17 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 			done(c, err)
 		}
 	}
-	attempt := func(patience time.Duration) {
-		giveUp := s.now + patience
+	attempt := func() {
 		if over || p.state == procDead || h == nil || h.natted && h != p.host || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
 			return
 		}
-		s.after(s.latency(), func() {
+		s.after(s.latency(h, p.host), func() {
 			q := h.p
 			if q == nil || q.state == procDead || h.noTCP {
 				finish(nil, syscall.ECONNREFUSED)
 				return
 			}
-			if !over && s.now < giveUp {
+			if !over {
 				c := &simSession{s: s, end: [2]*proc{p, q}, deadline: deadline, failed: func(int, error) {}}
 				p.sessions, q.sessions = append(p.sessions, c), append(q.sessions, c)
 				finish(c, nil)
@@ -701,11 +711,13 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 		})
 	}
 	at := time.Duration(0)
-	for _, wait := range append(waits, sessionTimeout) {
-		for kernel := time.Duration(0); kernel < wait && s.now+at+kernel < deadline; kernel += time.Second {
-			s.after(at+kernel+s.latency(), func() { attempt(wait - kernel) })
-		}
+	for _, wait := range append([]time.Duration{0}, waits...) {
 		at += wait
+		for _, kernel := range []time.Duration{0, time.Second, 3 * time.Second, 7 * time.Second} {
+			if s.now+at+kernel < deadline {
+				s.after(at+kernel+s.latency(p.host, h), attempt)
+			}
+		}
 	}
 	s.after(deadline-s.now, func() { finish(nil, errTimedOut) })
 }
@@ -752,9 +764,9 @@ func (c *simSession) send(end int, fn func(n *node)) {
 
 func (c *simSession) deliver(end, tries int, fn func()) {
 	s, from, to := c.s, c.end[1-end].host, c.end[end].host
-	d := s.latency()
+	d := s.latency(from, to)
 	if s.lost() {
-		d += 200 * ms
+		d += max(200*ms, 4*d) // two round trips
 	}
 	s.after(d, func() {
 		if s.reach(from, to) && s.reach(to, from) {
@@ -767,18 +779,30 @@ func (c *simSession) deliver(end, tries int, fn func()) {
 
 // meet plays the hellos and the first frame: at the dialler then gets who is there.
 func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update)) {
+	start, first := c.s.now, false
 	c.send(1, func(*node) { // a hello
+		c.s.after(frameTimeout, func() {
+			if failed := c.failed; !first && !c.over { // the acceptor hangs up
+				c.close()
+				c.deliver(0, 0, func() { failed(0, errReset) })
+			}
+		})
 		c.send(0, func(n *node) { // and one back
+			c.roundTrip = c.s.now - start
 			hdr := n.header(k)
 			c.send(1, func(n *node) {
+				first = true
 				w, about := n.handshakeReply(hdr)
-				c.send(0, func(n *node) { then(n, w, about) })
+				c.send(0, func(n *node) {
+					n.noteRoundTrip(w.From, w.born(), c.roundTrip)
+					then(n, w, about)
+				})
 			})
 		})
 	})
 }
 
-func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
+func (s *sim) look(p *proc, m Member, tries int, deadline, again time.Duration) {
 	s.dial(p, m.Addr, deadline, func(c *simSession, err error) {
 		if err == nil {
 			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictSilent, header{}) })
@@ -786,7 +810,7 @@ func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
 				if end == 0 && s.now < deadline {
 					p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictNone, header{}) })
 					if tries > 1 {
-						s.look(p, m, tries-1, deadline)
+						s.look(p, m, tries-1, deadline, again)
 					}
 				}
 			}
@@ -798,7 +822,7 @@ func (s *sim) look(p *proc, m Member, tries int, deadline time.Duration) {
 		} else if err == syscall.ECONNREFUSED {
 			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictRefused, header{}) })
 		}
-	}, 150*ms, 150*ms)
+	}, again, again)
 }
 
 // simLink is a watch link that shall stand.
@@ -845,7 +869,8 @@ func (p *proc) keepLink(l *simLink) {
 		p.tell(func(n *node) { n.linkEnded(l.m, tries, err == syscall.ECONNREFUSED) })
 		s.after(min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait), func() { p.keepLink(l) })
 	}
-	s.dial(p, l.m.Addr, s.now+sessionTimeout, func(c *simSession, err error) {
+	deadline := s.now + sessionTimeout
+	s.dial(p, l.m.Addr, deadline, func(c *simSession, err error) {
 		if err != nil {
 			ended(false, err)
 			return
@@ -859,7 +884,7 @@ func (p *proc) keepLink(l *simLink) {
 				c.end[1].tell(func(n *node) { n.linkEnded(dialler, 0, false) })
 			}
 		}
-		s.after(sessionTimeout, func() {
+		s.after(deadline-s.now, func() {
 			if !up && !c.over {
 				c.close()
 				ended(false, errTimedOut)
@@ -871,12 +896,13 @@ func (p *proc) keepLink(l *simLink) {
 				ended(true, nil)
 			}
 		})
-	}, 300*ms, 400*ms)
+	}, redialAfter(p.n.roundTripTo(l.m))...)
 }
 
 // compare plays an exchange of tables.
 func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(error)) {
-	s.dial(p, to, s.now+sessionTimeout, func(c *simSession, err error) {
+	deadline, welcomed := s.now+sessionTimeout, false
+	s.dial(p, to, deadline, func(c *simSession, err error) {
 		if err != nil {
 			done(err)
 			return
@@ -892,13 +918,20 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 				done(err)
 			}
 		}
-		s.after(sessionTimeout+frameTimeout, func() { finish(errTimedOut) })
+		s.after(deadline-s.now, func() {
+			if !welcomed {
+				finish(errTimedOut)
+			}
+		})
+		s.after(deadline+frameTimeout-s.now, func() { finish(errTimedOut) })
 		sync.peer.Addr = to
 		c.meet(msgSync, func(n *node, w header, about []update) {
-			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, digest: n.digest()}
+			welcomed = true
+			sync.roundTrip = c.roundTrip
+			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: n.self.Addr.Addr(), digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
-	}, 300*ms, 400*ms)
+	}, redialAfter(sync.roundTrip)...)
 }
 
 func (s *sim) welcomed(c *simSession, n *node, w header, about []update, sync, y *stateSync, finish func(error)) {
@@ -1815,6 +1848,167 @@ func TestASlowNetworkIsNotADeadOne(t *testing.T) {
 		s.within(6*time.Second, "a lost host is noticed", s.allFailed([]*proc{v}))
 		s.run(10 * time.Second)
 	})
+}
+
+// lineCase is a long line, and what it may cost.
+type lineCase struct {
+	roundTrip time.Duration // between two regions
+	loss      float64
+
+	joined       time.Duration // all, after the last start
+	killed, lost time.Duration // known everywhere
+	bytes        float64       // a second and member at rest, with all headers
+}
+
+// The limits hold for the median: a packet that TCP has to send again takes two round trips more.
+var lineCases = []lineCase{
+	{roundTrip: 150 * ms, joined: 800 * ms, killed: time.Second, lost: 2900 * ms, bytes: 160},
+	{roundTrip: 150 * ms, loss: .01, joined: 1200 * ms, killed: time.Second, lost: 2900 * ms, bytes: 200},
+	{roundTrip: 300 * ms, joined: 1500 * ms, killed: time.Second, lost: 3100 * ms, bytes: 160},
+	{roundTrip: 300 * ms, loss: .02, joined: 2500 * ms, killed: time.Second, lost: 3100 * ms, bytes: 200},
+	{roundTrip: 600 * ms, joined: 3 * time.Second, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 160},
+	{roundTrip: 600 * ms, loss: .01, joined: 4500 * ms, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 200},
+	{roundTrip: 1600 * ms, joined: 9 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
+	{roundTrip: 1600 * ms, loss: .01, joined: 14 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
+}
+
+// lineFigures is what came of many runs.
+type lineFigures struct {
+	joined, killed, lost []time.Duration
+	bytes, frames        []float64
+	falseFail            int
+}
+
+// datagramOverhead is what IP, UDP, version and receiver hash add to a datagram.
+const datagramOverhead = 20 + 8 + 1 + 4
+
+// setLine makes the line between regions so long, with some jitter.
+func (s *sim) setLine(roundTrip time.Duration) {
+	s.line = [2]time.Duration{roundTrip * 45 / 100, roundTrip * 55 / 100}
+}
+
+// joinOne starts count members in turn, region by region, who all join the first.
+func (s *sim) joinOne(count int) {
+	first := s.start(s.host(), "n00000")
+	s.run(500 * ms)
+	for i := range count - 1 {
+		s.run(20 * ms)
+		s.start(s.host(), fmt.Sprintf("n%05d", i+1), first.host)
+	}
+}
+
+// play has twelve members join one, rest, and lose two of them.
+func (f *lineFigures) play(t *testing.T, seed uint64, c lineCase, regions int) {
+	s := newSim(t, seed)
+	s.regions, s.loss = regions, c.loss
+	s.setLine(c.roundTrip)
+	s.joinOne(12)
+	took, ok := s.until(time.Minute, 5*ms, s.agree)
+	if !ok {
+		t.Error("not everybody has joined within a minute")
+	}
+	f.joined = append(f.joined, took)
+
+	s.run(20 * time.Second)
+	const rest = 40
+	s.packets, s.bytes, s.frames = 0, 0, 0
+	s.run(rest * time.Second)
+	per := float64(len(s.procs)) * rest
+	f.bytes = append(f.bytes, (float64(s.bytes)+float64(s.packets)*datagramOverhead)/per)
+	f.frames = append(f.frames, float64(s.frames)/per)
+
+	ps := slices.Clone(s.procs)
+	s.rng.Shuffle(len(ps), func(i, j int) { ps[i], ps[j] = ps[j], ps[i] })
+	f.killed = append(f.killed, s.everywhere(ps[0], s.crash))
+	f.lost = append(f.lost, s.everywhere(ps[1], s.loseHost))
+	s.check()
+	f.falseFail += s.falseFail
+}
+
+// everywhere is how long it takes until all know of a death.
+func (s *sim) everywhere(victim *proc, kill func(...*proc)) time.Duration {
+	kill(victim)
+	took, ok := s.until(time.Minute, 5*ms, s.allFailed([]*proc{victim}))
+	if !ok {
+		s.problem("not everybody has noticed that %s is gone", victim.name)
+	}
+	s.run(10 * time.Second)
+	return took
+}
+
+func median(fs []float64) float64 {
+	slices.Sort(fs)
+	return fs[len(fs)/2]
+}
+
+// Each length of a line, among three regions and with everybody far from everybody. SIM_SEEDS sets the number of seeds.
+func TestLongLineCostsAMemberLittleAndFailsNobody(t *testing.T) {
+	t.Parallel()
+	seeds := envInt("SIM_SEEDS", 5)
+	for _, c := range lineCases {
+		for _, regions := range []int{3, 12} {
+			t.Run(fmt.Sprintf("%v,loss=%v%%,regions=%d", c.roundTrip, c.loss*100, regions), func(t *testing.T) {
+				var f lineFigures
+				for i := range seeds {
+					f.play(t, seedFor(t.Name())+uint64(i), c, regions)
+				}
+				t.Logf("at rest %.0f bytes and %.3f frames a second and member, %d false failures", median(f.bytes), median(f.frames), f.falseFail)
+				t.Logf("joined %s", quantiles(f.joined))
+				t.Logf("killed %s", quantiles(f.killed))
+				t.Logf("lost   %s", quantiles(f.lost))
+				atMost(t, "to join", percentile(f.joined, .5), c.joined)
+				atMost(t, "to notice a kill", percentile(f.killed, .5), c.killed)
+				atMost(t, "to notice a lost host", percentile(f.lost, .5), c.lost)
+				if got := median(f.bytes); got > c.bytes {
+					t.Errorf("%.0f bytes a second and member, at most %.0f are wanted", got, c.bytes)
+				}
+			})
+		}
+	}
+}
+
+func TestFarSeedIsJoined(t *testing.T) {
+	for _, roundTrip := range []time.Duration{920 * ms, 1600 * ms, 2 * time.Second} {
+		for _, loss := range []float64{0, .02} {
+			t.Run(fmt.Sprintf("%v,loss=%v%%", roundTrip, loss*100), func(t *testing.T) {
+				for i := range envInt("SIM_SEEDS", 5) {
+					s := newSim(t, seedFor(t.Name())+uint64(i))
+					s.regions, s.loss = 2, loss
+					s.setLine(roundTrip)
+					s.joinOne(2)
+					s.within(time.Minute, "both have joined", s.agree)
+					s.run(time.Minute)
+					s.check()
+				}
+			})
+		}
+	}
+}
+
+func TestLineThatChangesFailsNobody(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ before, after time.Duration }{
+		{20 * ms, 800 * ms}, {20 * ms, 1600 * ms}, {150 * ms, 1600 * ms}, {800 * ms, 20 * ms}, {1600 * ms, 100 * ms},
+	} {
+		for _, regions := range []int{3, 12} {
+			t.Run(fmt.Sprintf("%v to %v,regions=%d", c.before, c.after, regions), func(t *testing.T) {
+				for i := range envInt("SIM_SEEDS", 5) {
+					s := newSim(t, seedFor(t.Name())+uint64(i))
+					s.regions, s.loss = regions, .01
+					s.setLine(c.before)
+					s.joinOne(12)
+					s.within(time.Minute, "all have joined", s.agree)
+					for range 3 {
+						s.run(30 * time.Second)
+						s.setLine(c.after)
+						s.run(30 * time.Second)
+						s.setLine(c.before)
+					}
+					s.check()
+				}
+			})
+		}
+	}
 }
 
 // A thousand live through all of it in one run, since starting them is dear.
