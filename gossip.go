@@ -1135,6 +1135,14 @@ func (n *node) noteDeadAnswer(e *entry) {
 	}
 }
 
+// noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
+func (n *node) noteHostValidated(e *entry) {
+	if !e.peer().validated {
+		e.peer().validated = true
+		n.heartbeats.planLinks(n) // if it watches this node
+	}
+}
+
 // noteAnswered notes that e answered something just now, wherever: this node is not cut off.
 func (n *node) noteAnswered(e *entry) {
 	if n.detector.isolated {
@@ -1146,10 +1154,7 @@ func (n *node) noteAnswered(e *entry) {
 // noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off from
 // the other.
 func (n *node) noteValidated(e *entry) {
-	if d := e.peer(); !d.validated {
-		d.validated = true
-		n.heartbeats.planLinks(n) // if it watches this node
-	}
+	n.noteHostValidated(e)
 	n.noteAnswered(e)
 	if e.isolated {
 		n.table.setIsolated(n.now, e, false)
@@ -2191,11 +2196,14 @@ func (n *node) noteSynced(sync *stateSync) {
 		return
 	}
 
-	switch e.Addr.Addr() {
-	case sync.peer.Addr.Addr():
+	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
-	case sync.from:
-		n.noteValidated(e)
+		return
+	}
+	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated: what it
+	// advertises may lead to nobody, or to another one.
+	if e.Addr.Addr() == sync.from {
+		n.noteHostValidated(e)
 		if !e.peer().line.isSettled(n.now) {
 			n.pingAtBoundedRate(e)
 			n.broadcasts.noteJoined(e, n.now)
