@@ -724,7 +724,7 @@ func TestBroadcastOneBadUpdateCostsThatUpdate(t *testing.T) {
 	far.Incarnation = 1 << 63
 	bad.Status = statusLeaving
 	l.udp(1, header{Kind: msgBroadcast}, update{Member: far}, update{Member: bad}, update{Member: Member{Name: "b"}, Name: "e", LTime: 1 << 63},
-		update{Member: labMember(4)}, update{Member: Member{Name: "b"}, Name: "deploy", LTime: 1})
+		update{Member: labMember(4)}, labEvent(1, 1, "deploy", 1))
 	for _, want := range []string{"event member-join e\n", "event user b deploy\n", "error: claims an incarnation of \"c\""} {
 		if !strings.Contains(l.text.String(), want) {
 			t.Errorf("no %q:\n%s", want, l.text.String())
