@@ -2485,7 +2485,8 @@ func (o *identity) mayTake(n *node, sync *stateSync, u update) error {
 		return nameTaken(u.Member, u.Age)
 	case !foundGone:
 		sync.conflict = n.detector.startProbe(n, u.Member) // or the one that runs
-		if sync.conflict != nil { // the line to the peer is the only one that a newcomer knows
+		// The line to the peer is the only one that a newcomer knows.
+		if sync.conflict != nil {
 			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip)
 		}
 		return errConflictPending

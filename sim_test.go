@@ -928,7 +928,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 		c.meet(msgSync, func(n *node, w header, about []update) {
 			welcomed = true
 			sync.roundTrip = c.roundTrip
-			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: n.self.Addr.Addr(), digest: n.digest()}
+			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: p.host.addr.Addr(), digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
 	}, redialAfter(sync.roundTrip)...)
