@@ -2697,7 +2697,7 @@ func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
 				ps[0].join(to.host.addr)
 				switch how {
 				case "through another":
-					s.within(5*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
+					s.within(8*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
 					fallthrough
 				case "failed", "left":
 					s.within(10*time.Second, "one cluster", s.agree)
@@ -3494,7 +3494,7 @@ func TestNameOnBothSidesOfASplitIsTheOlders(t *testing.T) {
 					t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
 				}
 				s.heal()
-				s.within(5*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
+				s.within(8*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
 				s.within(5*time.Second, "all alive again", s.agree)
 				s.run(20 * time.Second)
 				if older.fatal != nil || !s.agree() {
