@@ -7,7 +7,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"log"
+	"io"
 	"net/netip"
 	"os"
 	"regexp"
@@ -184,7 +184,7 @@ func (l *lab) print(o outputs) {
 			fmt.Fprintf(&l.text, "  event %v %s\n", ev.kind, strings.TrimSpace(ev.Member.Name+" "+ev.Name))
 		}
 	}
-	for _, s := range o.logs {
+	for _, s := range logTexts(o.logs) {
 		if !strings.HasPrefix(s, "[TRACE]") {
 			fmt.Fprintf(&l.text, "  log %s\n", s)
 		}
@@ -1062,7 +1062,7 @@ func TestSeedThatIsSlowHoldsUpNoOther(t *testing.T) {
 	tried(0, "slow: no such host")
 	pass()
 	want := "[WARN] no seed answers (slow: no such host; dead: connection refused)"
-	if len(all.logs) != 1 || !strings.HasPrefix(all.logs[0], want) {
+	if len(all.logs) != 1 || !strings.HasPrefix(all.logs[0].String(), want) {
 		t.Errorf("once both have been tried it logs %q", all.logs)
 	}
 	for range 2 {
@@ -1094,7 +1094,7 @@ func TestSeedNeedsOneAddressThatAnswers(t *testing.T) {
 		r.add(at, "", syscall.ECONNREFUSED)
 		r.add(labMember(1).Addr, "b", tt.other)
 		n.step(2*ms, func(n *node) { n.handleSeedTried(0, r) })
-		if logs := n.tick(2 * ms).logs; len(logs) != tt.logs || tt.logs > 0 && !strings.Contains(logs[0], tt.text) {
+		if logs := n.tick(2 * ms).logs; len(logs) != tt.logs || tt.logs > 0 && !strings.Contains(logs[0].String(), tt.text) {
 			t.Errorf("the other address: %v: it logs %q", tt.other, logs)
 		}
 	}
@@ -1246,6 +1246,18 @@ func TestAHeartbeatHasTheseBytes(t *testing.T) {
 	}
 }
 
+// testLogger writes lines without a date.
+func testLogger(w io.Writer) logger {
+	return func(l logLine) { fmt.Fprintln(w, l) }
+}
+
+func logTexts(lines []logLine) (texts []string) {
+	for _, l := range lines {
+		texts = append(texts, l.String())
+	}
+	return texts
+}
+
 func readGolden(t *testing.T, name string) []byte {
 	b, err := os.ReadFile("testdata/" + name)
 	if err != nil {
@@ -1340,14 +1352,14 @@ func TestLogOfMembersAndEventsIsBoundAndHandlersAreNot(t *testing.T) {
 // Ten forged sources a minute hid every other warning.
 func TestLogLimitHidesNothingOfAnotherClass(t *testing.T) {
 	var logged bytes.Buffer
-	l := newLogLimit(log.New(&logged, "", 0))
+	l := newLogLimit(testLogger(&logged))
 	for i := range 10000 {
-		l.printf(aboutStrangers, fmt.Sprint(i), "forged %d", i)
-		l.printf(aboutPeers, "10.0.0.1", "refused %d", i)
+		l.printf(aboutStrangers, fmt.Sprint(i), levelWarn, "forged %d", i)
+		l.printf(aboutPeers, "10.0.0.1", levelWarn, "refused %d", i)
 	}
-	l.printf(aboutPeers, "10.0.0.2", "refused another")
-	l.printf(aboutHost, "accept", "no descriptors")
-	l.printf(aboutMembers, "", "member-failed")
+	l.printf(aboutPeers, "10.0.0.2", levelWarn, "refused another")
+	l.printf(aboutHost, "accept", levelWarn, "no descriptors")
+	l.printf(aboutMembers, "", levelWarn, "member-failed")
 	got := logged.String()
 	for what, want := range map[string]int{"forged": 10, "refused 0": 1, "refused": 2 + 1, "refused another": 1, "no descriptors": 1, "member-failed": 1} {
 		if count := strings.Count(got, what); count != want {

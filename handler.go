@@ -11,7 +11,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log"
 	"os"
 	"os/exec"
 	"regexp"
@@ -41,7 +40,7 @@ type handlerConfig struct {
 	timeout time.Duration   // of one run; 0: none
 	grace   time.Duration   // what close leaves to running handlers
 	env     func() []string // added to the agent's environment; asked at each run
-	log     *log.Logger
+	log     logger
 	shell   string // "": /bin/sh
 }
 
@@ -252,7 +251,7 @@ func (h *handler) enqueue(d delivery) {
 		h.droppedTotal++
 		h.dropped++
 		if h.dropped == 1 {
-			h.handlers.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
+			h.handlers.log.printf(levelWarn, "handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
 		}
 	}
 	h.queue = append(h.queue, d)
@@ -273,7 +272,7 @@ func (h *handler) take() []delivery {
 		return nil
 	}
 	if h.dropped > 0 {
-		h.handlers.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.spec, h.dropped)
+		h.handlers.log.printf(levelWarn, "handler '%s' was behind: %d events dropped", h.spec, h.dropped)
 		h.dropped = 0
 	}
 
@@ -352,7 +351,7 @@ func (h *handler) run(batch []delivery) {
 	started := time.Now()
 	h.noteStart(started)
 	slow := time.AfterFunc(slowAfter, func() {
-		h.handlers.log.Printf("[WARN] handler '%s' has been running for %v, since %s: its other events wait", h.spec, slowAfter,
+		h.handlers.log.printf(levelWarn, "handler '%s' has been running for %v, since %s: its other events wait", h.spec, slowAfter,
 			started.Format(time.DateTime))
 	})
 	var printed, answer outputCapture // answer: what a query's handler prints to stdout
@@ -366,9 +365,9 @@ func (h *handler) run(batch []delivery) {
 	end += fmt.Sprintf(" after %v", time.Since(started).Round(time.Millisecond))
 	h.noteEnd(end + ", " + started.Format(time.DateTime))
 	output := string(answer.last) + string(printed.last)
-	h.handlers.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
+	h.handlers.log.printf(levelDebug, "Event '%s' script output: %s", event.kind, output)
 	if status != "" {
-		h.handlers.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.spec, oneLine(event.title()), end, lastLine(output))
+		h.handlers.log.printf(levelWarn, "handler '%s' failed on %s: %s: %s", h.spec, oneLine(event.title()), end, lastLine(output))
 	}
 
 	if event.answer != nil {

@@ -221,8 +221,9 @@ func (u *update) id() eventID { return eventID{u.Number, u.Nonce} }
 type Event struct {
 	kind eventKind
 	update
-	id    uint32 // eventQuery: the asker's number of it; eventAnswer: of my query
-	reply reply  // eventAnswer
+	id      uint32 // eventQuery: the asker's number of it; eventAnswer: of my query
+	reply   reply  // eventAnswer
+	changed string // eventUpdate: what did, as in "state=drain -health"
 }
 
 // validatePayload returns an error that says why a user event or query is refused.
@@ -577,6 +578,7 @@ func (t *table) announce(e *entry, was Member) {
 		tell(eventJoin, is)
 	case is.Status == statusAlive && (was.Addr != is.Addr || was.Tags != is.Tags):
 		tell(eventUpdate, is)
+		t.events[len(t.events)-1].changed = changes(was, is)
 	case is.Status == statusFailed && was.Status == statusAlive:
 		tell(eventFailed, is)
 	case e.Status >= statusLeft && (was.Status == statusAlive || was.Status == statusFailed):
@@ -586,6 +588,29 @@ func (t *table) announce(e *entry, was Member) {
 	if is.Status == 0 && was.Status != 0 {
 		tell(eventReap, is.with(was.Status))
 	}
+}
+
+// changes is what differs between two claims about a member: new values of tags, and of its address; a "-" stands before
+// what is gone.
+func changes(was, is Member) string {
+	var list []string
+	if was.Addr != is.Addr {
+		list = append(list, is.Addr.String())
+	}
+	before, after := was.Tags.asMap(), is.Tags.asMap()
+	for _, tag := range splitNUL(is.Tags) {
+		key, value, _ := strings.Cut(tag, "=")
+		if old, ok := before[key]; !ok || old != value {
+			list = append(list, tag)
+		}
+	}
+	for _, tag := range splitNUL(was.Tags) {
+		key, _, _ := strings.Cut(tag, "=")
+		if _, ok := after[key]; !ok {
+			list = append(list, "-"+key)
+		}
+	}
+	return strings.Join(list, " ")
 }
 
 // reap hides the members that have been dead for longer than after, and drops them after as long again.

@@ -255,7 +255,7 @@ func (gs *acceptor) accept(serve func(*session) error) {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			gs.lines.printf(aboutHost, "accept", "[WARN] cannot accept a connection at %s: %v", gs.tcp.Addr(), err)
+			gs.lines.printf(aboutHost, "accept", levelWarn, "cannot accept a connection at %s: %v", gs.tcp.Addr(), err)
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
@@ -288,7 +288,7 @@ func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().U
 // logRejected logs what is wrong with what came from there; nil: nothing is.
 func (gs *acceptor) logRejected(class logClass, from netip.Addr, err error) {
 	if err != nil {
-		gs.lines.printf(class, from.String(), "[WARN] dropped what came from %s: it %v", from, err)
+		gs.lines.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
 	}
 }
 
@@ -869,7 +869,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "join":
 		err = g.joinCommand(s, req, &a)
 	case "leave":
-		g.cfg.log.Print("[INFO] told to leave the cluster")
+		g.cfg.log.printf(levelInfo, "told to leave the cluster")
 		ln.Close() // who reads the answer may start the next agent at once
 		err = g.leave()
 	case "force-leave":
@@ -1015,7 +1015,7 @@ func (g *gossip) stream(s *session, f *subscriber) {
 			if ev.kind == eventAnswer && ev.reply == replyNone {
 				return
 			}
-			s.send(&rpcResponse{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Dropped: ev.dropped}, ev.update)
+			s.send(&rpcResponse{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Dropped: ev.dropped, Text: ev.changed}, ev.update)
 		case <-gone:
 			return
 		case <-g.done:

@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"maps"
 	"net"
 	"net/http"
@@ -51,7 +50,7 @@ func (l *logged) String() string {
 func startTestGossip(t testing.TB, name string, cfg gossipConfig) (*gossip, *logged) {
 	t.Helper()
 	l := &logged{}
-	cfg.member.Name, cfg.log = name, log.New(l, "", 0)
+	cfg.member.Name, cfg.log = name, testLogger(l)
 	if !cfg.bind.IsValid() {
 		cfg.bind = netip.MustParseAddrPort("127.0.0.1:0")
 	}

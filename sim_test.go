@@ -555,7 +555,7 @@ func (p *proc) carryOut(o outputs) {
 	if s.resting {
 		s.checkResting(p, o)
 	}
-	for _, l := range o.logs {
+	for _, l := range logTexts(o.logs) {
 		p.logs = append(p.logs, l)
 		if s.verbose {
 			s.logf("%s: %s", p.name, l)
@@ -1194,7 +1194,7 @@ func (s *sim) atRest() {
 
 // checkResting finds what p does although there is nothing to do.
 func (s *sim) checkResting(p *proc, o outputs) {
-	for _, l := range o.logs { // each probe and each comparison of tables is one, too
+	for _, l := range logTexts(o.logs) { // each probe and each comparison of tables is one, too
 		s.problem("at rest: %s logs %s", p.name, l)
 	}
 	for _, m := range o.tcpProbes {

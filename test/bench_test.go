@@ -239,7 +239,7 @@ var (
 )
 
 // benchLine is what hamlet, Serf's library and Serf's agent log of an event.
-var benchLine = regexp.MustCompile(`\[INFO\] (?:serf: |agent: Received event: )?(?:EventMember|member-|(user)-event)([A-Za-z]*): (\S+)(?: (\S+))?`)
+var benchLine = regexp.MustCompile(`\[(?:INFO|WARN)\] (?:serf: |agent: Received event: )?(?:EventMember|member-|(user)-event)([A-Za-z]*): (\S+)(?: (\S+))?`)
 
 func newBenchCluster(t *testing.T, c *contender) *benchCluster {
 	benchNets++
