@@ -344,13 +344,18 @@ func (d *sealer) receiverHash(whom string) []byte {
 	return h.Sum(nil)
 }
 
-// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, the pings to one name, or one frame get fewer. For anybody else than whom it does not open.
-func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
+// blockFor is AES under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
+func (d *sealer) blockFor(key []byte, whom string) cipher.Block {
 	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
 	block, _ := aes.NewCipher(derived)
-	a, _ := cipher.NewGCMWithRandomNonce(block)
+	return block
+}
+
+// aead is AES-GCM under the key for whom.
+// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
+// of a member, or the pings to one name, get fewer. For anybody else than whom it does not open.
+func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
+	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, whom))
 	return a
 }
 
@@ -2010,9 +2015,14 @@ func (x *stateSync) noteCount(u *update) {
 // mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
 // record; bad is how many there were.
 func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, bad int, err error) {
-	if hdr.Kind != msgTable || hdr.More && hdr.Target <= sync.lastKey {
+	if hdr.Kind != msgTable {
 		return false, 0, errMalformed
 	}
+	bringsNothing := len(us) == 0 || hdr.Target <= sync.lastKey
+	if hdr.More && bringsNothing { // a peer could go on like that for ever
+		return false, 0, errMalformed
+	}
+
 	n.detector.lastHeard = n.now
 	for _, u := range us {
 		count := u
@@ -3173,18 +3183,18 @@ type gossipConfig struct {
 
 // gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
 type gossip struct {
-	cfg       gossipConfig
-	acceptor  // at the TCP port, with the seal of both, and all else that is under way
-	udp       *net.UDPConn
-	start     time.Time
-	record    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
-	isolated  atomic.Bool
-	inputs    chan func(*node) // what the loop shall do
-	dropped   atomic.Int64     // datagrams that found inputs full
-	syncSlots chan struct{}    // a place for each exchange that others have dialled
-	ready     chan struct{}    // closed: the address to advertise is known
-	ended     chan struct{}    // the loop; done: also all that it has started
-	done      chan struct{}    // all has ended: err and last may be read
+	cfg      gossipConfig
+	acceptor // at the TCP port, with the seal of both, and all else that is under way
+	udp      *net.UDPConn
+	start    time.Time
+	record   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
+	isolated atomic.Bool
+	inputs   chan func(*node) // what the loop shall do
+	dropped  atomic.Int64     // datagrams that found inputs full
+	turns    chan struct{}    // of sessions that have the loop make or take a piece of a table
+	ready    chan struct{}    // closed: the address to advertise is known
+	ended    chan struct{}    // the loop; done: also all that it has started
+	done     chan struct{}    // all has ended: err and last may be read
 	loopState
 }
 
@@ -3271,9 +3281,9 @@ func (l *logLimit) printf(class logClass, source, format string, a ...any) {
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
-	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
+	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), turns: make(chan struct{}, maxMerging),
 		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{limit: guestLimit(), lines: newLogLimit(cfg.log)}}
+		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)}}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {

@@ -189,8 +189,8 @@ func pipe(t *testing.T, d, a *sealer) (dialler, acceptor *session, wires [2]net.
 	x, y := net.Pipe()
 	t.Cleanup(func() { x.Close(); y.Close() })
 	done := make(chan *session)
-	go func() { done <- a.handshake(&session{Conn: y}) }()
-	dialler = d.handshake(&session{Conn: x, dialled: true})
+	go func() { done <- a.handshake(&session{conn: y}) }()
+	dialler = d.handshake(&session{conn: x, dialled: true})
 	return dialler, <-done, [2]net.Conn{x, y}
 }
 
@@ -224,17 +224,18 @@ func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
 
 func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 	d := testDoor("", testKey(1), gossipPort)
-	record := func() (context string, frames [][]byte) {
+	record := func() (hellos string, frames [][]byte) {
 		var b bytes.Buffer
-		s := &session{Conn: writeOnly{w: &b}, sealer: d, hellos: fmt.Sprint(time.Now()), dialled: true}
+		hellos = fmt.Sprint(time.Now())
+		s := testSession(d, hellos, nil, &b, true)
 		for i := range 3 {
 			b.Reset()
 			s.send(&header{Kind: msgTable, Seq: uint32(i)})
 			frames = append(frames, bytes.Clone(b.Bytes()))
 		}
-		return s.hellos, frames
+		return hellos, frames
 	}
-	context, f := record()
+	hellos, f := record()
 	_, g := record()
 	for _, tt := range []struct {
 		fact   string
@@ -247,7 +248,7 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 		{"one twice", [][]byte{f[0], f[0]}, 1},
 		{"one of another stream", [][]byte{f[0], g[1]}, 1},
 	} {
-		s := &session{Conn: writeOnly{Reader: bytes.NewReader(slices.Concat(tt.frames...)), w: io.Discard}, sealer: d, hellos: context}
+		s := testSession(d, hellos, bytes.NewReader(slices.Concat(tt.frames...)), io.Discard, false)
 		taken := 0
 		for s.err == nil {
 			if s.receive(&header{}); s.err == nil {
@@ -258,10 +259,59 @@ func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
 			t.Errorf("%s: %d frames are taken, want %d", tt.fact, taken, tt.taken)
 		}
 	}
-	back := &session{Conn: writeOnly{Reader: bytes.NewReader(f[0]), w: io.Discard}, sealer: d, hellos: context, dialled: true}
+	back := testSession(d, hellos, bytes.NewReader(f[0]), io.Discard, true)
 	if back.receive(&header{}); back.err == nil {
 		t.Error("a frame is taken by the side that sent it")
 	}
+}
+
+// The keys are written out here as RFC 5869, section 2.3, has it: one HMAC, since one is long enough.
+func TestFrameIsAnAESGCMWhoseNonceIsItsCount(t *testing.T) {
+	key := testKey(1)[0]
+	var b bytes.Buffer
+	s := testSession(&sealer{cluster: "c", keys: [][]byte{key}}, "HELLOS", nil, &b, true)
+	mac := hmac.New(sha256.New, key)
+	mac.Write([]byte("c\x00stream trueHELLOS\x01"))
+	block, err := aes.NewCipher(mac.Sum(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gcm, err := cipher.NewGCM(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for count := range byte(3) {
+		b.Reset()
+		s.sendBytes([]byte("hello"))
+		data, err := gcm.Open(nil, []byte{11: count}, b.Bytes()[4:], nil)
+		if err != nil || string(data) != "hello" {
+			t.Errorf("frame %d: %q, %v", count, data, err)
+		}
+	}
+}
+
+// Each side makes half of what the keys are derived from, at random: whatever the other side says again, a nonce never
+// comes twice under a key.
+func TestStreamHasKeysThatNoOtherHas(t *testing.T) {
+	d := testDoor("", testKey(1), gossipPort)
+	seen := make(map[string]bool)
+	for range 1000 {
+		hello := string(d.hello())
+		for _, hellos := range []string{hello + "same", "same" + hello} {
+			for _, ofDialler := range []bool{true, false} {
+				st := d.newStream(ofDialler, hellos)
+				seen[string(st.aeads[0].Seal(nil, make([]byte, 12), nil, nil))] = true
+			}
+		}
+	}
+	if len(seen) != 4000 {
+		t.Errorf("4,000 streams have %d keys", len(seen))
+	}
+}
+
+// testSession is a session whose hellos are over.
+func testSession(d *sealer, hellos string, r io.Reader, w io.Writer, dialled bool) *session {
+	return &session{conn: writeOnly{Reader: r, w: w}, dialled: dialled, out: d.newStream(dialled, hellos), in: d.newStream(!dialled, hellos)}
 }
 
 // writeOnly is a connection made of a reader and a writer.
@@ -289,13 +339,13 @@ func TestAWriterThatIsNotReadGivesUp(t *testing.T) {
 func FuzzFrames(f *testing.F) {
 	d := testDoor("", nil, gossipPort)
 	var b bytes.Buffer
-	s := &session{Conn: writeOnly{w: &b}, sealer: d, dialled: true}
+	s := testSession(d, "", nil, &b, true)
 	s.send(&header{Kind: msgSync, From: "a"})
 	s.send(&header{Kind: msgTable}, update{Member: labMember(1)})
 	f.Add(b.Bytes())
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 1, 2, 3})
 	f.Fuzz(func(t *testing.T, in []byte) {
-		s := &session{Conn: writeOnly{Reader: bytes.NewReader(in), w: io.Discard}, sealer: d}
+		s := testSession(d, "", bytes.NewReader(in), io.Discard, false)
 		for i := 0; s.err == nil; i++ {
 			if s.receive(&header{}); i > len(in) {
 				t.Fatal("more frames than bytes")
@@ -311,7 +361,7 @@ func FuzzHello(f *testing.F) {
 	f.Add([]byte("GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"), false)
 	f.Fuzz(func(t *testing.T, in []byte, dialled bool) {
 		var out bytes.Buffer
-		s := keyed.handshake(&session{Conn: writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled: dialled})
+		s := keyed.handshake(&session{conn: writeOnly{Reader: bytes.NewReader(in), w: &out}, dialled: dialled})
 		if out.Len() > helloSize {
 			t.Fatalf("%d bytes are said", out.Len())
 		}
@@ -562,7 +612,11 @@ func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 	if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionTimeout+frameTimeout+time.Second {
 		t.Errorf("%d, %v after %v", n, err, time.Since(start))
 	}
-	eventually(t, "the place for an exchange is free again", func() bool { return len(red.syncSlots) == 0 })
+	eventually(t, "nothing of it is left", func() bool {
+		red.places.mu.Lock()
+		defer red.places.mu.Unlock()
+		return len(red.places.taken) == 0
+	})
 }
 
 func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
@@ -584,26 +638,57 @@ func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
 	}
 }
 
-func TestMoreExchangesThanThereArePlacesWait(t *testing.T) {
+// Sixteen connections that said 119 bytes a second held every place for comparing tables.
+func TestSyncsThatAreDragedOutKeepNobodyOut(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
-	for range maxSyncs {
+	for range 100 {
 		_, s := greeting(t, red)
 		s.send(&header{Kind: msgSync, From: "x", Digest: 1})
 		if s.receive(&header{}); s.err != nil {
 			t.Fatal(s.err)
 		}
+		s.send(&header{Kind: msgTable, More: true, Target: "a"}, update{Member: labMember(3)})
 	}
+	start := time.Now()
 	blue, _ := startTestGossip(t, "blue", gossipConfig{})
-	if n, err := joined(blue, address(red).String()); n > 0 || err == nil {
-		t.Error("an exchange more than there are places")
+	if n, err := joined(blue, address(red).String()); n != 1 || time.Since(start) > time.Second {
+		t.Errorf("joined %d after %v: %v", n, time.Since(start), err)
 	}
-	look := lookAt(t, blue, "red", address(red), func() uint64 { m, _ := red.self(); return m.Instance }())
-	if len(look) == 0 || look[len(look)-1] != verdictAlive {
-		t.Errorf("full of exchanges it is seen as %v", look)
+}
+
+func TestSyncEndsThatBringsNothing(t *testing.T) {
+	red, _ := startTestGossip(t, "red", gossipConfig{})
+	_, s := greeting(t, red)
+	s.send(&header{Kind: msgSync, From: "x", Digest: 1})
+	s.receive(&header{})
+	s.send(&header{Kind: msgTable, More: true, Target: "a"})
+	start := time.Now()
+	if s.receive(&header{}); s.err == nil || timedOut(s.err) || time.Since(start) > time.Second {
+		t.Errorf("after %v: %v", time.Since(start), s.err)
 	}
-	eventually(t, "places become free, and it can join", func() bool {
-		n, _ := joined(blue, address(red).String())
-		return n == 1
+}
+
+func TestSessionEndsAsAWholeHoweverItsFramesTrickle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := testDoor("", nil, gossipPort)
+		s, r, _ := pipe(t, d, d)
+		go func() {
+			for s.err == nil {
+				s.send(&header{Kind: msgTable})
+				time.Sleep(frameTimeout - ms)
+			}
+		}()
+		began := time.Now()
+		r.end = began.Add(syncTimeout)
+		for r.err == nil {
+			r.conn.SetReadDeadline(r.deadline())
+			r.receive(&header{})
+		}
+		if time.Since(began) != syncTimeout {
+			t.Errorf("it ended after %v: %v", time.Since(began), r.err)
+		}
+		r.conn.Close()
+		time.Sleep(frameTimeout) // until the other side has noticed
 	})
 }
 
@@ -644,7 +729,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 		up, bye := make(chan bool), make(chan bool)
 		go func() {
 			c, _ := ln.Accept()
-			s := blue.acceptor.sealer.Load().handshake(&session{Conn: c})
+			s := blue.acceptor.sealer.Load().handshake(&session{conn: c})
 			s.receive(&header{})
 			s.send(&header{Kind: msgHandshakeReply, From: "green", Incarnation: 7})
 			close(up)
@@ -668,7 +753,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 
 func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
-	limit := red.acceptor.limit
+	limit := red.places.limit
 	var held []net.Conn
 	for range limit + 50 {
 		c, err := net.Dial("tcp", address(red).String())
@@ -686,11 +771,119 @@ func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 	if n, err := joined(blue, address(red).String()); n != 1 {
 		t.Error(err)
 	}
-	for i, c := range held[:50] {
-		c.SetReadDeadline(time.Now().Add(helloTimeout / 4)) // before its time to say hello is over
-		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
-			t.Fatalf("%d connections are open, the limit is %d: number %d still is: %v", limit+50, limit, i, err)
+	closed := 0
+	for _, c := range held {
+		c.SetReadDeadline(time.Now().Add(ms)) // before its time to say hello is over
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+			closed++
 		}
+	}
+	if closed < 50 {
+		t.Errorf("%d connections were opened, the limit is %d, %d are closed", len(held), limit, closed)
+	}
+}
+
+// crowd takes places for count connections from each of the addresses.
+func (ps *places) crowd(t *testing.T, proven bool, count int, addrs ...string) (ss []*session) {
+	for range count {
+		for _, a := range addrs {
+			c, _ := net.Pipe()
+			t.Cleanup(func() { c.Close() })
+			s := &session{conn: c}
+			s.proven.Store(proven)
+			ps.take(s, netip.MustParseAddr(a))
+			ss = append(ss, s)
+		}
+	}
+	return ss
+}
+
+func (ps *places) holds(s *session) bool {
+	return slices.ContainsFunc(ps.taken, func(p place) bool { return p.s == s })
+}
+
+// 3,000 silent connections a second kept out every joiner whose round trip was 200 ms: the oldest made room.
+func TestPlacesAreTakenFromTheAddressThatHasMost(t *testing.T) {
+	many := func(format string) (addrs []string) {
+		for i := range 250 {
+			addrs = append(addrs, fmt.Sprintf(format, i+1))
+		}
+		return addrs
+	}
+	for what, tt := range map[string]struct {
+		proven bool     // the attacker's
+		addrs  []string // of the attacker
+	}{
+		"one address":              {false, []string{"10.9.9.9"}},
+		"eight addresses":          {false, many("10.9.9.%d")[:8]},
+		"an IPv6 host":             {false, many("2001:db8::%x")},
+		"one address, no key":      {true, []string{"10.9.9.9"}},
+		"eight addresses, no key":  {true, many("10.9.9.%d")[:8]},
+		"an IPv6 host, and no key": {true, many("2001:db8::%x")},
+		"a member's, also mapped":  {false, []string{"10.9.9.9", "10.0.0.7"}},
+		"a member's, and no key":   {true, []string{"10.9.9.9", "10.0.0.7"}},
+	} {
+		ps := &places{limit: 100}
+		links := ps.crowd(t, true, 2, "10.0.0.1", "10.0.0.2", "10.0.0.3")
+		ps.crowd(t, tt.proven, 200, tt.addrs...)
+		joiners := ps.crowd(t, false, 1, "10.0.1.1", "10.0.1.2", "2001:db9::1")
+		ps.crowd(t, tt.proven, 1000, tt.addrs...)
+		for _, s := range append(links, joiners...) {
+			if !ps.holds(s) {
+				t.Errorf("%s: a member or a joiner has lost its place", what)
+			}
+		}
+		if len(ps.taken) != ps.limit {
+			t.Errorf("%s: %d places are taken", what, len(ps.taken))
+		}
+	}
+}
+
+func TestPlacesOfMembersAreNotForStrangersFromEverywhere(t *testing.T) {
+	ps := &places{limit: 100}
+	links := ps.crowd(t, true, 70, "10.0.0.1")
+	for i := range 10000 {
+		ps.crowd(t, false, 1, fmt.Sprintf("10.%d.%d.1", 1+i>>8, i&255))
+	}
+	for _, s := range links {
+		if !ps.holds(s) {
+			t.Fatal("a member has lost its place to those who have proven nothing")
+		}
+	}
+}
+
+// Where there is no key, anybody can hold proven places; whoever comes then is the only one that has proven nothing.
+func TestPlacesAreLeftForNewcomersWhenAllOthersAreProven(t *testing.T) {
+	ps := &places{limit: 100}
+	ps.crowd(t, true, 300, "10.9.9.9")
+	joiners := ps.crowd(t, false, 1, "10.0.1.1", "10.0.1.2", "10.0.1.3", "10.0.1.4")
+	for _, s := range joiners {
+		if !ps.holds(s) {
+			t.Error("a newcomer made room for another one")
+		}
+	}
+}
+
+func TestPlacesOfBothPortsComeOutOfOneBudget(t *testing.T) {
+	red, _ := startTestGossip(t, "red", gossipConfig{})
+	red.places.limit = 20
+	rpc := startTestRPC(t, red, "")
+	for range 30 {
+		for _, addr := range []string{rpc, address(red).String()} {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+		}
+	}
+	if _, _, err := call(rpc, "", rpcRequest{Op: "members"}); err != nil {
+		t.Error(err)
+	}
+	red.places.mu.Lock()
+	defer red.places.mu.Unlock()
+	if len(red.places.taken) > 20 {
+		t.Errorf("%d places are taken, of 20", len(red.places.taken))
 	}
 }
 
@@ -926,7 +1119,7 @@ func TestAStuckClientDelaysNobody(t *testing.T) {
 	silent := fakeSilence(t)
 	go call(addr, "", rpcRequest{Op: "join", Args: silent})
 	start := time.Now()
-	for range 2 * maxRPCConns {
+	for range maxInbound {
 		c, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
@@ -955,7 +1148,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 	full(g, "m", maxMembers-10)
 	before := heapInUse()
 	d := rpcSealer("", 0)
-	clients := maxRPCConns - 10
+	clients := 250
 	if underRace() {
 		clients = 20 // each has the agent make up a megabyte or more
 	}
@@ -966,7 +1159,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 		}
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(8 * time.Second))
-		d.handshake(&session{Conn: c, dialled: true}).send(&rpcRequest{Op: "members"})
+		d.handshake(&session{conn: c, dialled: true}).send(&rpcRequest{Op: "members"})
 	}
 	time.Sleep(500 * ms)
 	if grown := heapInUse() - before; grown > 64<<20 {
@@ -1094,7 +1287,7 @@ func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d.handshake(&session{Conn: c, dialled: true}).send(&rpcRequest{Op: "watch"})
+		d.handshake(&session{conn: c, dialled: true}).send(&rpcRequest{Op: "watch"})
 		defer c.Close()
 	}
 	eventually(t, "all watch", func() bool { return feeds() == watchers+5 })
