@@ -3073,6 +3073,9 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if err := validatePayload("query", name, payload); err != nil {
 		return 0, nil, err
 	}
+	if within <= 0 || within > maxQueryTimeout {
+		return 0, nil, fmt.Errorf("a query can wait for at most %v, not %v", maxQueryTimeout, within)
+	}
 	if len(qs.open) >= maxQueries || len(n.requests.open) >= maxRequests/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
@@ -3080,8 +3083,12 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: min(n.broadcasts.events.lamport+1, maxCount), Timeout: uint32(within / ms)}
 	hdr, body := n.header(msgQuery), wire.encode(nil, &u)
 	hdr.Query = q.id
+	named := make(map[string]bool)
+	for _, node := range nodes {
+		named[node] = true
+	}
 	for _, e := range n.table.ordered {
-		if e.displayStatus() != statusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
+		if e.displayStatus() != statusAlive || len(nodes) > 0 && !named[e.Name] {
 			continue
 		}
 		q.waiting, who = append(q.waiting, e.Member), append(who, e.Name)
@@ -3191,6 +3198,7 @@ type gossip struct {
 	isolated atomic.Bool
 	inputs   chan func(*node) // what the loop shall do
 	dropped  atomic.Int64     // datagrams that found inputs full
+	feed     feed             // for commands that read events
 	turns    chan struct{}    // of sessions that have the loop make or take a piece of a table
 	ready    chan struct{}    // closed: the address to advertise is known
 	ended    chan struct{}    // the loop; done: also all that it has started
@@ -3200,11 +3208,10 @@ type gossip struct {
 
 // loopState is what the loop alone touches until it has ended.
 type loopState struct {
-	node        *node
-	links       map[string]context.CancelFunc
-	subscribers map[*subscriber]bool
-	err         error   // why it ended; nil: it was told to
-	last        []Event // what handlers shall still hear then
+	node  *node
+	links map[string]context.CancelFunc
+	err   error   // why it ended; nil: it was told to
+	last  []Event // what handlers shall still hear then
 }
 
 // logClass is whose doing a log line tells of.
@@ -3294,7 +3301,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	crand.Read(cfg.random[:])
 	self.Instance = newInstanceID(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Instance
-	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), subscribers: make(map[*subscriber]bool)}
+	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
 	g.record.Store(g.node.self.claim)
 	if cfg.awaits == "" {
 		close(g.ready)
@@ -3397,9 +3404,7 @@ func (g *gossip) perform(out outputs) {
 
 // dispatch hands an event to the log, to the handlers, and to those who watch.
 func (g *gossip) dispatch(ev Event) {
-	for f := range g.subscribers {
-		f.publish(ev)
-	}
+	g.feed.publish(ev)
 	m, what := ev.Member, fmt.Sprintf("%s (from %s, %d bytes)", oneLine(ev.Name), ev.Member.Name, len(ev.Payload))
 	switch {
 	case ev.kind == eventAnswer:

@@ -32,9 +32,10 @@ const (
 	maxInbound     = 768              // accepted connections at a time, of agents and commands
 	maxMerging     = 4                // pieces of tables that wait for the loop at a time
 	maxDials       = 64               // addresses tried in one join
-	maxWatchQueue  = 4096             // events that wait for a slow watcher
+	maxFeed        = 8 << 20          // bytes of events that wait for slow readers, about
+	maxResponses   = 4096             // frames of an answer that is no stream
 	pageSize       = 40               // members in a frame
-	factsPage      = 8 << 10          // bytes of facts in a frame, about; of one fact, at most
+	textPage       = 8 << 10          // bytes of text in a frame, about; of one fact, at most
 	helloTimeout   = 2 * time.Second  // for a stranger's hello
 	frameTimeout   = 5 * time.Second  // for any frame: the first one takes a round trip
 	sessionTimeout = 10 * time.Second // until the other side of a session has answered: three round trips, and what TCP sends again
@@ -912,7 +913,8 @@ type rpcRequest struct {
 	Op                      string // members, join, leave, force-leave, event, tags, query, watch or info
 	Name                    string
 	Payload                 []byte
-	Args, DeleteTags        string // both separated by NUL; Drop are the tags to delete
+	Args, DeleteTags        string // both separated by NUL
+	More                    bool   // the next request brings more of Args
 	Prune, Replay, Coalesce bool   // Merge: coalesce the event
 	Timeout                 time.Duration
 }
@@ -939,13 +941,18 @@ func callRPC(addr, token string, req rpcRequest, timeout time.Duration, each fun
 	}
 	defer c.Close()
 	c.SetDeadline(deadline)
-	b := wire.encode(nil, &req)
-	if len(b) > maxFrame {
-		return failf("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
-	}
 	s := rpcSealer(token, 0).handshake(&session{conn: c, dialled: true})
-	s.sendBytes(b)
-	for {
+	if err := s.sendRequest(req); err != nil {
+		return err
+	}
+	limit := maxResponses
+	if req.Op == "query" {
+		limit += 2 * maxMembers // each has it, and answers it
+	}
+	for count := 1; ; count++ {
+		if count > limit && req.Op != "watch" {
+			return failf("", "the agent at %s says more than a cluster can have", addr)
+		}
 		var a rpcResponse
 		us := s.receive(&a)
 		if s.err != nil {
@@ -959,10 +966,51 @@ func callRPC(addr, token string, req rpcRequest, timeout time.Duration, each fun
 		} else if err != nil || !a.More {
 			return err
 		}
-		if req.Op == "watch" || req.Op == "query" || req.Op == "join" {
+		switch req.Op {
+		case "watch", "join":
 			c.SetReadDeadline(time.Time{})
+		case "query":
+			c.SetReadDeadline(deadline.Add(req.Timeout))
 		}
 	}
+}
+
+// sendRequest sends a request, whose arguments may take several frames.
+func (s *session) sendRequest(req rpcRequest) error {
+	rest := req.Args
+	for first := true; first || rest != ""; first = false {
+		part := rpcRequest{}
+		if first {
+			part = req
+		}
+		part.Args = rest[:min(len(rest), textPage)]
+		rest = rest[len(part.Args):]
+		part.More = rest != ""
+		b := wire.encode(nil, &part)
+		if len(b) > maxFrame {
+			return failf("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
+		}
+		s.sendBytes(b)
+	}
+	return nil
+}
+
+// receiveRequest takes a request: at most the names of all members that a cluster may have.
+func (s *session) receiveRequest() (req rpcRequest) {
+	s.receive(&req)
+	var args strings.Builder
+	args.WriteString(req.Args)
+	for more := req.More; more && s.err == nil; {
+		var part rpcRequest
+		s.receive(&part)
+		args.WriteString(part.Args)
+		more = part.More
+		if args.Len() > maxMembers*(maxName+1) || part.Args == "" {
+			s.err = errMalformed
+		}
+	}
+	req.Args = args.String()
+	return req
 }
 
 // unreachable says why there was no answer.
@@ -1011,9 +1059,9 @@ func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *a
 
 // command does what a command asks for, and answers it.
 func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
-	var req rpcRequest
 	var a rpcResponse // the last one
-	if s.receive(&req); s.err != nil {
+	req := s.receiveRequest()
+	if s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
 	s.conn.SetDeadline(time.Time{})
@@ -1033,24 +1081,12 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "tags":
 		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
-		s.sendFacts(info())
+		s.sendTexts(info(), 3) // group, key, value
 	case "query":
-		var who []string
-		f := &subscriber{}
-		err = g.run(func(n *node) (err error) {
-			if f.query, who, err = n.query(req.Name, req.Payload, splitNUL(req.Args), req.Timeout); err == nil {
-				f.events = make(chan *item, 2*len(who)+1) // each has the query, and answers it; then it is over
-				g.subscribers[f] = true
-			}
-			return err
-		})
-		if err == nil {
-			s.send(&rpcResponse{More: true, Text: strings.Join(who, "\x00")})
-			g.stream(s, f)
-		}
+		err = g.streamQuery(s, req)
 	case "watch":
-		f := &subscriber{events: make(chan *item, maxWatchQueue)}
-		g.doFor(s, func(*node) error { g.subscribers[f] = true; return nil })
+		var f *subscriber
+		g.doFor(s, func(*node) error { f = g.feed.subscribe(0); return nil })
 		s.patient = true
 		g.list(s)
 		g.stream(s, f)
@@ -1083,15 +1119,41 @@ func (g *gossip) joinCommand(s *session, req rpcRequest, a *rpcResponse) error {
 	return nil
 }
 
-// sendFacts sends strings in frames of some KiB.
-func (s *session) sendFacts(facts []string) {
+// streamQuery asks members, and sends who they are and then what they answer.
+func (g *gossip) streamQuery(s *session, req rpcRequest) error {
+	var f *subscriber
+	var asked []string
+	err := g.run(func(n *node) error {
+		id, names, err := n.query(req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
+		if err != nil {
+			return err
+		}
+		f = g.feed.subscribe(id)
+		asked = names
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+
+	s.sendTexts(asked, 1)
+	g.stream(s, f)
+	return nil
+}
+
+// sendTexts sends texts in frames of some KiB. As many as together belong to one thing, count, are not parted.
+func (s *session) sendTexts(texts []string, count int) {
 	var page []string
 	size := 0
-	for _, fact := range facts {
-		fact = strings.ReplaceAll(fact[:min(len(fact), factsPage)], "\x00", "")
-		page = append(page, fact)
-		size += len(fact)
-		if size > factsPage {
+	for thing := range slices.Chunk(texts, count) {
+		for _, text := range thing {
+			if len(text) > textPage {
+				text = text[:textPage] + "..."
+			}
+			page = append(page, strings.ReplaceAll(text, "\x00", ""))
+			size += len(text)
+		}
+		if size > textPage {
 			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
 			page = nil
 			size = 0
@@ -1132,48 +1194,141 @@ func (g *gossip) list(s *session) {
 	}
 }
 
-// subscriber holds the events for one reader, who may be slow: a query's answers, or (query 0) all else.
+// feed holds the events for those that read them over the RPC: each once, for all, until all have read it. Together they
+// take maxFeed, so that it does not matter how many readers do not read; a reader too slow is told how many it lost.
+// Safe for concurrent use; it never blocks.
+type feed struct {
+	mu          sync.Mutex
+	subscribers map[*subscriber]bool
+	items       []*item
+	first       uint64 // the number of the first of items, of all that there were
+	bytes       int
+	events      int // so far, without answers
+}
+
+// subscriber reads the answers to one query, or (query 0) all events.
 type subscriber struct {
-	query   uint32
-	events  chan *item
-	dropped int // events that did not fit, since the last one that did
+	query  uint32
+	next   uint64        // the number of the next item to look at
+	events int           // the last one that it has read
+	more   chan struct{} // there may be more
 }
 
 type item struct {
 	Event
-	at      time.Time
-	dropped int // before it
+	at     time.Time
+	events int // up to this one
 }
 
-// publish never blocks; what a reader is too slow for is counted.
-func (f *subscriber) publish(ev Event) {
-	if ev.kind == eventAnswer && ev.id != f.query || ev.kind != eventAnswer && f.query != 0 {
+func (it *item) bytes() int {
+	const itself = 400 // and its place in the list
+	return itself + len(it.Name) + len(it.Payload) + len(it.Member.Name) + len(it.Member.Tags) + len(it.Member.Version)
+}
+
+func (f *feed) subscribe(query uint32) *subscriber {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	sub := &subscriber{query: query, next: f.first + uint64(len(f.items)), events: f.events, more: make(chan struct{}, 1)}
+	if f.subscribers == nil {
+		f.subscribers = make(map[*subscriber]bool)
+	}
+	f.subscribers[sub] = true
+	return sub
+}
+
+func (f *feed) unsubscribe(sub *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.subscribers, sub)
+	f.dropRead()
+}
+
+func (f *feed) publish(ev Event) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if ev.kind != eventAnswer {
+		f.events++
+	}
+	if len(f.subscribers) == 0 {
 		return
 	}
-	select {
-	case f.events <- &item{ev, time.Now(), f.dropped}:
-		f.dropped = 0
-	default:
-		f.dropped++
+
+	it := &item{ev, time.Now(), f.events}
+	f.items = append(f.items, it)
+	f.bytes += it.bytes()
+	f.dropRead()
+	for f.bytes > maxFeed {
+		f.dropFirst()
+	}
+	for sub := range f.subscribers {
+		select {
+		case sub.more <- struct{}{}:
+		default:
+		}
 	}
 }
 
-// stream sends what f brings until the reader or the agent has gone, or the query is over.
-func (g *gossip) stream(s *session, f *subscriber) {
-	defer g.post(func(*node) { delete(g.subscribers, f) })
+// dropRead drops what all have read.
+func (f *feed) dropRead() {
+	next := f.first + uint64(len(f.items))
+	for sub := range f.subscribers {
+		next = min(next, sub.next)
+	}
+	for f.first < next {
+		f.dropFirst()
+	}
+}
+
+func (f *feed) dropFirst() {
+	f.bytes -= f.items[0].bytes()
+	f.items[0] = nil
+	f.items = f.items[1:]
+	f.first++
+}
+
+// read returns the next item for sub, and how many events before it are lost; nil: there is none yet.
+func (f *feed) read(sub *subscriber) (it *item, dropped int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	sub.next = max(sub.next, f.first)
+	for sub.next < f.first+uint64(len(f.items)) {
+		it := f.items[sub.next-f.first]
+		sub.next++
+		if it.kind == eventAnswer && it.id == sub.query {
+			return it, 0
+		}
+		if it.kind != eventAnswer && sub.query == 0 {
+			dropped := it.events - sub.events - 1
+			sub.events = it.events
+			return it, dropped
+		}
+	}
+	return nil, 0
+}
+
+// stream sends what sub reads until the reader or the agent has gone, or the query is over.
+func (g *gossip) stream(s *session, sub *subscriber) {
+	if sub == nil { // the agent has ended
+		return
+	}
+	defer g.feed.unsubscribe(sub)
 	gone := make(chan struct{})
 	go func() { io.Copy(io.Discard, s.conn); close(gone) }()
 	for s.err == nil {
-		select {
-		case ev := <-f.events:
-			if ev.kind == eventAnswer && ev.reply == replyNone {
+		it, dropped := g.feed.read(sub)
+		if it == nil {
+			select {
+			case <-sub.more:
+			case <-gone:
+				return
+			case <-g.done:
 				return
 			}
-			s.send(&rpcResponse{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Dropped: ev.dropped}, ev.update)
-		case <-gone:
-			return
-		case <-g.done:
+			continue
+		}
+		if it.kind == eventAnswer && it.reply == replyNone {
 			return
 		}
+		s.send(&rpcResponse{More: true, Kind: it.kind, Reply: it.reply, At: it.at.UnixNano(), Dropped: dropped}, it.update)
 	}
 }

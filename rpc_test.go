@@ -688,7 +688,7 @@ func TestSessionEndsAsAWholeHoweverItsFramesTrickle(t *testing.T) {
 			t.Errorf("it ended after %v: %v", time.Since(began), r.err)
 		}
 		r.conn.Close()
-		time.Sleep(frameTimeout) // until the other side has noticed
+		time.Sleep(2 * frameTimeout) // until the other side has noticed
 	})
 }
 
@@ -1175,9 +1175,73 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 
 func TestTooLargeARequestIsNotSent(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
-	_, _, err := call(startTestRPC(t, g, ""), "", rpcRequest{Op: "join", Args: strings.Repeat("x", maxFrame)})
+	_, _, err := call(startTestRPC(t, g, ""), "", rpcRequest{Op: "event", Name: "e", Payload: make([]byte, maxFrame)})
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxFrame)) {
 		t.Errorf("%v", err)
+	}
+}
+
+// More than 3,100 members with names of 10 bytes could not be asked: all names were one frame.
+func TestQueryAsksAsManyMembersAsAClusterMayHave(t *testing.T) {
+	g, _ := startTestGossip(t, "red", gossipConfig{})
+	addr := startTestRPC(t, g, "")
+	g.run(func(n *node) error {
+		for i := range maxMembers - 1 {
+			m := Member{Name: fmt.Sprintf("%0128d", i), Addr: rigAddr(1), Incarnation: 5, Instance: 5, Status: statusAlive}
+			n.table.apply(n.now, m, 0)
+		}
+		return nil
+	})
+	names := []string{"red"}
+	for i := range maxMembers - 1 {
+		names = append(names, fmt.Sprintf("%0128d", i))
+	}
+	for what, args := range map[string][]string{"all": nil, "all by name": names} {
+		asked := make(map[string]bool)
+		start := time.Now()
+		err := callRPC(addr, "", rpcRequest{Op: "query", Name: "x", Args: strings.Join(args, "\x00"), Timeout: 200 * ms}, 20*time.Second, func(a rpcResponse, _ []update) error {
+			for _, name := range splitNUL(a.Text) {
+				asked[name] = true
+			}
+			return nil
+		})
+		if err != nil || len(asked) != maxMembers || !asked[names[0]] || !asked[names[maxMembers-1]] {
+			t.Errorf("%s: %d are asked: %v", what, len(asked), err)
+		}
+		t.Logf("%s: %v", what, time.Since(start).Round(ms))
+	}
+}
+
+func TestQueryWaitsForAnHourAtMost(t *testing.T) {
+	g, _ := startTestGossip(t, "red", gossipConfig{})
+	addr := startTestRPC(t, g, "")
+	for _, d := range []time.Duration{-1, 0, maxQueryTimeout + 1, 1193*time.Hour + 2*time.Minute + 47*time.Second + 297*ms, 1<<63 - 1} {
+		if _, _, err := call(addr, "", rpcRequest{Op: "query", Name: "x", Timeout: d}); err == nil || !strings.Contains(err.Error(), "at most 1h") {
+			t.Errorf("-timeout %v: %v", d, err)
+		}
+	}
+}
+
+func TestTextsThatBelongTogetherStandInOneFrame(t *testing.T) {
+	for last := range 3 * textPage / 100 { // an empty text alone in the last frame would be none
+		facts := slices.Repeat([]string{"group", "", strings.Repeat("v", 100)}, last)
+		facts = append(facts, "", "", "")
+		var b bytes.Buffer
+		d := testDoor("", nil, rpcPort)
+		testSession(d, "", nil, &b, false).sendTexts(facts, 3)
+		var got []string
+		for s := testSession(d, "", &b, io.Discard, true); b.Len() > 0; {
+			var a rpcResponse
+			s.receive(&a)
+			part := splitNUL(a.Text)
+			if s.err != nil || len(part)%3 != 0 {
+				t.Fatalf("a frame of %d texts, %v", len(part), s.err)
+			}
+			got = append(got, part...)
+		}
+		if !slices.Equal(got, facts) {
+			t.Fatalf("%d facts become %d", len(facts), len(got))
+		}
 	}
 }
 
@@ -1225,38 +1289,74 @@ func FuzzRPCRequest(f *testing.F) {
 
 // ---- streams ----
 
-func TestAFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
-	f := &subscriber{events: make(chan *item, 10)}
-	for i := range 25 {
-		f.publish(Event{kind: eventUser, update: update{LTime: uint64(i)}})
+// reads returns the numbers of the events that sub has before it, and how many it is told are lost.
+func (f *feed) reads(sub *subscriber) (numbers []uint64, lost int) {
+	for {
+		it, dropped := f.read(sub)
+		if it == nil {
+			return numbers, lost
+		}
+		numbers = append(numbers, it.LTime)
+		lost += dropped
 	}
-	f.publish(Event{kind: eventAnswer, id: 3}) // is for another one
-	if len(f.events) != 10 || f.dropped != 15 {
-		t.Errorf("%d wait, %d are lost", len(f.events), f.dropped)
-	}
-	for i := range uint64(10) {
-		if ev := <-f.events; ev.LTime != i || ev.dropped != 0 {
-			t.Errorf("event %d comes with %d lost, want %d with none", ev.LTime, ev.dropped, i)
+}
+
+func TestFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
+	var f feed
+	slow, quick, asker := f.subscribe(0), f.subscribe(0), f.subscribe(3)
+	const size = maxPayload
+	count, got := 3*maxFeed/size, 0
+	for i := range count {
+		f.publish(Event{kind: eventUser, update: update{LTime: uint64(i), Payload: make([]byte, size)}})
+		f.publish(Event{kind: eventAnswer, id: 4}) // no event, and for nobody
+		numbers, lost := f.reads(quick)
+		got += len(numbers)
+		if lost > 0 {
+			t.Fatalf("a quick reader has lost %d at %d", lost, i)
 		}
 	}
-	f.publish(Event{kind: eventUser, update: update{LTime: 25}})
-	f.publish(Event{kind: eventUser, update: update{LTime: 26}})
-	if a, b := <-f.events, <-f.events; a.dropped != 15 || b.dropped != 0 {
-		t.Errorf("lost before the next two: %d, %d, want 15, 0", a.dropped, b.dropped)
+	numbers, lost := f.reads(slow)
+	if got != count || len(numbers)+lost != count || lost < count/2 || numbers[0] != uint64(lost) || numbers[len(numbers)-1] != uint64(count-1) {
+		t.Errorf("%d events: the quick reader has %d, the slow one %d and has lost %d", count, got, len(numbers), lost)
 	}
-	q := &subscriber{query: 3, events: make(chan *item, 10)}
-	q.publish(Event{kind: eventUser})
-	q.publish(Event{kind: eventAnswer, id: 4})
-	q.publish(Event{kind: eventAnswer, id: 3})
-	if len(q.events) != 1 {
-		t.Errorf("%d answers", len(q.events))
+
+	f.publish(Event{kind: eventUser, update: update{LTime: 1}})
+	f.publish(Event{kind: eventAnswer, id: 3, update: update{LTime: 2}})
+	if numbers, lost := f.reads(slow); !slices.Equal(numbers, []uint64{1}) || lost > 0 {
+		t.Errorf("later it reads %d and has lost %d", numbers, lost)
+	}
+	if numbers, lost := f.reads(asker); !slices.Equal(numbers, []uint64{2}) || lost > 0 {
+		t.Errorf("an asker reads %d and has lost %d", numbers, lost)
+	}
+}
+
+// 250 watchers that never read cost 150 MB: each had a queue of its own.
+func TestFeedTakesTheSameForAnyNumberOfReaders(t *testing.T) {
+	var f feed
+	before := heapInUse()
+	var subs []*subscriber
+	for range 250 {
+		subs = append(subs, f.subscribe(0))
+	}
+	for range 100_000 {
+		f.publish(Event{kind: eventUser, update: update{Name: "e", Payload: make([]byte, 1000)}})
+	}
+	if grown := heapInUse() - before; grown > 2*maxFeed {
+		t.Errorf("%d MB", grown>>20)
+	}
+	for _, sub := range subs {
+		f.unsubscribe(sub)
+	}
+	f.publish(Event{kind: eventUser})
+	if len(f.items) > 0 || f.bytes != 0 {
+		t.Errorf("nobody reads, and %d items of %d bytes wait", len(f.items), f.bytes)
 	}
 }
 
 func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
-	feeds := func() (n int) { g.run(func(*node) error { n = len(g.subscribers); return nil }); return n }
+	feeds := func() int { g.feed.mu.Lock(); defer g.feed.mu.Unlock(); return len(g.feed.subscribers) }
 	const watchers, events = 20, 100
 	var all sync.WaitGroup
 	for range watchers {
