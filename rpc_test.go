@@ -15,9 +15,11 @@ import (
 	"io"
 	"log"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"reflect"
 	"runtime"
 	"slices"
@@ -1219,6 +1221,114 @@ func TestQueryWaitsForAnHourAtMost(t *testing.T) {
 		if _, _, err := call(addr, "", rpcRequest{Op: "query", Name: "x", Timeout: d}); err == nil || !strings.Contains(err.Error(), "at most 1h") {
 			t.Errorf("-timeout %v: %v", d, err)
 		}
+	}
+}
+
+// rogueRPC listens as an agent's RPC does, and answers each request with what makeResponse returns until it has enough.
+func rogueRPC(t *testing.T, respond func(s *session)) (addr string) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				s := rpcSealer("", 0).handshake(&session{conn: c})
+				s.receive(&rpcRequest{})
+				respond(s)
+			}()
+		}
+	}()
+	return ln.Addr().String()
+}
+
+// stdoutOf returns what f prints.
+func stdoutOf(t *testing.T, f func()) string {
+	t.Helper()
+	file, err := os.Create(t.TempDir() + "/stdout")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	stdout := os.Stdout
+	os.Stdout = file
+	defer func() { os.Stdout = stdout }()
+	f()
+	return readFile(file.Name())
+}
+
+// A status or a kind out of range made members, watch and query panic.
+func TestCommandsShowWhateverAnAgentSays(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	texts := []string{"", "\x00", "\x00\x00\x00\x00", "a", "a\x00b", "a\x00b\x00c\x00d", "\x1b[31mred\u202e\x9b\xff\r\n", strings.Repeat("x", 9000)}
+	numbers := []uint64{0, 1, 2, 3, 6, 7, 8, 200, 255, 1<<31 - 1, 1 << 31, 1<<63 - 1, 1 << 63, 1<<64 - 1}
+	text := func() string { return texts[rng.IntN(len(texts))] }
+	number := func() uint64 { return numbers[rng.IntN(len(numbers))] }
+	respond := func(s *session) {
+		for range 20 {
+			a := rpcResponse{More: true, Count: int(number()), Text: text(), Kind: eventKind(number()), Reply: reply(number()), At: int64(number()), Dropped: int(number())}
+			if rng.IntN(50) == 0 {
+				a.Error = text()
+			}
+			var us []update
+			for range rng.IntN(4) {
+				m := Member{Name: text(), Status: Status(number()), Tags: Tags(text()), Version: text(), Protocol: uint8(number())}
+				us = append(us, update{Member: m, Age: number(), Name: text(), Payload: []byte(text()), LTime: number()})
+			}
+			s.send(&a, us...)
+		}
+		s.send(&rpcResponse{})
+	}
+	addr := rogueRPC(t, respond)
+	for _, command := range []string{"members", "members -detailed", "members -format json -detailed", "members -wait 1 -timeout 1ms", "watch", "watch -format json",
+		"watch -event user -n 3", "query x", "query -format json x", "query -node a x", "query -tag k=v x", "info", "info -format json", "join x", "leave",
+		"event x", "tags -set a=b", "force-leave x"} {
+		words := strings.Fields(command)
+		for range 50 {
+			var err error
+			out := stdoutOf(t, func() {
+				err = execute(words[0], append([]string{"-rpc-addr", addr}, words[1:]...))
+			})
+			if strings.ContainsFunc(out, obeyable) {
+				t.Fatalf("%s prints %q", command, out)
+			}
+			if err != nil && strings.ContainsFunc(printable(err.Error(), "\n\t"), obeyable) {
+				t.Fatalf("%s ends with %q", command, err)
+			}
+		}
+	}
+}
+
+func TestCommandsEndWhenAnAgentNeverDoes(t *testing.T) {
+	addr := rogueRPC(t, func(s *session) {
+		for s.err == nil {
+			s.send(&rpcResponse{More: true, Text: "a\x00b\x00c"}, update{Member: labMember(1)})
+		}
+	})
+	for _, op := range []string{"members", "info", "join", "event", "query"} {
+		_, _, err := call(addr, "", rpcRequest{Op: op, Timeout: time.Minute})
+		if err == nil || !strings.Contains(err.Error(), "more than a cluster can have") {
+			t.Errorf("%s: %v", op, err)
+		}
+	}
+
+	silent := rogueRPC(t, func(s *session) {
+		s.send(&rpcResponse{More: true, Text: "a"})
+		time.Sleep(time.Minute)
+	})
+	start := time.Now()
+	err := callRPC(silent, "", rpcRequest{Op: "query", Timeout: 10 * ms}, 100*ms, func(rpcResponse, []update) error { return nil })
+	if err == nil || time.Since(start) > 5*time.Second {
+		t.Errorf("a query whose agent has stopped ends after %v: %v", time.Since(start), err)
 	}
 }
 
