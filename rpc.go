@@ -281,7 +281,9 @@ func (s *session) decode(sealed []byte, message any) (us []update) {
 	data, err := s.in.open(sealed)
 	if err != nil {
 		s.err = err
-		if !s.dialled {
+		if s.proven.Load() {
+			s.err = errNotForMe // that it has the key is known
+		} else if !s.dialled {
 			s.conn.Write(make([]byte, 4))
 		}
 		return nil
@@ -373,7 +375,13 @@ type places struct {
 
 type place struct {
 	s    *session
-	from netip.Prefix
+	from *origin
+}
+
+// origin is where connections come from. Who has a whole IPv6 network of 64 bits, as every host may, is one.
+type origin struct {
+	network netip.Prefix
+	count   int // of its places, for leastWanted
 }
 
 // newPlaces leaves half of the file descriptors for everything else. Go has raised their number as far as it may.
@@ -383,9 +391,13 @@ func newPlaces() *places {
 	return &places{limit: int(min(maxInbound, max(r.Cur/2, 8)))}
 }
 
-// take gives s a place. Who has a whole IPv6 network of 64 bits, as every host may, has one address.
+// take gives s a place.
 func (ps *places) take(s *session, from netip.Addr) {
-	network, _ := from.Prefix(min(from.BitLen(), 64))
+	network, _ := from.Prefix(from.BitLen())
+	if from.Is6() {
+		network, _ = from.Prefix(64)
+	}
+
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	if len(ps.taken) >= ps.limit {
@@ -393,7 +405,16 @@ func (ps *places) take(s *session, from netip.Addr) {
 		ps.taken[i].s.conn.Close()
 		ps.taken = slices.Delete(ps.taken, i, i+1)
 	}
-	ps.taken = append(ps.taken, place{s, network})
+	ps.taken = append(ps.taken, place{s, ps.origin(network)})
+}
+
+func (ps *places) origin(network netip.Prefix) *origin {
+	for _, p := range ps.taken {
+		if p.from.network == network {
+			return p.from
+		}
+	}
+	return &origin{network: network}
 }
 
 func (ps *places) release(s *session) {
@@ -414,21 +435,27 @@ func (ps *places) leastWanted() int {
 	}
 	wantProven := unproven <= ps.limit/4
 
-	held := make(map[netip.Prefix][]int)
-	var most []int
+	for _, p := range ps.taken {
+		p.from.count = 0
+	}
+	most := 0
+	for _, p := range ps.taken {
+		if p.s.proven.Load() == wantProven {
+			p.from.count++
+			most = max(most, p.from.count)
+		}
+	}
+	chosen, candidates := 0, 0
 	for i, p := range ps.taken {
-		if p.s.proven.Load() != wantProven {
+		if p.from.count < most || p.s.proven.Load() != wantProven {
 			continue
 		}
-		held[p.from] = append(held[p.from], i)
-		if len(held[p.from]) >= len(most) {
-			most = held[p.from]
+		candidates++
+		if rand.IntN(candidates) == 0 {
+			chosen = i
 		}
 	}
-	if len(most) == 0 { // one has proven itself just now
-		return rand.IntN(len(ps.taken))
-	}
-	return most[rand.IntN(len(most))]
+	return chosen
 }
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
