@@ -614,11 +614,9 @@ func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 	if n, err := joined(blue, addr); n > 0 || err == nil || time.Since(start) > sessionTimeout+frameTimeout+time.Second {
 		t.Errorf("%d, %v after %v", n, err, time.Since(start))
 	}
-	eventually(t, "nothing of it is left", func() bool {
-		red.places.mu.Lock()
-		defer red.places.mu.Unlock()
-		return len(red.places.taken) == 0
-	})
+	if len(red.turns) > 0 {
+		t.Error("it has a turn while it waits for its peer")
+	}
 }
 
 func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
