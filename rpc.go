@@ -423,9 +423,10 @@ func (ps *places) release(s *session) {
 	ps.taken = slices.DeleteFunc(ps.taken, func(p place) bool { return p.s == s })
 }
 
-// leastWanted is which place is taken away: any of the address that has most, so that patience does not pay either. A
-// quarter is for those that have not proven anything yet: as few as that lose none, or who holds proven ones, as
-// anybody can where there is no key, would keep newcomers out. With more of them it is one of theirs.
+// leastWanted is which place is taken away: of the address that has most, any of the older half, so that neither patience
+// nor haste pays. A quarter is for connections that have not proven anything yet: as few as that lose none, or whoever
+// holds proven ones, as anybody can where there is no key, would keep newcomers out. With more of them it is one of
+// theirs.
 func (ps *places) leastWanted() int {
 	unproven := 0
 	for _, p := range ps.taken {
@@ -445,17 +446,16 @@ func (ps *places) leastWanted() int {
 			most = max(most, p.from.count)
 		}
 	}
-	chosen, candidates := 0, 0
+	var candidates []int
 	for i, p := range ps.taken {
-		if p.from.count < most || p.s.proven.Load() != wantProven {
-			continue
-		}
-		candidates++
-		if rand.IntN(candidates) == 0 {
-			chosen = i
+		if p.from.count == most && p.s.proven.Load() == wantProven {
+			candidates = append(candidates, i)
 		}
 	}
-	return chosen
+	if len(candidates) == 0 { // what was unproven has proven itself just now
+		return 0
+	}
+	return candidates[rand.IntN((len(candidates)+1)/2)]
 }
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
