@@ -125,6 +125,7 @@ var (
 	errSelf            = errors.New("that is this node itself")
 	errConflictPending = errors.New("whether the name is taken is being found out")
 	errNameTaken       = errors.New("is taken")
+	errNameHeld        = errors.New("is not free yet")
 	errNobodyAsked     = errors.New("nobody is asked: no living member is as the query wants it")
 	errStopped         = errors.New("the agent is stopping")
 	errEventsWait      = errors.New("earlier events of this agent have not reached all members yet")
@@ -154,6 +155,12 @@ const (
 	lastResortTimeout  = 900 * ms
 	retryRate          = 2.0 // pings a second, times the failed share of the table
 	maxProbes          = 256
+	unansweredFor      = 5 * time.Second // a watcher does not answer, though it is heard
+	tolerableLoss      = 8               // heartbeats in a row
+
+	nameRetry       = 250 * ms                     // while a newcomer waits for its name
+	nameHeldTimeout = stallTimeout + 2*time.Second // by then the cluster has noticed that the holder is gone
+	nameTie         = time.Second                  // that two agents of one name came in one after the other
 )
 
 // ---- messages ----
@@ -203,10 +210,10 @@ type header struct {
 	Promise     uint32 // heartbeat: milliseconds until the next one to you; check: the asker's round trip to the target, if long
 	Seq         uint32 // of a question (any but a check wants a msgAck), and of its answer
 	Query       uint32 // the asker's number of a query
-	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing
+	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing; a first frame: the dialler's address
 	Verdict     verdict
 	Reply       reply
-	More        bool   // msgTable: another piece follows
+	More        bool   // msgTable: another piece follows; msgHandshakeReply: the node is in a cluster
 	Ext         string // for what later versions will say; this one does not look at it
 }
 
@@ -670,8 +677,17 @@ func (n *node) header(k msgKind) header {
 	case msgSync, msgHandshakeReply:
 		hdr.Digest = n.digest()
 	}
+	switch k {
+	case msgSync, msgTCPProbe: // another holder of the name can then say where this node lives
+		hdr.Target = n.self.Addr.String()
+	case msgHandshakeReply:
+		hdr.More = n.inCluster()
+	}
 	return hdr
 }
+
+// inCluster reports whether this node has come into a cluster, or is the one that others come to.
+func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.seeds) == 0 }
 
 // digest covers the table, and how many user events of each member are known.
 func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
@@ -778,12 +794,11 @@ func (n *node) applyAndBroadcast(m Member) {
 
 // claim is what is believed of e, as it travels.
 func (n *node) claim(e *entry) update {
-	u := update{Member: e.Member}
-	if e.Status.isDead() {
-		u.Age = uint64((n.now - e.since) / ms)
-	}
-	return u
+	return update{Member: e.Member, Age: uint64(max(n.now-e.since, 0) / ms)}
 }
+
+// age is how long ago, by u, the member came in or died.
+func (u *update) age() time.Duration { return time.Duration(min(u.Age, 1<<40)) * ms }
 
 // ---- requests ----
 
@@ -867,6 +882,26 @@ type peerState struct {
 	newsRate      bucket        // with news that it may have missed
 	line          line
 	heard         []heardQuery // its queries whose time is not over
+
+	path peerPath
+	flap flapState
+}
+
+// peerPath is what is known about the way to and from a member, beside whether its address is validated.
+type peerPath struct {
+	source          netip.AddrPort // where its last datagram that counted came from
+	reachedAt       netip.AddrPort // where tables were compared, if it does not advertise that
+	occupant        string         // who has answered at its address instead of it
+	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
+	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
+	deadAnswers     int            // since tables were last compared because it answers and is believed to have failed
+}
+
+// flapState is how a member came back; see damp.
+type flapState struct {
+	cameBack  time.Duration // when it was last shown alive again after it had failed; 0: never
+	count     int           // how often in a row it failed again soon after that, or did not answer when it was held
+	heldUntil time.Duration // when the held one is probed again; 0: not yet planned
 }
 
 func (e *entry) peer() *peerState {
@@ -954,6 +989,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error 
 		fresh := e.peer().datagrams.accept(hdr.Number)
 		if fresh {
 			n.detector.lastHeard = n.now
+			e.peer().path.source = from
 			return n.handleMessage(e, from, hdr, len(b), body)
 		}
 	}
@@ -1060,7 +1096,7 @@ func (n *node) handleAck(hdr header) {
 	q := qs.open[i]
 	qs.open = slices.Delete(qs.open, i, i+1)
 	qs.removed(q)
-	if q.m.Addr != n.self.Addr {
+	if q.m.Addr != n.self.Addr || q.m.Name != n.self.Name {
 		n.detector.lastHeard = n.now
 	}
 	e := n.table.get(q.m.Name)
@@ -1087,22 +1123,75 @@ func (n *node) handleAck(hdr header) {
 		n.noteValidated(e)
 		n.detector.handleSignOfLife(n, q.m)
 		n.noteContact(e, hdr)
+		n.noteDeadAnswer(e)
 	}
 }
 
-// noteValidated notes that e answered something just now: whatever was believed, neither is cut off from the other.
-func (n *node) noteValidated(e *entry) {
-	if d := e.peer(); !d.validated {
-		d.validated = true
+// noteDeadAnswer looks whether e has answered that is believed to have failed. It has been told so, and refutes that. If
+// it does not it may not count what this node sends: of two agents with this node's name it knows the other one.
+func (n *node) noteDeadAnswer(e *entry) {
+	if e.Status != statusFailed {
+		return
+	}
+	e.peer().path.deadAnswers++
+	if e.peer().path.deadAnswers > 1 {
+		e.peer().path.deadAnswers = 0
+		n.sync(e.Member)
+	}
+}
+
+// noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
+func (n *node) noteHostValidated(e *entry) {
+	if !e.peer().validated {
+		e.peer().validated = true
 		n.heartbeats.planLinks(n) // if it watches this node
 	}
+}
+
+// noteAnswered notes that e answered something just now, wherever: this node is not cut off.
+func (n *node) noteAnswered(e *entry) {
 	if n.detector.isolated {
 		n.detector.isolated = false
 		n.logf("[INFO] %s answers again", e.Name)
 	}
+}
+
+// noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off from
+// the other.
+func (n *node) noteValidated(e *entry) {
+	n.noteHostValidated(e)
+	n.noteAnswered(e)
 	if e.isolated {
-		n.table.setIsolated(e, false)
+		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
+	}
+	n.table.release(n.now, e)
+}
+
+// noteUnanswered is told that w, a watcher, is sent a heartbeat and has never answered one. If it is heard all the same, the
+// address that it advertises is not its own, or does not lead here: it counts as alive, and what is sent to it is lost.
+func (n *node) noteUnanswered(w *entry) {
+	peer := w.peer()
+	switch {
+	case !peer.path.source.IsValid():
+		return
+	case peer.path.unansweredSince == 0:
+		peer.path.unansweredSince = n.now
+		n.tcpProbe(w.Member) // UDP may be what is blocked
+	case n.now-peer.path.unansweredSince > unansweredFor:
+		where := w.Addr.String()
+		if peer.path.occupant != "" {
+			where += fmt.Sprintf(" (%s does)", peer.path.occupant)
+		}
+		n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: what is sent to it from here, %s, is lost",
+			w.Name, peer.path.source, where, n.self.Addr)
+	}
+}
+
+// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
+func (n *node) warnOfAddress(format string, a ...any) {
+	if n.identity.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+		n.logf("[WARN] "+format+". Each agent must advertise an address at which all others reach it: see -advertise", a...)
 	}
 }
 
@@ -1117,6 +1206,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	e.peer().tcpOnly = 0
 	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
+		e.peer().path.missingBeats = 0
 		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + n.overdueMargin(e.Member)
 		n.detector.handleSignOfLife(n, e.Member)
 	}
@@ -1288,12 +1378,15 @@ func (s *broadcasts) heardFrom(e *entry) {
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
 // length.
-func sanitizeClaim(u *update) error {
+func (n *node) sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
 	m.Addr = netip.AddrPortFrom(m.Addr.Addr().Unmap(), m.Addr.Port())
 	if !m.isValid() {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
+	}
+	if e := n.table.get(m.Name); e != nil && n.movesInstance(*m, e) {
+		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance", m.Name, e.Addr, m.Addr)
 	}
 	return nil
 }
@@ -1353,12 +1446,27 @@ func (n *node) handleImplausible(m Member, e *entry) error {
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
 
+// movesInstance reports whether m says that the instance of e lives elsewhere. An agent whose address changes is a new
+// instance, so m is false, and what is known of this address, that it has answered, must not pass on to another one. If
+// nobody answers at the known address, it may be that one that was false.
+func (n *node) movesInstance(m Member, e *entry) bool {
+	if m.Instance != e.Instance || sameEndpoint(m.Addr, e.Addr) {
+		return false
+	}
+	return e == n.self || e.peer().validated || !e.Status.isDead()
+}
+
+// sameEndpoint compares without the zone, which means something else on each machine.
+func sameEndpoint(a, b netip.AddrPort) bool {
+	return a.Port() == b.Port() && a.Addr().WithZone("") == b.Addr().WithZone("")
+}
+
 // handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
 func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
 		return n.handleUserEvent(u, via, sync != nil && sync.replay)
 	}
-	if err := sanitizeClaim(u); err != nil {
+	if err := n.sanitizeClaim(u); err != nil {
 		return err
 	}
 	m, e := u.Member, n.table.get(u.Member.Name)
@@ -1368,11 +1476,16 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	firstHand := n.isFirstHand(m, e, sync)
 	switch {
 	case e == n.self:
-		n.identity.handleSelfClaim(n, m, via)
+		n.identity.handleSelfClaim(n, *u, via)
 	case sync != nil && e != nil && n.needsProbe(sync, m, e):
 		n.sendClaim(e.Member, *u) // so that it can refute that, or settle it, at once
-		if p := n.detector.startProbe(n, e.Member); p != nil && m.Instance == e.Instance {
+		p := n.detector.startProbe(n, e.Member)
+		switch {
+		case p == nil:
+		case m.Instance == e.Instance:
 			p.recordFrom(via, verdictUnreachable)
+		default:
+			p.rival = m.Addr
 		}
 	default:
 		revived := sync == nil && e != nil && e.Status == statusFailed && m.Name == via
@@ -1391,7 +1504,7 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	if m.Instance == e.Instance {
 		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
-		return m.Status == statusFailed && !e.Status.isDead() && !e.isolated && m.Incarnation >= e.Incarnation
+		return m.Status == statusFailed && !e.Status.isDead() && !e.failedLocally() && m.Incarnation >= e.Incarnation
 	}
 	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
 	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
@@ -1400,7 +1513,7 @@ func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 
 // applyAndForward believes a claim, if it wins, and passes it on.
 func (n *node) applyAndForward(u *update) {
-	m, e, age := u.Member, n.table.get(u.Member.Name), time.Duration(min(u.Age, 1<<40))*ms
+	m, e, age := u.Member, n.table.get(u.Member.Name), u.age()
 	if m.Status.isDead() && age >= n.reapAfter && (e == nil || e.Status.isDead()) {
 		return // whoever forgets later than I do would bring it back again and again
 	}
@@ -1865,13 +1978,14 @@ func (r *antiEntropy) step(n *node) {
 	}
 }
 
-// exchange is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
+// stateSync is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
 // A table goes in pieces, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer      Member        // who answered or dialled, once known; its Addr is where I dialled
+	peer      Member        // who answered or dialled, once known; its Addr is the one that was dialled
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
-	conflict  *probe        // of who has my name there; the exchange waits for it
+	conflict  *probe        // of the holder of this newcomer's name; the exchange waits for it
+	joins     bool          // it was dialled to join, by a command or as a seed
 	replay    bool
 	lastKey   string // the next piece begins after this key
 	digest    uint64 // the other side's, at first
@@ -1892,47 +2006,89 @@ type eventCount struct {
 	number uint64
 }
 
-// handshakeReply answers a first frame: with my digest, and with the claim about the other's name. A newcomer whose
+// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A newcomer whose
 // name is taken must learn it before it says more.
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
 	if e := n.table.get(hdr.From); e != nil && !e.reaped {
+		n.noteNameConflict(e, hdr)
 		about = append(about, n.claim(e))
 	}
 	return n.header(msgHandshakeReply), about
 }
 
-// handleWelcome takes the welcome of whom I dialled, and what it says of me. errConflictPending: ask again in a moment.
+// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is kept
+// out, so it is found out at once whether e is still there.
+func (n *node) noteNameConflict(e *entry, hdr header) {
+	at, err := netip.ParseAddrPort(hdr.Target)
+	restarted := err != nil || at == e.Addr
+	if e.Instance == hdr.born() || e.Status.isDead() || restarted {
+		return
+	}
+
+	if e == n.self {
+		n.identity.warnOfConflict(n, e.Member, at)
+		return
+	}
+	if hdr.Kind == msgSync {
+		if p := n.detector.startProbe(n, e.Member); p != nil {
+			p.rival = at
+		}
+	}
+}
+
+// handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
+// errConflictPending means that the name's holder is being probed, and that the caller shall call again in a moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
 	if hdr.From == n.self.Name && hdr.born() == n.self.Instance {
 		return errSelf
 	}
-	sync.peer.Name, sync.peer.Instance, sync.digest = hdr.From, hdr.born(), hdr.Digest
+	sync.peer.Name = hdr.From
+	sync.peer.Instance = hdr.born()
+	sync.digest = hdr.Digest
 	n.detector.lastHeard = n.now
-	switch e := n.table.get(hdr.From); {
-	case e == nil || e == n.self:
-	case e.Instance == hdr.born():
-		n.noteValidated(e)
-	case e.displayStatus() == statusAlive && e.Addr != sync.peer.Addr:
-		n.detector.startProbe(n, e.Member)
-		return fmt.Errorf("%v", nameTaken(e.Member)) // not as errNameTaken, which would end a newcomer: its own name is free
+	if err := n.identifyPeer(sync.peer); err != nil {
+		return err
 	}
+
 	for i := range about {
-		m := &about[i].Member
-		if hdr.From == n.self.Name { // a conflict lives here, wherever it says
-			m.Addr = sync.peer.Addr
+		u := &about[i]
+		if hdr.From == n.self.Name { // the peer is the other holder: it lives where it answers, whatever it claims
+			u.Member.Addr = sync.peer.Addr
 		}
-		switch {
-		case sanitizeClaim(&about[i]) != nil || m.Name != n.self.Name || !n.isPlausibleClaim(*m, n.self, sync):
-		case n.joining.joinedAt != 0 && m.Instance > n.self.Instance: // it gives way when it hears of me
-		case sync.conflict != nil && sync.conflict.result == verdictAlive:
-			return nameTaken(sync.conflict.m)
-		case n.identity.handleSelfClaim(n, *m, hdr.From):
-			sync.conflict = n.detector.ownProbe(n.self)
-			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip) // the only line that a newcomer knows
-			return errConflictPending
+		if n.sanitizeClaim(u) != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
+			continue
 		}
+		if err := n.identity.mayEnter(n, sync, *u, hdr); err != nil {
+			return err
+		}
+	}
+	if n.joining.joinedAt == 0 {
+		n.self.since = n.now // here it comes in
 	}
 	n.identity.seedAnswered = true
+	return nil
+}
+
+// identifyPeer compares the peer that answered with what the table says about its name.
+func (n *node) identifyPeer(peer Member) error {
+	e := n.table.get(peer.Name)
+	if e == nil || e == n.self {
+		return nil
+	}
+	if e.Instance == peer.Instance {
+		n.noteAnswered(e)
+		if e.Addr == peer.Addr { // one that answers elsewhere is still to answer where it says that it lives
+			n.noteValidated(e)
+		}
+		return nil
+	}
+	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
+		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
+		if p := n.detector.startProbe(n, e.Member); p != nil {
+			p.rival = peer.Addr
+		}
+		return errors.New(nameTaken(e.Member, 0).Error())
+	}
 	return nil
 }
 
@@ -2050,11 +2206,14 @@ func (n *node) noteSynced(sync *stateSync) {
 		return
 	}
 
-	switch e.Addr.Addr() {
-	case sync.peer.Addr.Addr():
+	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
-	case sync.from:
-		n.noteValidated(e)
+		return
+	}
+	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated: what it
+	// advertises may lead to nobody, or to another one.
+	if e.Addr.Addr() == sync.from {
+		n.noteHostValidated(e)
 		if !e.peer().line.isSettled(n.now) {
 			n.pingAtBoundedRate(e)
 			n.broadcasts.noteJoined(e, n.now)
@@ -2091,14 +2250,16 @@ func (n *node) syncDone(sync *stateSync) {
 	n.joining.noteJoined(n, true)
 	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
-		n.table.setIsolated(e, false) // the other side would have said so
+		n.table.setIsolated(n.now, e, false) // the other side would have said so
 	}
 	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
 		e.peer().syncedDigests = sync.digest ^ n.digest()
 		if e.peer().line.roundTrip() == 0 { // it was not known before
 			n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
 		}
-		if e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance {
+		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
+		if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
+			e.peer().path.reachedAt = sync.peer.Addr
 			n.logf("[INFO] %s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 		}
 	}
@@ -2120,6 +2281,7 @@ type seed struct {
 	nextTry time.Duration // never: a try is under way
 	failed  int           // tries in a row
 	failing time.Duration // when the first of them had failed
+	dubious int           // tries in a row after which no seed was an alive member, although this one had answered
 	last    seedResult
 	tried   bool // last holds the result of a try
 }
@@ -2148,6 +2310,9 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 // step tries as long as no seed is an alive member. Otherwise two halves of a cluster might stay apart for ever.
 func (j *joining) step(n *node) {
 	if slices.ContainsFunc(j.seeds, func(s seed) bool { return s.isMember(n) }) {
+		for i := range j.seeds {
+			j.seeds[i].dubious = 0
+		}
 		return
 	}
 	for i := range j.seeds {
@@ -2182,9 +2347,24 @@ func (n *node) handleSeedTried(i int, r seedResult) {
 	s := &j.seeds[i]
 	s.last = r
 	s.tried = true
+	taken, isTaken := errors.AsType[*nameTakenError](r.taken)
+	switch {
+	case errors.Is(r.taken, errNameHeld) && j.joinedAt == 0: // once the cluster has noticed, it is free
+		s.nextTry = n.now + nameRetry
+		return
+	case isTaken && j.joinedAt == 0:
+		n.out.fatal = r.taken
+		return
+	case isTaken: // two halves of a cluster meet
+		n.identity.handleSelfClaim(n, taken.holder, "")
+	}
+
 	if len(r.names) > 0 {
 		s.failed = 0
-		s.nextTry = n.now + time.Second // if none of them is believed alive
+		// If none of them is then believed alive, for instance since it advertises another address, where it does not
+		// answer, to join it again every second would never change that.
+		s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
+		s.dubious++
 	} else {
 		if s.failed == 0 {
 			s.failing = n.now
@@ -2194,10 +2374,6 @@ func (n *node) handleSeedTried(i int, r seedResult) {
 		s.failed++
 	}
 
-	if j.joinedAt == 0 && r.taken != nil {
-		n.out.fatal = r.taken
-		return
-	}
 	keepsTrying := func(s seed) bool { return n.retryMax == 0 || s.failed < n.retryMax }
 	if j.joinedAt == 0 && !slices.ContainsFunc(j.seeds, keepsTrying) {
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.retryMax, j.errors(5))
@@ -2254,36 +2430,167 @@ func (j *joining) errors(limit int) string {
 // identity is what concerns this node's own record.
 type identity struct {
 	seedAnswered bool          // a seed has answered: it is known which address leads there
-	former       Member        // a conflict, or a former self, that was found gone
+	former       Member        // another holder of the name, or a former self, that was found gone
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
+
+	rival      Member        // another living agent of the name
+	rivalSince time.Duration // when it came into its cluster, as far as is known
+	rivalMet   int           // how often
+	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
+
+	addressWarned  bucket // see warnOfAddress
+	calledFailed   bucket // by others
+	conflictWarned bucket
 }
 
-func nameTaken(by Member) error {
-	return fmt.Errorf("the name %q %w: the member at %s has it", by.Name, errNameTaken, by.Addr)
+// nameTakenError says that a living member has this node's name.
+type nameTakenError struct{ holder update }
+
+func nameTaken(by Member, age uint64) error {
+	return &nameTakenError{update{Member: by, Age: age}}
 }
 
-// handleSelfClaim handles a claim about this node. Where it may be that of another living agent (rival), that one is looked
-// at. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
-// whoever said so, since a flood stays on its own side of a split.
-func (o *identity) handleSelfClaim(n *node, m Member, via string) (rival bool) {
-	old := m.Incarnation < n.self.Incarnation // who says so has missed my refutation
-	// Whoever was found gone and has raised its incarnation since then was only stopped or cut off: two would claim
-	// the name for ever.
-	gone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
+func (e *nameTakenError) Error() string {
+	return fmt.Sprintf("the name %q %v: the member at %s has it", e.holder.Member.Name, errNameTaken, e.holder.Member.Addr)
+}
+
+func (e *nameTakenError) Is(err error) bool { return err == errNameTaken }
+
+// mayEnter decides whether u, the claim about this node's name of a peer that it has dialled, keeps it out.
+//
+// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told, never
+// times, since a clock may be wrong. So a newcomer never takes a name whose holder the cluster believes alive. It
+// ends if the holder answers it, and waits else, until the cluster has noticed that the holder is gone: one that stalls,
+// or that only the newcomer cannot reach, is not. A member that is told to join another cluster which has its name only
+// fails to. Where two clusters meet by themselves, after a split, the one that came in later gives way; see givesWay.
+func (o *identity) mayEnter(n *node, sync *stateSync, u update, hdr header) error {
+	m := u.Member
+	joined := n.joining.joinedAt != 0
+	own := m.Instance == n.self.Instance || m.Addr == n.self.Addr || m.Status.isDead() // a former self, or one that has gone
 	switch {
-	case o.leaving != 0 || m == n.self.Member:
-		return false
-	case m.Instance != n.self.Instance && !m.Status.isDead() && m.Addr != n.self.Addr && !gone:
+	case own, joined && !o.mayBeRival(n.self.Member, m):
+		o.handleSelfClaim(n, u, hdr.From)
+		return nil
+	case joined && sync.joins:
+		return nameTaken(m, u.Age)
+	case joined:
+		return nil // the tables say the same
+	case hdr.From != n.self.Name:
+		return o.mayTake(n, sync, u)
+	}
+
+	// The peer itself has the name. If it is a newcomer, too, only one of the two ends.
+	o.noteRival(n, u)
+	if hdr.More || o.givesWay(n) {
+		return nameTaken(m, u.Age)
+	}
+	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node", m.Name)
+}
+
+// mayTake decides whether a newcomer may take its name although the cluster believes its holder alive.
+func (o *identity) mayTake(n *node, sync *stateSync, u update) error {
+	foundGone := o.former.Instance == u.Member.Instance
+	switch {
+	case sync.conflict != nil && sync.conflict.result == verdictAlive:
+		return nameTaken(u.Member, u.Age)
+	case !foundGone:
+		sync.conflict = n.detector.startProbe(n, u.Member) // or the one that runs
+		// The line to the peer is the only one that a newcomer knows.
+		if sync.conflict != nil {
+			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip)
+		}
+		return errConflictPending
+	case o.heldSince == 0:
+		o.heldSince = n.now
+		n.logf("[INFO] the member at %s has the name of this node and does not answer: waiting until the cluster calls it failed", u.Member.Addr)
+	case n.now-o.heldSince > nameHeldTimeout: // the cluster reaches it
+		return nameTaken(u.Member, u.Age)
+	}
+	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer", u.Member.Name, errNameHeld, u.Member.Addr)
+}
+
+// noteRival notes what is known of another living agent of this node's name.
+func (o *identity) noteRival(n *node, u update) {
+	since := n.now - u.age()
+	if o.rival.Instance != u.Member.Instance {
+		o.rivalMet = 0
+		o.rivalSince = since
+	}
+	o.rival = u.Member
+	o.rivalSince = min(o.rivalSince, since)
+	o.rivalMet++
+}
+
+// givesWay reports whether this node leaves its name to the rival: whether it came in later. An age only ever shrinks on
+// its way, so never do both give way. Neither does if they came in at the same time, but for what the way takes. Then,
+// when the one that may know better has had the time to, the higher instance does.
+func (o *identity) givesWay(n *node) bool {
+	later := n.self.since - o.rivalSince
+	atOnce := later > -nameTie && o.rivalMet >= 3
+	return later > 0 || atOnce && n.self.Instance > o.rival.Instance
+}
+
+// warnOfConflict says that two agents have one name: at the holder, and at those who were told of both.
+func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
+	if o.conflictWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
+		n.logf("[WARN] two agents are called %q, at %s and at %s: give one of them another name with -node", holder.Name, holder.Addr, other)
+	}
+}
+
+// handleSelfClaim handles a claim about this node. Where it may be that of another living agent (a rival), that one is
+// probed. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
+// via, which said so, since a flood stays on its own side of a split.
+func (o *identity) handleSelfClaim(n *node, u update, via string) {
+	m := u.Member
+	if o.leaving != 0 || m == n.self.Member {
+		return
+	}
+	if o.mayBeRival(n.self.Member, m) {
+		o.noteRival(n, u)
 		n.detector.startProbe(n, m)
-		return true
-	case !old:
+		return
+	}
+
+	missedRefutation := m.Incarnation < n.self.Incarnation
+	if !missedRefutation {
+		o.noteCalledFailed(n, m, via)
 		o.refute(n, m.Incarnation+1)
 	}
 	e := n.table.get(via)
-	if e != nil && e != n.self && (old || !e.peer().validated || !slices.Contains(n.heartbeats.watchers, e)) { // else the flood tells it
+	if e == nil || e == n.self {
+		return
+	}
+	// A refutation that was just flooded reaches the watchers. All others are told directly.
+	flooded := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
+	if !flooded {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
-	return false
+}
+
+// mayBeRival reports whether m can be another living agent with the name of self.
+func (o *identity) mayBeRival(self, m Member) bool {
+	if m.Instance == self.Instance || m.Addr == self.Addr || m.Status.isDead() {
+		return false
+	}
+	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would claim the
+	// name for ever.
+	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
+	return !foundGone
+}
+
+// noteCalledFailed is told that via has called this node failed, which is not yet refuted. Once may be a split that heals.
+func (o *identity) noteCalledFailed(n *node, m Member, via string) {
+	if m.Status != statusFailed || m.Instance != n.self.Instance {
+		return
+	}
+	if o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1).take() {
+		return
+	}
+	by := via
+	if e := n.table.get(via); e != nil {
+		by = fmt.Sprintf("%s at %s", via, e.Addr)
+	}
+	n.warnOfAddress("this node is called failed again and again, now by %s: not all members reach it at %s, which it advertises", by, n.self.Addr)
 }
 
 // refute takes a higher incarnation and tells everybody.
@@ -2294,8 +2601,7 @@ func (o *identity) refute(n *node, incarnation uint64) {
 	n.applyAndBroadcast(m)
 }
 
-// conflictResolved settles what becomes of the name once the probe of conflict m is over. A newcomer never disturbs the
-// holder, and after a split the younger gives way.
+// conflictResolved settles what becomes of the name once the probe of m, another holder, is over.
 func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	switch {
 	case !alive:
@@ -2303,9 +2609,10 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 			o.refute(n, m.Incarnation+1)
 		}
 	case n.joining.joinedAt == 0: // only the join that met it fails
-	case n.self.Instance > m.Instance:
-		n.out.fatal = nameTaken(m)
+	case o.givesWay(n):
+		n.out.fatal = nameTaken(m, 0)
 	default:
+		o.warnOfConflict(n, n.self.Member, m.Addr)
 		o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
 		n.sync(m) // it does not count what a stranger sends
 	}
@@ -2325,7 +2632,9 @@ func (n *node) addressChanged(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m.Incarnation = m.Instance
 	n.logf("[INFO] this node has the address %s now and advertises it", ip)
 	events := n.table.events
-	n.applyAndBroadcast(m)
+	if e := n.table.apply(n.now, m, n.now-n.self.since); e != nil { // it has been in the cluster all the time
+		n.broadcast(e)
+	}
 	n.table.events = events // it has neither failed nor joined for itself
 }
 
@@ -2495,9 +2804,10 @@ func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 	w.peer().greeted = true
 	if w.peer().validated {
 		n.send(w.Member, hdr, nil)
-	} else {
-		n.sendReliable(w.Member, hdr, nil, wait)
+		return
 	}
+	n.sendReliable(w.Member, hdr, nil, wait)
+	n.noteUnanswered(w)
 }
 
 func (r *heartbeats) step(n *node) {
@@ -2601,8 +2911,9 @@ type probe struct {
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
-	pending      []*entry // who has not voted yet
-	unanswered   int      // rounds in which no helper has voted
+	pending      []*entry       // who has not voted yet
+	rival        netip.AddrPort // of another agent that wants the target's name
+	unanswered   int            // rounds in which no helper has voted
 }
 
 // probeStage is a step of a round.
@@ -2690,7 +3001,7 @@ func (d *detector) startProbe(n *node, m Member) *probe {
 // row that none could be had. It is evidence that starts a probe, never a verdict.
 func (n *node) linkEnded(m Member, tries int, refused bool) {
 	e := n.table.get(m.Name)
-	if n.table.ended(m) || e == n.self || e.isolated || n.identity.leaving != 0 {
+	if n.table.ended(m) || e == n.self || e.failedLocally() || n.identity.leaving != 0 {
 		return
 	}
 	if tries > linkTries {
@@ -2713,6 +3024,7 @@ func (d *detector) step(n *node) {
 	}
 	d.stepIsolation(n)
 	d.stepRetry(n)
+	d.stepHeld(n)
 }
 
 // stepProbe does what is due in a probe.
@@ -2721,7 +3033,7 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	case p.localOnly(n) && (p.result == verdictAlive || p.result == verdictRefused):
 		d.conclude(n, p)
 		return
-	case p.e != n.self && (p.e.Instance != p.m.Instance || p.e.Status.isDead()), // that run is over
+	case p.e != n.self && (p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.isolated), // that run is over, or cannot be judged
 		p.deciding && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation): // it has refuted
 		d.remove(p)
 		return
@@ -2885,14 +3197,20 @@ func (p *probe) countOf(v verdict) (c int) {
 // handleTCPProbeResult takes what a look by TCP has seen: first perhaps that the kernel accepts (verdictSilent), then verdictRefused, that it hung
 // up (verdictNone), or verdictAlive and w, the welcome of who is there.
 func (n *node) handleTCPProbeResult(m Member, v verdict, w header) {
-	if m.Addr != n.self.Addr {
+	answered := v == verdictAlive && w.From == m.Name && w.From != n.self.Name
+	if m.Addr != n.self.Addr || answered { // what this machine says of its own port proves nothing
 		n.detector.lastHeard = n.now
 	}
 	if v == verdictAlive && (w.From != m.Name || w.born() != m.Instance) {
 		v = verdictRefused // another process lives at its address
 	}
-	if e := n.table.get(m.Name); v == verdictAlive && e != nil && e != n.self && e.Instance == m.Instance {
+	e := n.table.get(m.Name)
+	isOther := e != nil && e != n.self && e.Instance == m.Instance
+	switch {
+	case isOther && v == verdictAlive:
 		n.noteValidated(e)
+	case isOther && w.From != "" && w.From != m.Name:
+		e.peer().path.occupant = w.From
 	}
 	for _, p := range n.detector.probesOf(m) {
 		p.record(v)
@@ -2923,6 +3241,8 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.requester != nil:
 		d.remove(p)
 		d.sendProbeResult(n, p)
+	case p.e == n.self && p.isStalled(n.now): // a name is not lost by a moment of silence
+		d.handleStall(n, p)
 	case p.e == n.self:
 		d.remove(p)
 		n.identity.conflictResolved(n, p.m, p.result == verdictAlive)
@@ -2934,7 +3254,13 @@ func (d *detector) conclude(n *node, p *probe) {
 		n.sync(p.e.Member) // no flood reaches it
 		d.clear(n, p)
 	case p.countOf(verdictAlive) > 0:
+		n.table.release(n.now, p.e)
 		d.clear(n, p)
+	case p.e.held:
+		d.remove(p) // until it is probed again, later than this time
+		if n.now-d.lastHeard <= probeTimeout {
+			d.declareFailed(n, p)
+		}
 	case p.countOf(verdictSilent) > 0:
 		d.handleStall(n, p)
 	case p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
@@ -2951,6 +3277,11 @@ func (d *detector) conclude(n *node, p *probe) {
 	}
 }
 
+// isStalled reports whether the target accepts connections in silence, and not for too long yet.
+func (p *probe) isStalled(now time.Duration) bool {
+	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
+}
+
 // restart looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
@@ -2961,9 +3292,21 @@ func (d *detector) restart(n *node, p *probe, start time.Duration) {
 // clear ends a probe of a member that somebody reached.
 func (d *detector) clear(n *node, p *probe) {
 	d.remove(p)
+	if p.rival.IsValid() {
+		n.identity.warnOfConflict(n, p.e.Member, p.rival)
+	}
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	if deal := p.e.peer(); deal.due <= n.now {
+		n.noteMissingBeat(p.e)
 		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + n.overdueMargin(p.m)
+	}
+}
+
+// noteMissingBeat is told that e lives although its heartbeat has not come. A few times is loss.
+func (n *node) noteMissingBeat(e *entry) {
+	e.peer().path.missingBeats++
+	if e.peer().path.missingBeats >= tolerableLoss {
+		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
 	}
 }
 
@@ -3013,13 +3356,13 @@ func (d *detector) stepIsolation(n *node) {
 		n.wakeAt(d.lastHeard + isolatedAfter)
 		return
 	}
-	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isolated }); {
+	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() }); {
 	case e == nil:
 	case silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()):
 		d.isolated = true
 		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.table.ordered {
-			n.table.setIsolated(e, e.isolated || e != n.self && !e.Status.isDead())
+			n.table.setIsolated(n.now, e, e.isolated || e != n.self && !e.Status.isDead())
 		}
 	case n.now >= d.lastResortAt:
 		d.lastResortAt = n.now + lastResortGap
@@ -3042,6 +3385,38 @@ func (d *detector) stepRetry(n *node) {
 	if rate > 0 {
 		n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
 	}
+}
+
+// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others, ever
+// more rarely.
+func (d *detector) stepHeld(n *node) {
+	for _, e := range slices.Clone(n.table.held) {
+		peer := e.peer()
+		switch {
+		case peer.flap.heldUntil == 0:
+			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
+			hdr := n.header(msgPing)
+			hdr.Target = e.Name
+			n.sendReliable(e.Member, hdr, nil, requestTimeout)
+			d.warnOfFlap(n, e)
+		case n.now >= peer.flap.heldUntil:
+			peer.flap.count++
+			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
+			if !e.Status.isDead() {
+				d.startProbe(n, e.Member)
+			}
+		}
+		n.wakeAt(peer.flap.heldUntil)
+	}
+}
+
+// warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
+func (d *detector) warnOfFlap(n *node, e *entry) {
+	from := ""
+	if source := e.peer().path.source; source.IsValid() && source != e.Addr {
+		from = fmt.Sprintf(", though its datagrams come from %s", source)
+	}
+	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive", e.Name, n.self.Addr, e.Addr, from)
 }
 
 // ---- queries ----

@@ -724,7 +724,7 @@ func TestBroadcastOneBadUpdateCostsThatUpdate(t *testing.T) {
 	far.Incarnation = 1 << 63
 	bad.Status = statusLeaving
 	l.udp(1, header{Kind: msgBroadcast}, update{Member: far}, update{Member: bad}, update{Member: Member{Name: "b"}, Name: "e", LTime: 1 << 63},
-		update{Member: labMember(4)}, update{Member: Member{Name: "b"}, Name: "deploy", LTime: 1})
+		update{Member: labMember(4)}, labEvent(1, 1, "deploy", 1))
 	for _, want := range []string{"event member-join e\n", "event user b deploy\n", "error: claims an incarnation of \"c\""} {
 		if !strings.Contains(l.text.String(), want) {
 			t.Errorf("no %q:\n%s", want, l.text.String())
@@ -1148,15 +1148,15 @@ func TestWhoeverIsSupersededElsewhereIsTold(t *testing.T) {
 
 // Two agents of one name ran on, since nobody answered where the first one said
 // that it lives.
-func TestANamesakeIsLookedAtWhereItAnswered(t *testing.T) {
+func TestANamesakeLivesWhereItAnswered(t *testing.T) {
 	l := newLab(t, 1)
 	l.n.joining.joinedAt = 0
 	claim, at := labMember(0), netip.MustParseAddrPort("10.0.0.77:7946")
 	claim.Instance, claim.Incarnation = 9, 9
 	claim.Addr = netip.MustParseAddrPort("10.99.99.99:7946")
-	err := l.n.handleWelcome(&stateSync{peer: Member{Addr: at}}, header{From: claim.Name, Incarnation: 9}, []update{{Member: claim}})
-	if o := l.n.tick(l.now); !errors.Is(err, errConflictPending) || len(o.tcpProbes) != 1 || o.tcpProbes[0].Addr != at {
-		t.Errorf("%v, looks at %v, want one at %s", err, o.tcpProbes, at)
+	err := l.n.handleWelcome(&stateSync{peer: Member{Addr: at}}, header{From: claim.Name, Incarnation: 9, More: true}, []update{{Member: claim}})
+	if !errors.Is(err, errNameTaken) || !strings.Contains(err.Error(), at.String()) {
+		t.Errorf("%v, want that the name is taken by the member at %s", err, at)
 	}
 }
 
@@ -1168,8 +1168,44 @@ func TestAnAddressBringsNoTextAlong(t *testing.T) {
 	} {
 		m := labMember(1)
 		m.Addr = netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(zone), 7946)
-		if err := sanitizeClaim(&update{Member: m}); (err == nil) != ok {
+		if err := newNode(nodeConfig{member: labMember(0)}, 0).sanitizeClaim(&update{Member: m}); (err == nil) != ok {
 			t.Errorf("zone %.20q: %v", zone, err)
+		}
+	}
+}
+
+// A bystander got all that a member got, since it inherited that somebody had answered.
+func TestClaimThatMovesAnInstanceIsFalse(t *testing.T) {
+	bystander := netip.MustParseAddrPort("203.0.113.9:9")
+	for _, tt := range []struct {
+		fact               string
+		validated, failed  bool
+		believed, isItself bool
+	}{
+		{"one that has answered", true, false, false, false},
+		{"one that counts as alive", false, false, false, false},
+		{"one that has answered and failed", true, true, false, false},
+		{"one that never answered, and failed", false, true, true, false},
+		{"this node itself", false, false, false, true},
+	} {
+		l := newLab(t, 4)
+		e := l.n.table.get("b")
+		e.peer().validated = tt.validated
+		m := labMember(1)
+		if tt.isItself {
+			e, m = l.n.self, labMember(0)
+		}
+		had := e.Addr
+		if tt.failed {
+			l.udp(2, header{Kind: msgBroadcast}, claimed(m, statusFailed))
+		}
+		m.Incarnation, m.Addr = 15, bystander
+		l.udp(2, header{Kind: msgBroadcast}, claimed(m, statusAlive))
+		if got := e.Addr == bystander; got != tt.believed || !got && e.Addr != had {
+			t.Errorf("%s: it is at %s", tt.fact, e.Addr)
+		}
+		if tt.believed && e.peer().validated {
+			t.Errorf("%s: the bystander counts as one that has answered", tt.fact)
 		}
 	}
 }

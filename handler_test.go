@@ -673,7 +673,7 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 }
 
 func TestOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
-	hs, logged := startHandlers(t, handlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 600 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
+	hs, logged := startHandlers(t, handlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
 	for i := range 20 {
 		hs.deliver(userEventOf("e", "", uint64(i), false), nil)
 		logged.waitFor(t, fmt.Sprintf("line 299\nlast %d\n", i), 1)

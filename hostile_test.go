@@ -994,7 +994,7 @@ func TestReplayCountsForNothingAfterItsSenderWasForgotten(t *testing.T) {
 		"dropped for a newcomer": func(l *lab, b Member) {
 			l.n.step(l.now, func(n *node) {
 				n.applyAndBroadcast(b.with(statusFailed))
-				n.table.dropOldest()
+				n.table.dropOldest(n.now)
 			})
 		},
 	} {

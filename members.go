@@ -131,13 +131,13 @@ func newInstanceID(unixMs, random uint64) uint64 {
 }
 
 // supersedes is the one rule that decides which of two claims about a name wins: the higher incarnation, then
-// the worse status. The rest makes the order total, so that no two members can believe forged claims differently.
+// the later instance, then the worse status. Tags differ then only if somebody forges: they make the order total, so
+// that no two members can believe different claims. One instance has one address; see sanitizeClaim.
 func (m Member) supersedes(old Member) bool {
 	return cmp.Or(
 		cmp.Compare(m.Incarnation, old.Incarnation),
 		cmp.Compare(m.Instance, old.Instance),
 		cmp.Compare(m.Status, old.Status),
-		m.Addr.Compare(old.Addr),
 		cmp.Compare(m.Tags, old.Tags),
 		cmp.Compare(m.Version, old.Version),
 		cmp.Compare(m.Protocol, old.Protocol),
@@ -215,7 +215,7 @@ func (k eventKind) String() string {
 // update is one claim about a member, or (Name set) a user event or query of Member.
 type update struct {
 	Member   Member
-	Age      uint64 // milliseconds since the member died, or the event was sent
+	Age      uint64 // milliseconds: since the member came in or died, or the event was sent
 	Name     string
 	Payload  []byte
 	LTime    uint64 // Lamport time at which it was sent
@@ -266,6 +266,11 @@ const (
 	// uses them up: nothing that is true grows by so much between two messages.
 	maxCount  = 1 << 62
 	countStep = 1 << 32
+
+	// A member that fails again within flapWindow after it came back flaps.
+	flapWindow       = time.Minute
+	firstFlapWait    = 15 * time.Second
+	maxFlapDoublings = 9
 )
 
 // claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
@@ -282,9 +287,12 @@ type entry struct {
 	// isolated marks a member that failed for me because I was cut off. It stays local: exported, it would make
 	// everybody fail when a split heals.
 	isolated bool
+	// held marks a member that flaps: it came back by somebody's word, and has not answered since; see damp. It stays
+	// local, too.
+	held bool
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
 	reaped bool
-	since  time.Duration // when it came, or died
+	since  time.Duration // when this instance came into the cluster, or came back, or died
 	proven uint64        // the highest incarnation that was learnt from the member itself
 	known  time.Duration // when the name was first heard of, on the caller's clock
 	state  *peerState    // the protocol's, with this instance; another one starts anew
@@ -296,7 +304,7 @@ func (e *entry) displayStatus() Status {
 	switch {
 	case e.reaped || e.Status == statusPruned:
 		return 0
-	case e.isolated && !e.Status.isDead():
+	case e.failedLocally() && !e.Status.isDead():
 		return statusFailed
 	case e.Status == statusSuspect: // that is short, and settles itself
 		return statusAlive
@@ -304,8 +312,11 @@ func (e *entry) displayStatus() Status {
 	return e.Status
 }
 
+// failedLocally reports whether the member failed for this node alone, whatever the record says.
+func (e *entry) failedLocally() bool { return e.isolated || e.held }
+
 // isSkipped members are walked over on the rings: nobody there would pass on what it is told.
-func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.isolated }
+func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.failedLocally() }
 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
@@ -317,11 +328,12 @@ type table struct {
 	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such a run must not count
 	// again when it comes back, after a split or a conflict: see apply.
 	forgotten uint64
-	version   uint64  // counts changes of the rings or of who is walked over
-	shrunk    uint64  // the version that last took somebody off
-	failed    int     // members that may come back, of
-	total     int     // all that have neither left nor been forgotten
-	events    []Event // news that nobody has taken yet
+	version   uint64   // counts changes of the rings or of who is walked over
+	shrunk    uint64   // the version that last took somebody off
+	failed    int      // members that may come back, of
+	total     int      // all that have neither left nor been forgotten
+	held      []*entry // those that came back by word alone; see damp
+	events    []Event  // news that nobody has taken yet
 }
 
 // index returns where name is in ordered, or would be.
@@ -343,33 +355,33 @@ func (t *table) ended(m Member) bool {
 }
 
 // apply takes claim m into the table, if it wins over what is there. It returns the entry of m's name, or nil if m was
-// refused: it lost, or it is about a new name and the table is full. deadFor is how long ago a dead m died.
-func (t *table) apply(now time.Duration, m Member, deadFor time.Duration) *entry {
+// refused: it lost, or it is about a new name and the table is full. age is how long ago the member came in, or died.
+func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	e := t.get(m.Name)
 	if e != nil && !m.supersedes(e.Member) {
 		return nil
 	}
 	if e == nil {
-		e = t.insert(m.Name)
+		e = t.insert(now, m.Name)
 	}
 	if e == nil {
 		return nil
 	}
 
-	t.change(e, func() {
+	t.change(now, e, func() {
 		if e.Instance != m.Instance { // nothing that is known of the former run holds for this one
 			t.dropState(e)
 			e.isolated = false
+			e.held = false
 			if m.Instance <= t.forgotten {
 				e.state = &peerState{datagrams: closedWindow()}
 			}
 		}
-		newlyDead := !e.Status.isDead() || m.Incarnation != e.Incarnation
-		if m.Status.isDead() && newlyDead {
-			e.since = now - deadFor
-		}
-		returned := e.Status.isDead() || e.Instance != m.Instance
-		if !m.Status.isDead() && returned {
+		newlyDead := m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation)
+		switch {
+		case newlyDead, !m.Status.isDead() && e.Instance != m.Instance:
+			e.since = now - age
+		case !m.Status.isDead() && e.Status.isDead():
 			e.since = now
 		}
 		e.claim = &claim{m, e.pos}
@@ -380,9 +392,9 @@ func (t *table) apply(now time.Duration, m Member, deadFor time.Duration) *entry
 
 // insert adds an entry for a new name. It counts as reaped, and so nowhere, until a claim is applied to it. A full table
 // drops the member that has been dead for longest: names that nobody needs must keep no newcomer out. nil: there is none.
-func (t *table) insert(name string) *entry {
+func (t *table) insert(now time.Duration, name string) *entry {
 	if len(t.ordered) >= maxMembers {
-		t.dropOldest()
+		t.dropOldest(now)
 	}
 	if len(t.ordered) >= maxMembers {
 		return nil
@@ -399,12 +411,12 @@ func (t *table) insert(name string) *entry {
 }
 
 // dropOldest drops the member that has been dead for longest.
-func (t *table) dropOldest() {
+func (t *table) dropOldest(now time.Duration) {
 	if len(t.dead) == 0 {
 		return
 	}
 	e := t.dead[0].e
-	t.change(e, func() { e.reaped = true })
+	t.change(now, e, func() { e.reaped = true })
 	t.dropState(e)
 	t.dead[0] = death{}
 	t.dead = t.dead[1:]
@@ -462,17 +474,27 @@ func (t *table) dropState(e *entry) {
 }
 
 // setIsolated marks or clears "failed for me".
-func (t *table) setIsolated(e *entry, lost bool) {
+func (t *table) setIsolated(now time.Duration, e *entry, lost bool) {
 	if e.isolated != lost {
-		t.change(e, func() { e.isolated = lost })
+		t.change(now, e, func() { e.isolated = lost })
+	}
+}
+
+// release shows a held member again, which has answered.
+func (t *table) release(now time.Duration, e *entry) {
+	if e.held {
+		t.change(now, e, func() { e.held = false })
 	}
 }
 
 // change lets f change e, and brings about what follows: in the sums, on the rings, and as events.
-func (t *table) change(e *entry, f func()) {
+func (t *table) change(now time.Duration, e *entry, f func()) {
 	was := *e
 	t.count(e, -1)
 	f()
+	if e.Instance == was.Instance {
+		e.damp(now, was.held)
+	}
 	t.count(e, +1)
 	t.updateDead(&was, e)
 	if e.Status.isDead() != was.Status.isDead() {
@@ -484,13 +506,54 @@ func (t *table) change(e *entry, f func()) {
 			}
 		}
 	}
-	if e.Status != was.Status || e.Instance != was.Instance || e.isolated != was.isolated { // walks over the rings may end elsewhere
+	if e.held && !was.held {
+		t.held = append(t.held, e)
+	} else if was.held && !e.held {
+		t.held = slices.DeleteFunc(t.held, func(o *entry) bool { return o == e })
+	}
+	localChange := e.failedLocally() != was.failedLocally()
+	if e.Status != was.Status || e.Instance != was.Instance || localChange { // walks over the rings may end elsewhere
 		t.version++
 		if e.isSkipped() {
 			t.shrunk = t.version
 		}
 	}
 	t.announce(e, was.with(e.announced))
+}
+
+// damp is told that e, an instance that stays, has just changed. A member whose advertised address not everybody
+// reaches fails, hears of it, refutes, and is failed again, for ever, at everybody's handlers. So the first time it comes
+// back at once, by whichever word: that is how a split heals. After it has failed again soon after that, a word is not
+// enough: it is held, which shows it as failed, until it answers. The record is untouched, so that all tables stay the same.
+func (e *entry) damp(now time.Duration, wasHeld bool) {
+	is := e.displayStatus()
+	switch {
+	case e.announced == statusAlive && is == statusFailed:
+		if e.state == nil || e.state.flap.cameBack == 0 {
+			return
+		}
+		if now-e.state.flap.cameBack > flapWindow+flapWait(e.state.flap.count) {
+			e.state.flap.count = 0 // it has proven itself
+			return
+		}
+		e.state.flap.count++
+	case e.announced == statusFailed && is == statusAlive:
+		peer := e.peer()
+		if peer.flap.count > 0 && !wasHeld {
+			e.held = true
+			return
+		}
+		peer.flap.cameBack = now
+		peer.flap.heldUntil = 0
+	}
+}
+
+// flapWait is for how long a member is held that has flapped so often: ever longer, up to some two hours.
+func flapWait(flaps int) time.Duration {
+	if flaps == 0 {
+		return 0
+	}
+	return firstFlapWait << min(flaps-1, maxFlapDoublings)
 }
 
 // count adds e to the sums over the table, or takes it out.
@@ -543,7 +606,10 @@ func (t *table) reap(now, after time.Duration) {
 	for i := 0; i < len(t.dead) && now-t.dead[i].since >= after; i++ {
 		e := t.dead[i].e
 		if !e.reaped {
-			t.change(e, func() { e.reaped = true })
+			t.change(now, e, func() {
+				e.reaped = true
+				e.held = false
+			})
 		}
 		if now-e.since >= 2*after {
 			t.dropState(e)
@@ -588,7 +654,7 @@ func (t *table) watchers(e *entry) []*entry {
 func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
 		for p := range t.neighbours(i, e, -1) {
-			if !p.isolated && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
+			if !p.failedLocally() && !slices.Contains(ps, p) && slices.Contains(t.watchers(p), e) {
 				ps = append(ps, p)
 			}
 		}
@@ -616,7 +682,8 @@ func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 
 // digest is this entry's part of the table's digest. A suspicion is not worth a repair: it counts as alive does.
 func (e *entry) digest() uint64 {
-	return mix(e.pos[0] ^ mix(e.Incarnation^uint64(max(e.Status, statusSuspect))<<60))
+	status := uint64(max(e.Status, statusSuspect)) << 60
+	return mix(e.pos[0] ^ mix(e.Incarnation^status) ^ mix(e.Instance)) // two instances may have refuted each other to one incarnation
 }
 
 // ringHash places a name on a ring. FNV alone leaves similar names (web1, web2) near each other on every

@@ -32,7 +32,6 @@ func TestWhichClaimWins(t *testing.T) {
 		{"left beats alive", with(func(m *Member) { m.Status = statusLeft }), true},
 		{"pruned beats alive", with(func(m *Member) { m.Status = statusPruned }), true},
 		{"of two births in one incarnation the later wins", with(func(m *Member) { m.Instance = 11 }), true},
-		{"of two addresses in one incarnation, which only a forger makes, the higher wins", with(func(m *Member) { m.Addr = netip.MustParseAddrPort("10.0.0.2:7946") }), true},
 	} {
 		if got := c.m.supersedes(base); got != c.wins {
 			t.Errorf("%s: got %v", c.fact, got)
@@ -96,13 +95,56 @@ func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
 	tb := &table{}
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	digest := tb.digest
-	tb.setIsolated(tb.get("a"), true)
-	tb.setIsolated(tb.get("a"), false)
+	tb.setIsolated(0, tb.get("a"), true)
+	tb.setIsolated(0, tb.get("a"), false)
 	if got := kinds(tb.events); got != "join failed join" {
 		t.Errorf("events %q", got)
 	}
 	if tb.digest != digest || tb.get("a").Status != statusAlive {
 		t.Errorf("the record changed: %+v", tb.get("a").Member)
+	}
+}
+
+// It may come back once by anybody's word. After that it has to answer.
+func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
+	tb := &table{}
+	inc, now := uint64(10), time.Second
+	say := func(s Status) {
+		m := testMember("a", inc, s)
+		m.Instance = 10
+		tb.apply(now, m, 0)
+		now += time.Second
+	}
+	come := func() { inc++; say(statusAlive) }
+	say(statusAlive)
+	say(statusFailed)
+	come()
+	say(statusFailed)
+	come()
+	say(statusFailed)
+	come()
+	e := tb.get("a")
+	if got := kinds(tb.events); got != "join failed join failed" || !e.held || e.displayStatus() != statusFailed || e.Status != statusAlive {
+		t.Errorf("events %q, held %v, shown %v, record %v", got, e.held, e.displayStatus(), e.Status)
+	}
+	tb.release(now, e)
+	if got := kinds(tb.events); got != "join failed join failed join" || len(tb.held) > 0 {
+		t.Errorf("after it has answered: events %q", got)
+	}
+
+	now += flapWindow + flapWait(e.peer().flap.count) + time.Second // it has stayed
+	say(statusFailed)
+	come()
+	if got := kinds(tb.events); got != "join failed join failed join failed join" {
+		t.Errorf("after it has stayed alive for long: events %q", got)
+	}
+
+	say(statusFailed)
+	come()
+	restarted := testMember("a", 100, statusAlive)
+	tb.apply(now, restarted, 0)
+	if e.held || len(tb.held) > 0 || e.displayStatus() != statusAlive {
+		t.Error("another instance is held for what the former one did")
 	}
 }
 

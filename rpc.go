@@ -893,7 +893,7 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 				tried = append(tried, at)
 				dialling++
 				g.wg.Go(func() {
-					sync := stateSync{replay: replay}
+					sync := stateSync{joins: true, replay: replay}
 					err := g.syncWith(at, &sync, true)
 					outcomes <- outcome{at, sync.peer.Name, err}
 				})
@@ -925,7 +925,7 @@ func (r *seedResult) add(at netip.AddrPort, peer string, err error) {
 	if errors.Is(err, errSelf) {
 		r.isSelf = true
 	}
-	if errors.Is(err, errNameTaken) {
+	if errors.Is(err, errNameTaken) || errors.Is(err, errNameHeld) {
 		r.taken = err
 	}
 }

@@ -10,6 +10,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -102,6 +103,10 @@ type simHost struct {
 	noTCP bool // a firewall refuses all connections to it
 	group int  // hosts of different groups cannot talk
 	p     *proc
+
+	advertise netip.AddrPort        // what its agent says instead of addr
+	natted    bool                  // only those reach it by UDP that it has just sent something, and nobody by TCP
+	sentTo    map[int]time.Duration // when, by host
 }
 
 type procState uint8
@@ -370,7 +375,7 @@ func (s *sim) reach(a, b *simHost) bool {
 // start runs an agent on h; it joins through seeds.
 func (s *sim) start(h *simHost, name string, seeds ...*simHost) *proc {
 	born := newInstanceID(uint64(simWall+(s.now+s.wallShift)/ms), s.rng.Uint64())
-	self := Member{Name: name, Addr: h.addr, Incarnation: born, Instance: born, Status: statusAlive}
+	self := Member{Name: name, Addr: cmp.Or(h.advertise, h.addr), Incarnation: born, Instance: born, Status: statusAlive}
 	p := &proc{s: s, host: h, name: name, user: make(map[string]int), from: make(map[string][]string), userAt: make(map[string]time.Duration), links: make(map[lifetime]*simLink)}
 	cfg := nodeConfig{member: self, reapAfter: s.reapAfter}
 	for _, seed := range seeds {
@@ -644,12 +649,27 @@ func (s *sim) heal() {
 
 func (s *sim) arrive(from *simHost, to Member, data []byte) {
 	h := s.hostAt(to.Addr)
-	if h == nil || !s.reach(from, h) || from != h && s.lost() || h.p == nil {
+	if h == nil || !s.reach(from, h) || from != h && s.lost() || h.p == nil || !s.passesNAT(from, h) {
 		return
 	}
 	if self := h.p.n.self; to.Name == self.Name && (to.Instance == 0 || to.Instance == self.Instance) { // else the seal does not open it
 		h.p.put(arrival{from: from.addr, data: data, any: to.Instance == 0})
 	}
+}
+
+// passesNAT reports whether a datagram of from passes the translator in front of h.
+func (s *sim) passesNAT(from, h *simHost) bool {
+	if from.natted {
+		from.sentTo[h.i] = s.now
+	}
+	at, ok := h.sentTo[from.i]
+	return !h.natted || from == h || ok && s.now-at < 30*time.Second
+}
+
+// behindNAT makes a host one.
+func (h *simHost) behindNAT() {
+	h.natted = true
+	h.sentTo = make(map[int]time.Duration)
 }
 
 // simSession is one TCP connection between a dialler and an acceptor.
@@ -674,7 +694,7 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 		}
 	}
 	attempt := func() {
-		if over || p.state == procDead || h == nil || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
+		if over || p.state == procDead || h == nil || h.natted && h != p.host || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
 			return
 		}
 		s.after(s.latency(h, p.host), func() {
@@ -908,7 +928,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 		c.meet(msgSync, func(n *node, w header, about []update) {
 			welcomed = true
 			sync.roundTrip = c.roundTrip
-			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: n.self.Addr.Addr(), digest: n.digest()}
+			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: p.host.addr.Addr(), digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
 	}, redialAfter(sync.roundTrip)...)
@@ -970,13 +990,13 @@ func (s *sim) frame(b []byte) (hdr header, us []update) {
 // join is a join command; its ends come to p.joins.
 func (p *proc) join(to ...netip.AddrPort) {
 	for _, a := range to {
-		p.s.compare(p, a, &stateSync{}, func(err error) { p.joins = append(p.joins, err) })
+		p.s.compare(p, a, &stateSync{joins: true}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
 // trySeed tries a seed that has one address, as rpc.go does.
 func (p *proc) trySeed(i int) {
-	sync := &stateSync{}
+	sync := &stateSync{joins: true}
 	p.s.compare(p, p.seeds[i], sync, func(err error) {
 		var r seedResult
 		r.add(p.seeds[i], sync.peer.Name, err)
@@ -1848,7 +1868,7 @@ var lineCases = []lineCase{
 	{roundTrip: 300 * ms, loss: .02, joined: 2500 * ms, killed: time.Second, lost: 3100 * ms, bytes: 200},
 	{roundTrip: 600 * ms, joined: 3 * time.Second, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 160},
 	{roundTrip: 600 * ms, loss: .01, joined: 4500 * ms, killed: 2 * time.Second, lost: 6 * time.Second, bytes: 200},
-	{roundTrip: 1600 * ms, joined: 8 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
+	{roundTrip: 1600 * ms, joined: 9 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
 	{roundTrip: 1600 * ms, loss: .01, joined: 14 * time.Second, killed: 5 * time.Second, lost: 15 * time.Second, bytes: 200},
 }
 
@@ -2677,7 +2697,7 @@ func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
 				ps[0].join(to.host.addr)
 				switch how {
 				case "through another":
-					s.within(5*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
+					s.within(8*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
 					fallthrough
 				case "failed", "left":
 					s.within(10*time.Second, "one cluster", s.agree)
@@ -3271,4 +3291,270 @@ func TestClustersThatMeetDoNotHearEachOthersPast(t *testing.T) {
 			}
 		}
 	})
+}
+
+// flapsAreDamped lets two minutes pass after the start of an unreachable agent, and checks that few were told of few
+// failures, and that one line says what to do.
+func (s *sim) flapsAreDamped(bad ...*proc) {
+	s.tb.Helper()
+	s.excuse = func(_, q *proc) bool { return slices.Contains(bad, q) }
+	s.run(2 * time.Minute)
+	told := make(map[*proc]int)
+	for _, o := range s.seen {
+		if o.kind == eventFailed {
+			told[o.by]++
+		}
+	}
+	for _, p := range s.running() {
+		if told[p] > 4*len(bad) {
+			s.tb.Errorf("%s is told %d failures in two minutes", p.name, told[p])
+		}
+		if n := p.countLogs("-advertise"); n > 1 {
+			s.tb.Errorf("%s warns %d times", p.name, n)
+		}
+	}
+	for _, b := range bad {
+		warned := 0
+		for _, p := range s.running() {
+			warned += p.countLogs(b.n.self.Addr.String())
+		}
+		if warned == 0 {
+			s.tb.Errorf("nobody names %s of %s", b.n.self.Addr, b.name)
+		}
+	}
+	s.crash(bad...)
+	s.run(5 * time.Minute) // until those that held it have looked once more
+}
+
+// countLogs is how many warnings of p hold text.
+func (p *proc) countLogs(text string) (n int) {
+	for _, l := range p.logs {
+		if strings.HasPrefix(l, "[WARN]") && strings.Contains(l, text) {
+			n++
+		}
+	}
+	return n
+}
+
+// advertiseWrong are the wrong addresses that an agent may advertise: where a host refuses, and where there is nothing.
+func advertiseWrong(s *sim, what string) netip.AddrPort {
+	if what == "refused" {
+		return s.host().addr
+	}
+	return netip.MustParseAddrPort("10.255.0.1:7946")
+}
+
+func TestFlapOfAnUnreachableAddressIsDamped(t *testing.T) {
+	for _, what := range []string{"refused", "nothing"} {
+		t.Run(what, func(t *testing.T) {
+			cases(t, []int{1, 2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				h := s.host()
+				h.advertise = advertiseWrong(s, what)
+				s.flapsAreDamped(s.start(h, "wrong", ps[0].host))
+			})
+		})
+	}
+}
+
+func TestFlapOfASeedAndAJoinerWithUnreachableAddressesIsDamped(t *testing.T) {
+	for _, what := range []string{"refused", "nothing"} {
+		for _, healthy := range []int{0, 1, 6} {
+			t.Run(fmt.Sprint(what, " ", healthy), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				h, g := s.host(), s.host()
+				h.advertise, g.advertise = advertiseWrong(s, what), advertiseWrong(s, what)
+				a := s.start(h, "a")
+				s.run(100 * ms)
+				for i := range healthy {
+					s.start(s.host(), fmt.Sprint("c", i), h)
+				}
+				s.run(100 * ms)
+				s.flapsAreDamped(a, s.start(g, "b", h))
+			})
+		}
+	}
+}
+
+// Some members reach it, and some do not.
+func TestFlapOfAMemberThatOnlySomeReachIsDamped(t *testing.T) {
+	cases(t, []int{3, 6, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		h := s.host()
+		for _, p := range ps[len(ps)/2:] {
+			s.oneWay[[2]int{p.host.i, h.i}] = true
+		}
+		s.flapsAreDamped(s.start(h, "half", ps[0].host))
+	})
+}
+
+// It sends, and takes nothing but what it has asked for; or it is deaf to all that comes by UDP.
+func TestFlapOfAMemberBehindATranslatorIsDamped(t *testing.T) {
+	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		h := s.host()
+		h.behindNAT()
+		s.flapsAreDamped(s.start(h, "natted", ps[0].host))
+	})
+}
+
+func TestFlapOfTwoMembersBehindTranslatorsIsDamped(t *testing.T) {
+	cases(t, []int{1, 3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		h, g := s.host(), s.host()
+		h.behindNAT()
+		g.behindNAT()
+		s.flapsAreDamped(s.start(h, "natted1", ps[0].host), s.start(g, "natted2", ps[0].host))
+	})
+}
+
+func TestFlapDampingDelaysNoHealingOfOneThatAnswers(t *testing.T) {
+	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = func(o, q *proc) bool { return true }
+		for range 3 {
+			s.split(ps[:len(ps)/2], ps[len(ps)/2:])
+			s.run(12 * time.Second)
+			s.heal()
+			s.within(s.healing(), "all alive again", s.agree)
+			s.run(10 * time.Second)
+		}
+	})
+}
+
+// What a newcomer's clock shows must not matter.
+var clocks = []time.Duration{0, -time.Hour, -48 * time.Hour, time.Hour, 48 * time.Hour}
+
+// Case by case: what happens to the holder while a newcomer asks for its name.
+func TestNameOfAStalledHolderIsKept(t *testing.T) {
+	for _, stall := range []time.Duration{time.Second, 3 * time.Second, 8 * time.Second} {
+		for _, clock := range clocks {
+			t.Run(fmt.Sprint(stall, " ", clock), func(t *testing.T) {
+				cases(t, []int{2, 3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+					holder := ps[1]
+					from := s.now
+					holder.stop()
+					s.after(stall, holder.cont)
+					s.wallShift = clock
+					w := s.start(s.host(), holder.name, ps[0].host)
+					s.within(stall+s.patience(), "the newcomer gives up", func() bool { return w.fatal != nil })
+					s.run(10 * time.Second)
+					s.story(ps, holder.name, from)
+					if holder.fatal != nil || !s.agree() {
+						t.Errorf("the holder was disturbed: %v", holder.fatal)
+					}
+				})
+			})
+		}
+	}
+}
+
+// patience is how long a round of joining may take: a lost SYN or frame costs a round.
+func (s *sim) patience() time.Duration {
+	if s.loss > 0 {
+		return 8 * time.Second
+	}
+	return 3 * time.Second
+}
+
+// The cluster reaches the holder, and the newcomer does not.
+func TestNameOfAHolderThatOnlyTheNewcomerCannotReachIsKept(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			cases(t, []int{2, 6, 20}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				holder, h := ps[1], s.host()
+				s.oneWay[[2]int{h.i, holder.host.i}] = true
+				s.oneWay[[2]int{holder.host.i, h.i}] = true
+				s.wallShift = clock
+				from := s.now
+				w := s.start(h, holder.name, ps[0].host)
+				s.within(nameHeldTimeout+s.patience(), "the newcomer gives up", func() bool { return w.fatal != nil })
+				clear(s.oneWay)
+				s.run(15 * time.Second)
+				s.story(ps, holder.name, from)
+				if holder.fatal != nil || !s.agree() {
+					t.Errorf("the holder was disturbed: %v", holder.fatal)
+				}
+			})
+		})
+	}
+}
+
+// Whatever the clocks say, the one that came in later gives way when a split heals.
+func TestNameOnBothSidesOfASplitIsTheOlders(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			cases(t, []int{2, 4, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				older := ps[0]
+				s.excuse = func(o, q *proc) bool { return apart(o, q) || q.name == older.name || o.name == older.name }
+				a, b := ps[:len(ps)/2], ps[len(ps)/2:]
+				s.split(a, b)
+				s.run(10 * time.Second)
+				h := s.host()
+				h.group = 2
+				s.wallShift = clock
+				younger := s.start(h, older.name, b[0].host)
+				s.run(10 * time.Second)
+				if younger.fatal != nil {
+					t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
+				}
+				s.heal()
+				s.within(8*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
+				s.within(5*time.Second, "all alive again", s.agree)
+				s.run(20 * time.Second)
+				if older.fatal != nil || !s.agree() {
+					t.Errorf("the older was disturbed: %v", older.fatal)
+				}
+			})
+		})
+	}
+}
+
+// It is older as a process, and in no cluster.
+func TestNameOfALoneAgentThatIsToldToBeJoinedEndsNobody(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			lone := s.start(s.host(), "web")
+			s.run(time.Minute)
+			red := s.start(s.host(), "red")
+			s.wallShift = clock
+			web := s.start(s.host(), "web", red.host)
+			s.run(5 * time.Second)
+			for _, p := range []*proc{red, web} {
+				p.join(lone.host.addr)
+				s.run(10 * time.Second)
+				if len(p.joins) != 1 || !errors.Is(p.joins[0], errNameTaken) && !strings.Contains(fmt.Sprint(p.joins[0]), errNameTaken.Error()) {
+					t.Errorf("the join of %s ends with %v", p.name, p.joins)
+				}
+			}
+			for _, p := range s.procs {
+				if p.fatal != nil {
+					t.Errorf("%s ends: %v", p.name, p.fatal)
+				}
+			}
+			if red.shows("web") != statusAlive || len(red.n.members("", maxMembers)) != 2 {
+				t.Errorf("red shows %v", red.n.members("", maxMembers))
+			}
+		})
+	}
+}
+
+// Images of one machine, with one name and one list of seeds.
+func TestNameOfTwoNewcomersThatJoinEachOtherIsOnes(t *testing.T) {
+	for _, clock := range clocks {
+		for _, later := range []time.Duration{0, ms, 500 * ms, 3 * time.Second} {
+			t.Run(fmt.Sprint(clock, " ", later), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				h, g := s.host(), s.host()
+				a := s.start(h, "localhost", h, g)
+				s.run(later)
+				s.wallShift = clock
+				b := s.start(g, "localhost", h, g)
+				s.within(5*time.Second, "one gives up", func() bool { return (a.fatal == nil) != (b.fatal == nil) })
+				s.run(time.Minute)
+				if a.fatal != nil && b.fatal != nil {
+					t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
+				}
+				if later > ms && a.fatal != nil {
+					t.Errorf("the older one ends: %v", a.fatal)
+				}
+			})
+		}
+	}
 }

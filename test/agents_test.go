@@ -445,6 +445,115 @@ func TestZombiesDoNotHoldAHandlersQueue(t *testing.T) {
 	c.waitLog("timed out")
 }
 
+// watchFor lets a while pass and checks that each agent was told few failures of the other members, however long that
+// goes on, and that one line says which addresses are at fault and what to do.
+func watchFor(t *testing.T, while time.Duration, failures int, addrs []string, agents ...*agent) {
+	t.Helper()
+	time.Sleep(while)
+	for _, a := range agents {
+		if n := a.count("member-failed"); n > failures {
+			t.Errorf("%s is told %d failures in %v, at most %d are wanted", a.name, n, while, failures)
+		}
+		warned := 0
+		for _, l := range a.since(time.Time{}) {
+			if strings.Contains(l.text, "[WARN]") && strings.Contains(l.text, "-advertise") {
+				warned++
+				if !slices.ContainsFunc(addrs, func(addr string) bool { return strings.Contains(l.text, addr) }) {
+					t.Errorf("%s names none of %q: %s", a.name, addrs, l.text)
+				}
+			}
+		}
+		if warned != 1 {
+			t.Errorf("%s warns %d times", a.name, warned)
+		}
+	}
+}
+
+// Two hosts with containers whose ports are published, and no -advertise.
+func TestFlapOfAddressesThatNobodyReachesIsFewFailuresAndOneWarning(t *testing.T) {
+	t.Parallel()
+	nobody := freeAddrs(t, "127.0.0.9", 2)
+	a := startAgent(t, "-node", "a", "-bind", "127.0.0.1:0", "-advertise", nobody[0])
+	c := startAgent(t, "-node", "c", "-join", a.bind)
+	b := startAgent(t, "-node", "b", "-bind", "127.0.0.2:0", "-advertise", nobody[1], "-join", a.bind)
+	watchFor(t, 20*time.Second, 3, nobody, a, b)
+	watchFor(t, 0, 6, nobody, c)
+	if got := c.status("a") + c.status("b"); got != "failedfailed" {
+		t.Errorf("c says that they are %s", got)
+	}
+}
+
+func TestFlapOfOneAddressThatNobodyReachesIsFewFailuresAndOneWarning(t *testing.T) {
+	t.Parallel()
+	nobody := freeAddrs(t, "127.0.0.9", 1)
+	a := startAgent(t, "-node", "a")
+	c := startAgent(t, "-node", "c", "-join", a.advertised)
+	b := startAgent(t, "-node", "b", "-bind", "127.0.0.2:0", "-advertise", nobody[0], "-join", a.advertised)
+	watchFor(t, 20*time.Second, 3, nobody, a, b, c)
+}
+
+func TestAnAddressThatAnotherMemberHasIsOneWarningThatNamesBoth(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	b := startAgent(t, "-node", "b", "-bind", "127.0.0.2:0", "-advertise", a.advertised, "-join", a.advertised)
+	waitAlive(t, []string{"a", "b"}, a, b)
+	a.waitLog("[WARN] b is heard from " + b.bind + " and does not answer at " + a.advertised + " (a does)")
+	b.waitLog("[WARN] a at " + a.advertised + " answers, and none of its heartbeats arrive")
+	watchFor(t, 0, 1, []string{a.advertised}, a, b)
+}
+
+// The holder stalls when the newcomer comes, as every busy machine does.
+func TestNameOfAHolderThatStallsIsNotTaken(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "-node", "a")
+	holder := startAgent(t, "-node", "b", "-join", a.advertised)
+	waitAlive(t, []string{"a", "b"}, a, holder)
+	holder.signal(syscall.SIGSTOP)
+	newcomer := startAgent(t, "-node", "b", "-join", a.advertised)
+	time.Sleep(time.Second)
+	holder.signal(syscall.SIGCONT)
+	if code := newcomer.wait(); code != 1 || newcomer.find(time.Time{}, `the name "b" is taken: the member at `+holder.advertised) == nil {
+		t.Errorf("the newcomer exits with %d", code)
+	}
+	a.waitLog(`[WARN] two agents are called "b", at ` + holder.advertised + ` and at ` + newcomer.advertised)
+	time.Sleep(time.Second)
+	if s := a.stderr.String(); strings.Contains(s, "member-failed") {
+		t.Errorf("the holder was disturbed: %s", s)
+	}
+	if holder.hasExited() || a.status("b") != "alive" {
+		t.Errorf("the holder has exited: %v; it is %s", holder.hasExited(), a.status("b"))
+	}
+}
+
+func TestAJoinOfALoneNamesakeFailsAndEndsNobody(t *testing.T) {
+	t.Parallel()
+	lone := startAgent(t, "-node", "web")
+	red := startAgent(t, "-node", "red")
+	web := startAgent(t, "-node", "web", "-join", red.advertised)
+	waitAlive(t, []string{"red", "web"}, red, web)
+	for _, tt := range []struct {
+		by     *agent
+		holder string
+	}{{red, web.advertised}, {web, lone.advertised}, {lone, web.advertised}} {
+		to := lone
+		if tt.by == lone {
+			to = red
+		}
+		if _, errs, code := tt.by.run("join", to.advertised); code != 1 || !strings.Contains(errs, `the name "web" is taken: the member at `+tt.holder) {
+			t.Errorf("%s joins %s: exit %d, %s", tt.by.name, to.name, code, errs)
+		}
+	}
+	time.Sleep(2 * time.Second)
+	for _, a := range []*agent{lone, red, web} {
+		if a.hasExited() || strings.Contains(a.stderr.String(), "member-failed") {
+			t.Errorf("%s was disturbed", a.name)
+		}
+	}
+	if v := red.view() + " " + web.view() + " " + lone.view(); v != "red:alive web:alive red:alive web:alive web:alive" {
+		t.Errorf("they show %s", v)
+	}
+}
+
 func TestHandlerThatRunsForLongIsOneWarning(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a", "-event-handler", "user:slow=exec sleep 12")

@@ -79,7 +79,8 @@ var netnsTests = []netnsTest{
 	{"of two newcomers with one name one gives way", 4, twinsAtOnce, false},
 	{"the dead are forgotten in time", 3, reaped, false},
 	{"a name may come back at another address", 6, nameMoves, false},
-	{"a stalled holder of a name and a newcomer settle it", 6, stalledHolder, false},
+	{"a stalled holder of a name keeps it", 6, stalledHolder, false},
+	{"an address that the others do not reach is few failures and one warning", 4, unreachableAddress, false},
 	{"a living name cannot be taken", 6, nameTaken, false},
 	{"a new name at a dead one's address does not revive it", 5, addressReused, false},
 	{"force-leave reaches everywhere and stays", 4, forceLeaves, false},
@@ -306,12 +307,32 @@ func stalledHolder(w *world) {
 	newcomer := w.start(6, "-node", "n5", "-join", "10.77.0.1")
 	time.Sleep(3 * time.Second)
 	c[4].signal(syscall.SIGCONT)
-	w.oneOf(4*time.Second, c[4], newcomer)
-	w.agree(2*time.Second, everybody(5), c[:4]...)
+	if code := newcomer.exit(4 * time.Second); code != 1 || newcomer.find(time.Time{}, "is taken: the member at 10.77.0.5:7946") == nil {
+		w.Errorf("the newcomer exits with status %d", code)
+	}
+	w.agree(2*time.Second, everybody(5), c...)
 	w.settle()
 	mark := time.Now()
 	time.Sleep(3 * time.Second)
 	w.silent(mark, "", c[:4]...)
+}
+
+// unreachableAddress has a seed on two networks, whose members are on the one that it does not advertise.
+func unreachableAddress(w *world) {
+	w.ip(1, "address add 10.99.0.1/32 dev lo")
+	c := []*agent{w.start(1, "-advertise", "10.99.0.1")}
+	for i := 2; i <= 4; i++ {
+		c = append(c, w.start(i, "-join", "10.77.0.1"))
+	}
+	time.Sleep(20 * time.Second)
+	for _, a := range c {
+		if n := a.count("member-failed"); n > 3 {
+			w.Errorf("%s is told %d failures", a.name, n)
+		}
+		if a.count("[WARN]") != 1 || a.count("10.99.0.1:7946, which it advertises") != 1 && a.count("at 10.99.0.1:7946") == 0 {
+			w.Errorf("%s warns %d times", a.name, a.count("[WARN]"))
+		}
+	}
 }
 
 // oneOf waits until one of two agents of one name gives way to the other.
@@ -343,8 +364,14 @@ func nameTaken(w *world) {
 	w.Logf("gave up after %v", time.Since(mark))
 	time.Sleep(time.Second)
 	for _, a := range c {
-		if lines := a.since(mark); len(lines) > 0 {
+		lines := slices.DeleteFunc(a.since(mark), func(l logLine) bool { return strings.Contains(l.text, "[WARN] two agents are called ") })
+		if len(lines) > 0 {
 			w.Errorf("%s logs %v", a.name, lines)
+		}
+	}
+	for _, a := range []*agent{c[0], c[4]} { // who was asked, and the holder
+		if n := a.count(`[WARN] two agents are called "n5", at 10.77.0.5:7946 and at 10.77.0.6:7946`); n != 1 {
+			w.Errorf("%s warns %d times", a.name, n)
 		}
 	}
 	w.agree(0, everybody(5), c...)
