@@ -350,13 +350,18 @@ func (d *sealer) receiverHash(whom string) []byte {
 	return h.Sum(nil)
 }
 
-// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, the pings to one name, or one frame get fewer. For anybody else than whom it does not open.
-func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
+// blockFor is AES under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
+func (d *sealer) blockFor(key []byte, whom string) cipher.Block {
 	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
 	block, _ := aes.NewCipher(derived)
-	a, _ := cipher.NewGCMWithRandomNonce(block)
+	return block
+}
+
+// aead is AES-GCM under the key for whom.
+// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
+// of a member, or the pings to one name, get fewer. For anybody else than whom it does not open.
+func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
+	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, whom))
 	return a
 }
 
@@ -2194,9 +2199,14 @@ func (x *stateSync) noteCount(u *update) {
 // mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
 // record; bad is how many there were.
 func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, bad int, err error) {
-	if hdr.Kind != msgTable || hdr.More && hdr.Target <= sync.lastKey {
+	if hdr.Kind != msgTable {
 		return false, 0, errMalformed
 	}
+	bringsNothing := len(us) == 0 || hdr.Target <= sync.lastKey
+	if hdr.More && bringsNothing { // a peer could go on like that for ever
+		return false, 0, errMalformed
+	}
+
 	n.detector.lastHeard = n.now
 	for _, u := range us {
 		count := u
@@ -3466,6 +3476,9 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if err := validatePayload("query", name, payload); err != nil {
 		return 0, nil, err
 	}
+	if within <= 0 || within > maxQueryTimeout {
+		return 0, nil, fmt.Errorf("a query can wait for at most %v, not %v", maxQueryTimeout, within)
+	}
 	if len(qs.open) >= maxQueries || len(n.requests.open) >= maxRequests/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
@@ -3473,8 +3486,12 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: min(n.broadcasts.events.lamport+1, maxCount), Timeout: uint32(within / ms)}
 	hdr, body := n.header(msgQuery), wire.encode(nil, &u)
 	hdr.Query = q.id
+	named := make(map[string]bool)
+	for _, node := range nodes {
+		named[node] = true
+	}
 	for _, e := range n.table.ordered {
-		if e.displayStatus() != statusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
+		if e.displayStatus() != statusAlive || len(nodes) > 0 && !named[e.Name] {
 			continue
 		}
 		q.waiting, who = append(q.waiting, e.Member), append(who, e.Name)
@@ -3576,28 +3593,28 @@ type gossipConfig struct {
 
 // gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
 type gossip struct {
-	cfg       gossipConfig
-	acceptor  // at the TCP port, with the seal of both, and all else that is under way
-	udp       *net.UDPConn
-	start     time.Time
-	record    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
-	isolated  atomic.Bool
-	inputs    chan func(*node) // what the loop shall do
-	dropped   atomic.Int64     // datagrams that found inputs full
-	syncSlots chan struct{}    // a place for each exchange that others have dialled
-	ready     chan struct{}    // closed: the address to advertise is known
-	ended     chan struct{}    // the loop; done: also all that it has started
-	done      chan struct{}    // all has ended: err and last may be read
+	cfg      gossipConfig
+	acceptor // at the TCP port, with the seal of both, and all else that is under way
+	udp      *net.UDPConn
+	start    time.Time
+	record   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
+	isolated atomic.Bool
+	inputs   chan func(*node) // what the loop shall do
+	dropped  atomic.Int64     // datagrams that found inputs full
+	feed     feed             // for commands that read events
+	turns    chan struct{}    // of sessions that have the loop make or take a piece of a table
+	ready    chan struct{}    // closed: the address to advertise is known
+	ended    chan struct{}    // the loop; done: also all that it has started
+	done     chan struct{}    // all has ended: err and last may be read
 	loopState
 }
 
 // loopState is what the loop alone touches until it has ended.
 type loopState struct {
-	node        *node
-	links       map[string]context.CancelFunc
-	subscribers map[*subscriber]bool
-	err         error   // why it ended; nil: it was told to
-	last        []Event // what handlers shall still hear then
+	node  *node
+	links map[string]context.CancelFunc
+	err   error   // why it ended; nil: it was told to
+	last  []Event // what handlers shall still hear then
 }
 
 // logClass is whose doing a log line tells of.
@@ -3674,9 +3691,9 @@ func (l *logLimit) printf(class logClass, source string, level logLevel, format 
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
-	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
+	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), turns: make(chan struct{}, maxMerging),
 		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{limit: guestLimit(), lines: newLogLimit(cfg.log)}}
+		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)}}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
@@ -3687,7 +3704,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	crand.Read(cfg.random[:])
 	self.Instance = newInstanceID(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Instance
-	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), subscribers: make(map[*subscriber]bool)}
+	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
 	g.record.Store(g.node.self.claim)
 	if cfg.awaits == "" {
 		close(g.ready)
@@ -3790,9 +3807,7 @@ func (g *gossip) perform(out outputs) {
 
 // dispatch hands an event to the log, to the handlers, and to those who watch.
 func (g *gossip) dispatch(ev Event) {
-	for f := range g.subscribers {
-		f.publish(ev)
-	}
+	g.feed.publish(ev)
 	if ev.kind == eventAnswer {
 		return
 	}

@@ -286,19 +286,10 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME, and the
-// values of equal ones stand side by side.
+// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME; one may come more
+// than once.
 func (hs *handlers) info() (facts []string) {
-	const group = "event_handlers"
-	place := make(map[string]int) // of each key's value
-	add := func(key, value string) {
-		if i, ok := place[key]; ok {
-			facts[i] += ", " + value
-			return
-		}
-		place[key] = len(facts) + 2
-		facts = append(facts, group, key, value)
-	}
+	add := func(key, value string) { facts = append(facts, "event_handlers", key, value) }
 	for _, h := range hs.now() {
 		for _, ev := range h.events {
 			kind, name, _ := strings.Cut(ev, ":")

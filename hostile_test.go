@@ -779,9 +779,13 @@ func TestATableThatGoesBackIsCutOff(t *testing.T) {
 		upto string
 		ok   bool
 	}{{"b", true}, {"b", false}, {"a", false}, {"c", true}} {
-		if _, _, err := r.n.mergeChunk(sync, header{Kind: msgTable, More: true, Target: step.upto}, nil); (err == nil) != step.ok {
+		claims := []update{{Member: labMember(3)}}
+		if _, _, err := r.n.mergeChunk(sync, header{Kind: msgTable, More: true, Target: step.upto}, claims); (err == nil) != step.ok {
 			t.Errorf("up to %s: %v", step.upto, err)
 		}
+	}
+	if _, _, err := r.n.mergeChunk(sync, header{Kind: msgTable, More: true, Target: "d"}, nil); err == nil {
+		t.Error("a piece that brings nothing is taken, and others may follow")
 	}
 }
 
@@ -1309,7 +1313,7 @@ func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	}
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	return c, (&sealer{portKind: gossipPort}).handshake(&session{Conn: c, dialled: true})
+	return c, (&sealer{portKind: gossipPort}).handshake(&session{conn: c, dialled: true})
 }
 
 func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
@@ -1428,7 +1432,7 @@ func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	s := (&sealer{portKind: gossipPort}).handshake(&session{Conn: c, dialled: true})
+	s := (&sealer{portKind: gossipPort}).handshake(&session{conn: c, dialled: true})
 	s.send(&header{Kind: msgSync, From: "x", Digest: 1})
 	s.receive(&header{})
 	for i := 0; s.err == nil; i++ {

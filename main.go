@@ -616,11 +616,27 @@ func infoCommand(fs *flag.FlagSet) func([]string) error {
 		if err != nil {
 			return err
 		}
+		facts = joinFacts(facts)
 		if *asJSON {
 			return output(infoJSON(facts))
 		}
 		return output(infoText(facts))
 	}
+}
+
+// joinFacts joins the values of equal keys, as those of handlers of one event.
+func joinFacts(facts []string) (joined []string) {
+	place := make(map[[2]string]int) // of each key's value
+	for fact := range slices.Chunk(facts[:len(facts)/3*3], 3) {
+		key := [2]string{fact[0], fact[1]}
+		if i, ok := place[key]; ok {
+			joined[i] += ", " + fact[2]
+			continue
+		}
+		place[key] = len(joined) + 2
+		joined = append(joined, fact...)
+	}
+	return joined
 }
 
 // infoText shows facts: group, key, value; and so on.
@@ -843,7 +859,7 @@ func (c *client) members(filter memberFilter, timeout time.Duration) (members []
 	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
 		for _, u := range us {
 			if filter.matches(u.Member) {
-				members = append(members, memberStatus{u.Member, time.Duration(u.Age) * ms})
+				members = append(members, memberStatus{u.Member, time.Duration(min(u.Age, uint64(math.MaxInt64/ms))) * ms})
 			}
 		}
 		return nil
@@ -1129,7 +1145,7 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 
 // droppedLine says that this reader was too slow for that many lines.
 func droppedLine(dropped int, asJSON bool) string {
-	if dropped == 0 {
+	if dropped <= 0 {
 		return ""
 	}
 	if asJSON {
@@ -1203,7 +1219,10 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 	noAck := fs.Bool("no-ack", false, "do not show who has the query")
 
 	return func(args []string) error {
-		result := &queryResult{Responses: make(map[string]string), noAck: *noAck}
+		if timeout > maxQueryTimeout {
+			return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, timeout)
+		}
+		result := &queryResult{Responses: make(map[string]string), acked: make(map[string]bool), waiting: make(map[string]bool), noAck: *noAck}
 		show := func(text string) error { return output(printable(text, "\n\t")) }
 		if *asJSON {
 			show = func(string) error { return nil } // programs get all at the end
@@ -1222,7 +1241,7 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 		}
 		if len(result.waiting) > 0 {
 			return failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
-				strings.Join(result.waiting, ", "))
+				strings.Join(slices.Sorted(maps.Keys(result.waiting)), ", "))
 		}
 		return nil
 	}
@@ -1245,15 +1264,19 @@ func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, resu
 		nodes = living
 	}
 
+	for _, name := range nodes { // a member that was named and is not there does not answer
+		result.waiting[name] = true
+	}
 	req.Args = strings.Join(nodes, "\x00")
+	dispatched := false
 	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
 		text := ""
-		if a.Text != "" { // the members that are asked
+		if a.Text != "" && !dispatched {
 			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
-			result.waiting = splitNUL(a.Text)
-			if len(nodes) > 0 { // a member that was named and is not there does not answer
-				result.waiting = slices.Compact(slices.Sorted(slices.Values(nodes)))
-			}
+			dispatched = true
+		}
+		for _, name := range splitNUL(a.Text) { // the members that are asked
+			result.waiting[name] = true
 		}
 		for _, u := range us {
 			text += result.add(u.Member.Name, a.Reply, string(u.Payload))
@@ -1267,14 +1290,16 @@ type queryResult struct {
 	Acks      []string
 	Responses map[string]string // the output of handlers that did well
 	Failures  map[string]string `json:",omitempty"` // and of those that failed
-	waiting   []string          // asked, and no answer yet
+	acked     map[string]bool   // those in Acks
+	waiting   map[string]bool   // asked, and no answer yet
 	noAck     bool
 }
 
 // add takes in what from says, and returns the lines to show for it.
 func (r *queryResult) add(from string, reply reply, said string) string {
 	text := ""
-	if !r.noAck && !slices.Contains(r.Acks, from) { // a reply may overtake the acknowledgement
+	if !r.noAck && !r.acked[from] { // a reply may overtake the acknowledgement
+		r.acked[from] = true
 		r.Acks = append(r.Acks, from)
 		text = fmt.Sprintf("Ack from '%s'\n", from)
 	}
@@ -1282,7 +1307,7 @@ func (r *queryResult) add(from string, reply reply, said string) string {
 		return text
 	}
 
-	r.waiting = slices.DeleteFunc(r.waiting, func(name string) bool { return name == from })
+	delete(r.waiting, from)
 	switch reply {
 	case replyDone:
 		r.Responses[from] = said
@@ -2506,7 +2531,8 @@ func (w *logWriter) log(l logLine) {
 
 // formatLine is a line as it is written. The journal has a date of its own, and takes a priority in front (sd-daemon(3)).
 func formatLine(l logLine, toJournal bool) string {
-	text := printable(l.String(), "\n\t") + "\n"
+	// What spans lines, as the output of a script, is indented: none of it can pass for a line of the log.
+	text := strings.ReplaceAll(printable(strings.TrimSuffix(l.String(), "\n"), "\n\t"), "\n", "\n\t") + "\n"
 	if !toJournal {
 		return time.Now().Format("2006/01/02 15:04:05 ") + text
 	}

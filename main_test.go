@@ -432,6 +432,21 @@ func TestLinesOfWatch(t *testing.T) {
 	}
 }
 
+// A script's output forged whole lines of the log.
+func TestLogLinesAreForgedByNoText(t *testing.T) {
+	w := newLogWriter(levelDebug)
+	forged := "2013/12/08 07:56:48 [ERR] forged"
+	for _, end := range []string{"\n", "\r\n", "\r", "\u2028", "\u2029", "\u0085", "\v", "\f", "\n\n"} {
+		w.log(logLine{levelDebug, fmt.Sprintf("Event 'user' script output: first%s%s", end, forged)})
+		logged := strings.TrimSuffix(<-w.lines, "\n")
+		for i, line := range strings.Split(logged, "\n") {
+			if i > 0 && !strings.HasPrefix(line, "\t") || strings.ContainsFunc(line, obeyable) {
+				t.Errorf("%q is logged as %q", end, logged)
+			}
+		}
+	}
+}
+
 func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
 	w := newLogWriter(logLevelOf("info"))
 	for level := range levelNames {
@@ -441,7 +456,7 @@ func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
 	for len(w.lines) > 0 {
 		got = append(got, (<-w.lines)[len("2013/12/08 07:56:48 "):])
 	}
-	want := []string{"[INFO] x\\x1b[2Jy\n\tz\n", "[WARN] x\\x1b[2Jy\n\tz\n", "[ERR] x\\x1b[2Jy\n\tz\n"}
+	want := []string{"[INFO] x\\x1b[2Jy\n\t\tz\n", "[WARN] x\\x1b[2Jy\n\t\tz\n", "[ERR] x\\x1b[2Jy\n\t\tz\n"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}

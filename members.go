@@ -46,7 +46,13 @@ const (
 // statusNames are the words that users see; the index is the Status.
 var statusNames = [...]string{"unknown", "alive", "alive", "leaving", "failed", "left", "pruned"}
 
-func (s Status) String() string { return statusNames[s] }
+// String is safe for any number: a command shows what the agent says, whatever that is.
+func (s Status) String() string {
+	if int(s) >= len(statusNames) {
+		return statusNames[0]
+	}
+	return statusNames[s]
+}
 
 // isDead reports whether the member is believed to be gone.
 func (s Status) isDead() bool { return s >= statusFailed }
@@ -198,7 +204,13 @@ const (
 // eventNames are Serf's words for the kinds; the index is the eventKind, where 0 is no event: a member is there.
 var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
 
-func (k eventKind) String() string { return eventNames[k] }
+// String is safe for any number, as that of a Status.
+func (k eventKind) String() string {
+	if int(k) >= len(eventNames) {
+		return "unknown"
+	}
+	return eventNames[k]
+}
 
 // update is one claim about a member, or (Name set) a user event or query of Member.
 type update struct {

@@ -245,15 +245,15 @@ func TestTheStory(t *testing.T) {
 	}
 	host := startAgentCmd(t, serf("agent", "-node", "precise64", "-bind", "127.0.0.1:0", "-rpc-addr", "127.0.0.1:0",
 		"-log-level=debug", "-event-handler=./handler.sh"))
-	host.waitLog("[DEBUG] Event 'member-join' script output: \nNew event: member-join. Data follows...\nprecise64")
+	host.waitLog("[DEBUG] Event 'member-join' script output: \n\tNew event: member-join. Data follows...\n\tprecise64")
 	container := func(name, ip string) *agent {
 		return startAgentCmd(t, serf("agent", "-node", name, "-bind", ip+":0", "-rpc-addr", "127.0.0.1:0", "-join", host.advertised))
 	}
 	// told waits for a handler's output about name, and for the list after it.
 	told := func(event, name, ip string, list ...string) {
 		t.Helper()
-		re := regexp.MustCompile(`(?m)^\d.* \[DEBUG\] Event '` + event + `' script output: \nNew event: ` + event +
-			`\. Data follows\.\.\.\n` + name + `\s+` + regexp.QuoteMeta(ip) + `\s*\ncurrent members\.\.\.\n(?:.*\n)*?` + strings.Join(list, `\n(?:.*\n)*?`) + `\n`)
+		re := regexp.MustCompile(`(?m)^\d.* \[DEBUG\] Event '` + event + `' script output: \n\tNew event: ` + event +
+			`\. Data follows\.\.\.\n\t` + name + `\s+` + regexp.QuoteMeta(ip) + `\s*\n\tcurrent members\.\.\.\n(?:\t.*\n)*?\t` + strings.Join(list, `\n(?:\t.*\n)*?\t`) + `\n`)
 		eventually(t, event+" of "+name+" in the handler's output, as "+re.String(), func() bool { return re.MatchString(host.stderr.String()) })
 	}
 	c1 := container("c1fbbfe7c9ea", "127.0.0.2")

@@ -663,3 +663,33 @@ func TestWhatWasRecordedAndIsPlayedBackChangesNothing(t *testing.T) {
 		t.Errorf("after a restart it believes what is over:\n%s", again.stderr)
 	}
 }
+
+// The RPC's 256 connections did not come out of the budget of descriptors: with few of them, an agent whose RPC was held
+// open could not be joined any more, and ran no handler.
+func TestConnectionsLeaveDescriptorsForEverythingElse(t *testing.T) {
+	t.Parallel()
+	cmd := hamletCmd(agentArgs("-node", "a", "-log-level", "debug", "-event-handler", "*=echo $SERF_EVENT, limit $(ulimit -n)")...)
+	// The soft limit is raised by the agent for itself, and its scripts have the one that they would have without it.
+	cmd.Args = append([]string{"sh", "-c", `ulimit -Hn 80; ulimit -Sn 40; exec "$@"`, "sh", cmd.Path}, cmd.Args[1:]...)
+	cmd.Path = "/bin/sh"
+	a := startAgentCmd(t, cmd)
+	for _, addr := range []string{a.rpc, a.advertised} {
+		for range 200 {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+		}
+	}
+
+	b := startAgent(t, "-node", "b", "-join", a.advertised)
+	waitAlive(t, []string{"a", "b"}, a, b)
+	if out, stderr, code := a.run("event", "deploy"); code != 0 {
+		t.Errorf("event: %s%s", out, stderr)
+	}
+	a.waitLog("script output: user, limit 40\n")
+	if a.count("cannot accept") > 0 || a.count("cannot start") > 0 {
+		t.Errorf("descriptors ran out:\n%s", a.stderr)
+	}
+}
