@@ -707,6 +707,7 @@ type world struct {
 	id     string
 	hosts  int
 	agents []*agent
+	line   *line // instead of the switch, where hosts are far from each other
 }
 
 var worlds atomic.Int64
@@ -755,24 +756,31 @@ func removeLeftovers() {
 }
 
 func newWorld(t *testing.T, hosts int) *world {
-	w := &world{T: t, id: fmt.Sprint(nsPrefix, os.Getpid(), "-", worlds.Add(1)), hosts: hosts}
-	t.Cleanup(w.destroy)
-	var names []string
+	w := newHosts(t, hosts)
 	wiring := []string{"link add br0 type bridge", "link add br1 type bridge", "link set br0 up", "link set br1 up",
 		"addr add 10.77.0.254/24 dev br0", "addr add fd77::254/64 dev br0 nodad"}
-	for i := range hosts + 1 {
-		names = append(names, "netns add "+w.ns(i))
-		if i > 0 {
-			wiring = append(wiring, fmt.Sprintf("link add h%d type veth peer name eth0 netns %s", i, w.ns(i)),
-				fmt.Sprintf("link set h%d master br0 up", i))
-		}
+	for i := 1; i <= hosts; i++ {
+		wiring = append(wiring, fmt.Sprintf("link add h%d type veth peer name eth0 netns %s", i, w.ns(i)),
+			fmt.Sprintf("link set h%d master br0 up", i))
 	}
-	w.ip(-1, names...)
 	w.ip(0, wiring...)
 	for i := 1; i <= hosts; i++ {
 		w.ip(i, "link set lo up", fmt.Sprintf("addr add 10.77.0.%d/24 dev eth0", i),
 			fmt.Sprintf("addr add fd77::%d/64 dev eth0 nodad", i), "link set eth0 up")
 	}
+	return w
+}
+
+// newHosts makes the namespaces of a switch and its hosts, which nothing
+// connects yet.
+func newHosts(t *testing.T, hosts int) *world {
+	w := &world{T: t, id: fmt.Sprint(nsPrefix, os.Getpid(), "-", worlds.Add(1)), hosts: hosts}
+	t.Cleanup(w.destroy)
+	var names []string
+	for i := range hosts + 1 {
+		names = append(names, "netns add "+w.ns(i))
+	}
+	w.ip(-1, names...)
 	return w
 }
 
