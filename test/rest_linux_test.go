@@ -173,3 +173,48 @@ func movedNames(w *world) (c []*agent) {
 	}
 	return c
 }
+
+// ---- long lines ----
+
+func TestLineOf1600MillisecondsJoinsAndFailsNobody(t *testing.T) {
+	t.Parallel()
+	w := newFarWorld(t, 4, func(from, to int) trip { return trip{delay: 800 * ms} })
+	var c []*agent
+	for i := 1; i <= w.hosts; i++ {
+		c = append(c, w.start(i, "-join", "10.77.0.1"))
+	}
+	w.gather(20*time.Second, w.hosts, c...)
+	mark := time.Now()
+	time.Sleep(15 * time.Second)
+	w.silent(mark, "", c...)
+	w.agree(0, everybody(w.hosts), c...)
+	for _, a := range c {
+		if l := a.find(time.Time{}, "member-failed"); l != nil {
+			t.Errorf("%s logs %s", a.name, l.text)
+		}
+	}
+}
+
+// What a lost heartbeat costs on a line is a ping and its answer.
+func TestLineOf150MillisecondsThatLosesCostsLittleAtRest(t *testing.T) {
+	t.Parallel()
+	const bytesAtMost = 300
+	w := newFarWorld(t, 6, func(from, to int) trip { return trip{delay: 75 * ms, loss: .01} })
+	c := joined(w)
+	time.Sleep(8 * time.Second)
+	mark := time.Now()
+	packets, bytes := w.line.rate(15*time.Second, hostsOf(c)...)
+	probes := 0
+	for _, a := range c {
+		for _, l := range a.since(mark) {
+			if strings.Contains(l.text, "probing") {
+				probes++
+			}
+		}
+	}
+	t.Logf("%.1f packets and %.0f bytes a second and member, and %d probes", packets, bytes, probes)
+	if bytes > bytesAtMost {
+		t.Errorf("at rest each member sends %.0f bytes a second, want at most %d", bytes, bytesAtMost)
+	}
+	w.silent(mark, "", c...)
+}
