@@ -8,12 +8,15 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"iter"
 	"maps"
 	"math/bits"
 	"net/netip"
+	"regexp"
+	"regexp/syntax"
 	"slices"
 	"strings"
 	"time"
@@ -900,4 +903,179 @@ func (b *eventBuffer) trim(before time.Duration) {
 		old++
 	}
 	b.drop(0, old)
+}
+
+// ---- how members are chosen and listed ----
+
+// memberFilter is what members must match, by field: "name", "status", or a tag as "tag KEY".
+type memberFilter map[string]*regexp.Regexp
+
+// set returns the way to take FIELD=RE, or what is missing of it after a prefix.
+func (f memberFilter) set(prefix string) func(string) error {
+	return func(s string) error {
+		field, re, ok := strings.Cut(prefix+s, "=")
+		if !ok {
+			return errors.New("want KEY=RE, such as role=web")
+		}
+		r, err := regexp.Compile("^(?s:" + re + ")$")
+		if se, ok := errors.AsType[*syntax.Error](err); ok {
+			return fmt.Errorf("%q is not a regular expression: %s", re, se.Code)
+		}
+		f[field] = r
+		return nil
+	}
+}
+
+func (f memberFilter) matches(m Member) bool {
+	fields := map[string]string{"name": m.Name, "status": m.Status.String()}
+	for k, v := range m.Tags.asMap() {
+		fields["tag "+k] = v
+	}
+	for field, re := range f {
+		if v, ok := fields[field]; !ok || !re.MatchString(v) {
+			return false
+		}
+	}
+	return true
+}
+
+// memberStatus is a member, and for how long it has had its status.
+type memberStatus struct {
+	Member
+	since time.Duration
+}
+
+func aliveNames(members []memberStatus) (names []string) {
+	for _, m := range members {
+		if m.Status == statusAlive {
+			names = append(names, m.Name)
+		}
+	}
+	return names
+}
+
+// compareNames orders names as people count: host-8 before host-79. Of numbers alike, the one with fewer zeros is first.
+func compareNames(a, b string) int {
+	x, y := a, b
+	for x != "" && y != "" {
+		digitsX, digitsY := leadingDigits(x), leadingDigits(y)
+		if digitsX == "" || digitsY == "" {
+			if x[0] != y[0] {
+				return strings.Compare(x, y)
+			}
+			x = x[1:]
+			y = y[1:]
+			continue
+		}
+		numberX, numberY := strings.TrimLeft(digitsX, "0"), strings.TrimLeft(digitsY, "0")
+		if len(numberX) != len(numberY) {
+			return len(numberX) - len(numberY)
+		}
+		if numberX != numberY {
+			return strings.Compare(numberX, numberY)
+		}
+		x = x[len(digitsX):]
+		y = y[len(digitsY):]
+	}
+	if x == y {
+		return len(a) - len(b)
+	}
+	return len(x) - len(y)
+}
+
+func leadingDigits(s string) string {
+	return s[:len(s)-len(strings.TrimLeft(s, "0123456789"))]
+}
+
+// membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
+// stay in place when a member fails.
+func membersText(members []memberStatus, detailed bool) string {
+	var rows [][]string
+	for _, m := range members {
+		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
+		if detailed {
+			row = append(row, "for "+m.since.Round(time.Second).String(), "version "+printable(m.Version, ""),
+				fmt.Sprint("protocol ", m.Protocol))
+		}
+		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
+	}
+	return columns(rows)
+}
+
+// columns lays rows out at least four blanks apart, without trailing blanks.
+func columns(rows [][]string) string {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], displayWidth(cell))
+		}
+	}
+
+	var b strings.Builder
+	for _, row := range rows {
+		line := ""
+		for i, cell := range row {
+			line += cell + strings.Repeat(" ", widths[i]-displayWidth(cell)+4)
+		}
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	return b.String()
+}
+
+// displayWidth is how many places s takes on a terminal: East Asian characters and emoji take two, marks that combine
+// none (Unicode Standard Annex 11, in coarse ranges).
+func displayWidth(s string) (width int) {
+	for _, r := range s {
+		switch {
+		case unicode.In(r, unicode.Mn, unicode.Me):
+		case r >= 0x1100 && isWide(r):
+			width += 2
+		default:
+			width++
+		}
+	}
+	return width
+}
+
+func isWide(r rune) bool {
+	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
+		return true
+	}
+	for _, wide := range [][2]rune{{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff}} {
+		if r >= wide[0] && r <= wide[1] {
+			return true
+		}
+	}
+	return false
+}
+
+// memberJSON is a member as Serf shows it; what follows the status is of -detailed.
+type memberJSON struct {
+	Name     string            `json:"name"`
+	Addr     string            `json:"addr"`
+	Port     uint16            `json:"port"`
+	Tags     map[string]string `json:"tags"`
+	Status   string            `json:"status"`
+	For      string            `json:"for,omitempty"`
+	Version  string            `json:"version,omitempty"`
+	Protocol uint8             `json:"protocol,omitempty"`
+}
+
+func membersJSON(members []memberStatus, detailed bool) string {
+	var list []memberJSON // null where there is none, as Serf has it
+	for _, m := range members {
+		shown := memberJSON{Name: m.Name, Addr: m.Addr.String(), Port: m.Addr.Port(), Tags: m.Tags.asMap(), Status: m.Status.String()}
+		if detailed {
+			shown.For = m.since.Round(time.Second).String()
+			shown.Version = m.Version
+			shown.Protocol = m.Protocol
+		}
+		list = append(list, shown)
+	}
+	return toJSON(struct {
+		Members []memberJSON `json:"members"`
+	}{list})
 }
