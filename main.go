@@ -52,6 +52,7 @@ const (
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 20 * time.Second // a join or a leave takes the agent itself up to fifteen
 	startPatience  = time.Second      // how long the banner waits for the name of -advertise
+	handlerGrace   = 3 * time.Second  // what handlers have to end in when the agent stops
 	addressPoll    = 500 * ms         // between looks whether there is an address to advertise now
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
@@ -232,7 +233,7 @@ func parseArgs(fs *flag.FlagSet, args []string) (operands, ignored []string, err
 			ignored = append(ignored, name)
 			continue
 		}
-		if err := setOption(fs, name, value); err != nil {
+		if err := setOption(fs, "-"+name, name, value); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -248,16 +249,36 @@ func isSwitch(name string, option *flag.Flag) bool {
 	return ok && b.IsBoolFlag()
 }
 
-// setOption sets an option of fs, and says what is wrong with its value.
-func setOption(fs *flag.FlagSet, name, value string) error {
+// setOption sets an option of fs to a value that came from source: a flag, a variable or a key of a file.
+func setOption(fs *flag.FlagSet, source, name, value string) error {
 	err := fs.Set(name, value)
 	if err != nil && isSwitch(name, fs.Lookup(name)) {
 		err = errors.New("want true or false")
 	}
 	if err != nil {
-		return fmt.Errorf("invalid value %q for -%s: %w", value, name, err)
+		return fmt.Errorf("invalid value %q for %s: %w", value, source, err)
 	}
 	return nil
+}
+
+// setValues sets an option to the items of a list. An empty list is refused where it would silently keep nobody out.
+func setValues(fs *flag.FlagSet, source, name string, values []string) error {
+	if len(values) == 0 && keepsOthersOut(name) {
+		values = []string{""}
+	}
+	for _, value := range values {
+		if err := setOption(fs, source, name, value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// givenOptions are the names of the options of fs that are set.
+func givenOptions(fs *flag.FlagSet) map[string]bool {
+	given := make(map[string]bool)
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	return given
 }
 
 func unknownOption(fs *flag.FlagSet, name string) error {
@@ -440,6 +461,14 @@ func numberOption(fs *flag.FlagSet, n *int, name, usage string) {
 			return errors.New("want a number, 0 or more")
 		}
 		*n = int(u)
+		return nil
+	})
+}
+
+// listOption defines an option that adds to a list.
+func listOption(fs *flag.FlagSet, list *[]string, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
+		*list = append(*list, s)
 		return nil
 	})
 }
@@ -1061,6 +1090,7 @@ type agentSource struct {
 // newAgent defines the agent's options on fs.
 func newAgent(fs *flag.FlagSet) *agent {
 	a := &agent{tags: make(map[string]string)}
+	a.handlers.grace = handlerGrace
 	a.options(fs)
 	return a
 }
@@ -1089,8 +1119,7 @@ func (src agentSource) read() (*agent, error) {
 }
 
 func (a *agent) options(fs *flag.FlagSet) {
-	g, h := &a.gossip, &a.handlers
-	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, 3*time.Second
+	g := &a.gossip
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
 	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
@@ -1111,25 +1140,20 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
 		"repeatable, or separated by commas: the first seals, all can open;\n"+
 		"'none' among them stands for no encryption, while keys are introduced.\n"+
-		"Others can see arguments: better set HAMLET_ENCRYPT", secret(func(s string) {
-		a.keys = append(a.keys, strings.Split(s, ",")...)
-	}))
+		"Others can see arguments: better set HAMLET_ENCRYPT",
+		secret(func(s string) { a.keys = append(a.keys, strings.Split(s, ",")...) }))
+	g.reapAfter = 24 * time.Hour
 	durationOption(fs, &g.reapAfter, "reap-after", "forget failed and left members after `DURATION` (default 24h)")
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
-	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
+	listOption(fs, &a.handlers.specs, "event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
 		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
 		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
-		"query:NAME or * (all of them)", func(s string) error { h.specs = append(h.specs, s); return nil })
-	durationOption(fs, &h.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
+		"query:NAME or * (all of them)")
+	a.handlers.timeout = 10 * time.Minute
+	durationOption(fs, &a.handlers.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
-	fs.Func("config-file", "read options from the JSON of `FILE`, as Serf's; repeatable", func(s string) error {
-		a.files = append(a.files, s)
-		return nil
-	})
-	fs.Func("config-dir", "read those of all *.json files in `DIR`; repeatable", func(s string) error {
-		a.folders = append(a.folders, s)
-		return nil
-	})
+	listOption(fs, &a.files, "config-file", "read options from the JSON of `FILE`, as Serf's; repeatable")
+	listOption(fs, &a.folders, "config-dir", "read those of all *.json files in `DIR`; repeatable")
 }
 
 func (a *agent) seed(s string) error {
@@ -1140,29 +1164,30 @@ func (a *agent) seed(s string) error {
 
 // setFromEnvironment sets the options that were not given from their variables, and names the variables of none.
 func setFromEnvironment(fs *flag.FlagSet, environ []string) (unknown []string, err error) {
-	given := make(map[string]bool)
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	given := givenOptions(fs)
 	for _, kv := range environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
-		if !ours {
+		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
+		if !ours || given[name] {
 			continue
 		}
-
-		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
 		if fs.Lookup(name) == nil {
 			if !isServiceLink(variable, text) {
 				unknown = append(unknown, variable)
 			}
 			continue
 		}
+
 		// Templates set all variables, also those that have no value. But an empty secret is one that is missing.
-		meant := text != "" || keepsOthersOut(name)
-		if meant && !given[name] && err == nil {
-			err = setFromVariable(fs, variable, text, name)
+		if text == "" && !keepsOthersOut(name) {
+			continue
+		}
+		if err := setFromVariable(fs, variable, text, name); err != nil {
+			return nil, err
 		}
 	}
-	return unknown, err
+	return unknown, nil
 }
 
 // keepsOthersOut reports whether the option of that name is there to keep others out. Without a value that would
@@ -1196,28 +1221,34 @@ func isServiceLink(variable, text string) bool {
 	return is
 }
 
-// setFromVariable sets an option to the text of a variable, or to each item of it where the option is repeatable.
+// listOptions are the options whose variable is a list.
+var listOptions = []string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}
+
+// setFromVariable sets an option to the text of a variable, or to each item of it where that is a list.
 func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
-	items, note := []string{text}, ""
-	if slices.Contains([]string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}, name) {
-		items = splitList(text)
+	if !slices.Contains(listOptions, name) {
+		return setOption(fs, variable, name, text)
 	}
-	if len(items) == 0 && keepsOthersOut(name) {
-		items = []string{""} // which it refuses
+	items := splitList(text)
+	err := setValues(fs, variable, name, items)
+	if len(items) < 2 || strings.Contains(text, "\n") || keepsOthersOut(name) { // no error may show a key
+		return err
 	}
-	if len(items) > 1 && name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
-		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
+
+	// Commas that belong to one item have split it: what is left of it is no item, or breaks off inside quotes.
+	broken := slices.IndexFunc(items, breaksOff)
+	if err == nil && broken >= 0 {
+		err = fmt.Errorf("invalid value %q for %s: it breaks off inside quotes", items[broken], variable)
 	}
-	for _, item := range items {
-		err := fs.Set(name, item)
-		if note != "" && (strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0) {
-			err = errors.New("it breaks off inside quotes")
-		}
-		if err != nil {
-			return fmt.Errorf("invalid value %q for %s: %w%s", item, variable, err, note)
-		}
+	if err != nil {
+		err = fmt.Errorf("%w; it is split at its commas: end it with a newline to have it split at newlines only", err)
 	}
-	return nil
+	return err
+}
+
+// breaksOff reports whether text ends inside quotes.
+func breaksOff(text string) bool {
+	return strings.Count(text, `"`)%2 > 0 || strings.Count(text, "'")%2 > 0
 }
 
 // splitList takes a list apart at its commas, or at its newlines if there are any. The events in
@@ -1227,15 +1258,22 @@ func splitList(text string) (items []string) {
 	if strings.Contains(text, "\n") {
 		sep = "\n"
 	}
+	events := "" // that wait for their script
 	for item := range strings.SplitSeq(text, sep) {
-		last := len(items) - 1
-		switch item = strings.TrimSpace(item); {
-		case item == "":
-		case last >= 0 && !strings.Contains(items[last], "=") && checkEvents(strings.Split(items[last], ",")) == nil:
-			items[last] += "," + item
-		default:
-			items = append(items, item)
+		item = strings.TrimSpace(item)
+		if item == "" {
+			continue
 		}
+		item = events + item
+		events = ""
+		if !strings.Contains(item, "=") && checkEvents(strings.Split(item, ",")) == nil {
+			events = item + ","
+			continue
+		}
+		items = append(items, item)
+	}
+	if events != "" {
+		items = append(items, strings.TrimSuffix(events, ","))
 	}
 	return items
 }
@@ -1261,8 +1299,7 @@ var serfKeys = map[string]string{
 // readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers are
 // added to those.
 func (a *agent) readFiles(fs *flag.FlagSet) error {
-	given := make(map[string]bool)
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	given := givenOptions(fs)
 	for _, list := range []string{"tag", "role", "join", "retry-join", "event-handler"} {
 		delete(given, list)
 	}
@@ -1293,15 +1330,9 @@ func (a *agent) readFiles(fs *flag.FlagSet) error {
 
 // setFromJSON sets options from one file. What an earlier file has set and is no list is set anew.
 func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string, text []byte) error {
-	var object map[string]any
-	decoder := json.NewDecoder(bytes.NewReader(text))
-	decoder.UseNumber() // which keeps the text of a number
-	if err := decoder.Decode(&object); err != nil {
-		line := 1 + bytes.Count(text[:decoder.InputOffset()], []byte("\n"))
-		if se, ok := errors.AsType[*json.SyntaxError](err); ok {
-			line = 1 + bytes.Count(text[:min(int(se.Offset), len(text))], []byte("\n"))
-		}
-		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: line %d: this is not JSON: %v", file, line, err)
+	object, err := decodeObject(text)
+	if err != nil {
+		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: %v", file, err)
 	}
 
 	for _, key := range slices.Sorted(maps.Keys(object)) {
@@ -1313,20 +1344,33 @@ func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string
 			a.notes = append(a.notes, unknownKey(file, key, name))
 			continue
 		}
-		values := optionTexts(object[key])
-		if len(values) == 0 && keepsOthersOut(name) {
-			values = []string{""} // which it refuses
+		if given[name] {
+			continue
 		}
-		for _, value := range values {
-			if given[name] || a.hasTag(name, value) {
-				continue
-			}
-			if err := setOption(fs, name, value); err != nil {
-				return failf("", "%s: %s: %v", file, key, err)
-			}
+
+		isSet := func(value string) bool { return a.hasTag(name, value) }
+		values := slices.DeleteFunc(optionTexts(object[key]), isSet)
+		if err := setValues(fs, "-"+name, name, values); err != nil {
+			return failf("", "%s: %s: %v", file, key, err)
 		}
 	}
 	return nil
+}
+
+// decodeObject decodes a JSON object. The error names the line.
+func decodeObject(text []byte) (object map[string]any, err error) {
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.UseNumber() // which keeps the text of a number
+	err = decoder.Decode(&object)
+	if err == nil {
+		return object, nil
+	}
+
+	at := decoder.InputOffset()
+	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
+		at = min(syntax.Offset, int64(len(text)))
+	}
+	return nil, fmt.Errorf("line %d: this is not JSON: %w", 1+bytes.Count(text[:at], []byte("\n")), err)
 }
 
 // optionTexts is a JSON value as options take it: each item of a list, KEY=VALUE for each item of an object.
@@ -1349,10 +1393,13 @@ func optionTexts(value any) (texts []string) {
 
 // hasTag reports whether a flag or the environment has set the tag that this option is about.
 func (a *agent) hasTag(option, value string) bool {
-	key := "role"
-	if option == "tag" {
+	var key string
+	switch option {
+	case "role":
+		key = "role"
+	case "tag":
 		key, _, _ = strings.Cut(value, "=")
-	} else if option != "role" {
+	default:
 		return false
 	}
 	_, ok := a.tags[key]
