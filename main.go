@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/rand"
 	_ "embed"
@@ -1221,12 +1220,10 @@ func isServiceLink(variable, text string) bool {
 	return is
 }
 
-// listOptions are the options whose variable is a list.
-var listOptions = []string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}
-
 // setFromVariable sets an option to the text of a variable, or to each item of it where that is a list.
 func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
-	if !slices.Contains(listOptions, name) {
+	isList := slices.Contains([]string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}, name)
+	if !isList {
 		return setOption(fs, variable, name, text)
 	}
 	items := splitList(text)
@@ -1443,14 +1440,15 @@ func (a *agent) check() (why string, err error) {
 
 // chooseAddress chooses the address to advertise. Where it may become known later, a stopgap is taken until then.
 func (a *agent) chooseAddress() (why string, err error) {
-	cfg := &a.gossip
 	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
 	defer cancel()
+	cfg := &a.gossip
 	cfg.member.Addr, why, err = a.advertised(ctx)
 	f, _ := errors.AsType[*failure](err)
 	if f == nil || !f.retriable {
 		return why, err
 	}
+
 	cfg.awaits = f.msg
 	_, port, _ := hostPort(a.advertise, fmt.Sprint(cfg.bind.Port()))
 	cfg.member.Addr = netip.MustParseAddrPort(net.JoinHostPort("127.0.0.1", port))
@@ -1501,6 +1499,7 @@ type runningAgent struct {
 	gossip   *gossip
 	handlers *handlers
 	logs     *logWriter
+	log      logger        // which logs writes
 	ended    chan struct{} // closed when all has ended
 }
 
@@ -1512,19 +1511,20 @@ func (src agentSource) run() error {
 	}
 	logs := newLogWriter(logLevelOf(a.logLevel))
 	a.gossip.member.Version = version
-	a.handlers.log = logs.log
 	a.gossip.log = logs.log
+	a.handlers.log = logs.log
 	started := *a // check completes what was read
 	why, err := a.check()
 	if err != nil {
 		return err
 	}
 
+	// Until here a signal ends the process, however long a resolver takes.
 	ln, err := a.listenRPC()
 	if err != nil {
 		return err
 	}
-	signals := prepareProcess() // only now: until here a signal ends the process, however long a resolver takes
+	signals := prepareProcess()
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return usagef(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
@@ -1539,16 +1539,17 @@ func (src agentSource) run() error {
 		self, alone := g.self()
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
-	r := &runningAgent{src, started, &started, g, handlers, logs, make(chan struct{})}
+	r := &runningAgent{
+		source: src, started: started, lastRead: &started,
+		gossip: g, handlers: handlers, logs: logs, log: logs.log, ended: make(chan struct{}),
+	}
 
 	go g.loop()
 	a.banner(g, why, ln.Addr())
 	if a.gossip.awaits != "" {
 		go a.awaitAddress(g)
 	}
-	for _, note := range a.notes {
-		logger(logs.log).printf(levelWarn, "%s", note)
-	}
+	r.logNotes(a.notes)
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
@@ -1559,6 +1560,12 @@ func (src agentSource) run() error {
 		close(r.ended)
 	}()
 	return r.wait(signals)
+}
+
+func (r *runningAgent) logNotes(notes []string) {
+	for _, note := range notes {
+		r.log.printf(levelWarn, "%s", note)
+	}
 }
 
 func (a *agent) listenRPC() (net.Listener, error) {
@@ -1591,13 +1598,10 @@ func (r *runningAgent) reload() error {
 		return err
 	}
 
-	for _, note := range a.notes {
-		if !slices.Contains(r.lastRead.notes, note) {
-			logger(r.logs.log).printf(levelWarn, "%s", note)
-		}
-	}
+	wasTold := func(note string) bool { return slices.Contains(r.lastRead.notes, note) }
+	r.logNotes(slices.DeleteFunc(slices.Clone(a.notes), wasTold))
 	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
-		logger(r.logs.log).printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
+		r.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
 	}
 	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
 	r.gossip.setKeys(keys)
@@ -1608,12 +1612,11 @@ func (r *runningAgent) reload() error {
 
 // tagChanges is what leads from one set of tags to another. What the tags command has changed meanwhile stays.
 func tagChanges(was, is map[string]string) (set map[string]string, remove []string) {
-	set = make(map[string]string)
-	for key, value := range is {
-		if old, ok := was[key]; !ok || old != value {
-			set[key] = value
-		}
-	}
+	set = maps.Clone(is)
+	maps.DeleteFunc(set, func(key, value string) bool {
+		old, ok := was[key]
+		return ok && old == value
+	})
 	for key := range was {
 		if _, ok := is[key]; !ok {
 			remove = append(remove, key)
@@ -1624,25 +1627,32 @@ func tagChanges(was, is map[string]string) (set map[string]string, remove []stri
 
 // fixedChanges names the options that differ in b, and cannot change while the agent runs.
 func (a *agent) fixedChanges(b *agent) (names []string) {
-	for _, option := range []struct{ name, a, b string }{
-		{"advertise", a.advertise, b.advertise},
-		{"bind", a.bind, b.bind},
-		{"cluster", a.gossip.cluster, b.gossip.cluster},
-		{"iface", a.iface, b.iface},
-		{"join", strings.Join(a.gossip.seeds, ","), strings.Join(b.gossip.seeds, ",")},
-		{"leave-on-terminate", fmt.Sprint(a.leaveOnTerminate), fmt.Sprint(b.leaveOnTerminate)},
-		{"node", a.gossip.member.Name, b.gossip.member.Name},
-		{"reap-after", a.gossip.reapAfter.String(), b.gossip.reapAfter.String()},
-		{"replay", fmt.Sprint(a.gossip.replay), fmt.Sprint(b.gossip.replay)},
-		{"retry-max", fmt.Sprint(a.gossip.retryMax), fmt.Sprint(b.gossip.retryMax)},
-		{"rpc-addr", a.rpcAddr, b.rpcAddr},
-		{"rpc-auth", a.rpcAuth, b.rpcAuth},
-	} {
-		if option.a != option.b {
-			names = append(names, option.name)
+	values := b.fixed()
+	for name, value := range a.fixed() {
+		if value != values[name] {
+			names = append(names, name)
 		}
 	}
+	slices.Sort(names)
 	return names
+}
+
+// fixed are the options that cannot change while the agent runs.
+func (a *agent) fixed() map[string]any {
+	return map[string]any{
+		"advertise":          a.advertise,
+		"bind":               a.bind,
+		"cluster":            a.gossip.cluster,
+		"iface":              a.iface,
+		"join":               strings.Join(a.gossip.seeds, ","),
+		"leave-on-terminate": a.leaveOnTerminate,
+		"node":               a.gossip.member.Name,
+		"reap-after":         a.gossip.reapAfter,
+		"replay":             a.gossip.replay,
+		"retry-max":          a.gossip.retryMax,
+		"rpc-addr":           a.rpcAddr,
+		"rpc-auth":           a.rpcAuth,
+	}
 }
 
 // prepareProcess fits the process to an agent, and returns the signals that it gets.
@@ -1661,16 +1671,19 @@ func prepareProcess() <-chan os.Signal {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	no, _ := errors.AsType[syscall.Errno](err)
-	hint := map[syscall.Errno]string{
-		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
-		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
-		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[no]
+	hint := ""
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		hint = "is an agent running there already? choose another address with " + option
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		hint = "this machine has no such address; choose another with " + option
+	case errors.Is(err, syscall.EACCES):
+		hint = "ports below 1024 need root; choose another with " + option
+	}
 	return failf(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
-// banner tells how the agent can be reached, and warns of what is hardly meant.
+// banner tells how the agent can be reached, and warns of settings that are hardly meant.
 func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	self, _ := g.self()
 	fmt.Printf(`==> Starting hamlet agent...
@@ -1682,21 +1695,31 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
      RPC addr: '%s'
     Encrypted: %v
 `, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, a.gossip.sealsWithKey())
-	switch ip := self.Addr.Addr(); {
-	case a.gossip.awaits != "": // which is told
-	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
-		remedy := "-advertise sets one"
-		if ips, _ := addressesOf(""); !bestAddress(ips, netip.IPv6Unspecified()).Is4() && a.gossip.bind.Addr().Is4() {
-			remedy = fmt.Sprintf("-bind [::]:%d takes IPv6 as well", a.gossip.bind.Port())
-		}
-		a.gossip.log.printf(levelWarn, "advertising %s, which other machines cannot reach: %s (%s)", self.Addr, why, remedy)
-	case !a.gossip.sealsWithKey() && !isPrivate(ip):
-		a.gossip.log.printf(levelWarn, "%s is a public address, and there is no key: "+
-			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
+
+	if a.gossip.awaits == "" {
+		a.warnOfAddress(self.Addr, why)
 	}
-	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
-		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: whoever reaches it controls this agent "+
+	if !rpc.(*net.TCPAddr).IP.IsLoopback() && a.rpcAuth == "" {
+		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: anyone who can reach it controls this agent "+
 			"(-rpc-auth sets one)", rpc)
+	}
+}
+
+// warnOfAddress warns of an advertised address that no other machine can reach, or any.
+func (a *agent) warnOfAddress(addr netip.AddrPort, why string) {
+	bind := a.gossip.bind
+	ip := addr.Addr()
+	if ip.IsLoopback() && a.gossip.moves { // the user did not choose it
+		remedy := "-advertise sets one"
+		ips, _ := addressesOf("")
+		if bind.Addr().Is4() && !bestAddress(ips, netip.IPv6Unspecified()).Is4() {
+			remedy = fmt.Sprintf("-bind [::]:%d takes IPv6 as well", bind.Port())
+		}
+		a.gossip.log.printf(levelWarn, "advertising %s, which other machines cannot reach: %s (%s)", addr, why, remedy)
+	}
+	if !a.gossip.sealsWithKey() && !isPrivate(ip) {
+		a.gossip.log.printf(levelWarn, "%s is a public address, and there is no key: "+
+			"anyone who can reach it can join and lie (-encrypt sets one)", addr)
 	}
 }
 
@@ -1750,16 +1773,14 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 			}
 			return r.gossip.err
 		case s := <-signals:
-			if s == syscall.SIGHUP {
+			switch {
+			case s == syscall.SIGHUP:
 				r.hangUp()
-				continue
-			}
-			if !told.IsZero() && time.Since(told) > sameSignal {
-				return failf("", "%v while stopping: ended at once", s)
-			}
-			if told.IsZero() {
+			case told.IsZero():
 				told = time.Now()
 				r.stop(s)
+			case time.Since(told) > sameSignal:
+				return failf("", "%v while stopping: ended at once", s)
 			}
 		}
 	}
@@ -1767,20 +1788,20 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 
 func (r *runningAgent) hangUp() {
 	if err := r.reload(); err != nil {
-		logger(r.logs.log).printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
+		r.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
 		return
 	}
-	logger(r.logs.log).printf(levelInfo, "hangup: read the options again")
+	r.log.printf(levelInfo, "hangup: read the options again")
 }
 
 // stop begins to end the agent, in the way that the signal asks for.
 func (r *runningAgent) stop(s os.Signal) {
 	if s == os.Interrupt || s == syscall.SIGTERM && r.started.leaveOnTerminate {
-		logger(r.logs.log).printf(levelInfo, "%v: leaving the cluster, a second signal ends at once", s)
+		r.log.printf(levelInfo, "%v: leaving the cluster, a second signal ends at once", s)
 		go r.gossip.leave()
 		return
 	}
-	logger(r.logs.log).printf(levelInfo, "%v: ending without leaving", s)
+	r.log.printf(levelInfo, "%v: ending without leaving", s)
 	go r.gossip.close() // peers notice at once; handlers get their grace
 }
 
@@ -1790,8 +1811,10 @@ func (r *runningAgent) stop(s os.Signal) {
 func runAsInit() (exit int) {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
-	exe, _ := os.Executable()
-	exe = cmp.Or(exe, os.Args[0])
+	exe, err := os.Executable()
+	if err != nil {
+		exe = os.Args[0]
+	}
 	// In a group of its own, so that ^C at a terminal arrives once: from here.
 	child, err := syscall.ForkExec(exe, os.Args, &syscall.ProcAttr{
 		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setpgid: true},
@@ -1800,21 +1823,26 @@ func runAsInit() (exit int) {
 		fmt.Fprintf(os.Stderr, "hamlet: error: cannot start %s: %v\n", exe, err)
 		return 1
 	}
+
 	go func() {
 		for s := range signals {
 			syscall.Kill(child, s.(syscall.Signal))
 		}
 	}()
 	for {
-		var ws syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &ws, 0, nil)
-		switch {
-		case err != nil && err != syscall.EINTR:
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, 0, nil)
+		if err != nil && err != syscall.EINTR {
 			return 1
-		case pid == child && ws.Exited():
-			return ws.ExitStatus()
-		case pid == child && ws.Signaled():
-			return 128 + int(ws.Signal())
+		}
+		if pid != child {
+			continue
+		}
+		if status.Exited() {
+			return status.ExitStatus()
+		}
+		if status.Signaled() {
+			return 128 + int(status.Signal())
 		}
 	}
 }
