@@ -402,7 +402,7 @@ func ofAnotherVersion(t *testing.T) string {
 	a, joiner := startAgent(t, "-node", "older"), startAgent(t, "-node", "joiner")
 	for at := range 64 {
 		r := startRelay(t, &relay{rec: &recording{}, addr: "127.0.0.1:0", target: a.bind, change: &change{true, at}})
-		if _, errs, _ := runCmd(t, askCmd(joiner.rpc, "join", r.addr)); strings.Contains(errs, "run the same hamlet on both sides") {
+		if _, errs, _ := runCmd(t, askCmd(joiner.rpc, "join", r.addr)); strings.Contains(errs, "speaks protocol ") {
 			return r.addr
 		}
 		r.close()
@@ -432,7 +432,7 @@ func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 		{plain, keyed.bind, "start this one with -encrypt"},
 		{keyed, plain.bind, "start that one with -encrypt"},
 		{apart, plain.bind, "give both the same -cluster"},
-		{plain, ofAnotherVersion(t), "run the same hamlet on both sides"},
+		{plain, ofAnotherVersion(t), "speaks protocol "},
 		{plain, ln.Addr().String(), "is this the right port"},
 	} {
 		for range 3 {

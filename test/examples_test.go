@@ -543,7 +543,7 @@ func TestTheCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
 	cmd := hamletCmd(agentArgs("-node", "app1", "-log-level", "debug", "-event-handler", filepath.Join(dir, "handlers", "route.sh"))...)
 	cmd.Env = exampleEnv(t, dir, "APP="+dir)
 	app := startAgentCmd(t, cmd)
-	app.waitLog("app1 joined from 127.0.0.1, role none\napp1    " + app.advertised + "    alive\n")
+	app.waitLog("app1 joined from 127.0.0.1, role none\n\tapp1    " + app.advertised + "    alive\n")
 	web := startAgent(t, "-node", "web1", "-role", "web", "-tag", "port=80", "-join", app.advertised)
 	app.waitLog("web1 joined from 127.0.0.1, role web\n")
 	app.waitStatus("web1", "alive")
