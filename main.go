@@ -76,6 +76,11 @@ func usagef(hint, format string, args ...any) error {
 	return &failure{msg: fmt.Sprintf(format, args...), hint: hint, code: 2}
 }
 
+// notYetf makes a failure of what may come right by itself.
+func notYetf(format string, args ...any) error {
+	return &failure{msg: fmt.Sprintf(format, args...), code: 1, retriable: true}
+}
+
 func main() {
 	args := os.Args[1:]
 	if len(args) == 0 {
@@ -1003,7 +1008,7 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 		if timeout > maxQueryTimeout {
 			return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, timeout)
 		}
-		result := &queryResult{Responses: make(map[string]string), acked: make(map[string]bool), waiting: make(map[string]bool), noAck: *noAck}
+		result := newQueryResult(*noAck)
 		show := func(text string) error { return output(printable(text, "\n\t")) }
 		if *asJSON {
 			show = func(string) error { return nil } // programs get all at the end
@@ -1892,7 +1897,8 @@ func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
 	return bind, err
 }
 
-// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or has no other.
+// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or has
+// no other.
 func (a *agent) needsIPv6() bool {
 	for _, s := range append(slices.Clone(a.gossip.seeds), a.advertise) {
 		host, _, _ := hostPort(s, defaultPort)
@@ -1927,21 +1933,23 @@ func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string
 // namedAddress is the address of -advertise.
 func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
-	host, _, err := hostPort(a.advertise, fmt.Sprint(bind.Port()))
+	port := fmt.Sprint(bind.Port())
+	host, _, err := hostPort(a.advertise, port)
 	if err != nil {
 		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise: %v", err)
 	}
-	addr, err = lookUpOne(ctx, a.advertise, fmt.Sprint(bind.Port()), func(ip netip.Addr) bool {
+	addr, err = lookUpOne(ctx, a.advertise, port, func(ip netip.Addr) bool {
 		return !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr())
 	})
 	if err == nil {
 		return addr, "set with -advertise", nil
 	}
+
 	if _, notIP := netip.ParseAddr(host); notIP == nil {
 		return addr, "", usagef("-advertise takes HOST or HOST:PORT; -bind [::]:7946 takes IPv4 and IPv6",
 			"-advertise %q: no address at which others could reach %s", a.advertise, bind)
 	}
-	return addr, "", &failure{msg: fmt.Sprintf("-advertise %q: %v", a.advertise, err), code: 1, retriable: true}
+	return addr, "", notYetf("-advertise %q: %v", a.advertise, err)
 }
 
 // interfaceAddress is the address of -iface.
@@ -1951,17 +1959,17 @@ func (a *agent) interfaceAddress() (addr netip.AddrPort, why string, err error) 
 	if err != nil {
 		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", a.iface)
 	}
-	if !bind.Addr().IsUnspecified() {
-		if !slices.Contains(ips, bind.Addr()) {
-			return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
-				"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
-		}
+	if slices.Contains(ips, bind.Addr()) {
 		return bind, "the bound address, of " + a.iface, nil
 	}
+	if !bind.Addr().IsUnspecified() {
+		return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
+			"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
+	}
+
 	ip := bestAddress(ips, bind.Addr())
 	if !ip.IsValid() {
-		return addr, "", &failure{msg: fmt.Sprintf("-iface: %s has no address yet at which others could reach %s", a.iface, bind),
-			code: 1, retriable: true}
+		return addr, "", notYetf("-iface: %s has no address yet at which others could reach %s", a.iface, bind)
 	}
 	return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
 }
@@ -1996,24 +2004,23 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 		}
 	}
 
-	var linkLocal netip.Addr // others on its network can be reached by it, but any other address is better
+	// There is no route. Machines on some network of this one may be peers all the same.
+	var ips []netip.Addr
+	interfaceOf := make(map[netip.Addr]string)
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
 		if ifc.Flags&net.FlagUp == 0 {
 			continue
 		}
 		addrs, _ := ifc.Addrs()
-		ip := bestAddress(ipsOf(addrs), bind)
-		if usable(ip, bind) {
-			return ip, "address of " + ifc.Name
-		}
-		if ip.IsValid() && !linkLocal.IsValid() {
-			linkLocal = ip
-			why = "address of " + ifc.Name
+		for _, ip := range ipsOf(addrs) {
+			ips = append(ips, ip)
+			interfaceOf[ip] = ifc.Name
 		}
 	}
-	if linkLocal.IsValid() {
-		return linkLocal, why
+	ip = bestAddress(ips, bind)
+	if ip.IsValid() {
+		return ip, "address of " + interfaceOf[ip]
 	}
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1}), "no other address was found" // which [::] takes as well
 }

@@ -956,35 +956,28 @@ func aliveNames(members []memberStatus) (names []string) {
 
 // compareNames orders names as people count: host-8 before host-79. Of numbers alike, the one with fewer zeros is first.
 func compareNames(a, b string) int {
-	x, y := a, b
-	for x != "" && y != "" {
-		digitsX, digitsY := leadingDigits(x), leadingDigits(y)
-		if digitsX == "" || digitsY == "" {
-			if x[0] != y[0] {
-				return strings.Compare(x, y)
-			}
-			x = x[1:]
-			y = y[1:]
-			continue
-		}
-		numberX, numberY := strings.TrimLeft(digitsX, "0"), strings.TrimLeft(digitsY, "0")
-		if len(numberX) != len(numberY) {
-			return len(numberX) - len(numberY)
-		}
-		if numberX != numberY {
-			return strings.Compare(numberX, numberY)
-		}
-		x = x[len(digitsX):]
-		y = y[len(digitsY):]
+	if order := strings.Compare(countingKey(a), countingKey(b)); order != 0 {
+		return order
 	}
-	if x == y {
-		return len(a) - len(b)
-	}
-	return len(x) - len(y)
+	return len(a) - len(b)
 }
 
-func leadingDigits(s string) string {
-	return s[:len(s)-len(strings.TrimLeft(s, "0123456789"))]
+// countingKey is a text that sorts as its name should: each number in it begins with the count of its digits.
+func countingKey(name string) string {
+	key := make([]byte, 0, len(name)+16)
+	for name != "" {
+		digits := name[:len(name)-len(strings.TrimLeft(name, "0123456789"))]
+		if digits == "" {
+			key = append(key, name[0])
+			name = name[1:]
+			continue
+		}
+		number := strings.TrimLeft(digits, "0")
+		key = append(key, '0', byte(len(number))) // '0', so that a number stands among other characters as a digit does
+		key = append(key, number...)
+		name = name[len(digits):]
+	}
+	return string(key)
 }
 
 // membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
@@ -1044,7 +1037,9 @@ func isWide(r rune) bool {
 	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
 		return true
 	}
-	for _, wide := range [][2]rune{{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff}} {
+	for _, wide := range [][2]rune{
+		{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff},
+	} {
 		if r >= wide[0] && r <= wide[1] {
 			return true
 		}
@@ -1067,7 +1062,13 @@ type memberJSON struct {
 func membersJSON(members []memberStatus, detailed bool) string {
 	var list []memberJSON // null where there is none, as Serf has it
 	for _, m := range members {
-		shown := memberJSON{Name: m.Name, Addr: m.Addr.String(), Port: m.Addr.Port(), Tags: m.Tags.asMap(), Status: m.Status.String()}
+		shown := memberJSON{
+			Name:   m.Name,
+			Addr:   m.Addr.String(),
+			Port:   m.Addr.Port(),
+			Tags:   m.Tags.asMap(),
+			Status: m.Status.String(),
+		}
 		if detailed {
 			shown.For = m.since.Round(time.Second).String()
 			shown.Version = m.Version

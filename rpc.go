@@ -1394,7 +1394,8 @@ func (c *client) members(filter memberFilter, timeout time.Duration) (members []
 	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
 		for _, u := range us {
 			if filter.matches(u.Member) {
-				members = append(members, memberStatus{u.Member, time.Duration(min(u.Age, uint64(math.MaxInt64/ms))) * ms})
+				age := min(u.Age, uint64(math.MaxInt64/ms)) // milliseconds
+				members = append(members, memberStatus{u.Member, time.Duration(age) * ms})
 			}
 		}
 		return nil
@@ -1417,10 +1418,9 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 		if err == nil && len(living) >= wait {
 			return members, nil
 		}
-		if wait == 0 {
-			return nil, err
-		}
-		if f, ok := errors.AsType[*failure](err); err != nil && !(ok && f.retriable) {
+		f, ok := errors.AsType[*failure](err)
+		mayStart := ok && f.retriable
+		if wait == 0 || err != nil && !mayStart {
 			return nil, err
 		}
 
@@ -1431,10 +1431,10 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 			}
 			tooFew = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
 		}
-		if time.Until(deadline) <= pause && tooFew != nil {
-			return nil, tooFew
-		}
 		if time.Until(deadline) <= pause {
+			if tooFew != nil {
+				return nil, tooFew
+			}
 			return nil, err
 		}
 		time.Sleep(pause)
@@ -1458,9 +1458,7 @@ func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, resu
 		nodes = living
 	}
 
-	for _, name := range nodes { // a member that was named and is not there does not answer
-		result.waiting[name] = true
-	}
+	result.ask(nodes) // a member that was named and is not there does not answer
 	req.Args = strings.Join(nodes, "\x00")
 	dispatched := false
 	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
@@ -1469,9 +1467,7 @@ func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, resu
 			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
 			dispatched = true
 		}
-		for _, name := range splitNUL(a.Text) { // the members that are asked
-			result.waiting[name] = true
-		}
+		result.ask(splitNUL(a.Text))
 		for _, u := range us {
 			text += result.add(u.Member.Name, a.Reply, string(u.Payload))
 		}
@@ -1487,6 +1483,23 @@ type queryResult struct {
 	acked     map[string]bool   // those in Acks
 	waiting   map[string]bool   // asked, and no answer yet
 	noAck     bool
+}
+
+func newQueryResult(noAck bool) *queryResult {
+	return &queryResult{
+		Responses: make(map[string]string),
+		Failures:  make(map[string]string),
+		acked:     make(map[string]bool),
+		waiting:   make(map[string]bool),
+		noAck:     noAck,
+	}
+}
+
+// ask notes the members that are asked.
+func (r *queryResult) ask(names []string) {
+	for _, name := range names {
+		r.waiting[name] = true
+	}
 }
 
 // add takes in what from says, and returns the lines to show for it.
@@ -1507,9 +1520,6 @@ func (r *queryResult) add(from string, reply reply, said string) string {
 		r.Responses[from] = said
 		text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
 	case replyFailed:
-		if r.Failures == nil {
-			r.Failures = make(map[string]string)
-		}
 		r.Failures[from] = said
 		text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
 	}
@@ -1611,7 +1621,7 @@ func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) 
 	defer cancel()
 	err = errors.New("it has no address that fits")
 	for l := range lookUp(ctx, s, port) {
-		if l.err != nil && !addr.IsValid() {
+		if l.err != nil {
 			err = l.err
 		}
 		for _, found := range l.addrs {
@@ -1700,15 +1710,15 @@ func followInterface(iface string, own, bind netip.Addr) netip.Addr {
 
 // onOneInterface reports whether both are addresses of the same interface.
 func onOneInterface(x, y netip.Addr) bool {
-	if x == y {
-		return true
-	}
 	ifcs, _ := net.Interfaces()
-	return slices.ContainsFunc(ifcs, func(ifc net.Interface) bool {
+	for _, ifc := range ifcs {
 		addrs, _ := ifc.Addrs()
 		ips := ipsOf(addrs)
-		return slices.Contains(ips, x) && slices.Contains(ips, y)
-	})
+		if slices.Contains(ips, x) && slices.Contains(ips, y) {
+			return true
+		}
+	}
+	return false
 }
 
 // isOwnAddress reports whether others can reach this machine at ip, as far as it knows.
