@@ -31,7 +31,6 @@ import (
 	"syscall"
 	"time"
 	"unicode"
-	"unicode/utf16"
 )
 
 const version = "0.2.0"
@@ -53,6 +52,7 @@ const (
 	startPatience  = time.Second      // how long the banner waits for the name of -advertise
 	handlerGrace   = 3 * time.Second  // what handlers have to end in when the agent stops
 	addressPoll    = 500 * ms         // between looks whether there is an address to advertise now
+	logTime        = "2006/01/02 15:04:05"
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
 )
@@ -159,7 +159,7 @@ func commands() []command {
 	return []command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, agentCommand},
 		{"members", "", "lists the members of the cluster", membersExamples, membersCommand},
-		{"watch", "", "shows who is there, and then what happens, as it happens", watchExamples, watchCommand},
+		{"watch", "", "lists the members, then shows events as they happen", watchExamples, watchCommand},
 		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", queryExamples, queryCommand},
 		{"info", "", "shows what the agent knows of itself", infoExamples, infoCommand},
 		{"tags", "", "changes the tags of the running agent", tagsExamples, tagsCommand},
@@ -188,7 +188,8 @@ func (c command) execute(args []string) error {
 	}
 
 	for _, name := range ignored {
-		fmt.Fprint(os.Stderr, formatLine(logLine{levelWarn, fmt.Sprintf("-%s has no effect: %s", name, serfIgnored[name])}, underJournal()))
+		warning := logLine{levelWarn, fmt.Sprintf("-%s has no effect: %s", name, serfIgnored[name])}
+		fmt.Fprint(os.Stderr, formatLine(warning, underJournal()))
 	}
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
@@ -535,50 +536,6 @@ func reason(err error) error {
 	return err
 }
 
-// printable makes text from elsewhere safe to show: whatever is not graphic (escape sequences, bidi marks, broken
-// UTF-8) is shown as in Go source, except for the characters in keep.
-func printable(s, keep string) string {
-	undo := []string{`\"`, `"`, `\\`, `\`}
-	for _, r := range keep {
-		undo = append(undo, strings.Trim(strconv.QuoteRune(r), "'"), string(r))
-	}
-	q := strconv.QuoteToGraphic(s)
-	return strings.NewReplacer(undo...).Replace(q[1 : len(q)-1])
-}
-
-// toJSON lays v out as Serf does, indented by two blanks.
-func toJSON(v any) string { return marshal(v, "  ") }
-
-// toJSONLine lays v out on one line.
-func toJSONLine(v any) string {
-	// Newlines and tabs inside strings are escaped, so these stand between values.
-	lines := strings.ReplaceAll(marshal(v, "\t"), "\t", "")
-	return strings.NewReplacer(",\n", ", ", "\n", "").Replace(lines) + "\n"
-}
-
-func marshal(v any, indent string) string {
-	var b strings.Builder
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", indent)
-	if err := enc.Encode(v); err != nil {
-		panic(err) // strings, numbers and maps of them always encode
-	}
-
-	// A terminal obeys DEL and the C1 controls, and bidi marks hide things. They stand inside strings only.
-	var safe strings.Builder
-	for _, r := range b.String() {
-		if unicode.IsGraphic(r) || r == '\n' || r == '\t' {
-			safe.WriteRune(r)
-			continue
-		}
-		for _, u := range utf16.AppendRune(nil, r) {
-			fmt.Fprintf(&safe, `\u%04x`, u)
-		}
-	}
-	return safe.String()
-}
-
 // ---- the commands that ask a running agent ----
 
 // rpcOptions defines the options that say where the agent is.
@@ -819,7 +776,7 @@ func commit() string {
 // ---- members ----
 
 const membersExamples = `  {} members                                list all members
-  {} members -status alive -tag role=web    the living ones with a tag
+  {} members -status alive -tag role=web    those that are alive and have a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
 `
@@ -846,7 +803,7 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 		}
 		status := filter["status"]
 		if wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
-			return usagef("", "-wait counts the living, and -status leaves them out")
+			return usagef("", "-wait counts members that are alive, and -status leaves them out")
 		}
 		members, err := agent.waitForMembers(filter, wait, timeout)
 		if err != nil {
@@ -871,10 +828,10 @@ func watchCommand(fs *flag.FlagSet) func([]string) error {
 	agent := rpcOptions(fs)
 	asJSON := formatOption(fs)
 	events := fs.String("event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-		"who is there at the start")
+		"each member that is there at the start")
 	var count int
 	var timeout time.Duration
-	numberOption(fs, &count, "n", "end after `N` events, not counting who is there at first")
+	numberOption(fs, &count, "n", "end after `N` events, not counting the members at the start")
 	durationOption(fs, &timeout, "timeout", "with -n: exit status 1 if it takes longer, a `DURATION`")
 
 	return func([]string) error {
@@ -893,7 +850,7 @@ func watchCommand(fs *flag.FlagSet) func([]string) error {
 				if !matches(kinds, a.Kind, u.Name) {
 					continue
 				}
-				text += watchLine(a, u, *asJSON)
+				text += watchLine(time.Unix(0, a.At), Event{kind: a.Kind, update: u, changed: a.Text}, *asJSON)
 				if a.Kind != 0 { // a member that was there at the start is no event
 					seen++
 				}
@@ -915,8 +872,8 @@ func watchCommand(fs *flag.FlagSet) func([]string) error {
 
 // checkWatch says what is wrong with the options of watch.
 func checkWatch(kinds []string, count int, timeout time.Duration) error {
-	there := eventNames[0]
-	onlyEvents := slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there })
+	atStart := eventNames[0]
+	onlyEvents := slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == atStart })
 	if err := checkEvents(onlyEvents); err != nil {
 		return usagef(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
 	}
@@ -924,63 +881,9 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
 	}
 	if count > 0 && len(onlyEvents) == 0 {
-		return usagef("", "-n counts events, and %q is none: it is who is there at the start", there)
+		return usagef("", "-n counts events, and %q is none: it stands for each member that is there at the start", atStart)
 	}
 	return nil
-}
-
-// droppedLine says that this reader was too slow for that many lines.
-func droppedLine(dropped int, asJSON bool) string {
-	if dropped <= 0 {
-		return ""
-	}
-	if asJSON {
-		return toJSONLine(struct {
-			Lost int `json:"lost"`
-		}{dropped})
-	}
-	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", dropped)
-}
-
-// watchLine shows one event.
-func watchLine(a rpcResponse, u update, asJSON bool) string {
-	if asJSON {
-		return watchJSON(a, u)
-	}
-	m := u.Member
-	what := fmt.Sprintf("%s %s (from %s)", u.Name, u.Payload, m.Name)
-	if a.Kind < eventUser {
-		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
-	}
-	if a.Kind == eventUpdate {
-		what += fmt.Sprintf(" (%s)", a.Text)
-	}
-	at := time.Unix(0, a.At).Format("2006/01/02 15:04:05")
-	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at, a.Kind, printable(what, "")), " ") + "\n"
-}
-
-func watchJSON(a rpcResponse, u update) string {
-	m := u.Member
-	at := time.Unix(0, a.At).Format(time.RFC3339Nano)
-	if a.Kind < eventUser {
-		return toJSONLine(struct {
-			Time   string            `json:"time"`
-			Event  string            `json:"event"`
-			Name   string            `json:"name"`
-			Addr   string            `json:"addr"`
-			Tags   map[string]string `json:"tags"`
-			Status string            `json:"status"`
-			Change string            `json:"changed,omitempty"`
-		}{at, a.Kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String(), a.Text})
-	}
-	return toJSONLine(struct {
-		Time    string `json:"time"`
-		Event   string `json:"event"`
-		Name    string `json:"name"`
-		Payload string `json:"payload"`
-		LTime   uint64 `json:"ltime"`
-		From    string `json:"from"`
-	}{at, a.Kind.String(), u.Name, string(u.Payload), u.LTime, m.Name})
 }
 
 // ---- query ----
@@ -998,11 +901,11 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 	var nodes []string
 	fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
 		nodes = append(nodes, name)
-		return validName(name) // an empty one would be nobody, and so ask all
+		return validName(name) // an empty one would ask all
 	})
 	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
 	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait for the slowest (default 15s)")
-	noAck := fs.Bool("no-ack", false, "do not show who has the query")
+	noAck := fs.Bool("no-ack", false, "do not show which members have received the query")
 
 	return func(args []string) error {
 		if timeout > maxQueryTimeout {
@@ -1026,7 +929,7 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 			return err
 		}
 		if len(result.waiting) > 0 {
-			return failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
+			return failf("'members' shows which are alive; -timeout sets how long to wait", "no answer from %s",
 				strings.Join(slices.Sorted(maps.Keys(result.waiting)), ", "))
 		}
 		return nil
@@ -1112,13 +1015,14 @@ func (src agentSource) read() (*agent, error) {
 		return nil, wrongUsage("agent", err)
 	}
 	if len(unknown) > 0 {
-		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: not looked at", strings.Join(unknown, ", ")))
+		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: ignored", strings.Join(unknown, ", ")))
 	}
 	if err := a.readFiles(fs); err != nil {
 		return nil, err
 	}
 	if logLevelOf(a.logLevel) < 0 {
-		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, strings.ToLower(strings.Join(levelNames, ", ")))
+		names := strings.ToLower(strings.Join(levelNames, ", "))
+		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, names)
 	}
 	return a, nil
 }
@@ -1417,7 +1321,7 @@ func unknownKey(file, key, option string) string {
 	if advice := serfAdvice("-" + option); advice != "" {
 		return fmt.Sprintf("%s: hamlet has no %q: %s", file, key, advice)
 	}
-	return fmt.Sprintf("%s: there is no option %q: it is not looked at", file, key)
+	return fmt.Sprintf("%s: there is no option %q: ignored", file, key)
 }
 
 // check completes the configuration and returns the reason for the advertised address.
@@ -1429,15 +1333,18 @@ func (a *agent) check() (why string, err error) {
 	if err := validName(cfg.member.Name); err != nil {
 		return "", usagef("choose a name with -node", "%v", err)
 	}
-	if cfg.member.Tags, err = makeTags(a.tags); err != nil {
+	cfg.member.Tags, err = makeTags(a.tags)
+	if err != nil {
 		return "", usagef("", "-tag: %v", err)
 	}
+	cfg.keys, err = parseKeys(a.keys)
+	if err != nil {
+		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
+	}
+
 	cfg.bind, err = a.bindAddress()
 	if err != nil {
 		return "", err
-	}
-	if cfg.keys, err = parseKeys(a.keys); err != nil {
-		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
 	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == ""
 	cfg.iface = a.iface
@@ -1853,14 +1760,6 @@ func runAsInit() (exit int) {
 	}
 }
 
-// waitAtMost reports whether wait returned within d.
-func waitAtMost(d time.Duration, wait func()) bool {
-	ctx, done := context.WithTimeout(context.Background(), d)
-	go func() { wait(); done() }()
-	<-ctx.Done()
-	return errors.Is(ctx.Err(), context.Canceled)
-}
-
 // ---- addresses ----
 
 // bindAddress returns the address to listen on.
@@ -2072,7 +1971,7 @@ func formatLine(l logLine, toJournal bool) string {
 	// What spans lines, as the output of a script, is indented: none of it can pass for a line of the log.
 	text := strings.ReplaceAll(printable(strings.TrimSuffix(l.String(), "\n"), "\n\t"), "\n", "\n\t") + "\n"
 	if !toJournal {
-		return time.Now().Format("2006/01/02 15:04:05 ") + text
+		return time.Now().Format(logTime) + " " + text
 	}
 	priorities := [...]int{levelTrace: 7, levelDebug: 7, levelInfo: 6, levelWarn: 4, levelErr: 3}
 	return fmt.Sprintf("<%d>%s", priorities[l.level], text)
@@ -2092,7 +1991,7 @@ func (w *logWriter) pump() {
 	for line := <-w.lines; line != ""; line = <-w.lines {
 		os.Stderr.WriteString(line)
 		if n := w.dropped.Swap(0); n > 0 {
-			lost := logLine{levelWarn, fmt.Sprintf("%d log lines were lost here: nobody took them in time", n)}
+			lost := logLine{levelWarn, fmt.Sprintf("%d log lines were lost here: they were not read in time", n)}
 			os.Stderr.WriteString(formatLine(lost, w.toJournal))
 		}
 	}

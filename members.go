@@ -8,6 +8,7 @@ package main
 
 import (
 	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -18,9 +19,11 @@ import (
 	"regexp"
 	"regexp/syntax"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -1079,4 +1082,106 @@ func membersJSON(members []memberStatus, detailed bool) string {
 	return toJSON(struct {
 		Members []memberJSON `json:"members"`
 	}{list})
+}
+
+// ---- text and JSON that are safe to show ----
+
+// printable makes text from elsewhere safe to show: whatever is not graphic (escape sequences, bidi marks, broken
+// UTF-8) is shown as in Go source, except for the characters in keep.
+func printable(s, keep string) string {
+	undo := []string{`\"`, `"`, `\\`, `\`}
+	for _, r := range keep {
+		undo = append(undo, strings.Trim(strconv.QuoteRune(r), "'"), string(r))
+	}
+	q := strconv.QuoteToGraphic(s)
+	return strings.NewReplacer(undo...).Replace(q[1 : len(q)-1])
+}
+
+// toJSON lays v out as Serf does, indented by two blanks.
+func toJSON(v any) string { return marshal(v, "  ") }
+
+// toJSONLine lays v out on one line.
+func toJSONLine(v any) string {
+	// Newlines and tabs inside strings are escaped, so these stand between values.
+	lines := strings.ReplaceAll(marshal(v, "\t"), "\t", "")
+	return strings.NewReplacer(",\n", ", ", "\n", "").Replace(lines) + "\n"
+}
+
+func marshal(v any, indent string) string {
+	var b strings.Builder
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", indent)
+	if err := enc.Encode(v); err != nil {
+		panic(err) // strings, numbers and maps of them always encode
+	}
+
+	// A terminal obeys DEL and the C1 controls, and bidi marks hide things. They stand inside strings only.
+	var safe strings.Builder
+	for _, r := range b.String() {
+		if unicode.IsGraphic(r) || r == '\n' || r == '\t' {
+			safe.WriteRune(r)
+			continue
+		}
+		for _, u := range utf16.AppendRune(nil, r) {
+			fmt.Fprintf(&safe, `\u%04x`, u)
+		}
+	}
+	return safe.String()
+}
+
+// ---- how events are shown ----
+
+// watchLine shows an event as a line of 'watch'.
+func watchLine(at time.Time, ev Event, asJSON bool) string {
+	if asJSON {
+		return watchJSON(at, ev)
+	}
+	m := ev.Member
+	what := fmt.Sprintf("%s %s (from %s)", ev.Name, ev.Payload, m.Name)
+	if ev.kind < eventUser {
+		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
+	}
+	if ev.kind == eventUpdate {
+		what += fmt.Sprintf(" (%s)", ev.changed)
+	}
+	line := fmt.Sprintf("%s %s: %s", at.Format(logTime), ev.kind, printable(what, ""))
+	return strings.TrimRight(line, " ") + "\n"
+}
+
+func watchJSON(at time.Time, ev Event) string {
+	when := at.Format(time.RFC3339Nano)
+	m := ev.Member
+	if ev.kind < eventUser {
+		return toJSONLine(struct {
+			Time   string            `json:"time"`
+			Event  string            `json:"event"`
+			Name   string            `json:"name"`
+			Addr   string            `json:"addr"`
+			Tags   map[string]string `json:"tags"`
+			Status string            `json:"status"`
+			Change string            `json:"changed,omitempty"`
+		}{when, ev.kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String(), ev.changed})
+	}
+	return toJSONLine(struct {
+		Time    string `json:"time"`
+		Event   string `json:"event"`
+		Name    string `json:"name"`
+		Payload string `json:"payload"`
+		LTime   uint64 `json:"ltime"`
+		From    string `json:"from"`
+	}{when, ev.kind.String(), ev.Name, string(ev.Payload), ev.LTime, m.Name})
+}
+
+// droppedLine says that the reader of 'watch' was too slow for that many lines.
+func droppedLine(dropped int, asJSON bool) string {
+	if dropped <= 0 {
+		return ""
+	}
+	if asJSON {
+		return toJSONLine(struct {
+			Lost int `json:"lost"`
+		}{dropped})
+	}
+	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", dropped)
 }

@@ -1545,12 +1545,17 @@ func hostPort(s, port string) (string, string, error) {
 	if err != nil {
 		h, p, err = net.SplitHostPort(s + ":" + port)
 	}
-	_, perr := strconv.ParseUint(p, 10, 16)
-	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
-	if err != nil || perr != nil || strings.HasPrefix(h, "-") || strings.ContainsFunc(h, odd) {
+	_, notNumber := strconv.ParseUint(p, 10, 16)
+	if err != nil || notNumber != nil || !isHost(h) {
 		return "", "", fmt.Errorf("%q is not an address", s)
 	}
 	return h, p, nil
+}
+
+// isHost reports whether s can be a host: what looks like an option or a URL is none.
+func isHost(s string) bool {
+	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
+	return !strings.HasPrefix(s, "-") && !strings.ContainsFunc(s, odd)
 }
 
 func checkAddrs(addrs []string) error {
