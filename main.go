@@ -144,8 +144,8 @@ func execute(name string, args []string) error {
 
 // ---- commands and options ----
 
-// command is one command. Its define declares the options on fs, and returns what runs the command once they are set,
-// with its arguments.
+// command is one command. Its define declares the options on fs, and returns what runs the command with its arguments,
+// once the options are set.
 type command struct {
 	name     string
 	args     string // what follows the options: WORD, [WORD] or WORD...
@@ -202,26 +202,27 @@ func (c command) execute(args []string) error {
 	return run(operands)
 }
 
-// parseArgs sets options wherever they stand, and returns all other arguments. Behind an argument, what looks like an
-// option and is none is an argument, too: a payload may be "-5". After "--" nothing is an option. It names the options of
-// Serf that have no effect here.
+// parseArgs sets options wherever they stand, and returns all other arguments. It also names the options of Serf that
+// have no effect here.
 func parseArgs(fs *flag.FlagSet, args []string) (operands, ignored []string, err error) {
 	for len(args) > 0 {
 		arg := args[0]
 		args = args[1:]
-		if arg == "--" {
+		if arg == "--" { // after which nothing is an option
 			return append(operands, args...), ignored, nil
 		}
+
+		// Behind an argument, what looks like an option and is none is an argument, too: a payload may be "-5".
 		name, value, hasValue := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
 		option := fs.Lookup(name)
-		_, serfs := serfIgnored[name]
+		_, isSerfs := serfIgnored[name]
+		isKnown := option != nil || isSerfs
 		looksLikeOption := len(arg) > 1 && arg[0] == '-'
-		isPayload := option == nil && !serfs && len(operands) > 0
-		if !looksLikeOption || isPayload {
+		if !looksLikeOption || !isKnown && len(operands) > 0 {
 			operands = append(operands, arg)
 			continue
 		}
-		if option == nil && !serfs {
+		if !isKnown {
 			return nil, nil, unknownOption(fs, name)
 		}
 
@@ -266,7 +267,8 @@ func setOption(fs *flag.FlagSet, source, name, value string) error {
 	return nil
 }
 
-// setValues sets an option to the items of a list. An empty list is refused where it would silently keep nobody out.
+// setValues sets an option to each of several values. Without any, an option that is there to keep others out is
+// refused as if it were empty.
 func setValues(fs *flag.FlagSet, source, name string, values []string) error {
 	if len(values) == 0 && keepsOthersOut(name) {
 		values = []string{""}
@@ -324,8 +326,8 @@ func wrongUsage(command string, err error) error {
 	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %v", command, err)
 }
 
-// nearest is the word of a list that was probably meant by word, which is not in it: at most two letters differ, and
-// fewer than half. It is "" where none is near.
+// nearest is the word of a list that was probably meant by word, which is not in it: at most two letters differ,
+// and fewer than half. It is "" where none is near.
 func nearest(word string, list []string) string {
 	best := ""
 	least := min(2, (len(word)-1)/2)
@@ -337,8 +339,8 @@ func nearest(word string, list []string) string {
 	return best
 }
 
-// editDistance counts the letters to insert, delete, change or swap with the next one that lead from a to b (Damerau and
-// Levenshtein, the restricted form).
+// editDistance counts the letters to insert, delete, change or swap with the next one that lead from a to b (the
+// restricted form of the distance of Damerau and Levenshtein).
 func editDistance(a, b string) int {
 	d := make([][]int, len(a)+1)
 	for i := range d {
@@ -364,8 +366,8 @@ func editDistance(a, b string) int {
 	return d[len(a)][len(b)]
 }
 
-// serfIgnored are the options of Serf that could only tune what needs no tuning here, with what happens instead. They are
-// taken, so that no start command has to change for them.
+// serfIgnored are the options of Serf that could only tune what needs no tuning here, with what happens instead.
+// They are taken, so that no start command has to change for them.
 var serfIgnored = map[string]string{
 	"broadcast-timeout":   "news goes out at once",
 	"disable-compression": "nothing is compressed",
@@ -793,7 +795,7 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 	fs.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
 	detailed := fs.Bool("detailed", false, "show each one's version and protocol, and for how long it has had its\n"+
 		"status")
-	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, and for the agent to start;\n"+
 		"exit status 1 if it took too long")
 	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait (default: for ever)")
 
@@ -881,7 +883,7 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
 	}
 	if count > 0 && len(onlyEvents) == 0 {
-		return usagef("", "-n counts events, and %q is none: it stands for each member that is there at the start", atStart)
+		return usagef("", "-n counts events, and %q is none: it stands for each member at the start", atStart)
 	}
 	return nil
 }
@@ -1040,11 +1042,12 @@ func (a *agent) options(fs *flag.FlagSet) {
 		"it changes")
 	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
 	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
-	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
+	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\n"+
+		"separated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
 	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s, each\n"+
 		"further one up to 30 s (default: never)")
-	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
+	fs.BoolVar(&g.replay, "replay", false, "also run handlers for remembered events from before this node joined")
 	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
 		"repeatable, or separated by commas: the first seals, all can open;\n"+
@@ -1061,8 +1064,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	a.handlers.timeout = 10 * time.Minute
 	durationOption(fs, &a.handlers.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
-	listOption(fs, &a.files, "config-file", "read options from the JSON of `FILE`, as Serf's; repeatable")
-	listOption(fs, &a.folders, "config-dir", "read those of all *.json files in `DIR`; repeatable")
+	listOption(fs, &a.files, "config-file", "read options from `FILE`, in the JSON of Serf; repeatable")
+	listOption(fs, &a.folders, "config-dir", "read options from all *.json files in `DIR`; repeatable")
 }
 
 func (a *agent) seed(s string) error {
@@ -1132,8 +1135,8 @@ func isServiceLink(variable, text string) bool {
 
 // setFromVariable sets an option to the text of a variable, or to each item of it where that is a list.
 func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
-	isList := slices.Contains([]string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}, name)
-	if !isList {
+	lists := []string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}
+	if !slices.Contains(lists, name) {
 		return setOption(fs, variable, name, text)
 	}
 	items := splitList(text)
@@ -1185,7 +1188,7 @@ func splitList(text string) (items []string) {
 	return items
 }
 
-// serfKeys are the keys of Serf's configuration files whose option is called otherwise than the key with '-' for '_'.
+// serfKeys are the keys of Serf's configuration files whose option has another name than the key with '-' for '_'.
 var serfKeys = map[string]string{
 	"node_name":          "node",
 	"interface":          "iface",
@@ -1203,8 +1206,8 @@ var serfKeys = map[string]string{
 	"enable_compression": "disable-compression",
 }
 
-// readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers are
-// added to those.
+// readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers
+// are added to those.
 func (a *agent) readFiles(fs *flag.FlagSet) error {
 	given := givenOptions(fs)
 	for _, list := range []string{"tag", "role", "join", "retry-join", "event-handler"} {
@@ -1571,8 +1574,9 @@ func (a *agent) fixed() map[string]any {
 // prepareProcess fits the process to an agent, and returns the signals that it gets.
 func prepareProcess() <-chan os.Signal {
 	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
-	debug.SetTraceback("crash")   // a panic ends with SIGABRT, and never with 2, after which systemd would not start it again
-	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
+	// A panic ends with SIGABRT, and never with status 2, after which systemd would not start the agent again.
+	debug.SetTraceback("crash")
+	runtime.GOMAXPROCS(1) // an agent mostly sleeps: a second processor costs a third more to wake up
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
 	}
@@ -1613,8 +1617,8 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 		a.warnOfAddress(self.Addr, why)
 	}
 	if !rpc.(*net.TCPAddr).IP.IsLoopback() && a.rpcAuth == "" {
-		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: anyone who can reach it controls this agent "+
-			"(-rpc-auth sets one)", rpc)
+		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: "+
+			"anyone who can reach it controls this agent (-rpc-auth sets one)", rpc)
 	}
 }
 
@@ -1796,8 +1800,8 @@ func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
 	return bind, err
 }
 
-// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or has
-// no other.
+// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or
+// has no other.
 func (a *agent) needsIPv6() bool {
 	for _, s := range append(slices.Clone(a.gossip.seeds), a.advertise) {
 		host, _, _ := hostPort(s, defaultPort)
@@ -1811,8 +1815,8 @@ func (a *agent) needsIPv6() bool {
 	return !slices.ContainsFunc(own, is4) && slices.ContainsFunc(all, netip.Addr.Is6)
 }
 
-// advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if that
-// is asked for or if there is nothing else. An error whose failure is retriable may come right by itself.
+// advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if
+// that is asked for or if there is nothing else. An error whose failure is retriable may come right by itself.
 func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
 	switch {
@@ -1873,8 +1877,8 @@ func (a *agent) interfaceAddress() (addr netip.AddrPort, why string, err error) 
 	return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
 }
 
-// routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then to
-// the rest of the world. Names are not looked up here: the first seed that answers settles it.
+// routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then
+// to the rest of the world. Names are not looked up here: the first seed that answers settles it.
 func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 	for _, s := range seeds {
 		host, _, _ := hostPort(s, defaultPort)
@@ -1938,8 +1942,8 @@ func logLevelOf(name string) logLevel {
 	return logLevel(slices.Index(levelNames, strings.ToUpper(name)))
 }
 
-// logWriter writes log lines of a level and above to stderr. It never blocks: a terminal that was halted must not halt
-// the agent. Until pump runs, lines wait.
+// logWriter writes log lines of a level and above to stderr. It never blocks: a terminal that was halted must not
+// halt the agent. Until pump runs, lines wait.
 type logWriter struct {
 	level     atomic.Int32
 	lines     chan string // "" is the end
@@ -1966,7 +1970,8 @@ func (w *logWriter) log(l logLine) {
 	}
 }
 
-// formatLine is a line as it is written. The journal has a date of its own, and takes a priority in front (sd-daemon(3)).
+// formatLine is a line as it is written. The journal has a date of its own, and takes a priority in front
+// (sd-daemon(3)).
 func formatLine(l logLine, toJournal bool) string {
 	// What spans lines, as the output of a script, is indented: none of it can pass for a line of the log.
 	text := strings.ReplaceAll(printable(strings.TrimSuffix(l.String(), "\n"), "\n\t"), "\n", "\n\t") + "\n"
