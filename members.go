@@ -212,6 +212,10 @@ type update struct {
 	Number   uint64 // of a user event among those of its sender's instance; of a claim in a table: how many are known
 	Nonce    uint32 // of a user event: nobody can make it up before the event is sent
 	Before   bool   // a user event that the teller has not delivered: it is older than the teller's membership
+
+	// Of a claim in a table: the instance before this one whose user events are known, and how many they are.
+	Former       uint64
+	FormerNumber uint64
 }
 
 func (u *update) id() eventID { return eventID{u.Number, u.Nonce} }
@@ -696,7 +700,6 @@ type eventSource struct {
 	instance uint64
 	number   uint64      // all up to this one are known
 	floor    uint64      // what is not known up to this one is over, and never counts
-	announce uint64      // there are so many, as far as is known
 	recent   []eventID   // those of the last numbers
 	held     []heldEvent // further ahead than number+1, in order
 	kept     int         // how many are in the buffer
@@ -716,22 +719,51 @@ type heldEvent struct {
 	fresh bool
 }
 
-// eventSource returns what is known of the events of e's instance, or of the one before it; nil: it is neither.
+// eventSource returns what is known of the events of e's instance, or of a former one; nil: nothing.
 func (e *entry) eventSource(instance uint64) *eventSource {
-	s := e.events
 	if instance == e.Instance {
-		if s == nil {
-			e.events = &eventSource{instance: instance}
-		} else if s.instance != instance {
-			s.former = nil // or the chain would grow with each restart
-			e.events = &eventSource{instance: instance, former: s}
+		if e.events == nil || e.events.instance != instance {
+			e.events = &eventSource{instance: instance, former: e.formerEvents()}
+			e.events.endChain()
 		}
 		return e.events
 	}
+
+	s := e.events
 	for s != nil && s.instance != instance {
 		s = s.former
 	}
 	return s
+}
+
+// endChain forgets what came before the former instance, or the chain would grow with each restart.
+func (s *eventSource) endChain() {
+	if s.former != nil {
+		s.former.former = nil
+	}
+}
+
+// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any. What
+// has come of them when the sender ended is all that there will be, and some have less of it than others; so it is
+// compared, too. nil: nothing.
+func (e *entry) formerEvents() *eventSource {
+	s := e.events
+	for s != nil && (s.instance == e.Instance || s.number == 0) {
+		s = s.former
+	}
+	return s
+}
+
+// addFormer makes room for the events of a former instance of e, which is told to have sent some. False: a later one is known.
+func (e *entry) addFormer(instance uint64) bool {
+	known := e.formerEvents()
+	if instance >= e.Instance || known != nil && known.instance >= instance {
+		return false
+	}
+	current := e.eventSource(e.Instance)
+	current.former = &eventSource{instance: instance, former: known}
+	current.former.endChain()
+	return true
 }
 
 // eventCount is how many events of e's instance are known.
@@ -742,13 +774,16 @@ func (e *entry) eventCount() uint64 {
 	return e.events.number
 }
 
-// eventDigest is this entry's part of the digest over events.
-func (e *entry) eventDigest() uint64 {
-	count := e.eventCount()
-	if count == 0 {
-		return 0
+// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more: what two
+// members cannot tell each other would differ for ever.
+func (e *entry) eventDigest() (sum uint64) {
+	if count := e.eventCount(); count > 0 {
+		sum = mix(e.pos[0] ^ mix(e.Instance^mix(count)))
 	}
-	return mix(e.pos[0] ^ mix(e.Instance^mix(count)))
+	if s := e.formerEvents(); s != nil {
+		sum ^= mix(e.pos[0] ^ mix(s.instance^mix(s.number)))
+	}
+	return sum
 }
 
 // advance notes that all events of e up to number are known.
