@@ -696,6 +696,17 @@ func (n *node) calmDigest() uint64 {
 	return n.digest()
 }
 
+// agreesWith reports whether there is nothing to tell a member that has this digest.
+func (n *node) agreesWith(digest uint64) bool {
+	if digest == n.digest() || digest == n.calmDigest() {
+		return true
+	}
+	forgets := n.now - n.reapAfter
+	return n.table.agreesAround(digest, forgets-2*n.reapInterval(), forgets+2*n.reapInterval())
+}
+
+func (n *node) reapInterval() time.Duration { return min(max(n.reapAfter/10, 100*ms), time.Second) }
+
 // amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members that
 // have answered at their address cost nothing.
 func (n *node) amplificationCost(m Member, k msgKind) float64 {
@@ -1208,7 +1219,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
 	}
-	if hdr.Digest != 0 && hdr.Digest != n.digest() && hdr.Digest != n.calmDigest() {
+	if hdr.Digest != 0 && !n.agreesWith(hdr.Digest) {
 		if e.peer().validated {
 			n.broadcasts.sendRecent(n, e)
 		}
@@ -1985,7 +1996,7 @@ func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
 
 func (r *antiEntropy) step(n *node) {
 	if r.peer != nil && n.now >= r.at {
-		if !r.peer.Status.isDead() && n.digest() != r.digest {
+		if !r.peer.Status.isDead() && !n.agreesWith(r.digest) {
 			n.sync(r.peer.Member)
 		}
 		r.peer = nil
@@ -1993,7 +2004,7 @@ func (r *antiEntropy) step(n *node) {
 		n.wakeAt(r.at)
 	}
 	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
-		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
+		r.reapAt = n.now + n.reapInterval()
 		n.table.reap(n.now, n.reapAfter)
 		n.broadcasts.events.trim(n.real - eventMemory)
 	}

@@ -615,6 +615,30 @@ func (t *table) reap(now, after time.Duration) {
 	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool { return e.Status.isDead() && now-e.since >= 2*after })
 }
 
+// agreesAround reports whether digest, with or without events, is the table's but for members that died between from and
+// to: those are about to be forgotten, or just were, and the other side does that a moment earlier or later. They go in the
+// order in which they died, so there are only as many digests that it may have.
+func (t *table) agreesAround(digest uint64, from, to time.Duration) bool {
+	first, _ := t.deadIndex("", from)
+	last, _ := t.deadIndex("", to)
+	claims, all := t.digest, t.digest^t.heard
+	for _, d := range t.dead[first:last] { // as if none of them was forgotten yet
+		if d.e.reaped {
+			claims ^= d.e.digest()
+			all ^= d.e.digest() ^ d.e.eventDigest()
+		}
+	}
+
+	for _, d := range t.dead[first:last] {
+		if digest == claims || digest == all {
+			return true
+		}
+		claims ^= d.e.digest()
+		all ^= d.e.digest() ^ d.e.eventDigest()
+	}
+	return digest == claims || digest == all
+}
+
 // aliveCount counts the members on the rings, oneself included.
 func (t *table) aliveCount() int { return len(t.ring[0]) }
 

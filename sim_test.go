@@ -2833,7 +2833,7 @@ func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
 		s.frames = 0
 		s.run(2 * time.Minute)
 		t.Logf("%d frames", s.frames)
-		if s.frames > 4*len(ps) {
+		if s.frames > len(ps) {
 			t.Errorf("%d frames", s.frames)
 		}
 		for _, p := range s.running() {
