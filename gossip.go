@@ -1130,21 +1130,25 @@ func (n *node) handleAck(hdr header) {
 		n.noteValidated(e)
 		n.detector.handleSignOfLife(n, q.m)
 		n.noteContact(e, hdr)
-		n.noteDeadAnswer(e)
+		n.noteDeadAnswer(e, hdr)
 	}
 }
 
-// noteDeadAnswer looks whether e has answered that is believed to have failed. It has been told so, and refutes that. If
-// it does not it may not count what this node sends: of two agents with this node's name it knows the other one.
-func (n *node) noteDeadAnswer(e *entry) {
-	if e.Status != statusFailed {
+// noteDeadAnswer looks whether e has answered that is believed to have failed. It has just been told so, and refutes that.
+// If it does not it may not count what this node sends: of two agents with this node's name it knows the other one. So it
+// is asked once more, at once: the next ping to one of many that have failed may be far away, or lost.
+func (n *node) noteDeadAnswer(e *entry, hdr header) {
+	if e.Status != statusFailed || hdr.Incarnation > e.Incarnation {
 		return
 	}
+
 	e.peer().path.deadAnswers++
-	if e.peer().path.deadAnswers > 1 {
-		e.peer().path.deadAnswers = 0
-		n.sync(e.Member)
+	if e.peer().path.deadAnswers == 1 {
+		n.pingAtBoundedRate(e)
+		return
 	}
+	e.peer().path.deadAnswers = 0
+	n.sync(e.Member)
 }
 
 // noteAnswered notes that e answered something just now, wherever: this node is not cut off.
