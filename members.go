@@ -745,14 +745,16 @@ type heldEvent struct {
 
 // eventSource returns what is known of the events of e's instance, or of a former one; nil: nothing.
 func (e *entry) eventSource(instance uint64) *eventSource {
-	if instance == e.Instance {
-		if e.events == nil || e.events.instance != instance {
-			e.events = &eventSource{instance: instance, former: e.formerEvents()}
-			e.events.endChain()
-		}
-		return e.events
+	s := e.knownEvents(instance)
+	if s == nil && instance == e.Instance {
+		s = &eventSource{instance: instance, former: e.formerEvents()}
+		s.endChain()
+		e.events = s
 	}
+	return s
+}
 
+func (e *entry) knownEvents(instance uint64) *eventSource {
 	s := e.events
 	for s != nil && s.instance != instance {
 		s = s.former
@@ -778,24 +780,28 @@ func (e *entry) formerEvents() *eventSource {
 	return s
 }
 
-// addFormer makes room for the events of a former instance of e, which is told to have sent some. False: a later one is known.
+// addFormer makes room for the events of a former instance of e, which is told to have sent some. False: a later one is
+// known, or there can have been none: of two agents with one name a later one may have been before, but in a lower
+// incarnation.
 func (e *entry) addFormer(instance uint64) bool {
 	known := e.formerEvents()
-	if instance >= e.Instance || known != nil && known.instance >= instance {
+	if instance == e.Instance || instance > e.Incarnation || known != nil && known.instance >= instance {
 		return false
 	}
-	current := e.eventSource(e.Instance)
-	current.former = &eventSource{instance: instance, former: known}
-	current.former.endChain()
+	current, former := e.eventSource(e.Instance), &eventSource{instance: instance, former: known}
+	former.endChain()
+	current.former = former
+	e.events = current
 	return true
 }
 
 // eventCount is how many events of e's instance are known.
 func (e *entry) eventCount() uint64 {
-	if e.events == nil || e.events.instance != e.Instance {
+	s := e.knownEvents(e.Instance)
+	if s == nil {
 		return 0
 	}
-	return e.events.number
+	return s.number
 }
 
 // eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more: what two

@@ -324,6 +324,15 @@ func TestEventDigestCoversWhatATableTellsOfTheFormerInstance(t *testing.T) {
 		}
 		return tb, tb.get("a")
 	}
+	// Of two agents with one name one refutes the other: its instance counts again, and the later one is the former.
+	tb, e := hear(run{10, 8}, run{20, 3})
+	claim := testMember("a", 25, statusAlive)
+	claim.Instance = 10
+	tb.apply(0, claim, 0)
+	if e.eventCount() != 8 || e.formerEvents().instance != 20 || !e.addFormer(22) || e.addFormer(26) || e.eventSource(22) == nil || e.eventSource(21) != nil {
+		t.Error("an instance that counts again is not known, or the other is not the former one")
+	}
+
 	want, _ := hear(run{10, 8}, run{20, 3}, run{30, 0}, run{40, 5})
 	for _, runs := range [][]run{
 		{{10, 8}, {20, 3}, {40, 5}},
