@@ -1159,9 +1159,16 @@ func (n *node) noteAnswered(e *entry) {
 	}
 }
 
-// noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off from
-// the other.
+// noteValidated notes that e answered something just now at its address.
 func (n *node) noteValidated(e *entry) {
+	n.noteConnected(e)
+	n.table.release(n.now, e)
+}
+
+// noteConnected notes that somebody lives at e's address, and that e and this node have just talked: whatever was believed,
+// neither is cut off from the other. That does not show that e is reached where it says: it may have dialled itself, from
+// behind a filter.
+func (n *node) noteConnected(e *entry) {
 	if d := e.peer(); !d.validated {
 		d.validated = true
 		n.heartbeats.planLinks(n) // if it watches this node
@@ -1171,7 +1178,6 @@ func (n *node) noteValidated(e *entry) {
 		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
 	}
-	n.table.release(n.now, e)
 }
 
 // noteUnanswered is told that w, a watcher, is sent a heartbeat and has never answered one. If it is heard all the same, the
@@ -2259,11 +2265,13 @@ func (n *node) noteSynced(sync *stateSync) {
 		return
 	}
 
-	switch e.Addr.Addr() {
-	case sync.peer.Addr.Addr():
+	switch {
+	case e.Addr == sync.peer.Addr:
 		n.noteValidated(e)
-	case sync.from:
-		n.noteValidated(e)
+	case e.Addr.Addr() == sync.peer.Addr.Addr():
+		n.noteConnected(e)
+	case e.Addr.Addr() == sync.from:
+		n.noteConnected(e)
 		if !e.peer().line.isSettled(n.now) {
 			n.pingAtBoundedRate(e)
 			n.broadcasts.noteJoined(e, n.now)

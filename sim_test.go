@@ -105,6 +105,7 @@ type simHost struct {
 	p     *proc
 
 	advertise netip.AddrPort        // what its agent says instead of addr
+	filtered  bool                  // nothing that it has not dialled itself reaches it
 	natted    bool                  // only those reach it by UDP that it has just sent something, and nobody by TCP
 	sentTo    map[int]time.Duration // when, by host
 }
@@ -657,12 +658,15 @@ func (s *sim) arrive(from *simHost, to Member, data []byte) {
 	}
 }
 
-// passesNAT reports whether a datagram of from passes the translator in front of h.
+// passesNAT reports whether a datagram of from passes the translator or filter in front of h.
 func (s *sim) passesNAT(from, h *simHost) bool {
 	if from.natted {
 		from.sentTo[h.i] = s.now
 	}
 	at, ok := h.sentTo[from.i]
+	if h.filtered && from != h {
+		return false
+	}
 	return !h.natted || from == h || ok && s.now-at < 30*time.Second
 }
 
@@ -694,7 +698,8 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 		}
 	}
 	attempt := func() {
-		if over || p.state == procDead || h == nil || h.natted && h != p.host || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
+		shut := h != nil && h != p.host && (h.natted || h.filtered)
+		if over || p.state == procDead || h == nil || shut || !s.reach(p.host, h) || !s.reach(h, p.host) || p.host != h && s.lostTwice() {
 			return
 		}
 		s.after(s.latency(h, p.host), func() {
@@ -928,7 +933,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 		c.meet(msgSync, func(n *node, w header, about []update) {
 			welcomed = true
 			sync.roundTrip = c.roundTrip
-			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: n.self.Addr.Addr(), digest: n.digest()}
+			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: p.host.addr.Addr(), digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
 	}, redialAfter(sync.roundTrip)...)
@@ -3376,6 +3381,15 @@ func TestFlapOfASeedAndAJoinerWithUnreachableAddressesIsDamped(t *testing.T) {
 }
 
 // Some members reach it, and some do not.
+// It comes to its seed again and again, from its own address, where a filter lets nobody in.
+func TestFlapOfAMemberBehindAFilterIsDamped(t *testing.T) {
+	cases(t, []int{1, 2, 3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		h := s.host()
+		h.filtered = true
+		s.flapsAreDamped(s.start(h, "filtered", ps[0].host))
+	})
+}
+
 func TestFlapOfAMemberThatOnlySomeReachIsDamped(t *testing.T) {
 	cases(t, []int{3, 6, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		h := s.host()
