@@ -948,6 +948,23 @@ func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
 	l.remeasureAt = n.now + remeasureAfter + n.jitter(remeasureAfter) // or all would be measured in the same moments
 }
 
+// noteSessionRoundTrip notes how long a hello and its answer took. TCP may have sent one of them again, so that a line that
+// was short is not believed to have become long: a ping shows that.
+func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
+	e := n.table.get(name)
+	if e == nil || e == n.self || e.Instance != instance {
+		return
+	}
+
+	known := e.peer().line.roundTrip()
+	isShort := known > 0 && known <= shortLine
+	if isShort && took > known+2*shortLine {
+		n.pingAtBoundedRate(e)
+		return
+	}
+	n.noteRoundTrip(name, instance, took)
+}
+
 // roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the longest
 // to those that this node watches, or that watch it.
 func (n *node) roundTripTo(m Member) time.Duration {

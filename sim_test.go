@@ -799,7 +799,7 @@ func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update
 				first = true
 				w, about := n.handshakeReply(hdr)
 				c.send(0, func(n *node) {
-					n.noteRoundTrip(w.From, w.born(), c.roundTrip)
+					n.noteSessionRoundTrip(w.From, w.born(), c.roundTrip)
 					then(n, w, about)
 				})
 			})
