@@ -43,7 +43,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
-	"log"
 	"maps"
 	"math"
 	"math/rand/v2"
@@ -352,13 +351,18 @@ func (d *sealer) receiverHash(whom string) []byte {
 	return h.Sum(nil)
 }
 
-// aead is AES-256-GCM under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, the pings to one name, or one frame get fewer. For anybody else than whom it does not open.
-func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
+// blockFor is AES under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
+func (d *sealer) blockFor(key []byte, whom string) cipher.Block {
 	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
 	block, _ := aes.NewCipher(derived)
-	a, _ := cipher.NewGCMWithRandomNonce(block)
+	return block
+}
+
+// aead is AES-GCM under the key for whom.
+// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
+// of a member, or the pings to one name, get fewer. For anybody else than whom it does not open.
+func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
+	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, whom))
 	return a
 }
 
@@ -555,7 +559,7 @@ type outputs struct {
 	links     []Member // all watch links that shall stand; nil: no change
 	syncs     []Member // compare tables with these
 	events    []Event
-	logs      []string
+	logs      []logLine
 	seeds     []int         // try these, each on its own
 	wake      time.Duration // when to tick next, on the caller's clock
 	left      bool          // the leave is done
@@ -651,8 +655,37 @@ func (n *node) tick(now time.Duration) outputs {
 
 func (n *node) jitter(d time.Duration) time.Duration { return time.Duration(n.rng.Int64N(int64(d))) }
 
-func (n *node) logf(format string, a ...any) {
-	n.out.logs = append(n.out.logs, fmt.Sprintf(format, a...))
+func (n *node) logf(level logLevel, format string, a ...any) {
+	n.out.logs = append(n.out.logs, logLine{level, fmt.Sprintf(format, a...)})
+}
+
+// logLevel says how much a log line matters.
+type logLevel int32
+
+const (
+	levelTrace logLevel = iota
+	levelDebug
+	levelInfo
+	levelWarn
+	levelErr
+)
+
+// levelNames are the words that users see; the index is the logLevel.
+var levelNames = []string{"TRACE", "DEBUG", "INFO", "WARN", "ERR"}
+
+// logLine is a line for the log, without its date.
+type logLine struct {
+	level logLevel
+	text  string
+}
+
+func (l logLine) String() string { return "[" + levelNames[l.level] + "] " + l.text }
+
+// logger takes the lines of the log. It never blocks.
+type logger func(logLine)
+
+func (l logger) printf(level logLevel, format string, a ...any) {
+	l(logLine{level, fmt.Sprintf(format, a...)})
 }
 
 // isPlausible is the rule about Lamport times from outside: none is far above all that is known, or one forged datagram
@@ -784,7 +817,7 @@ func (n *node) tcpProbe(m Member) {
 func (n *node) sync(m Member) {
 	if n.allows(m, msgSync) {
 		n.spend(m, msgSync)
-		n.logf("[DEBUG] comparing tables with %s at %s", m.Name, m.Addr)
+		n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
 		n.out.syncs = append(n.out.syncs, m)
 	}
 }
@@ -1168,33 +1201,31 @@ func (n *node) noteDeadAnswer(e *entry, hdr header) {
 	n.sync(e.Member)
 }
 
+// noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
+func (n *node) noteHostValidated(e *entry) {
+	if !e.peer().validated {
+		e.peer().validated = true
+		n.heartbeats.planLinks(n) // if it watches this node
+	}
+}
+
 // noteAnswered notes that e answered something just now, wherever: this node is not cut off.
 func (n *node) noteAnswered(e *entry) {
 	if n.detector.isolated {
 		n.detector.isolated = false
-		n.logf("[INFO] %s answers again", e.Name)
+		n.logf(levelInfo, "%s answers again", e.Name)
 	}
 }
 
 // noteValidated notes that e answered something just now at its address.
 func (n *node) noteValidated(e *entry) {
-	n.noteConnected(e)
-	n.table.release(n.now, e)
-}
-
-// noteConnected notes that somebody lives at e's address, and that e and this node have just talked: whatever was believed,
-// neither is cut off from the other. That does not show that e is reached where it says: it may have dialled itself, from
-// behind a filter.
-func (n *node) noteConnected(e *entry) {
-	if d := e.peer(); !d.validated {
-		d.validated = true
-		n.heartbeats.planLinks(n) // if it watches this node
-	}
+	n.noteHostValidated(e)
 	n.noteAnswered(e)
 	if e.isolated {
 		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
 	}
+	n.table.release(n.now, e)
 }
 
 // noteUnanswered is told that w, a watcher, is sent a heartbeat and has never answered one. If it is heard all the same, the
@@ -1220,7 +1251,7 @@ func (n *node) noteUnanswered(w *entry) {
 // warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
 func (n *node) warnOfAddress(format string, a ...any) {
 	if n.identity.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
-		n.logf("[WARN] "+format+". Each agent must advertise an address at which all others reach it: see -advertise", a...)
+		n.logf(levelWarn, ""+format+". Each agent must advertise an address at which all others reach it: see -advertise", a...)
 	}
 }
 
@@ -1758,7 +1789,7 @@ func (g *eventGap) giveUp(n *node) {
 	if len(g.source.held) > 0 {
 		end = g.source.held[0].Number - 1
 	}
-	n.logf("[DEBUG] %d user events of %s are given up: nobody has them", end-g.source.number, g.e.Name)
+	n.logf(levelDebug, "%d user events of %s are given up: nobody has them", end-g.source.number, g.e.Name)
 	n.skipEvents(g.e, g.source, end)
 	g.since = n.now
 }
@@ -2252,9 +2283,14 @@ func (x *stateSync) noteCount(l lifetime, number uint64) {
 // mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
 // record; bad is how many there were.
 func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, bad int, err error) {
-	if hdr.Kind != msgTable || hdr.More && hdr.Target <= sync.lastKey {
+	if hdr.Kind != msgTable {
 		return false, 0, errMalformed
 	}
+	bringsNothing := len(us) == 0 || hdr.Target <= sync.lastKey
+	if hdr.More && bringsNothing { // a peer could go on like that for ever
+		return false, 0, errMalformed
+	}
+
 	n.detector.lastHeard = n.now
 	for _, u := range us {
 		count := u
@@ -2282,13 +2318,14 @@ func (n *node) noteSynced(sync *stateSync) {
 		return
 	}
 
-	switch {
-	case e.Addr == sync.peer.Addr:
+	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
-	case e.Addr.Addr() == sync.peer.Addr.Addr():
-		n.noteConnected(e)
-	case e.Addr.Addr() == sync.from:
-		n.noteConnected(e)
+		return
+	}
+	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated: what it
+	// advertises may lead to nobody, or to another one.
+	if e.Addr.Addr() == sync.from {
+		n.noteHostValidated(e)
 		if !e.peer().line.isSettled(n.now) {
 			n.pingAtBoundedRate(e)
 			n.broadcasts.noteJoined(e, n.now)
@@ -2338,7 +2375,7 @@ func (n *node) syncDone(sync *stateSync) {
 		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
 		if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
 			e.peer().path.reachedAt = sync.peer.Addr
-			n.logf("[INFO] %s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
+			n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 		}
 	}
 }
@@ -2475,7 +2512,7 @@ func (j *joining) report(n *node) {
 	}
 
 	if answered != "" && j.failing {
-		n.logf("[INFO] joined through %s", answered)
+		n.logf(levelInfo, "joined through %s", answered)
 	}
 	newlyFailing := answered == "" && !j.failing
 	j.failing = answered == ""
@@ -2486,11 +2523,11 @@ func (j *joining) report(n *node) {
 	}
 	switch {
 	case warn && answered != "":
-		n.logf("[WARN] not all seeds answer (%s)", j.errors(5))
+		n.logf(levelWarn, "not all seeds answer (%s)", j.errors(5))
 	case warn:
-		n.logf("[WARN] no seed answers (%s): trying on, at most every %v", j.errors(5), seedsMax)
+		n.logf(levelWarn, "no seed answers (%s): trying on, at most every %v", j.errors(5), seedsMax)
 	case newlyFailing && !dead: // one list of seeds for all is usual, and some node is the first on it
-		n.logf("[INFO] no seed answers but this node itself (%s)", j.errors(5))
+		n.logf(levelInfo, "no seed answers but this node itself (%s)", j.errors(5))
 	}
 }
 
@@ -2573,13 +2610,14 @@ func (o *identity) mayTake(n *node, sync *stateSync, u update) error {
 		return nameTaken(u.Member, u.Age)
 	case !foundGone:
 		sync.conflict = n.detector.startProbe(n, u.Member) // or the one that runs
-		if sync.conflict != nil {                          // the line to the peer is the only one that a newcomer knows
+		// The line to the peer is the only one that a newcomer knows.
+		if sync.conflict != nil {
 			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip)
 		}
 		return errConflictPending
 	case o.heldSince == 0:
 		o.heldSince = n.now
-		n.logf("[INFO] the member at %s has the name of this node and does not answer: waiting until the cluster calls it failed", u.Member.Addr)
+		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: waiting until the cluster calls it failed", u.Member.Addr)
 	case n.now-o.heldSince > nameHeldTimeout: // the cluster reaches it
 		return nameTaken(u.Member, u.Age)
 	}
@@ -2610,7 +2648,7 @@ func (o *identity) givesWay(n *node) bool {
 // warnOfConflict says that two agents have one name: at the holder, and at those who were told of both.
 func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
 	if o.conflictWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
-		n.logf("[WARN] two agents are called %q, at %s and at %s: give one of them another name with -node", holder.Name, holder.Addr, other)
+		n.logf(levelWarn, "two agents are called %q, at %s and at %s: give one of them another name with -node", holder.Name, holder.Addr, other)
 	}
 }
 
@@ -2674,7 +2712,7 @@ func (o *identity) noteCalledFailed(n *node, m Member, via string) {
 func (o *identity) refute(n *node, incarnation uint64) {
 	m := n.self.Member
 	m.Incarnation = incarnation
-	n.logf("[DEBUG] refuting what is said of this node, incarnation %d", incarnation)
+	n.logf(levelDebug, "refuting what is said of this node, incarnation %d", incarnation)
 	n.applyAndBroadcast(m)
 }
 
@@ -2707,7 +2745,7 @@ func (n *node) addressChanged(ip netip.Addr, gone, joins bool, unixMs uint64) {
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Instance = max(newInstanceID(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Instance
-	n.logf("[INFO] this node has the address %s now and advertises it", ip)
+	n.logf(levelInfo, "this node has the address %s now and advertises it", ip)
 	events := n.table.events
 	if e := n.table.apply(n.now, m, n.now-n.self.since); e != nil { // it has been in the cluster all the time
 		n.broadcast(e)
@@ -3059,7 +3097,7 @@ func (d *detector) ownProbe(e *entry) *probe {
 }
 
 func (d *detector) addProbe(n *node, m Member) *probe {
-	n.logf("[TRACE] probing %s at %s", m.Name, m.Addr)
+	n.logf(levelTrace, "probing %s at %s", m.Name, m.Addr)
 	p := &probe{m: m, e: n.table.get(m.Name), start: n.now, seq: n.nonce(), roundTrip: n.roundTripTo(m), results: make(map[string]verdict)}
 	d.probes = append(d.probes, p)
 	return p
@@ -3085,7 +3123,7 @@ func (n *node) linkEnded(m Member, tries int, refused bool) {
 		return // a firewall stays, and says nothing about the member
 	}
 	if tries == linkTries {
-		n.logf("[WARN] no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
+		n.logf(levelWarn, "no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
 	}
 	if p := n.detector.startProbe(n, e.Member); p != nil {
 		p.linkEnded = p.linkEnded || tries == 0
@@ -3326,7 +3364,7 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have acquitted it
 		deal := p.e.peer()
 		if deal.tcpOnly++; deal.tcpOnly == 2 { // once may be mere loss
-			n.logf("[WARN] %s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
+			n.logf(levelWarn, "%s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
 		}
 		n.sync(p.e.Member) // no flood reaches it
 		d.clear(n, p)
@@ -3391,7 +3429,7 @@ func (n *node) noteMissingBeat(e *entry) {
 // seconds; only ten count as death.
 func (d *detector) handleStall(n *node, p *probe) {
 	if p.stalledSince == 0 {
-		n.logf("[DEBUG] %s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
+		n.logf(levelDebug, "%s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
 		p.stalledSince = p.start
 	}
 	end := p.stalledSince + stallTimeout
@@ -3410,7 +3448,7 @@ func (d *detector) remove(p *probe) {
 
 // declareSuspect floods that the target is unreachable, and gives it time to contradict.
 func (d *detector) declareSuspect(n *node, p *probe) {
-	n.logf("[DEBUG] %s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
+	n.logf(levelDebug, "%s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
 	whole, round := p.suspicion(n)
 	p.m, p.deciding = p.e.Member, true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
@@ -3437,7 +3475,7 @@ func (d *detector) stepIsolation(n *node) {
 	case e == nil:
 	case silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()):
 		d.isolated = true
-		n.logf("[WARN] no member answers: this node seems to be cut off, it goes on trying")
+		n.logf(levelWarn, "no member answers: this node seems to be cut off, it goes on trying")
 		for _, e := range n.table.ordered {
 			n.table.setIsolated(n.now, e, e.isolated || e != n.self && !e.Status.isDead())
 		}
@@ -3525,6 +3563,9 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if err := validatePayload("query", name, payload); err != nil {
 		return 0, nil, err
 	}
+	if within <= 0 || within > maxQueryTimeout {
+		return 0, nil, fmt.Errorf("a query can wait for at most %v, not %v", maxQueryTimeout, within)
+	}
 	if len(qs.open) >= maxQueries || len(n.requests.open) >= maxRequests/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
@@ -3532,8 +3573,12 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: min(n.broadcasts.events.lamport+1, maxCount), Timeout: uint32(within / ms)}
 	hdr, body := n.header(msgQuery), wire.encode(nil, &u)
 	hdr.Query = q.id
+	named := make(map[string]bool)
+	for _, node := range nodes {
+		named[node] = true
+	}
 	for _, e := range n.table.ordered {
-		if e.displayStatus() != statusAlive || len(nodes) > 0 && !slices.Contains(nodes, e.Name) {
+		if e.displayStatus() != statusAlive || len(nodes) > 0 && !named[e.Name] {
 			continue
 		}
 		q.waiting, who = append(q.waiting, e.Member), append(who, e.Name)
@@ -3628,35 +3673,35 @@ type gossipConfig struct {
 	iface string         // it is one of this interface; "": of any
 	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown nobody is joined or let in.
 	awaits string
-	log    *log.Logger
+	log    logger
 	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
 	events func(ev Event, answer func(r reply, text []byte))
 }
 
 // gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
 type gossip struct {
-	cfg       gossipConfig
-	acceptor  // at the TCP port, with the seal of both, and all else that is under way
-	udp       *net.UDPConn
-	start     time.Time
-	record    atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
-	isolated  atomic.Bool
-	inputs    chan func(*node) // what the loop shall do
-	dropped   atomic.Int64     // datagrams that found inputs full
-	syncSlots chan struct{}    // a place for each exchange that others have dialled
-	ready     chan struct{}    // closed: the address to advertise is known
-	ended     chan struct{}    // the loop; done: also all that it has started
-	done      chan struct{}    // all has ended: err and last may be read
+	cfg      gossipConfig
+	acceptor // at the TCP port, with the seal of both, and all else that is under way
+	udp      *net.UDPConn
+	start    time.Time
+	record   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
+	isolated atomic.Bool
+	inputs   chan func(*node) // what the loop shall do
+	dropped  atomic.Int64     // datagrams that found inputs full
+	feed     feed             // for commands that read events
+	turns    chan struct{}    // of sessions that have the loop make or take a piece of a table
+	ready    chan struct{}    // closed: the address to advertise is known
+	ended    chan struct{}    // the loop; done: also all that it has started
+	done     chan struct{}    // all has ended: err and last may be read
 	loopState
 }
 
 // loopState is what the loop alone touches until it has ended.
 type loopState struct {
-	node        *node
-	links       map[string]context.CancelFunc
-	subscribers map[*subscriber]bool
-	err         error   // why it ended; nil: it was told to
-	last        []Event // what handlers shall still hear then
+	node  *node
+	links map[string]context.CancelFunc
+	err   error   // why it ended; nil: it was told to
+	last  []Event // what handlers shall still hear then
 }
 
 // logClass is whose doing a log line tells of.
@@ -3690,7 +3735,7 @@ const sourceSilence = time.Minute
 // logLimit bounds the log lines that others can cause. Each class has its own bound, so that a flood of what anybody can
 // forge hides no line of more importance. Safe for concurrent use.
 type logLimit struct {
-	log     *log.Logger
+	log     logger
 	start   time.Time
 	mu      sync.Mutex
 	classes [len(logBounds)]struct {
@@ -3700,11 +3745,11 @@ type logLimit struct {
 	}
 }
 
-func newLogLimit(log *log.Logger) *logLimit { return &logLimit{log: log, start: time.Now()} }
+func newLogLimit(log logger) *logLimit { return &logLimit{log: log, start: time.Now()} }
 
 // printf logs a line about source, if the class has room for it and the source was not named for a while. Source "" is
 // that of lines which may follow each other.
-func (l *logLimit) printf(class logClass, source, format string, a ...any) {
+func (l *logLimit) printf(class logClass, source string, level logLevel, format string, a ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c, bound, now := &l.classes[class], logBounds[class], time.Since(l.start)
@@ -3719,7 +3764,7 @@ func (l *logLimit) printf(class logClass, source, format string, a ...any) {
 
 	c.spend(1)
 	if c.omitted > 0 {
-		l.log.Printf("[WARN] %d lines about %s were left out", c.omitted, bound.what)
+		l.log.printf(levelWarn, "%d lines about %s were left out", c.omitted, bound.what)
 		c.omitted = 0
 	}
 	if source != "" {
@@ -3728,14 +3773,14 @@ func (l *logLimit) printf(class logClass, source, format string, a ...any) {
 		}
 		c.named[source] = now
 	}
-	l.log.Printf(format, a...)
+	l.log.printf(level, format, a...)
 }
 
 // newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
-	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), syncSlots: make(chan struct{}, maxSyncs),
+	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), turns: make(chan struct{}, maxMerging),
 		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{limit: guestLimit(), lines: newLogLimit(cfg.log)}}
+		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)}}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
@@ -3746,7 +3791,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	crand.Read(cfg.random[:])
 	self.Instance = newInstanceID(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Instance
-	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc), subscribers: make(map[*subscriber]bool)}
+	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
 	g.record.Store(g.node.self.claim)
 	if cfg.awaits == "" {
 		close(g.ready)
@@ -3808,7 +3853,7 @@ func (g *gossip) perform(out outputs) {
 	g.record.Store(g.node.self.claim)
 	g.isolated.Store(g.node.detector.isolated)
 	for _, l := range out.logs {
-		g.cfg.log.Print(l)
+		g.cfg.log(l)
 	}
 	for _, ev := range out.events {
 		g.dispatch(ev)
@@ -3849,19 +3894,23 @@ func (g *gossip) perform(out outputs) {
 
 // dispatch hands an event to the log, to the handlers, and to those who watch.
 func (g *gossip) dispatch(ev Event) {
-	for f := range g.subscribers {
-		f.publish(ev)
-	}
-	m, what := ev.Member, fmt.Sprintf("%s (from %s, %d bytes)", oneLine(ev.Name), ev.Member.Name, len(ev.Payload))
-	switch {
-	case ev.kind == eventAnswer:
+	g.feed.publish(ev)
+	if ev.kind == eventAnswer {
 		return
-	case ev.kind == eventUser:
-		g.lines.printf(aboutEvents, "", "[INFO] user-event: %s", what)
-	case ev.kind == eventQuery:
-		g.lines.printf(aboutQueries, "", "[DEBUG] query: %s", what)
+	}
+
+	m := ev.Member
+	switch ev.kind {
+	case eventUser:
+		g.lines.printf(aboutEvents, "", levelInfo, "user-event: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+	case eventQuery:
+		g.lines.printf(aboutQueries, "", levelDebug, "query: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+	case eventFailed:
+		g.lines.printf(aboutMembers, "", levelWarn, "%s: %s %s", ev.kind, m.Name, m.Addr)
+	case eventUpdate:
+		g.lines.printf(aboutMembers, "", levelInfo, "%s: %s %s (%s)", ev.kind, m.Name, m.Addr, oneLine(ev.changed))
 	default:
-		g.lines.printf(aboutMembers, "", "[INFO] %s: %s %s", ev.kind, m.Name, m.Addr)
+		g.lines.printf(aboutMembers, "", levelInfo, "%s: %s %s", ev.kind, m.Name, m.Addr)
 	}
 	g.cfg.events(ev, func(r reply, text []byte) { g.post(func(n *node) { n.sendReply(ev, r, text) }) })
 }
@@ -3887,7 +3936,7 @@ func (g *gossip) readUDP() {
 		select {
 		case g.inputs <- func(n *node) { g.logRejected(aboutStrangers, from.Addr(), n.handleDatagram(from, data, anyRun)) }:
 		default:
-			g.lines.printf(aboutHost, "datagrams", "[WARN] datagrams are dropped, %d so far: more come in than this host has time for", g.dropped.Add(1))
+			g.lines.printf(aboutHost, "datagrams", levelWarn, "datagrams are dropped, %d so far: more come in than this host has time for", g.dropped.Add(1))
 		}
 	}
 }

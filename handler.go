@@ -11,7 +11,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log"
 	"os"
 	"os/exec"
 	"regexp"
@@ -41,7 +40,7 @@ type handlerConfig struct {
 	timeout time.Duration   // of one run; 0: none
 	grace   time.Duration   // what close leaves to running handlers
 	env     func() []string // added to the agent's environment; asked at each run
-	log     *log.Logger
+	log     logger
 	shell   string // "": /bin/sh
 }
 
@@ -250,7 +249,7 @@ func (h *handler) enqueue(d delivery) {
 		h.droppedTotal++
 		h.dropped++
 		if h.dropped == 1 {
-			h.handlers.log.Printf("[WARN] handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
+			h.handlers.log.printf(levelWarn, "handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
 		}
 	}
 	h.queue = append(h.queue, d)
@@ -271,7 +270,7 @@ func (h *handler) take() []delivery {
 		return nil
 	}
 	if h.dropped > 0 {
-		h.handlers.log.Printf("[WARN] handler '%s' was behind: %d events dropped", h.spec, h.dropped)
+		h.handlers.log.printf(levelWarn, "handler '%s' was behind: %d events dropped", h.spec, h.dropped)
 		h.dropped = 0
 	}
 
@@ -285,19 +284,10 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME, and the
-// values of equal ones stand side by side.
+// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME; one may come more
+// than once.
 func (hs *handlers) info() (facts []string) {
-	const group = "event_handlers"
-	place := make(map[string]int) // of each key's value
-	add := func(key, value string) {
-		if i, ok := place[key]; ok {
-			facts[i] += ", " + value
-			return
-		}
-		place[key] = len(facts) + 2
-		facts = append(facts, group, key, value)
-	}
+	add := func(key, value string) { facts = append(facts, "event_handlers", key, value) }
 	for _, h := range hs.now() {
 		for _, ev := range h.events {
 			kind, name, _ := strings.Cut(ev, ":")
@@ -350,7 +340,7 @@ func (h *handler) run(batch []delivery) {
 	started := time.Now()
 	h.noteStart(started)
 	slow := time.AfterFunc(slowAfter, func() {
-		h.handlers.log.Printf("[WARN] handler '%s' has been running for %v, since %s: its other events wait", h.spec, slowAfter,
+		h.handlers.log.printf(levelWarn, "handler '%s' has been running for %v, since %s: its other events wait", h.spec, slowAfter,
 			started.Format(time.DateTime))
 	})
 	var printed, answer outputCapture // answer: what a query's handler prints to stdout
@@ -364,9 +354,9 @@ func (h *handler) run(batch []delivery) {
 	end += fmt.Sprintf(" after %v", time.Since(started).Round(time.Millisecond))
 	h.noteEnd(end + ", " + started.Format(time.DateTime))
 	output := string(answer.last) + string(printed.last)
-	h.handlers.log.Printf("[DEBUG] Event '%s' script output: %s", event.kind, output)
+	h.handlers.log.printf(levelDebug, "Event '%s' script output: %s", event.kind, output)
 	if status != "" {
-		h.handlers.log.Printf("[WARN] handler '%s' failed on %s: %s: %s", h.spec, oneLine(event.title()), end, lastLine(output))
+		h.handlers.log.printf(levelWarn, "handler '%s' failed on %s: %s: %s", h.spec, oneLine(event.title()), end, lastLine(output))
 	}
 
 	if event.answer != nil {

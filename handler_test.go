@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"fmt"
 	"io"
-	"log"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -76,7 +75,7 @@ func (l *handlerLog) waitFor(t testing.TB, sub string, times int) {
 func startHandlers(t testing.TB, cfg handlerConfig, specs ...string) (*handlers, *handlerLog) {
 	t.Helper()
 	logged := &handlerLog{}
-	cfg.specs, cfg.log = specs, log.New(logged, "", 0)
+	cfg.specs, cfg.log = specs, testLogger(logged)
 	if cfg.env == nil {
 		cfg.env = extraEnv()
 	}

@@ -565,9 +565,9 @@ func (r *rig) check(o outputs) {
 	if o.wake < r.now {
 		r.t.Fatalf("it wants to be woken in the past")
 	}
-	o.logs = slices.DeleteFunc(o.logs, func(l string) bool { return strings.HasPrefix(l, "[DEBUG]") || strings.HasPrefix(l, "[TRACE]") })
+	o.logs = slices.DeleteFunc(o.logs, func(l logLine) bool { return l.level <= levelDebug })
 	if len(o.logs) > 20 {
-		r.t.Fatalf("%d log lines: %q", len(o.logs), o.logs[0])
+		r.t.Fatalf("%d log lines: %s", len(o.logs), o.logs[0])
 	}
 	if o.fatal != nil && !strings.Contains(o.fatal.Error(), "taken") {
 		r.t.Fatal(o.fatal)
@@ -781,9 +781,13 @@ func TestATableThatGoesBackIsCutOff(t *testing.T) {
 		upto string
 		ok   bool
 	}{{"b", true}, {"b", false}, {"a", false}, {"c", true}} {
-		if _, _, err := r.n.mergeChunk(sync, header{Kind: msgTable, More: true, Target: step.upto}, nil); (err == nil) != step.ok {
+		claims := []update{{Member: labMember(3)}}
+		if _, _, err := r.n.mergeChunk(sync, header{Kind: msgTable, More: true, Target: step.upto}, claims); (err == nil) != step.ok {
 			t.Errorf("up to %s: %v", step.upto, err)
 		}
+	}
+	if _, _, err := r.n.mergeChunk(sync, header{Kind: msgTable, More: true, Target: "d"}, nil); err == nil {
+		t.Error("a piece that brings nothing is taken, and others may follow")
 	}
 }
 
@@ -1280,8 +1284,7 @@ func obeyable(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsGraphic
 
 func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	const esc = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r\x7f\xff"
-	logs := &logWriter{lines: make(chan string, 1024)}
-	logs.level.Store(1)
+	logs := newLogWriter(levelDebug)
 	r := newRig(t, []byte{1 << 2})
 	m := Member{Name: "evil", Addr: rigAddr(3), Incarnation: 5, Instance: 5, Status: statusAlive, Tags: "k" + esc + "=v" + esc + "\x00role=" + esc}
 	r.flood(update{Member: m})
@@ -1290,7 +1293,7 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	r.flood(update{Member: bad})
 	r.settle()
 	ms := r.n.members("", 100)
-	logs.Write([]byte("2013/12/08 07:56:48 [INFO] user-event: " + esc))
+	logs.log(logLine{levelInfo, "user-event: " + esc})
 	for what, s := range map[string]string{"members": membersText(shown(ms...), true), "JSON": membersJSON(shown(ms...), true), "the log": <-logs.lines} {
 		if i := strings.IndexFunc(s, obeyable); i >= 0 || !utf8.ValidString(s) {
 			t.Errorf("%s shows %q", what, s[max(i, 0):])
@@ -1312,7 +1315,7 @@ func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	}
 	t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	return c, (&sealer{portKind: gossipPort}).handshake(&session{Conn: c, dialled: true})
+	return c, (&sealer{portKind: gossipPort}).handshake(&session{conn: c, dialled: true})
 }
 
 func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
@@ -1431,7 +1434,7 @@ func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(8 * time.Second))
-	s := (&sealer{portKind: gossipPort}).handshake(&session{Conn: c, dialled: true})
+	s := (&sealer{portKind: gossipPort}).handshake(&session{conn: c, dialled: true})
 	s.send(&header{Kind: msgSync, From: "x", Digest: 1})
 	s.receive(&header{})
 	for i := 0; s.err == nil; i++ {

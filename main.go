@@ -15,7 +15,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log"
 	"maps"
 	"math"
 	"net"
@@ -186,7 +185,7 @@ func (c command) execute(args []string) error {
 	}
 
 	for _, name := range ignored {
-		log.Printf("[WARN] -%s has no effect: %s", name, serfIgnored[name])
+		fmt.Fprint(os.Stderr, formatLine(logLine{levelWarn, fmt.Sprintf("-%s has no effect: %s", name, serfIgnored[name])}, underJournal()))
 	}
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
@@ -617,11 +616,27 @@ func infoCommand(fs *flag.FlagSet) func([]string) error {
 		if err != nil {
 			return err
 		}
+		facts = joinFacts(facts)
 		if *asJSON {
 			return output(infoJSON(facts))
 		}
 		return output(infoText(facts))
 	}
+}
+
+// joinFacts joins the values of equal keys, as those of handlers of one event.
+func joinFacts(facts []string) (joined []string) {
+	place := make(map[[2]string]int) // of each key's value
+	for fact := range slices.Chunk(facts[:len(facts)/3*3], 3) {
+		key := [2]string{fact[0], fact[1]}
+		if i, ok := place[key]; ok {
+			joined[i] += ", " + fact[2]
+			continue
+		}
+		place[key] = len(joined) + 2
+		joined = append(joined, fact...)
+	}
+	return joined
 }
 
 // infoText shows facts: group, key, value; and so on.
@@ -844,7 +859,7 @@ func (c *client) members(filter memberFilter, timeout time.Duration) (members []
 	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
 		for _, u := range us {
 			if filter.matches(u.Member) {
-				members = append(members, memberStatus{u.Member, time.Duration(u.Age) * ms})
+				members = append(members, memberStatus{u.Member, time.Duration(min(u.Age, uint64(math.MaxInt64/ms))) * ms})
 			}
 		}
 		return nil
@@ -1130,7 +1145,7 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 
 // droppedLine says that this reader was too slow for that many lines.
 func droppedLine(dropped int, asJSON bool) string {
-	if dropped == 0 {
+	if dropped <= 0 {
 		return ""
 	}
 	if asJSON {
@@ -1147,9 +1162,12 @@ func watchLine(a rpcResponse, u update, asJSON bool) string {
 		return watchJSON(a, u)
 	}
 	m := u.Member
-	what := fmt.Sprintf("%s %s", u.Name, u.Payload)
+	what := fmt.Sprintf("%s %s (from %s)", u.Name, u.Payload, m.Name)
 	if a.Kind < eventUser {
 		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
+	}
+	if a.Kind == eventUpdate {
+		what += fmt.Sprintf(" (%s)", a.Text)
 	}
 	at := time.Unix(0, a.At).Format("2006/01/02 15:04:05")
 	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at, a.Kind, printable(what, "")), " ") + "\n"
@@ -1166,7 +1184,8 @@ func watchJSON(a rpcResponse, u update) string {
 			Addr   string            `json:"addr"`
 			Tags   map[string]string `json:"tags"`
 			Status string            `json:"status"`
-		}{at, a.Kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String()})
+			Change string            `json:"changed,omitempty"`
+		}{at, a.Kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String(), a.Text})
 	}
 	return toJSONLine(struct {
 		Time    string `json:"time"`
@@ -1200,7 +1219,10 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 	noAck := fs.Bool("no-ack", false, "do not show who has the query")
 
 	return func(args []string) error {
-		result := &queryResult{Responses: make(map[string]string), noAck: *noAck}
+		if timeout > maxQueryTimeout {
+			return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, timeout)
+		}
+		result := &queryResult{Responses: make(map[string]string), acked: make(map[string]bool), waiting: make(map[string]bool), noAck: *noAck}
 		show := func(text string) error { return output(printable(text, "\n\t")) }
 		if *asJSON {
 			show = func(string) error { return nil } // programs get all at the end
@@ -1219,7 +1241,7 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 		}
 		if len(result.waiting) > 0 {
 			return failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
-				strings.Join(result.waiting, ", "))
+				strings.Join(slices.Sorted(maps.Keys(result.waiting)), ", "))
 		}
 		return nil
 	}
@@ -1242,15 +1264,19 @@ func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, resu
 		nodes = living
 	}
 
+	for _, name := range nodes { // a member that was named and is not there does not answer
+		result.waiting[name] = true
+	}
 	req.Args = strings.Join(nodes, "\x00")
+	dispatched := false
 	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
 		text := ""
-		if a.Text != "" { // the members that are asked
+		if a.Text != "" && !dispatched {
 			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
-			result.waiting = splitNUL(a.Text)
-			if len(nodes) > 0 { // a member that was named and is not there does not answer
-				result.waiting = slices.Compact(slices.Sorted(slices.Values(nodes)))
-			}
+			dispatched = true
+		}
+		for _, name := range splitNUL(a.Text) { // the members that are asked
+			result.waiting[name] = true
 		}
 		for _, u := range us {
 			text += result.add(u.Member.Name, a.Reply, string(u.Payload))
@@ -1264,14 +1290,16 @@ type queryResult struct {
 	Acks      []string
 	Responses map[string]string // the output of handlers that did well
 	Failures  map[string]string `json:",omitempty"` // and of those that failed
-	waiting   []string          // asked, and no answer yet
+	acked     map[string]bool   // those in Acks
+	waiting   map[string]bool   // asked, and no answer yet
 	noAck     bool
 }
 
 // add takes in what from says, and returns the lines to show for it.
 func (r *queryResult) add(from string, reply reply, said string) string {
 	text := ""
-	if !r.noAck && !slices.Contains(r.Acks, from) { // a reply may overtake the acknowledgement
+	if !r.noAck && !r.acked[from] { // a reply may overtake the acknowledgement
+		r.acked[from] = true
 		r.Acks = append(r.Acks, from)
 		text = fmt.Sprintf("Ack from '%s'\n", from)
 	}
@@ -1279,7 +1307,7 @@ func (r *queryResult) add(from string, reply reply, said string) string {
 		return text
 	}
 
-	r.waiting = slices.DeleteFunc(r.waiting, func(name string) bool { return name == from })
+	delete(r.waiting, from)
 	switch reply {
 	case replyDone:
 		r.Responses[from] = said
@@ -1339,8 +1367,9 @@ others see this node fail. A second signal ends at once, with exit status 1.
 SIGHUP reads the files and options again: handlers, tags, the log level and keys
 change while the agent runs.
 
-It works over lines with a round trip of up to 1.6 s that lose some per cent, without
-a setting: round trips are measured. Up to 300 ms a death is noticed as on a LAN.
+It works over lines with a round trip of up to 1.6 s that lose some per cent,
+without a setting, since round trips are measured. Up to 300 ms, a death is
+noticed about as fast as on a LAN.
 `
 
 func agentCommand(fs *flag.FlagSet) func([]string) error {
@@ -1385,7 +1414,7 @@ func (src agentSource) read() (*agent, error) {
 		return nil, err
 	}
 	if logLevelOf(a.logLevel) < 0 {
-		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, strings.Join(logLevels, ", "))
+		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, strings.ToLower(strings.Join(levelNames, ", ")))
 	}
 	return a, nil
 }
@@ -1714,7 +1743,7 @@ func (a *agent) chooseAddress() (why string, err error) {
 
 // awaitAddress waits until the address to advertise is known, and has the agent join then.
 func (a *agent) awaitAddress(g *gossip) {
-	log.Printf("[WARN] %s: this node joins as soon as it has an address to advertise", a.gossip.awaits)
+	a.gossip.log.printf(levelWarn, "%s: this node joins as soon as it has an address to advertise", a.gossip.awaits)
 	for {
 		addr, _, err := a.advertised(g.ctx)
 		if err == nil {
@@ -1765,12 +1794,10 @@ func (src agentSource) run() error {
 	if err != nil {
 		return err
 	}
-	logs := &logWriter{lines: make(chan string, 1024)}
-	logs.level.Store(int32(logLevelOf(a.logLevel)))
-	log.SetOutput(logs)
+	logs := newLogWriter(logLevelOf(a.logLevel))
 	a.gossip.member.Version = version
-	a.handlers.log = log.Default()
-	a.gossip.log = log.Default()
+	a.handlers.log = logs.log
+	a.gossip.log = logs.log
 	started := *a // check completes what was read
 	why, err := a.check()
 	if err != nil {
@@ -1804,7 +1831,7 @@ func (src agentSource) run() error {
 		go a.awaitAddress(g)
 	}
 	for _, note := range a.notes {
-		log.Printf("[WARN] %s", note)
+		logger(logs.log).printf(levelWarn, "%s", note)
 	}
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
@@ -1850,11 +1877,11 @@ func (r *runningAgent) reload() error {
 
 	for _, note := range a.notes {
 		if !slices.Contains(r.lastRead.notes, note) {
-			log.Printf("[WARN] %s", note)
+			logger(r.logs.log).printf(levelWarn, "%s", note)
 		}
 	}
 	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
-		log.Printf("[WARN] only a restart changes -%s", strings.Join(fixed, ", -"))
+		logger(r.logs.log).printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
 	}
 	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
 	r.gossip.setKeys(keys)
@@ -1946,13 +1973,13 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 		if ips, _ := addressesOf(""); !bestAddress(ips, netip.IPv6Unspecified()).Is4() && a.gossip.bind.Addr().Is4() {
 			remedy = fmt.Sprintf("-bind [::]:%d takes IPv6 as well", a.gossip.bind.Port())
 		}
-		log.Printf("[WARN] advertising %s, which other machines cannot reach: %s (%s)", self.Addr, why, remedy)
+		a.gossip.log.printf(levelWarn, "advertising %s, which other machines cannot reach: %s (%s)", self.Addr, why, remedy)
 	case !a.gossip.sealsWithKey() && !isPrivate(ip):
-		log.Printf("[WARN] %s is a public address, and there is no key: "+
+		a.gossip.log.printf(levelWarn, "%s is a public address, and there is no key: "+
 			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
 	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
-		log.Printf("[WARN] the RPC listens on %s without a token: whoever reaches it controls this agent "+
+		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: whoever reaches it controls this agent "+
 			"(-rpc-auth sets one)", rpc)
 	}
 }
@@ -2024,20 +2051,20 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 
 func (r *runningAgent) hangUp() {
 	if err := r.reload(); err != nil {
-		log.Printf("[ERR] nothing is changed, since the options cannot be read again: %v", err)
+		logger(r.logs.log).printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
 		return
 	}
-	log.Print("[INFO] hangup: read the options again")
+	logger(r.logs.log).printf(levelInfo, "hangup: read the options again")
 }
 
 // stop begins to end the agent, in the way that the signal asks for.
 func (r *runningAgent) stop(s os.Signal) {
 	if s == os.Interrupt || s == syscall.SIGTERM && r.started.leaveOnTerminate {
-		log.Printf("[INFO] %v: leaving the cluster, a second signal ends at once", s)
+		logger(r.logs.log).printf(levelInfo, "%v: leaving the cluster, a second signal ends at once", s)
 		go r.gossip.leave()
 		return
 	}
-	log.Printf("[INFO] %v: ending without leaving", s)
+	logger(r.logs.log).printf(levelInfo, "%v: ending without leaving", s)
 	go r.gossip.close() // peers notice at once; handlers get their grace
 }
 
@@ -2470,45 +2497,74 @@ func isOwnAddress(ip netip.Addr) bool {
 
 // ---- the log ----
 
-var logLevels = []string{"trace", "debug", "info", "warn", "err"}
-
-// logLevelOf is the number of a level; -1: there is none of that name.
-func logLevelOf(name string) int { return slices.Index(logLevels, strings.ToLower(name)) }
-
-// logWriter writes log lines of a level and above. It never blocks: a terminal that was halted must not halt the
-// agent. Until pump runs, lines wait.
-type logWriter struct {
-	level   atomic.Int32
-	lines   chan string // "" is the end
-	dropped atomic.Int64
-	pumping sync.WaitGroup
+// logLevelOf is the level of a name in any case; -1: there is none.
+func logLevelOf(name string) logLevel {
+	return logLevel(slices.Index(levelNames, strings.ToUpper(name)))
 }
 
-// Write takes one line as log.Logger writes it, "2013/12/08 07:56:48 [INFO] ...".
-func (w *logWriter) Write(p []byte) (int, error) {
-	line := string(p)
-	word, _, _ := strings.Cut(line[min(len(line), len("2013/12/08 07:56:48 ")):], " ")
-	if level := logLevelOf(strings.Trim(word, "[]")); level >= 0 && level < int(w.level.Load()) {
-		return len(p), nil
+// logWriter writes log lines of a level and above to stderr. It never blocks: a terminal that was halted must not halt
+// the agent. Until pump runs, lines wait.
+type logWriter struct {
+	level     atomic.Int32
+	lines     chan string // "" is the end
+	dropped   atomic.Int64
+	pumping   sync.WaitGroup
+	toJournal bool
+}
+
+func newLogWriter(level logLevel) *logWriter {
+	w := &logWriter{lines: make(chan string, 1024), toJournal: underJournal()}
+	w.level.Store(int32(level))
+	return w
+}
+
+// log takes one line.
+func (w *logWriter) log(l logLine) {
+	if l.level < logLevel(w.level.Load()) {
+		return
 	}
 	select {
-	case w.lines <- printable(line, "\n\t"):
+	case w.lines <- formatLine(l, w.toJournal):
 	default:
 		w.dropped.Add(1)
 	}
-	return len(p), nil
+}
+
+// formatLine is a line as it is written. The journal has a date of its own, and takes a priority in front (sd-daemon(3)).
+func formatLine(l logLine, toJournal bool) string {
+	// What spans lines, as the output of a script, is indented: none of it can pass for a line of the log.
+	text := strings.ReplaceAll(printable(strings.TrimSuffix(l.String(), "\n"), "\n\t"), "\n", "\n\t") + "\n"
+	if !toJournal {
+		return time.Now().Format("2006/01/02 15:04:05 ") + text
+	}
+	priorities := [...]int{levelTrace: 7, levelDebug: 7, levelInfo: 6, levelWarn: 4, levelErr: 3}
+	return fmt.Sprintf("<%d>%s", priorities[l.level], text)
+}
+
+// underJournal reports whether stderr goes to systemd's journal, which JOURNAL_STREAM names by device and inode
+// (systemd.exec(5)).
+func underJournal() bool {
+	var stderr syscall.Stat_t
+	if syscall.Fstat(2, &stderr) != nil {
+		return false
+	}
+	return os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", stderr.Dev, stderr.Ino)
 }
 
 func (w *logWriter) pump() {
 	for line := <-w.lines; line != ""; line = <-w.lines {
 		os.Stderr.WriteString(line)
 		if n := w.dropped.Swap(0); n > 0 {
-			log.New(os.Stderr, "", log.LstdFlags).Printf("[WARN] %d log lines were lost here: nobody took them in time", n)
+			lost := logLine{levelWarn, fmt.Sprintf("%d log lines were lost here: nobody took them in time", n)}
+			os.Stderr.WriteString(formatLine(lost, w.toJournal))
 		}
 	}
 }
 
 // flush writes what is left, for two seconds at most.
 func (w *logWriter) flush() {
-	waitAtMost(2*time.Second, func() { w.lines <- ""; w.pumping.Wait() })
+	waitAtMost(2*time.Second, func() {
+		w.lines <- ""
+		w.pumping.Wait()
+	})
 }

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
-	"log"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -421,7 +420,7 @@ func TestLinesOfWatch(t *testing.T) {
 			`"event": "member-failed", "name": "web1", "addr": "10.0.0.1:7946", "tags": {"role": "web"}, "status": "failed"}`},
 		{rpcResponse{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: statusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
 			`"event": "member", "name": "a", "addr": "10.0.0.1:7946", "tags": {}, "status": "alive"}`},
-		{rpcResponse{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b\n",
+		{rpcResponse{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b (from web1)\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
 		if got := watchLine(tt.a, tt.u, false); got != tt.text {
@@ -433,27 +432,47 @@ func TestLinesOfWatch(t *testing.T) {
 	}
 }
 
-func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
-	w := &logWriter{lines: make(chan string, 1024)}
-	w.level.Store(int32(logLevelOf("info")))
-	l := log.New(w, "", log.LstdFlags)
-	for _, level := range logLevels {
-		l.Printf("[%s] x\x1b[2Jy\n\tz", strings.ToUpper(level))
+// A script's output forged whole lines of the log.
+func TestLogLinesAreForgedByNoText(t *testing.T) {
+	w := newLogWriter(levelDebug)
+	forged := "2013/12/08 07:56:48 [ERR] forged"
+	for _, end := range []string{"\n", "\r\n", "\r", "\u2028", "\u2029", "\u0085", "\v", "\f", "\n\n"} {
+		w.log(logLine{levelDebug, fmt.Sprintf("Event 'user' script output: first%s%s", end, forged)})
+		logged := strings.TrimSuffix(<-w.lines, "\n")
+		for i, line := range strings.Split(logged, "\n") {
+			if i > 0 && !strings.HasPrefix(line, "\t") || strings.ContainsFunc(line, obeyable) {
+				t.Errorf("%q is logged as %q", end, logged)
+			}
+		}
 	}
-	l.Print("no level [DEBUG]")
+}
+
+func TestLogIsFilteredByLevelAndEscaped(t *testing.T) {
+	w := newLogWriter(logLevelOf("info"))
+	for level := range levelNames {
+		w.log(logLine{logLevel(level), "x\x1b[2Jy\n\tz"})
+	}
 	var got []string
 	for len(w.lines) > 0 {
 		got = append(got, (<-w.lines)[len("2013/12/08 07:56:48 "):])
 	}
-	want := []string{"[INFO] x\\x1b[2Jy\n\tz\n", "[WARN] x\\x1b[2Jy\n\tz\n", "[ERR] x\\x1b[2Jy\n\tz\n", "no level [DEBUG]\n"}
+	want := []string{"[INFO] x\\x1b[2Jy\n\t\tz\n", "[WARN] x\\x1b[2Jy\n\t\tz\n", "[ERR] x\\x1b[2Jy\n\t\tz\n"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
 	for range cap(w.lines) + 7 {
-		l.Print("[INFO] nobody reads this") // must not block
+		w.log(logLine{levelInfo, "nobody reads this"}) // must not block
 	}
 	if n := w.dropped.Load(); n != 7 {
 		t.Errorf("%d lines counted as lost, want 7", n)
+	}
+}
+
+func TestLogOfTheJournalHasPriorityAndNoDate(t *testing.T) {
+	for level, want := range []string{"<7>[TRACE] x\n", "<7>[DEBUG] x\n", "<6>[INFO] x\n", "<4>[WARN] x\n", "<3>[ERR] x\n"} {
+		if got := formatLine(logLine{logLevel(level), "x"}, true); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
 	}
 }
 

@@ -46,7 +46,13 @@ const (
 // statusNames are the words that users see; the index is the Status.
 var statusNames = [...]string{"unknown", "alive", "alive", "leaving", "failed", "left", "pruned"}
 
-func (s Status) String() string { return statusNames[s] }
+// String is safe for any number: a command shows what the agent says, whatever that is.
+func (s Status) String() string {
+	if int(s) >= len(statusNames) {
+		return statusNames[0]
+	}
+	return statusNames[s]
+}
 
 // isDead reports whether the member is believed to be gone.
 func (s Status) isDead() bool { return s >= statusFailed }
@@ -198,7 +204,13 @@ const (
 // eventNames are Serf's words for the kinds; the index is the eventKind, where 0 is no event: a member is there.
 var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
 
-func (k eventKind) String() string { return eventNames[k] }
+// String is safe for any number, as that of a Status.
+func (k eventKind) String() string {
+	if int(k) >= len(eventNames) {
+		return "unknown"
+	}
+	return eventNames[k]
+}
 
 // update is one claim about a member, or (Name set) a user event or query of Member.
 type update struct {
@@ -225,8 +237,9 @@ func (u *update) id() eventID { return eventID{u.Number, u.Nonce} }
 type Event struct {
 	kind eventKind
 	update
-	id    uint32 // eventQuery: the asker's number of it; eventAnswer: of my query
-	reply reply  // eventAnswer
+	id      uint32 // eventQuery: the asker's number of it; eventAnswer: of my query
+	reply   reply  // eventAnswer
+	changed string // eventUpdate: what did, as in "state=drain -health"
 }
 
 // validatePayload returns an error that says why a user event or query is refused.
@@ -581,6 +594,7 @@ func (t *table) announce(e *entry, was Member) {
 		tell(eventJoin, is)
 	case is.Status == statusAlive && (was.Addr != is.Addr || was.Tags != is.Tags):
 		tell(eventUpdate, is)
+		t.events[len(t.events)-1].changed = changes(was, is)
 	case is.Status == statusFailed && was.Status == statusAlive:
 		tell(eventFailed, is)
 	case e.Status >= statusLeft && (was.Status == statusAlive || was.Status == statusFailed):
@@ -590,6 +604,29 @@ func (t *table) announce(e *entry, was Member) {
 	if is.Status == 0 && was.Status != 0 {
 		tell(eventReap, is.with(was.Status))
 	}
+}
+
+// changes is what differs between two claims about a member: new values of tags, and of its address; a "-" stands before
+// what is gone.
+func changes(was, is Member) string {
+	var list []string
+	if was.Addr != is.Addr {
+		list = append(list, is.Addr.String())
+	}
+	before, after := was.Tags.asMap(), is.Tags.asMap()
+	for _, tag := range splitNUL(is.Tags) {
+		key, value, _ := strings.Cut(tag, "=")
+		if old, ok := before[key]; !ok || old != value {
+			list = append(list, tag)
+		}
+	}
+	for _, tag := range splitNUL(was.Tags) {
+		key, _, _ := strings.Cut(tag, "=")
+		if _, ok := after[key]; !ok {
+			list = append(list, "-"+key)
+		}
+	}
+	return strings.Join(list, " ")
 }
 
 // reap hides the members that have been dead for longer than after, and drops them after as long again.

@@ -10,12 +10,14 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
+	"crypto/cipher"
+	crand "crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
@@ -27,20 +29,20 @@ import (
 )
 
 const (
-	maxInbound      = 512              // accepted connections at a time, of agents
-	maxRPCConns     = 256              // and of commands
-	maxSyncs        = 16               // exchanges that others have dialled, at a time
-	maxDials        = 64               // addresses tried in one join
-	maxWatchQueue   = 4096             // events that wait for a slow watcher
-	pageSize        = 40               // members in a frame
-	factsPage       = 8 << 10          // bytes of facts in a frame, about; of one fact, at most
-	helloTimeout    = 2 * time.Second  // for a stranger's hello
-	frameTimeout    = 5 * time.Second  // for any frame: the first one takes a round trip
-	sessionTimeout  = 10 * time.Second // until the other side of a session has answered: three round trips, and what TCP sends again
-	maxLinkWait     = 30 * time.Second // between tries to have a link, and looks whether its member is still one
-	eventPatience   = 4 * time.Second  // for so long an event waits for its turn: less than its command waits
-	syncSlotTimeout = time.Second      // until a place for an exchange must be free
-	windowSize      = 64
+	maxInbound     = 768              // accepted connections at a time, of agents and commands
+	maxMerging     = 4                // pieces of tables that wait for the loop at a time
+	maxDials       = 64               // addresses tried in one join
+	maxFeed        = 8 << 20          // bytes of events that wait for slow readers, about
+	maxResponses   = 4096             // frames of an answer that is no stream
+	pageSize       = 40               // members in a frame
+	textPage       = 8 << 10          // bytes of text in a frame, about; of one fact, at most
+	helloTimeout   = 2 * time.Second  // for a stranger's hello
+	frameTimeout   = 5 * time.Second  // for any frame: the first one takes a round trip
+	sessionTimeout = 10 * time.Second // until the other side of a session has answered: three round trips, and what TCP sends again
+	maxLinkWait    = 30 * time.Second // between tries to have a link, and looks whether its member is still one
+	eventPatience  = 4 * time.Second  // for so long an event waits for its turn: less than its command waits
+	syncTimeout    = 2 * time.Minute  // for all of a comparison of tables: the largest over a line of 1 Mbit/s
+	windowSize     = 64
 )
 
 // ---- the handshake, and frames ----
@@ -81,14 +83,20 @@ func (d *sealer) hello() []byte {
 	b := append([]byte(helloLine), d.portKind, keyed, byte(d.otherPort>>8), byte(d.otherPort))
 	b = append(b, d.receiverHash("")...)
 	b = append(b, protocolVersion)
-	return append(b, rand.Text()[:16]...) // 80 bits
+	challenge := make([]byte, 16)
+	crand.Read(challenge)
+	return append(b, challenge...)
 }
 
 // checkHello says what is wrong with the hello of the other side.
 func (d *sealer) checkHello(b []byte, dialled bool) error {
+	if string(b[:len(helloLine)]) != helloLine {
+		if err := checkProtocol(max(b[7]-'0', 4)); err != nil { // HAMLET/N; that of protocol 4 was HAMLET/3
+			return err
+		}
+		return errMalformed
+	}
 	switch is := b[len(helloLine):]; {
-	case string(b[:len(helloLine)]) != helloLine:
-		return checkProtocol(max(b[7]-'0', 4)) // HAMLET/N; that of protocol 4 was HAMLET/3
 	case checkProtocol(is[8]) != nil:
 		return checkProtocol(is[8])
 	case is[0] != d.portKind && !dialled:
@@ -107,98 +115,190 @@ func (d *sealer) checkHello(b []byte, dialled bool) error {
 	return nil
 }
 
-// session is a connection whose both sides have said hello. A frame is its length and its sealed body. That
-// it opens proves that the other side has the key and answers this challenge, and that no frame is missing
-// before it. After the first error, err, nothing is sent or read any more.
+// session is a connection whose two sides have exchanged hellos. It sends frames: a length and a sealed body. A frame
+// that opens proves that the other side has the key, answers this side's challenge, and that no frame before it is
+// missing. Like a bufio.Writer, a session keeps its first error in err, and then sends and receives nothing.
 type session struct {
-	net.Conn
-	proven         atomic.Bool // a frame has opened
-	gone           atomic.Bool // it is over, for the one who has accepted it
-	sealer         *sealer
-	hellos         string // both challenges
-	dialled        bool
-	patient        bool          // its reader may pause for as long as it likes
-	roundTrip      time.Duration // that of the hellos, for the one who has dialled
-	sent, received uint64
-	err            error
+	conn      net.Conn    // in clear: for hellos, deadlines and the end
+	proven    atomic.Bool // a frame has opened
+	dialled   bool
+	patient   bool          // its reader may pause for as long as it likes
+	end       time.Time     // of the whole session, if it has one
+	roundTrip time.Duration // until the hello came, to the side that dialled
+	out, in   stream
+	err       error
 }
 
-// handshake exchanges hellos: the dialler's comes first. Whoever has not answered a challenge gets nothing else.
-// What cannot be written is noticed by the next that is read.
+// handshake exchanges hellos: the dialler's comes first. The acceptor says nothing else before its challenge is answered.
 func (d *sealer) handshake(s *session) *session {
-	mine, theirs := d.hello(), make([]byte, helloSize)
 	start := time.Now()
-	if s.dialled {
-		s.Write(mine)
-	}
-	n, err := io.ReadFull(s, theirs)
+	hellos, err := d.exchangeHellos(s.conn, s.dialled)
 	s.roundTrip = time.Since(start)
-	switch {
-	case n > 0 && bytes.Contains(theirs[:n], []byte("Command")): // msgpack: {"Command": "handshake", ...}
-		s.err = errSerfRPC
-	case n > 0 && !bytes.HasPrefix(theirs, []byte(helloLine[:7])):
-		s.err = fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
-	case n == 0 && s.dialled && !timedOut(err):
-		s.err = errSilent
-	case err != nil:
-		s.err = err
-	case s.dialled:
-		s.err, s.hellos = d.checkHello(theirs, true), string(mine)+string(theirs)
-	default:
-		s.Write(mine)
-		s.err, s.hellos = d.checkHello(theirs, false), string(theirs)+string(mine)
-	}
-	s.sealer = d
+	s.err = err
+	s.out = d.newStream(s.dialled, hellos)
+	s.in = d.newStream(!s.dialled, hellos)
 	return s
 }
 
-// send sends one frame: a message, and what may follow it.
+// exchangeHellos returns both hellos, the dialler's first. What cannot be written is noticed by the next read.
+func (d *sealer) exchangeHellos(conn net.Conn, dialled bool) (hellos string, err error) {
+	mine, theirs := d.hello(), make([]byte, helloSize)
+	if dialled {
+		conn.Write(mine)
+	}
+	n, err := io.ReadFull(conn, theirs)
+	if bytes.Contains(theirs[:n], []byte("Command")) { // msgpack: {"Command": "handshake", ...}
+		return "", errSerfRPC
+	}
+	if n > 0 && !bytes.HasPrefix(theirs, []byte(helloLine[:7])) {
+		return "", fmt.Errorf("%w (it says %.8q): is this the right port?", errForeign, theirs[:n])
+	}
+	if n == 0 && dialled && !timedOut(err) {
+		return "", errSilent
+	}
+	if err != nil {
+		return "", err
+	}
+
+	if dialled {
+		return string(mine) + string(theirs), d.checkHello(theirs, true)
+	}
+	conn.Write(mine)
+	return string(theirs) + string(mine), d.checkHello(theirs, false)
+}
+
+// stream is one direction of a session. Its keys are derived for the direction and both hellos, of which each side has
+// made one at random: no other stream has them. So a frame's nonce is its count, and it opens in its place alone.
+type stream struct {
+	tag          []byte        // opens a frame in clear: that, too, answers a challenge
+	aeads        []cipher.AEAD // one for each key; of the in direction the right one alone, once a frame has opened
+	sealsClear   bool
+	opensInClear bool
+	count        uint64 // of the frames so far
+}
+
+func (d *sealer) newStream(ofDialler bool, hellos string) stream {
+	whom := fmt.Sprint("stream ", ofDialler, hellos)
+	st := stream{tag: d.receiverHash(whom), sealsClear: !d.sealsWithKey(), opensInClear: d.opensInClear()}
+	for _, key := range d.keys {
+		if len(key) > 0 {
+			a, _ := cipher.NewGCM(d.blockFor(key, whom))
+			st.aeads = append(st.aeads, a)
+		}
+	}
+	return st
+}
+
+func (st *stream) nextNonce() []byte {
+	nonce := binary.BigEndian.AppendUint64(make([]byte, 4), st.count)
+	st.count++
+	return nonce
+}
+
+// seal appends to dst the next frame's body.
+func (st *stream) seal(dst, data []byte) []byte {
+	nonce := st.nextNonce()
+	if st.sealsClear {
+		return append(append(dst, st.tag...), data...)
+	}
+	return st.aeads[0].Seal(dst, nonce, data, nil)
+}
+
+// open returns what the next frame's body says.
+func (st *stream) open(body []byte) ([]byte, error) {
+	nonce := st.nextNonce()
+	for i, a := range st.aeads {
+		if data, err := a.Open(nil, nonce, body, nil); err == nil {
+			st.aeads = st.aeads[i : i+1]
+			st.opensInClear = false
+			return data, nil
+		}
+	}
+	if !st.opensInClear {
+		return nil, errOtherKey
+	}
+	if !bytes.HasPrefix(body, st.tag) {
+		return nil, errNotForMe
+	}
+	st.aeads = nil
+	return body[len(st.tag):], nil
+}
+
+// send sends a message, and the updates that may follow it, in one frame.
 func (s *session) send(message any, us ...update) { s.sendBytes(wire.encode(nil, message, us...)) }
 
 func (s *session) sendBytes(data []byte) {
 	if s.err != nil {
 		return
 	}
-	b := s.sealer.seal(make([]byte, 4, 64+len(data)), data, fmt.Sprint("frame ", s.dialled, s.sent, s.hellos))
-	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
-	s.sent++
+	frame := s.out.seal(make([]byte, 4, 64+len(data)), data)
+	binary.BigEndian.PutUint32(frame, uint32(len(frame)-4))
 	if !s.patient {
-		s.SetWriteDeadline(time.Now().Add(frameTimeout))
+		s.conn.SetWriteDeadline(s.deadline())
 	}
-	_, s.err = s.Write(b)
+	_, s.err = s.conn.Write(frame)
 }
 
-// receive reads one frame until the deadline that is set: a message, and what may follow it. A length of 0 says
-// that the other side could not open the first one.
-func (s *session) receive(message any) (us []update) {
-	var size [4]byte
-	if s.err == nil {
-		_, s.err = io.ReadFull(s, size[:])
+// deadline is by when the next frame must be through.
+func (s *session) deadline() time.Time {
+	next := time.Now().Add(frameTimeout)
+	if !s.end.IsZero() && s.end.Before(next) {
+		return s.end
 	}
-	var b []byte
-	switch n := binary.BigEndian.Uint32(size[:]); {
-	case s.err != nil:
-	case n == 0:
-		s.err = errOtherKey
-	case n > maxFrame+1024:
-		s.err = fmt.Errorf("sent a frame of %d bytes, the limit is %d", n, maxFrame)
-	default:
-		b = make([]byte, n)
-		_, s.err = io.ReadFull(s, b)
+	return next
+}
+
+// receive reads one frame until the deadline that is set: a message, and the updates that may follow it.
+func (s *session) receive(message any) (us []update) {
+	return s.decode(s.readFrame(), message)
+}
+
+// readFrame reads a frame's sealed body. A length of 0 says that the other side could not open the first frame.
+func (s *session) readFrame() []byte {
+	var length [4]byte
+	if s.err == nil {
+		_, s.err = io.ReadFull(s.conn, length[:])
 	}
 	if s.err != nil {
 		return nil
 	}
-	b, s.err = s.sealer.open(b, fmt.Sprint("frame ", !s.dialled, s.received, s.hellos))
-	if s.received++; s.err != nil && !s.dialled {
-		s.Write(make([]byte, 4))
+	size := binary.BigEndian.Uint32(length[:])
+	if size == 0 {
+		s.err = errOtherKey
+		return nil
 	}
-	if s.err == nil {
-		s.proven.Store(true)
-		if b, s.err = wire.decode(b, message); s.err == nil {
-			us, s.err = wire.decodeAll(b)
+	if size > maxFrame+1024 {
+		s.err = fmt.Errorf("sent a frame of %d bytes, the limit is %d", size, maxFrame)
+		return nil
+	}
+
+	sealed := make([]byte, size)
+	_, s.err = io.ReadFull(s.conn, sealed)
+	return sealed
+}
+
+// decode opens and decodes a frame's body.
+func (s *session) decode(sealed []byte, message any) (us []update) {
+	if s.err != nil {
+		return nil
+	}
+	data, err := s.in.open(sealed)
+	if err != nil {
+		s.err = err
+		if s.proven.Load() {
+			s.err = errNotForMe // that it has the key is known
+		} else if !s.dialled {
+			s.conn.Write(make([]byte, 4))
 		}
+		return nil
 	}
+
+	s.proven.Store(true)
+	rest, err := wire.decode(data, message)
+	if err == nil {
+		us, err = wire.decodeAll(rest)
+	}
+	s.err = err
 	return us
 }
 
@@ -221,23 +321,15 @@ func plainError(err error) error {
 
 // ---- who may come in ----
 
-// acceptor are those who come in at a port, and all that is under way there. When there are too many connections,
-// the oldest that has proven nothing goes, so that strangers who hold connections open keep nobody out.
+// acceptor takes connections at a port, and knows all that is under way there.
 type acceptor struct {
 	sealer atomic.Pointer[sealer] // keys may change
 	tcp    net.Listener
-	limit  int
+	places *places // of all ports
 	wg     sync.WaitGroup
 	ctx    context.Context // of all connections
 	quit   context.CancelFunc
 	lines  *logLimit // about those that were refused
-}
-
-// guestLimit leaves half of the file descriptors for everything else.
-func guestLimit() int {
-	r := syscall.Rlimit{Cur: 2 * maxInbound} // if it cannot be found out
-	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r)
-	return int(min(maxInbound, max(r.Cur/2, 8)))
 }
 
 // close takes nobody in any more, and waits a second at most for what is under way: a peer may read too slowly.
@@ -249,28 +341,21 @@ func (gs *acceptor) close() {
 
 // accept serves what comes in until the port is closed.
 func (gs *acceptor) accept(serve func(*session) error) {
-	var here []*session // oldest first
 	for {
 		c, err := gs.tcp.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			gs.lines.printf(aboutHost, "accept", "[WARN] cannot accept a connection at %s: %v", gs.tcp.Addr(), err)
+			gs.lines.printf(aboutHost, "accept", levelWarn, "cannot accept a connection at %s: %v", gs.tcp.Addr(), err)
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
-		here = slices.DeleteFunc(here, func(s *session) bool { return s.gone.Load() })
-		if len(here) >= gs.limit {
-			i := max(0, slices.IndexFunc(here, func(s *session) bool { return !s.proven.Load() }))
-			here[i].Close()
-			here = slices.Delete(here, i, i+1)
-		}
 		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
 		c.SetDeadline(time.Now().Add(helloTimeout))
-		s := &session{Conn: c}
-		here = append(here, s)
+		s := &session{conn: c}
+		gs.places.take(s, addrOf(c.RemoteAddr()))
 		gs.wg.Go(func() {
-			defer s.gone.Store(true)
+			defer gs.places.release(s)
 			defer c.Close()
 			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
 			gs.sealer.Load().handshake(s)
@@ -283,12 +368,106 @@ func (gs *acceptor) accept(serve func(*session) error) {
 	}
 }
 
+// places are those of the connections that were accepted, at all ports together: they come out of one budget of file
+// descriptors. When they are short, the address that has most of them loses one, so that nobody who opens many
+// connections keeps others out.
+type places struct {
+	limit int
+	mu    sync.Mutex // guards taken
+	taken []place
+}
+
+type place struct {
+	s    *session
+	from *origin
+}
+
+// origin is where connections come from. Who has a whole IPv6 network of 64 bits, as every host may, is one.
+type origin struct {
+	network netip.Prefix
+	count   int // of its places, for leastWanted
+}
+
+// newPlaces leaves half of the file descriptors for everything else. Go has raised their number as far as it may.
+func newPlaces() *places {
+	r := syscall.Rlimit{Cur: 2 * maxInbound} // if it cannot be found out
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r)
+	return &places{limit: int(min(maxInbound, max(r.Cur/2, 8)))}
+}
+
+// take gives s a place.
+func (ps *places) take(s *session, from netip.Addr) {
+	network, _ := from.Prefix(from.BitLen())
+	if from.Is6() {
+		network, _ = from.Prefix(64)
+	}
+
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if len(ps.taken) >= ps.limit {
+		i := ps.leastWanted()
+		ps.taken[i].s.conn.Close()
+		ps.taken = slices.Delete(ps.taken, i, i+1)
+	}
+	ps.taken = append(ps.taken, place{s, ps.origin(network)})
+}
+
+func (ps *places) origin(network netip.Prefix) *origin {
+	for _, p := range ps.taken {
+		if p.from.network == network {
+			return p.from
+		}
+	}
+	return &origin{network: network}
+}
+
+func (ps *places) release(s *session) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	ps.taken = slices.DeleteFunc(ps.taken, func(p place) bool { return p.s == s })
+}
+
+// leastWanted is which place is taken away: of the address that has most, any of the older half, so that neither patience
+// nor haste pays. A quarter is for connections that have not proven anything yet: as few as that lose none, or whoever
+// holds proven ones, as anybody can where there is no key, would keep newcomers out. With more of them it is one of
+// theirs.
+func (ps *places) leastWanted() int {
+	unproven := 0
+	for _, p := range ps.taken {
+		if !p.s.proven.Load() {
+			unproven++
+		}
+	}
+	wantProven := unproven <= ps.limit/4
+
+	for _, p := range ps.taken {
+		p.from.count = 0
+	}
+	most := 0
+	for _, p := range ps.taken {
+		if p.s.proven.Load() == wantProven {
+			p.from.count++
+			most = max(most, p.from.count)
+		}
+	}
+	var candidates []int
+	for i, p := range ps.taken {
+		if p.from.count == most && p.s.proven.Load() == wantProven {
+			candidates = append(candidates, i)
+		}
+	}
+	if len(candidates) == 0 { // what was unproven has proven itself just now
+		return 0
+	}
+	return candidates[rand.IntN((len(candidates)+1)/2)]
+}
+
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
 // logRejected logs what is wrong with what came from there; nil: nothing is.
 func (gs *acceptor) logRejected(class logClass, from netip.Addr, err error) {
 	if err != nil {
-		gs.lines.printf(class, from.String(), "[WARN] dropped what came from %s: it %v", from, err)
+		gs.lines.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
 	}
 }
 
@@ -441,7 +620,7 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 
 // openSession opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
 func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about []update) {
-	s = g.acceptor.sealer.Load().handshake(&session{Conn: c, dialled: true})
+	s = g.acceptor.sealer.Load().handshake(&session{conn: c, dialled: true})
 	var hdr header
 	g.doFor(s, func(n *node) error { hdr = n.header(k); return nil })
 	s.send(&hdr)
@@ -572,6 +751,7 @@ func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error 
 		time.Sleep(20 * ms)
 	}
 	if differ {
+		s.end = time.Now().Add(syncTimeout)
 		g.sendTable(s, sync)
 		g.receiveTable(s, sync)
 		g.sendTable(s, sync) // the events that only this side has
@@ -580,28 +760,41 @@ func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error 
 	return plainError(s.err)
 }
 
-// sendTable sends the table, hear takes one.
+// sendTable sends the table, and receiveTable takes one. What a session does to the loop, it does when it is its turn, and
+// it has no turn while it waits for its peer: slow peers keep nobody waiting, and fast ones leave the loop its time.
 func (g *gossip) sendTable(s *session, sync *stateSync) {
 	for more := true; more && s.err == nil; {
 		var frame []byte
+		g.turns <- struct{}{}
 		g.doFor(s, func(n *node) error { frame, more = n.tableChunk(sync); return nil })
+		<-g.turns
 		s.sendBytes(frame)
 	}
 }
 
 func (g *gossip) receiveTable(s *session, sync *stateSync) {
 	for more := true; more && s.err == nil; {
-		var hdr header
-		s.SetReadDeadline(time.Now().Add(frameTimeout))
-		us := s.receive(&hdr)
-		g.doFor(s, func(n *node) (err error) {
-			bad := 0
-			if more, bad, err = n.mergeChunk(sync, hdr, us); bad > 0 {
-				g.logRejected(aboutPeers, addrOf(s.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
-			}
-			return err
-		})
+		s.conn.SetReadDeadline(s.deadline())
+		sealed := s.readFrame()
+		g.turns <- struct{}{}
+		more = g.mergeFrame(s, sync, sealed)
+		<-g.turns
 	}
+}
+
+// mergeFrame takes a piece of a table; more says that others follow.
+func (g *gossip) mergeFrame(s *session, sync *stateSync, sealed []byte) (more bool) {
+	var hdr header
+	us := s.decode(sealed, &hdr)
+	bad := 0
+	g.doFor(s, func(n *node) (err error) {
+		more, bad, err = n.mergeChunk(sync, hdr, us)
+		return err
+	})
+	if bad > 0 {
+		g.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+	}
+	return more
 }
 
 // serve answers one agent that has dialled.
@@ -618,22 +811,15 @@ func (g *gossip) serve(s *session) error {
 	} else if hdr.Kind > msgBye { // of a later version
 		return nil
 	}
-	g.noteInbound(addrOf(s.LocalAddr()), hdr.Kind == msgSync)
-	if hdr.Kind == msgSync {
-		select {
-		case g.syncSlots <- struct{}{}:
-			defer func() { <-g.syncSlots }()
-		case <-time.After(syncSlotTimeout):
-			return errors.New("wants to compare tables while too many others do")
-		}
-	}
+	g.noteInbound(addrOf(s.conn.LocalAddr()), hdr.Kind == msgSync)
 	g.doFor(s, func(n *node) error { w, about = n.handshakeReply(hdr); return nil })
 	s.send(&w, about...)
 	switch from := (Member{Name: hdr.From, Instance: hdr.born()}); hdr.Kind {
 	case msgLink:
 		return g.holdLink(s, from)
 	case msgSync: // who hangs up now has the same table
-		sync := &stateSync{peer: from, from: addrOf(s.RemoteAddr()), digest: hdr.Digest}
+		s.end = time.Now().Add(syncTimeout)
+		sync := &stateSync{peer: from, from: addrOf(s.conn.RemoteAddr()), digest: hdr.Digest}
 		g.receiveTable(s, sync)
 		g.sendTable(s, sync)
 		g.receiveTable(s, sync)
@@ -644,7 +830,7 @@ func (g *gossip) serve(s *session) error {
 // holdLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
 func (g *gossip) holdLink(s *session, m Member) error {
 	for wait := helloTimeout; s.err == nil; wait = maxLinkWait {
-		s.SetReadDeadline(time.Now().Add(wait))
+		s.conn.SetReadDeadline(time.Now().Add(wait))
 		if s.receive(&header{}); s.err == nil {
 			return nil // a bye
 		}
@@ -758,7 +944,8 @@ type rpcRequest struct {
 	Op                      string // members, join, leave, force-leave, event, tags, query, watch or info
 	Name                    string
 	Payload                 []byte
-	Args, DeleteTags        string // both separated by NUL; Drop are the tags to delete
+	Args, DeleteTags        string // both separated by NUL
+	More                    bool   // the next request brings more of Args
 	Prune, Replay, Coalesce bool   // Merge: coalesce the event
 	Timeout                 time.Duration
 }
@@ -785,13 +972,18 @@ func callRPC(addr, token string, req rpcRequest, timeout time.Duration, each fun
 	}
 	defer c.Close()
 	c.SetDeadline(deadline)
-	b := wire.encode(nil, &req)
-	if len(b) > maxFrame {
-		return failf("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
+	s := rpcSealer(token, 0).handshake(&session{conn: c, dialled: true})
+	if err := s.sendRequest(req); err != nil {
+		return err
 	}
-	s := rpcSealer(token, 0).handshake(&session{Conn: c, dialled: true})
-	s.sendBytes(b)
-	for {
+	limit := maxResponses
+	if req.Op == "query" {
+		limit += 2 * maxMembers // each has it, and answers it
+	}
+	for count := 1; ; count++ {
+		if count > limit && req.Op != "watch" {
+			return failf("", "the agent at %s says more than a cluster can have", addr)
+		}
 		var a rpcResponse
 		us := s.receive(&a)
 		if s.err != nil {
@@ -805,10 +997,51 @@ func callRPC(addr, token string, req rpcRequest, timeout time.Duration, each fun
 		} else if err != nil || !a.More {
 			return err
 		}
-		if req.Op == "watch" || req.Op == "query" || req.Op == "join" {
+		switch req.Op {
+		case "watch", "join":
 			c.SetReadDeadline(time.Time{})
+		case "query":
+			c.SetReadDeadline(deadline.Add(req.Timeout))
 		}
 	}
+}
+
+// sendRequest sends a request, whose arguments may take several frames.
+func (s *session) sendRequest(req rpcRequest) error {
+	rest := req.Args
+	for first := true; first || rest != ""; first = false {
+		part := rpcRequest{}
+		if first {
+			part = req
+		}
+		part.Args = rest[:min(len(rest), textPage)]
+		rest = rest[len(part.Args):]
+		part.More = rest != ""
+		b := wire.encode(nil, &part)
+		if len(b) > maxFrame {
+			return failf("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
+		}
+		s.sendBytes(b)
+	}
+	return nil
+}
+
+// receiveRequest takes a request: at most the names of all members that a cluster may have.
+func (s *session) receiveRequest() (req rpcRequest) {
+	s.receive(&req)
+	var args strings.Builder
+	args.WriteString(req.Args)
+	for more := req.More; more && s.err == nil; {
+		var part rpcRequest
+		s.receive(&part)
+		args.WriteString(part.Args)
+		more = part.More
+		if args.Len() > maxMembers*(maxName+1) || part.Args == "" {
+			s.err = errMalformed
+		}
+	}
+	req.Args = args.String()
+	return req
 }
 
 // unreachable says why there was no answer.
@@ -848,7 +1081,7 @@ func rpcSealer(token string, gossip uint16) *sealer {
 // serveRPC answers commands at ln; info is what the agent knows of itself.
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	gs := &acceptor{tcp: ln, limit: maxRPCConns, lines: g.lines}
+	gs := &acceptor{tcp: ln, places: g.places, lines: g.lines}
 	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	gs.ctx, gs.quit = context.WithCancel(context.Background())
 	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
@@ -857,19 +1090,19 @@ func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *a
 
 // command does what a command asks for, and answers it.
 func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
-	var req rpcRequest
 	var a rpcResponse // the last one
-	if s.receive(&req); s.err != nil {
+	req := s.receiveRequest()
+	if s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
-	s.SetDeadline(time.Time{})
+	s.conn.SetDeadline(time.Time{})
 	switch req.Op {
 	case "members":
 		g.list(s)
 	case "join":
 		err = g.joinCommand(s, req, &a)
 	case "leave":
-		g.cfg.log.Print("[INFO] told to leave the cluster")
+		g.cfg.log.printf(levelInfo, "told to leave the cluster")
 		ln.Close() // who reads the answer may start the next agent at once
 		err = g.leave()
 	case "force-leave":
@@ -879,24 +1112,12 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "tags":
 		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
-		s.sendFacts(info())
+		s.sendTexts(info(), 3) // group, key, value
 	case "query":
-		var who []string
-		f := &subscriber{}
-		err = g.run(func(n *node) (err error) {
-			if f.query, who, err = n.query(req.Name, req.Payload, splitNUL(req.Args), req.Timeout); err == nil {
-				f.events = make(chan *item, 2*len(who)+1) // each has the query, and answers it; then it is over
-				g.subscribers[f] = true
-			}
-			return err
-		})
-		if err == nil {
-			s.send(&rpcResponse{More: true, Text: strings.Join(who, "\x00")})
-			g.stream(s, f)
-		}
+		err = g.streamQuery(s, req)
 	case "watch":
-		f := &subscriber{events: make(chan *item, maxWatchQueue)}
-		g.doFor(s, func(*node) error { g.subscribers[f] = true; return nil })
+		var f *subscriber
+		g.doFor(s, func(*node) error { f = g.feed.subscribe(0); return nil })
 		s.patient = true
 		g.list(s)
 		g.stream(s, f)
@@ -929,15 +1150,41 @@ func (g *gossip) joinCommand(s *session, req rpcRequest, a *rpcResponse) error {
 	return nil
 }
 
-// sendFacts sends strings in frames of some KiB.
-func (s *session) sendFacts(facts []string) {
+// streamQuery asks members, and sends who they are and then what they answer.
+func (g *gossip) streamQuery(s *session, req rpcRequest) error {
+	var f *subscriber
+	var asked []string
+	err := g.run(func(n *node) error {
+		id, names, err := n.query(req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
+		if err != nil {
+			return err
+		}
+		f = g.feed.subscribe(id)
+		asked = names
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+
+	s.sendTexts(asked, 1)
+	g.stream(s, f)
+	return nil
+}
+
+// sendTexts sends texts in frames of some KiB. As many as together belong to one thing, count, are not parted.
+func (s *session) sendTexts(texts []string, count int) {
 	var page []string
 	size := 0
-	for _, fact := range facts {
-		fact = strings.ReplaceAll(fact[:min(len(fact), factsPage)], "\x00", "")
-		page = append(page, fact)
-		size += len(fact)
-		if size > factsPage {
+	for thing := range slices.Chunk(texts, count) {
+		for _, text := range thing {
+			if len(text) > textPage {
+				text = text[:textPage] + "..."
+			}
+			page = append(page, strings.ReplaceAll(text, "\x00", ""))
+			size += len(text)
+		}
+		if size > textPage {
 			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
 			page = nil
 			size = 0
@@ -978,48 +1225,141 @@ func (g *gossip) list(s *session) {
 	}
 }
 
-// subscriber holds the events for one reader, who may be slow: a query's answers, or (query 0) all else.
+// feed holds the events for those that read them over the RPC: each once, for all, until all have read it. Together they
+// take maxFeed, so that it does not matter how many readers do not read; a reader too slow is told how many it lost.
+// Safe for concurrent use; it never blocks.
+type feed struct {
+	mu          sync.Mutex
+	subscribers map[*subscriber]bool
+	items       []*item
+	first       uint64 // the number of the first of items, of all that there were
+	bytes       int
+	events      int // so far, without answers
+}
+
+// subscriber reads the answers to one query, or (query 0) all events.
 type subscriber struct {
-	query   uint32
-	events  chan *item
-	dropped int // events that did not fit, since the last one that did
+	query  uint32
+	next   uint64        // the number of the next item to look at
+	events int           // the last one that it has read
+	more   chan struct{} // there may be more
 }
 
 type item struct {
 	Event
-	at      time.Time
-	dropped int // before it
+	at     time.Time
+	events int // up to this one
 }
 
-// publish never blocks; what a reader is too slow for is counted.
-func (f *subscriber) publish(ev Event) {
-	if ev.kind == eventAnswer && ev.id != f.query || ev.kind != eventAnswer && f.query != 0 {
+func (it *item) bytes() int {
+	const itself = 400 // and its place in the list
+	return itself + len(it.Name) + len(it.Payload) + len(it.Member.Name) + len(it.Member.Tags) + len(it.Member.Version)
+}
+
+func (f *feed) subscribe(query uint32) *subscriber {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	sub := &subscriber{query: query, next: f.first + uint64(len(f.items)), events: f.events, more: make(chan struct{}, 1)}
+	if f.subscribers == nil {
+		f.subscribers = make(map[*subscriber]bool)
+	}
+	f.subscribers[sub] = true
+	return sub
+}
+
+func (f *feed) unsubscribe(sub *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.subscribers, sub)
+	f.dropRead()
+}
+
+func (f *feed) publish(ev Event) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if ev.kind != eventAnswer {
+		f.events++
+	}
+	if len(f.subscribers) == 0 {
 		return
 	}
-	select {
-	case f.events <- &item{ev, time.Now(), f.dropped}:
-		f.dropped = 0
-	default:
-		f.dropped++
+
+	it := &item{ev, time.Now(), f.events}
+	f.items = append(f.items, it)
+	f.bytes += it.bytes()
+	f.dropRead()
+	for f.bytes > maxFeed {
+		f.dropFirst()
+	}
+	for sub := range f.subscribers {
+		select {
+		case sub.more <- struct{}{}:
+		default:
+		}
 	}
 }
 
-// stream sends what f brings until the reader or the agent has gone, or the query is over.
-func (g *gossip) stream(s *session, f *subscriber) {
-	defer g.post(func(*node) { delete(g.subscribers, f) })
+// dropRead drops what all have read.
+func (f *feed) dropRead() {
+	next := f.first + uint64(len(f.items))
+	for sub := range f.subscribers {
+		next = min(next, sub.next)
+	}
+	for f.first < next {
+		f.dropFirst()
+	}
+}
+
+func (f *feed) dropFirst() {
+	f.bytes -= f.items[0].bytes()
+	f.items[0] = nil
+	f.items = f.items[1:]
+	f.first++
+}
+
+// read returns the next item for sub, and how many events before it are lost; nil: there is none yet.
+func (f *feed) read(sub *subscriber) (it *item, dropped int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	sub.next = max(sub.next, f.first)
+	for sub.next < f.first+uint64(len(f.items)) {
+		it := f.items[sub.next-f.first]
+		sub.next++
+		if it.kind == eventAnswer && it.id == sub.query {
+			return it, 0
+		}
+		if it.kind != eventAnswer && sub.query == 0 {
+			dropped := it.events - sub.events - 1
+			sub.events = it.events
+			return it, dropped
+		}
+	}
+	return nil, 0
+}
+
+// stream sends what sub reads until the reader or the agent has gone, or the query is over.
+func (g *gossip) stream(s *session, sub *subscriber) {
+	if sub == nil { // the agent has ended
+		return
+	}
+	defer g.feed.unsubscribe(sub)
 	gone := make(chan struct{})
-	go func() { io.Copy(io.Discard, s.Conn); close(gone) }()
+	go func() { io.Copy(io.Discard, s.conn); close(gone) }()
 	for s.err == nil {
-		select {
-		case ev := <-f.events:
-			if ev.kind == eventAnswer && ev.reply == replyNone {
+		it, dropped := g.feed.read(sub)
+		if it == nil {
+			select {
+			case <-sub.more:
+			case <-gone:
+				return
+			case <-g.done:
 				return
 			}
-			s.send(&rpcResponse{More: true, Kind: ev.kind, Reply: ev.reply, At: ev.at.UnixNano(), Dropped: ev.dropped}, ev.update)
-		case <-gone:
-			return
-		case <-g.done:
+			continue
+		}
+		if it.kind == eventAnswer && it.reply == replyNone {
 			return
 		}
+		s.send(&rpcResponse{More: true, Kind: it.kind, Reply: it.reply, At: it.at.UnixNano(), Dropped: dropped, Text: it.changed}, it.update)
 	}
 }

@@ -556,7 +556,7 @@ func (p *proc) carryOut(o outputs) {
 	if s.resting {
 		s.checkResting(p, o)
 	}
-	for _, l := range o.logs {
+	for _, l := range logTexts(o.logs) {
 		p.logs = append(p.logs, l)
 		if s.verbose {
 			s.logf("%s: %s", p.name, l)
@@ -1199,7 +1199,7 @@ func (s *sim) atRest() {
 
 // checkResting finds what p does although there is nothing to do.
 func (s *sim) checkResting(p *proc, o outputs) {
-	for _, l := range o.logs { // each probe and each comparison of tables is one, too
+	for _, l := range logTexts(o.logs) { // each probe and each comparison of tables is one, too
 		s.problem("at rest: %s logs %s", p.name, l)
 	}
 	for _, m := range o.tcpProbes {
@@ -2702,7 +2702,7 @@ func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
 				ps[0].join(to.host.addr)
 				switch how {
 				case "through another":
-					s.within(5*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
+					s.within(8*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
 					fallthrough
 				case "failed", "left":
 					s.within(10*time.Second, "one cluster", s.agree)
@@ -3508,7 +3508,7 @@ func TestNameOnBothSidesOfASplitIsTheOlders(t *testing.T) {
 					t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
 				}
 				s.heal()
-				s.within(5*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
+				s.within(8*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
 				s.within(5*time.Second, "all alive again", s.agree)
 				s.run(20 * time.Second)
 				if older.fatal != nil || !s.agree() {

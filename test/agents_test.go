@@ -1,6 +1,7 @@
 package test
 
 import (
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -244,15 +245,15 @@ func TestTheStory(t *testing.T) {
 	}
 	host := startAgentCmd(t, serf("agent", "-node", "precise64", "-bind", "127.0.0.1:0", "-rpc-addr", "127.0.0.1:0",
 		"-log-level=debug", "-event-handler=./handler.sh"))
-	host.waitLog("[DEBUG] Event 'member-join' script output: \nNew event: member-join. Data follows...\nprecise64")
+	host.waitLog("[DEBUG] Event 'member-join' script output: \n\tNew event: member-join. Data follows...\n\tprecise64")
 	container := func(name, ip string) *agent {
 		return startAgentCmd(t, serf("agent", "-node", name, "-bind", ip+":0", "-rpc-addr", "127.0.0.1:0", "-join", host.advertised))
 	}
 	// told waits for a handler's output about name, and for the list after it.
 	told := func(event, name, ip string, list ...string) {
 		t.Helper()
-		re := regexp.MustCompile(`(?m)^\d.* \[DEBUG\] Event '` + event + `' script output: \nNew event: ` + event +
-			`\. Data follows\.\.\.\n` + name + `\s+` + regexp.QuoteMeta(ip) + `\s*\ncurrent members\.\.\.\n(?:.*\n)*?` + strings.Join(list, `\n(?:.*\n)*?`) + `\n`)
+		re := regexp.MustCompile(`(?m)^\d.* \[DEBUG\] Event '` + event + `' script output: \n\tNew event: ` + event +
+			`\. Data follows\.\.\.\n\t` + name + `\s+` + regexp.QuoteMeta(ip) + `\s*\n\tcurrent members\.\.\.\n(?:\t.*\n)*?\t` + strings.Join(list, `\n(?:\t.*\n)*?\t`) + `\n`)
 		eventually(t, event+" of "+name+" in the handler's output, as "+re.String(), func() bool { return re.MatchString(host.stderr.String()) })
 	}
 	c1 := container("c1fbbfe7c9ea", "127.0.0.2")
@@ -569,5 +570,41 @@ func TestHandlerThatRunsForLongIsOneWarning(t *testing.T) {
 	})
 	if out, _, _ := a.run("info"); strings.Contains(out, "running since") || a.count("has been running") != 1 {
 		t.Errorf("%s%s", out, a.stderr)
+	}
+}
+
+// Under systemd stderr is the journal, whose device and inode JOURNAL_STREAM names.
+func TestLogForTheJournalHasPrioritiesAndNoDates(t *testing.T) {
+	t.Parallel()
+	journal, err := os.Create(filepath.Join(t.TempDir(), "journal"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer journal.Close()
+	info, _ := journal.Stat()
+	stat := info.Sys().(*syscall.Stat_t)
+	b := startAgent(t, "-node", "b")
+	cmd := hamletCmd(agentArgs("-node", "a", "-join", b.advertised)...)
+	cmd.Env = append(cmd.Env, fmt.Sprintf("JOURNAL_STREAM=%d:%d", stat.Dev, stat.Ino))
+	cmd.Stderr = journal
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	b.waitStatus("a", "alive")
+	b.kill()
+	eventually(t, "the journal has both lines", func() bool {
+		text := readFile(journal.Name())
+		return strings.Contains(text, "\n<6>[INFO] member-join: b ") && strings.Contains(text, "\n<4>[WARN] member-failed: b ")
+	})
+
+	// A stale variable, as children inherit it, changes nothing.
+	cmd = hamletCmd(agentArgs("-node", "c")...)
+	cmd.Env = append(cmd.Env, "JOURNAL_STREAM=1:2")
+	c := startAgentCmd(t, cmd)
+	c.waitLine(memberLine("member-join", "c", "127.0.0.1"))
+	if strings.HasPrefix(c.stderr.String(), "<") {
+		t.Errorf("log: %s", c.stderr)
 	}
 }

@@ -204,7 +204,7 @@ docker top "$7" | grep -c '/hamlet agent' | grep -qx 2 || fail "PID 1 is not an 
 powerless "$7"
 n=$(run --health-interval 1s "$id" agent -join "$bridge" -log-level debug -event-handler '/hamlet members')
 within 15000 "the health check passes" sh -c "docker inspect -f '{{.State.Health.Status}}' $n | grep -qx healthy"
-within 3000 "a handler runs without a shell" sh -c "docker logs $n 2>&1 | grep -A9 'script output:' | grep -q '^precise64 .* alive'"
+within 3000 "a handler runs without a shell" sh -c "docker logs $n 2>&1 | grep -A9 'script output:' | grep -q '^.precise64 .* alive'"
 set +e
 err=$(docker run --rm --network none --label "$id" "$id" agent -event-handler '/hamlet members | /hamlet version' 2>&1)
 status=$?
@@ -220,7 +220,7 @@ readme=$(sed -e ':a' -e '/\\$/{N;s/ *\\\n */ /;ba' -e '}' README.md | sed -n 's/
 [ "$(echo "$readme" | wc -l)" = 5 ] || fail "the README shows other commands of Docker: $readme"
 sh -ec "$readme" >"$dir/readme" 2>&1 || fail "the README's commands: $readme: $(cat "$dir/readme")"
 [ "$(awk '$3 == "alive" { printf "%s ", $1 }' "$dir/readme")" = "seed web1 web2 " ] || fail "the README's three containers: $(cat "$dir/readme")"
-handled() { docker logs "$id-seed" 2>&1 | grep -A9 'script output:' | grep -q '^web2 .* alive'; }
+handled() { docker logs "$id-seed" 2>&1 | grep -A9 'script output:' | grep -q '^.web2 .* alive'; }
 within 3000 "the handler of the README runs" handled
 ok "three containers with a handler, as the README has them"
 

@@ -238,7 +238,7 @@ func (o *output) since(mark time.Time) []logLine {
 
 // memberLine matches the log's line about an event of a member.
 func memberLine(kind, name, ip string) *regexp.Regexp {
-	return regexp.MustCompile(`(?m)\[INFO\] ` + kind + `: ` + regexp.QuoteMeta(name) + ` \[?` + regexp.QuoteMeta(ip) + `(\]?:\d+)?$`)
+	return regexp.MustCompile(`(?m)\[(?:INFO|WARN)\] ` + kind + `: ` + regexp.QuoteMeta(name) + ` \[?` + regexp.QuoteMeta(ip) + `(\]?:\d+)?(?: \(.*\))?$`)
 }
 
 // eventLine matches the log's line about a user event.
@@ -490,6 +490,7 @@ func (a *agent) view() string {
 	for _, m := range a.members() {
 		v = append(v, m.Name+":"+m.Status)
 	}
+	slices.Sort(v)
 	return strings.Join(v, " ")
 }
 
