@@ -2,7 +2,7 @@
 //
 // Here live the member record, what is said of members (update), the one rule that decides between two claims, the
 // table with its digest and its rings, and the events that a change of belief brings. It knows nothing of bytes on a
-// wire, sockets or clocks.
+// wire, sockets or clocks. At the end stands how members and events are chosen and shown.
 
 package main
 

@@ -1,8 +1,9 @@
 // rpc.go: all that is said over TCP.
 //
 // Here are the handshake, the bound on inbound connections, the sessions of agents (probe, link, sync), and those of
-// commands. Both speak one dialect: a hello each way with a challenge, then frames, each sealed and bound to both
-// challenges, its direction and its count. A session is straight blocking code in a goroutine; it posts what it learns
+// commands; then the commands' side of it, and the addresses to dial and to listen on. Agents and commands speak
+// one dialect: a hello each way with a challenge, then frames, each sealed and bound to both challenges, its direction
+// and its count. A session is straight blocking code in a goroutine; it posts what it learns
 // to the loop, and asks the loop for what it shall say. What a claim means is not known here.
 
 package main
