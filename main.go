@@ -144,8 +144,8 @@ func execute(name string, args []string) error {
 
 // ---- commands and options ----
 
-// command is one command. Its define declares the options on fs, and returns what runs the command with its arguments,
-// once the options are set.
+// command is one command. Its define declares the options on fs, and returns what runs the command with its
+// arguments, once the options are set.
 type command struct {
 	name     string
 	args     string // what follows the options: WORD, [WORD] or WORD...
@@ -778,7 +778,7 @@ func commit() string {
 // ---- members ----
 
 const membersExamples = `  {} members                                list all members
-  {} members -status alive -tag role=web    those that are alive and have a tag
+  {} members -status alive -tag role=web    alive members with a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
 `
@@ -1045,8 +1045,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\n"+
 		"separated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s, each\n"+
-		"further one up to 30 s (default: never)")
+	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s,\n"+
+		"each further one up to 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "also run handlers for remembered events from before this node joined")
 	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+

@@ -1022,7 +1022,8 @@ func aliveNames(members []memberStatus) (names []string) {
 	return names
 }
 
-// compareNames orders names as people count: host-8 before host-79. Of numbers alike, the one with fewer zeros is first.
+// compareNames orders names as people count: host-8 before host-79. Of equal numbers, the one with fewer zeros is
+// first.
 func compareNames(a, b string) int {
 	if order := strings.Compare(countingKey(a), countingKey(b)); order != 0 {
 		return order
@@ -1041,7 +1042,8 @@ func countingKey(name string) string {
 			continue
 		}
 		number := strings.TrimLeft(digits, "0")
-		key = append(key, '0', byte(len(number))) // '0', so that a number stands among other characters as a digit does
+		// '0', so that a number stands among other characters as a digit does
+		key = append(key, '0', byte(len(number)))
 		key = append(key, number...)
 		name = name[len(digits):]
 	}
@@ -1055,8 +1057,8 @@ func membersText(members []memberStatus, detailed bool) string {
 	for _, m := range members {
 		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
 		if detailed {
-			row = append(row, "for "+m.since.Round(time.Second).String(), "version "+printable(m.Version, ""),
-				fmt.Sprint("protocol ", m.Protocol))
+			row = append(row, "for "+m.since.Round(time.Second).String(),
+				"version "+printable(m.Version, ""), fmt.Sprint("protocol ", m.Protocol))
 		}
 		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
 	}

@@ -1442,8 +1442,10 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 	}
 }
 
-// query asks the members that nodes and filter name (with neither, all of them), and shows what comes of it as it comes.
-func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, result *queryResult, show func(string) error) error {
+// query asks the members that nodes and filter name (with neither, all of them), and shows each result as it comes.
+func (c *client) query(
+	req rpcRequest, nodes []string, filter memberFilter, result *queryResult, show func(string) error,
+) error {
 	if len(filter) > 0 {
 		members, err := c.members(filter, rpcTimeout)
 		if err != nil {
@@ -1454,7 +1456,7 @@ func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, resu
 			living = slices.DeleteFunc(living, func(name string) bool { return !slices.Contains(nodes, name) })
 		}
 		if len(living) == 0 {
-			return nil // everybody who was asked has answered
+			return nil // no member matches, so no answer is missing
 		}
 		nodes = living
 	}
@@ -1583,9 +1585,9 @@ type lookup struct {
 	err   error
 }
 
-// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and each
-// answer comes as soon as it is there. The resolver takes as long as it takes: only ctx ends it. After the last answer
-// the channel is closed.
+// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and
+// each answer comes as soon as it is there. The resolver may take as long as it likes: only ctx ends it. After the last
+// answer the channel is closed.
 func lookUp(ctx context.Context, s, port string) <-chan lookup {
 	answers := make(chan lookup, 2)
 	host, port, err := hostPort(s, port)
@@ -1739,7 +1741,8 @@ func usable(ip, bind netip.Addr) bool {
 }
 
 // isReachable reports whether the machines of some network may reach ip at a socket bound to bind: it is usable, or
-// a link-local address of IPv4. One of IPv6 is of use only with the name of an interface, which other machines do not share.
+// a link-local address of IPv4. One of IPv6 is of use only with the name of an interface, which other machines do not
+// share.
 func isReachable(ip, bind netip.Addr) bool {
 	return usable(ip, bind) || ip.Is4() && ip.IsLinkLocalUnicast() && sameFamily(ip, bind)
 }
