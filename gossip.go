@@ -1185,19 +1185,11 @@ func (n *node) noteHostValidated(e *entry) {
 	}
 }
 
-// noteAnswered notes that e answered something just now, wherever: this node is not cut off.
-func (n *node) noteAnswered(e *entry) {
-	if n.detector.isolated {
-		n.detector.isolated = false
-		n.logf(levelInfo, "%s answers again", e.Name)
-	}
-}
-
 // noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off from
 // the other.
 func (n *node) noteValidated(e *entry) {
 	n.noteHostValidated(e)
-	n.noteAnswered(e)
+	n.detector.noteAnswered(n, e)
 	if e.isolated {
 		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
@@ -2107,7 +2099,7 @@ func (n *node) identifyPeer(peer Member) error {
 		return nil
 	}
 	if e.Instance == peer.Instance {
-		n.noteAnswered(e)
+		n.detector.noteAnswered(n, e)
 		if e.Addr == peer.Addr { // one that answers elsewhere is still to answer where it says that it lives
 			n.noteValidated(e)
 		}
@@ -3615,6 +3607,14 @@ func (d *detector) isolate(n *node) {
 	}
 }
 
+// noteAnswered is told that e answered something just now, wherever: this node is not cut off.
+func (d *detector) noteAnswered(n *node, e *entry) {
+	if d.isolated {
+		d.isolated = false
+		n.logf(levelInfo, "%s answers again", e.Name)
+	}
+}
+
 // stepRetry pings the failed members, so that a split heals by itself.
 func (d *detector) stepRetry(n *node) {
 	rate := retryRate * float64(n.table.failed) / float64(n.table.total)
@@ -3869,15 +3869,16 @@ type gossip struct {
 	ready    chan struct{}    // closed: the address to advertise is known
 	ended    chan struct{}    // the loop; done: also all that it has started
 	done     chan struct{}    // all has ended: err and last may be read
-	loopState
+	state    loopState
+
+	err  error   // why the loop has ended; nil: it was told to
+	last []Event // what handlers are still to be given then
 }
 
-// loopState is what the loop alone touches until it has ended.
+// loopState is what the loop alone touches.
 type loopState struct {
 	node  *node
 	links map[string]context.CancelFunc
-	err   error   // why it ended; nil: it was told to
-	last  []Event // what handlers are still to be given then
 }
 
 // logClass is whose doing a log line tells of.
@@ -3982,8 +3983,8 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 	self.Instance = newInstanceID(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Instance
 	crand.Read(cfg.random[:])
-	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
-	g.record.Store(g.node.self.claim)
+	g.state = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
+	g.record.Store(g.state.node.self.claim)
 	if cfg.awaits == "" {
 		close(g.ready)
 	}
@@ -4041,7 +4042,7 @@ func (g *gossip) loop() {
 	for g.ctx.Err() == nil {
 		select {
 		case input := <-g.inputs:
-			g.node.step(time.Since(g.start), input)
+			g.state.node.step(time.Since(g.start), input)
 		case <-time.After(max(planned-time.Since(g.start), 0)):
 		case <-g.ctx.Done():
 		}
@@ -4052,7 +4053,7 @@ func (g *gossip) loop() {
 		}
 		g.drain()
 
-		out := g.node.tick(time.Since(g.start))
+		out := g.state.node.tick(time.Since(g.start))
 		g.perform(out)
 		planned = out.wake
 	}
@@ -4068,14 +4069,14 @@ func (g *gossip) drain() {
 	end := time.Since(g.start) + drainFor
 	for len(g.inputs) > 0 && time.Since(g.start) < end {
 		input := <-g.inputs
-		g.node.step(time.Since(g.start), input)
+		g.state.node.step(time.Since(g.start), input)
 	}
 }
 
 // perform does what the node wants done.
 func (g *gossip) perform(out outputs) {
-	g.record.Store(g.node.self.claim)
-	g.isolated.Store(g.node.detector.isolated)
+	g.record.Store(g.state.node.self.claim)
+	g.isolated.Store(g.state.node.detector.isolated)
 	for _, l := range out.logs {
 		g.cfg.log(l)
 	}
@@ -4087,15 +4088,15 @@ func (g *gossip) perform(out outputs) {
 	}
 
 	for _, m := range out.tcpProbes {
-		roundTrip := g.node.roundTripTo(m)
+		roundTrip := g.state.node.roundTripTo(m)
 		g.wg.Go(func() { g.tcpProbe(m, roundTrip) })
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
-		sync := &stateSync{roundTrip: g.node.roundTripTo(m)}
+		sync := &stateSync{roundTrip: g.state.node.roundTripTo(m)}
 		g.wg.Go(func() { g.syncWith(m.Addr, sync, false) })
 	}
 	if out.links != nil {
-		g.relink(g.node.self.Member, out.links)
+		g.relink(g.state.node.self.Member, out.links)
 	}
 	for _, i := range out.seeds {
 		g.wg.Go(func() {
@@ -4105,7 +4106,7 @@ func (g *gossip) perform(out outputs) {
 	}
 
 	if out.left {
-		self := g.node.self.with(statusLeft)
+		self := g.state.node.self.with(statusLeft)
 		g.last = []Event{{kind: eventLeave, update: update{Member: self}}} // for handlers that deregister it
 	}
 	if out.left || out.fatal != nil {

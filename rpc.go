@@ -667,13 +667,13 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 
 // relink makes the watch links that shall stand, and ends all others.
 func (g *gossip) relink(self Member, links []Member) {
-	old := g.links
-	g.links = make(map[string]context.CancelFunc)
+	old := g.state.links
+	g.state.links = make(map[string]context.CancelFunc)
 	for _, m := range links {
 		key := fmt.Sprint(self.Instance, m.Instance, m.Name)
-		if g.links[key] = old[key]; old[key] == nil {
+		if g.state.links[key] = old[key]; old[key] == nil {
 			ctx, cancel := context.WithCancel(g.ctx)
-			g.links[key] = cancel
+			g.state.links[key] = cancel
 			g.wg.Go(func() { g.keepLink(ctx, m) })
 		}
 		delete(old, key)
