@@ -2288,8 +2288,8 @@ func (n *node) syncDone(sync *stateSync) {
 
 // ---- joining ----
 
-// joining is when to try the seeds. To try one is to look it up and to sync with its addresses. Each seed is tried on
-// its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
+// joining is when to try the seeds. To try one is to look it up and to sync with its addresses. Each seed is tried
+// on its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
 type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	seeds    []seed        // in the order of nodeConfig.seeds
@@ -2322,7 +2322,8 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 	}
 	j.joinedAt = max(n.real, 1)
 	n.broadcast(n.self)
-	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to them.
+	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to
+	// them.
 	if dialled || len(n.seeds) > 0 {
 		n.resendEvents()
 	}
@@ -2373,7 +2374,8 @@ func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 
 	isNewcomer := j.joinedAt == 0
 	if isNewcomer && errors.Is(r.taken, errNameHeld) {
-		s.nextTry = n.now + nameRetry // the name is free as soon as the cluster has noticed that its holder is gone
+		// The name is free as soon as the cluster has noticed that its holder is gone.
+		s.nextTry = n.now + nameRetry
 		return
 	}
 	if taken, isTaken := errors.AsType[*nameTakenError](r.taken); isTaken {
@@ -2399,8 +2401,8 @@ func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 // noteAnswered plans the next try after one that was answered.
 func (s *seed) noteAnswered(n *node) {
 	s.failed = 0
-	// If none of those that answered is then believed alive, for instance since it advertises another address, where it
-	// does not answer, to join it again every second would never change that.
+	// If none of those that answered is then believed alive, for instance since it advertises another address,
+	// where it does not answer, to join it again every second would never change that.
 	s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
 	s.dubious++
 }
@@ -2417,8 +2419,8 @@ func (s *seed) noteFailed(n *node) {
 
 // wait is how long to wait after a try that failed.
 func (s *seed) wait(now time.Duration) time.Duration {
-	// At first a try a second costs nothing, and clusters start in any order. A seed that has been missing for long is
-	// tried more and more rarely.
+	// At first a try a second costs nothing, and clusters start in any order. A seed that has been missing for
+	// long is tried more and more rarely.
 	first := 250 * ms << min(s.failed, 10)
 	later := (now - s.failing - seedsOftenFor) / 2
 	return min(first, max(later, seedsOften), seedsMax)
@@ -2508,11 +2510,11 @@ func (e *nameTakenError) Error() string {
 
 func (e *nameTakenError) Is(err error) bool { return err == errNameTaken }
 
-// resolveConflict decides whether u, which a dialled peer claims about this node's name, keeps this node out of the
-// peer's cluster.
+// resolveConflict decides whether u, which a dialled peer claims about this node's name, keeps this node out of
+// the peer's cluster.
 //
-// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told, never
-// times, since a clock may be wrong.
+// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told,
+// never times, since a clock may be wrong.
 func (o *identity) resolveConflict(n *node, sync *stateSync, u update, hdr header) error {
 	if n.joining.joinedAt != 0 {
 		return o.resolveAsMember(n, sync, u, hdr.From)
@@ -2530,7 +2532,8 @@ func (o *identity) resolveConflict(n *node, sync *stateSync, u update, hdr heade
 	if hdr.More || o.givesWay(n) {
 		return nameTaken(u.Member, u.Age)
 	}
-	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node", u.Member.Name)
+	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node",
+		u.Member.Name)
 }
 
 // resolveAsMember decides for a node that is in a cluster and has dialled a peer of perhaps another one.
@@ -2539,16 +2542,17 @@ func (o *identity) resolveAsMember(n *node, sync *stateSync, u update, via strin
 		o.handleSelfClaim(n, u, via)
 		return nil
 	}
-	// A join that a user has asked for fails. Where two clusters meet by themselves, after a split, the tables say the
-	// same as u, and the agent that came in later gives way.
+	// A join that a user has asked for fails. Where two clusters meet by themselves, after a split, the tables say
+	// the same as u, and the agent that came in later gives way.
 	if sync.joins {
 		return nameTaken(u.Member, u.Age)
 	}
 	return nil
 }
 
-// resolveAsNewcomer decides for a newcomer whose name has a holder that the cluster believes alive. It never takes the
-// name: it ends if the holder answers, and waits otherwise. The holder may have stalled, or only this node cannot reach it.
+// resolveAsNewcomer decides for a newcomer whose name has a holder that the cluster believes alive. It never takes
+// the name: it ends if the holder answers, and waits otherwise. The holder may have stalled, or only this node
+// cannot reach it.
 func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
 	holder := u.Member
 	if sync.conflict != nil && sync.conflict.result == verdictAlive {
@@ -2559,7 +2563,8 @@ func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
 	if !foundGone {
 		sync.conflict = n.detector.startProbe(n, holder) // or the one that runs
 		if sync.conflict != nil {
-			sync.conflict.noteRoundTrip(sync.roundTrip) // the line to the peer is the only one that a newcomer knows
+			// The line to the peer is the only one that a newcomer knows.
+			sync.conflict.noteRoundTrip(sync.roundTrip)
 		}
 		return errConflictPending
 	}
@@ -2573,7 +2578,8 @@ func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
 	if clusterReachesIt {
 		return nameTaken(holder, u.Age)
 	}
-	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer", holder.Name, errNameHeld, holder.Addr)
+	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer",
+		holder.Name, errNameHeld, holder.Addr)
 }
 
 // noteSeedAnswered is told that a seed has answered.
@@ -2597,20 +2603,22 @@ func (o *identity) givesWay(n *node) bool {
 	if later > 0 {
 		return true // an age only ever shrinks on its way, so the two never both give way
 	}
-	// Neither does if they came in at the same time, but for what the way takes. Then, when the one that may know better
-	// has had the time to, the higher instance does.
+	// Neither does if they came in at the same time, but for what the way takes. Then, when the one that may know
+	// better has had the time to, the higher instance does.
 	atOnce := later > -nameTie && o.rivalMet >= 3
 	return atOnce && n.self.Instance > o.rival.Instance
 }
 
 // warnOfConflict says that two agents have one name: at the holder, and at those that were told of both.
 func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
-	n.warnRarely(&o.conflictWarned, "two agents are called %q, at %s and at %s: give one of them another name with -node",
+	n.warnRarely(&o.conflictWarned,
+		"two agents are called %q, at %s and at %s: give one of them another name with -node",
 		holder.Name, holder.Addr, other)
 }
 
-// handleSelfClaim handles a claim about this node, which via has made. Where it may be about another living agent (a
-// rival), that one is probed. Any other is false, or a clock went back, and it is refuted with a higher incarnation.
+// handleSelfClaim handles a claim about this node, which via has made. Where it may be about another living agent
+// (a rival), that one is probed. Any other is false, or a clock went back, and it is refuted with a higher
+// incarnation.
 func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	m := u.Member
 	if o.leaving != 0 || m == n.self.Member {
@@ -2631,23 +2639,24 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	if e == nil || e == n.self {
 		return
 	}
-	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast stays on
-	// its own side of a split.
+	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
+	// stays on its own side of a split.
 	broadcast := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
 	if !broadcast {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
 }
 
-// isOtherAgent reports whether m is another agent with the name of self, and not a former self or one that has gone.
+// isOtherAgent reports whether m is another agent with the name of self, and not a former self or one that has
+// gone.
 func isOtherAgent(self, m Member) bool {
 	return m.Instance != self.Instance && m.Addr != self.Addr && !m.Status.isDead()
 }
 
 // mayBeRival reports whether m can be another living agent with the name of self.
 func (o *identity) mayBeRival(self, m Member) bool {
-	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would claim the
-	// name for ever.
+	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would
+	// claim the name for ever.
 	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
 	return isOtherAgent(self, m) && !foundGone
 }
@@ -2697,8 +2706,8 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	}
 }
 
-// addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an address of
-// this machine; joins: it has dialled for a join.
+// addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
+// address of this machine; joins: it has dialled for a join.
 func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unixMs uint64) {
 	settles := joins && !o.seedAnswered && n.joining.joinedAt == 0 // the way to the first seed that answers
 	if !settles && !gone {
@@ -2743,13 +2752,14 @@ func (o *identity) setTags(n *node, set map[string]string, drop []string) error 
 	return nil
 }
 
-// startLeave tells the watchers that this node leaves. It has left when all of them know, or when their time is over.
+// startLeave tells the watchers that this node leaves. It has left when all of them know, or when their time is
+// over.
 func (o *identity) startLeave(n *node) {
 	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
 	if o.leaving == 0 {
 		o.leaving = n.now + within
 	}
-	n.requests.removeAll()
+	n.requests.removeAll() // the leave waits for nothing but its own
 	left := wire.encode(nil, &update{Member: n.self.with(statusLeft)})
 	for _, w := range n.heartbeats.watchers {
 		n.sendReliable(w.Member, n.header(msgBroadcast), left, within)
@@ -2818,10 +2828,10 @@ func (n *node) info() (facts []string) {
 
 // heartbeats is whom this node watches, and its own watchers.
 //
-// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises the
-// next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is broken,
-// whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then all
-// watchers probed this node at each beat.
+// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises
+// the next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is
+// broken, whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then
+// all watchers probed this node at each beat.
 type heartbeats struct {
 	version  uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
@@ -2860,7 +2870,8 @@ func (r *heartbeats) refresh(n *node) {
 	r.planLinks(n)
 }
 
-// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a heartbeat.
+// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a
+// heartbeat.
 func (r *heartbeats) requeue(n *node) {
 	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
 	if len(r.queue) == 0 {
@@ -2873,8 +2884,8 @@ func (r *heartbeats) requeue(n *node) {
 		}
 	}
 
-	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with those
-	// that were promised an early one; each of them cost half a second more.
+	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with
+	// those that were promised an early one; each of them cost half a second more.
 	isNew := func(w *entry) bool { return !w.peer().greeted } // or another instance
 	if slices.ContainsFunc(r.queue, isNew) {
 		r.early = len(r.queue) - 1
@@ -2902,8 +2913,8 @@ func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 		n.send(w.Member, hdr, nil)
 		return
 	}
-	// A watcher that has not answered yet is asked to. Before that it gets no broadcasts, which it does not take if it
-	// has not heard of this node.
+	// A watcher that has not answered yet is asked to. Before that it gets no broadcasts, which it does not take
+	// if it has not heard of this node.
 	n.sendReliable(w.Member, hdr, nil, wait)
 	n.noteUnanswered(w)
 }
@@ -2914,6 +2925,7 @@ func (r *heartbeats) step(n *node) {
 		n.wakeAt(n.now + r.nextBeat - n.real)
 	}
 
+	// A broken promise is no verdict: it starts a probe.
 	for _, e := range r.watched {
 		due := e.peer().due
 		if n.now < due {
@@ -2931,8 +2943,8 @@ func (r *heartbeats) step(n *node) {
 
 // beat sends what is due now.
 func (r *heartbeats) beat(n *node) {
-	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each of
-	// them starts a probe.
+	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each
+	// of them starts a probe.
 	if n.real >= r.nextBeat+heartbeatInterval {
 		r.nextBeat = n.real + heartbeatInterval
 		for place, w := range r.queue {
@@ -2952,8 +2964,8 @@ func (r *heartbeats) beat(n *node) {
 
 // planLinks notes that other watch links may be wanted.
 func (r *heartbeats) planLinks(n *node) {
-	// While many join, rings change all the time, and links follow a little later. But a missing link is made at once,
-	// or a kill in between is not noticed before a heartbeat is overdue.
+	// While many join, rings change all the time, and links follow a little later. But a missing link is made at
+	// once, or a kill in between is not noticed before a heartbeat is overdue.
 	delay := relinkDelay
 	r.links = slices.DeleteFunc(r.links, n.table.ended)
 	if len(r.links) < min(linksWanted, len(r.watchers)) {
@@ -3008,11 +3020,11 @@ type detector struct {
 	retry        bucket
 }
 
-// probe is an examination of a member: for a verdict of this node, of which a target has one at a time, or for a peer
-// that asked.
+// probe is an examination of a member: for a verdict of this node, of which a target has one at a time, or for a
+// peer that asked.
 type probe struct {
 	m            Member        // whom, as it was believed
-	e            *entry        // of that name; this node's own: a name conflict, whose other holder no entry describes
+	e            *entry        // of that name; this node's own: a name conflict, whose other side has no entry
 	requester    *entry        // the peer that wants this node's result; nil: none
 	start        time.Duration // of the round
 	deciding     bool          // the target is suspect, and this round decides
@@ -3042,8 +3054,8 @@ const (
 // nextStageAt is when the next stage of the round is due.
 func (p *probe) nextStageAt(n *node) time.Duration { return p.start + p.schedule(n)[p.stage] }
 
-// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for at
-// least two round trips; up to shortLine the fixed times do.
+// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for
+// at least two round trips; up to shortLine the fixed times do.
 func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
 	twice := 2 * p.roundTrip
 	if p.requester != nil {
@@ -3059,8 +3071,8 @@ func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
 	endAt := helpersAt + max(probeTimeout-indirectAfter, twice+p.roundTrip)
 	due := [...]time.Duration{0, 0, helpersAt, againAt, endAt}
 
-	// On a long line a lost heartbeat is to cost a ping and its answer, so a probe that begins with one asks by ping
-	// alone before it dials and asks helpers.
+	// On a long line a lost heartbeat is to cost a ping and its answer, so a probe that begins with one asks by
+	// ping alone before it dials and asks helpers.
 	isLong := p.roundTrip > shortLine
 	refused := p.result == verdictRefused
 	if isLong && !p.linkEnded && !refused {
@@ -3075,8 +3087,8 @@ func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
 
 // suspicion is how long a suspect has to contradict, and for how much of that it is probed once more.
 func (p *probe) suspicion(n *node) (whole, round time.Duration) {
-	// What the first round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host has
-	// failed as soon.
+	// What the first round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host
+	// has failed as soon.
 	first := p.schedule(n)[stageEnd]
 	round = max(probeTimeout, 2*p.roundTrip)
 	return max(round, probeTimeout+suspicionTimeout-first), round
@@ -3140,8 +3152,8 @@ func (d *detector) probeHolder(n *node, m Member, rival netip.AddrPort) {
 	}
 }
 
-// linkEnded is told that a watch link with an instance of m has ended (tries 0), or that for the tries-th time in a row
-// none could be made. It is evidence that starts a probe, never a verdict.
+// linkEnded is told that a watch link with an instance of m has ended (tries 0), or that for the tries-th time in
+// a row none could be made.
 func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
 	e := n.table.get(m.Name)
 	if n.table.ended(m) || e == n.self || n.identity.leaving != 0 {
@@ -3151,18 +3163,16 @@ func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
 		return
 	}
 	if tries == linkTries {
-		n.logf(levelWarn, "no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
+		n.logf(levelWarn, "no TCP connection to %s at %s lasts: is TCP blocked between it and %s?",
+			m.Name, m.Addr, n.self.Addr)
 	}
 
-	p := d.startProbe(n, e.Member)
-	if p == nil {
-		return
-	}
-	if tries == 0 {
-		p.linkEnded = true
-	}
-	if refused {
-		p.record(verdictRefused)
+	// This is evidence, never a verdict.
+	if p := d.startProbe(n, e.Member); p != nil {
+		p.linkEnded = p.linkEnded || tries == 0
+		if refused {
+			p.record(verdictRefused)
+		}
 	}
 }
 
@@ -3214,11 +3224,12 @@ func (d *detector) stepProbe(n *node, p *probe) {
 	n.wakeAt(p.nextStageAt(n))
 }
 
-// localOnly reports whether what this node sees is the verdict: a helper asks nobody, and of a conflict no peer can tell.
+// localOnly reports whether what this node sees is the verdict: a helper asks nobody, and of a conflict no peer
+// can tell.
 func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
 
-// obsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from here, or
-// the suspect has refuted.
+// obsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
+// here, or the suspect has refuted.
 func (p *probe) obsolete(n *node) bool {
 	if p.e != n.self {
 		isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead()
@@ -3230,8 +3241,8 @@ func (p *probe) obsolete(n *node) bool {
 	return p.deciding && refuted
 }
 
-// refusedTwice reports whether two observers were refused and no other contradicts, after a watch link has ended: TCP did
-// work, so it is no firewall that refuses.
+// refusedTwice reports whether two observers were refused and no other contradicts, after a watch link has ended:
+// TCP did work, so it is no firewall that refuses.
 func (p *probe) refusedTwice() bool {
 	if !p.linkEnded || p.result > verdictRefused {
 		return false
@@ -3250,9 +3261,9 @@ func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
 	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(helpers, e) }
 	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
 
-	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result only
-	// random members are asked, each time more of them, and first those that have ever answered this node, since what
-	// others are sent is limited.
+	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result
+	// only random members are asked, each time more of them, and first those that have ever answered this node,
+	// since what others are sent is limited.
 	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
 	for i := range random {
 		var helper *entry
@@ -3284,7 +3295,8 @@ func (d *detector) askHelpers(n *node, p *probe) {
 }
 
 // randomMember picks one of the others in list for which ok holds, or nil; the list holds this node, too. One that
-// follows a row of members that do not count is picked more often: on a ring, it is the one that had to watch that row.
+// follows a row of members that do not count is picked more often: on a ring, it is the one that had to watch that
+// row.
 func (n *node) randomMember(list []*entry, ok func(*entry) bool) *entry {
 	start := n.rng.IntN(len(list))
 	for i := range list {
@@ -3296,8 +3308,8 @@ func (n *node) randomMember(list []*entry, ok func(*entry) bool) *entry {
 	return nil
 }
 
-// handleIndirectProbe answers the request of by: at once where the answer is known, otherwise within helperTimeout, or
-// two round trips. Only members are probed, at the address that this node knows.
+// handleIndirectProbe answers the request of by: at once where the answer is known, otherwise within
+// helperTimeout, or two round trips. Only members are probed, at the address that this node knows.
 func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	e := n.table.get(hdr.Target)
 	if e == nil || e == n.self || by.Status.isDead() {
@@ -3340,8 +3352,8 @@ func (d *detector) countFor(by *entry) (count int) {
 	return count
 }
 
-// sendProbeResult tells the requester what this node saw, and of which instance: a helper that knows a newer one would
-// otherwise clear the old one for ever.
+// sendProbeResult tells the requester what this node saw, and of which instance: a helper that knows a newer one
+// would otherwise clear the old one for ever.
 func (d *detector) sendProbeResult(n *node, p *probe) {
 	hdr := n.header(msgProbeResult)
 	hdr.Seq = p.seq
@@ -3392,8 +3404,9 @@ func (p *probe) countOf(v verdict) (count int) {
 // heardFrom is told that somebody was heard from just now: this node is not cut off.
 func (d *detector) heardFrom(now time.Duration) { d.lastHeard = now }
 
-// handleTCPProbeResult takes what a TCP probe of m has seen: first perhaps that the kernel accepts (verdictSilent), then
-// verdictRefused, that it hung up (verdictNone), or verdictAlive and welcome, the handshake reply of what is there.
+// handleTCPProbeResult takes what a TCP probe of m has seen: first perhaps that the kernel accepts
+// (verdictSilent), then verdictRefused, that it hung up (verdictNone), or verdictAlive and welcome, the handshake
+// reply of what is there.
 func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome header) {
 	isName := welcome.From == m.Name
 	answered := v == verdictAlive && isName && m.Name != n.self.Name
@@ -3429,7 +3442,8 @@ func (d *detector) handleSignOfLife(n *node, m Member) {
 	}
 }
 
-// record notes what this node saw itself. What accepts in silence has not stalled if it hangs up then, or has gone.
+// record notes what this node saw itself. What accepts in silence has not stalled if it hangs up then, or has
+// gone.
 func (p *probe) record(v verdict) {
 	if v > p.result || p.result == verdictSilent {
 		p.result = v
@@ -3489,7 +3503,8 @@ func (d *detector) noteOnlyTCP(n *node, p *probe) {
 	peer := p.e.peer()
 	peer.tcpOnly++
 	if peer.tcpOnly == 2 { // once may be mere loss
-		n.logf(levelWarn, "%s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
+		n.logf(levelWarn, "%s at %s answers TCP but not UDP: is UDP blocked between it and %s?",
+			p.m.Name, p.m.Addr, n.self.Addr)
 	}
 	n.sync(p.e.Member) // no broadcast reaches it
 }
@@ -3499,8 +3514,8 @@ func (p *probe) isStalled(now time.Duration) bool {
 	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
 }
 
-// restart begins another round. The helpers' results survive: helpers that answer late would otherwise stay late, round
-// after round.
+// restart begins another round. The helpers' results survive: helpers that answer late would otherwise stay late,
+// round after round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
 	p.start = start
@@ -3535,15 +3550,14 @@ func (d *detector) noteMissingBeat(n *node, e *entry) {
 	}
 }
 
-// handleStall handles a member whose kernel accepts while the process is silent. Every busy machine stalls for
-// seconds; only ten count as death.
+// handleStall handles a member whose kernel accepts while the process is silent.
 func (d *detector) handleStall(n *node, p *probe) {
 	if p.stalledSince == 0 {
 		n.logf(levelDebug, "%s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
 		p.stalledSince = p.start
 	}
 	end := p.stalledSince + stallTimeout
-	if n.now >= end {
+	if n.now >= end { // every busy machine stalls for some seconds, and is not dead
 		d.declareFailed(n, p)
 		return
 	}
@@ -3560,7 +3574,7 @@ func (d *detector) declareSuspect(n *node, p *probe) {
 	p.m = p.e.Member
 	p.deciding = true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
-	n.sendClaim(p.m, n.claim(p.e))
+	n.sendClaim(p.m, n.claim(p.e)) // a suspect that hears of it refutes, and no broadcast may reach it
 	d.restart(n, p, n.now+whole-round)
 }
 
@@ -3588,6 +3602,7 @@ func (d *detector) stepIsolation(n *node) {
 		return
 	}
 
+	// Before that any member may show that this node is not cut off.
 	if n.now >= d.lastResortAt {
 		d.lastResortAt = n.now + lastResortGap
 		n.ping(e.Member)
@@ -3617,6 +3632,7 @@ func (d *detector) noteAnswered(n *node, e *entry) {
 
 // stepRetry pings the failed members, so that a split heals by itself.
 func (d *detector) stepRetry(n *node) {
+	// Each node takes its share, so a failed member gets as many pings in a cluster of any size.
 	rate := retryRate * float64(n.table.failed) / float64(n.table.total)
 	d.retry.fill(n.now, rate, 2)
 	if d.retry.has(1) {
@@ -3632,12 +3648,12 @@ func (d *detector) stepRetry(n *node) {
 	}
 }
 
-// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others, ever
-// more rarely.
+// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others,
+// ever more rarely.
 func (d *detector) stepHeld(n *node) {
 	for _, e := range slices.Clone(n.table.held) {
 		flap := &e.peer().flap
-		if flap.heldUntil == 0 {
+		if flap.heldUntil == 0 { // it is held from now on
 			flap.heldUntil = n.now + flapWait(flap.count)
 			hdr := n.header(msgPing)
 			hdr.Target = e.Name
@@ -3667,8 +3683,8 @@ func (d *detector) warnOfFlap(n *node, e *entry) {
 
 // ---- queries ----
 
-// queries are those of this node that wait for answers. A query is sent reliably to each member that is asked, and so is
-// each answer, to the asker alone: no member gets a query twice or late.
+// queries are those of this node that wait for answers. A query is sent reliably to each member that is asked, and
+// so is each answer, to the asker alone: no member gets a query twice or late.
 type queries struct {
 	open []*query
 }
@@ -3686,8 +3702,8 @@ type heardQuery struct {
 	until time.Duration
 }
 
-// ask asks the living members that nodes names; none: all of them. It returns the query's number, which the events of
-// its answers bear, and the names of those that were asked. The last of those events has replyNone.
+// ask asks the living members that nodes names; none: all of them. It returns the query's number, which the events
+// of its answers bear, and the names of those that were asked. The last of those events has replyNone.
 func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, within time.Duration) (
 	id uint32, names []string, err error) {
 
@@ -3754,6 +3770,7 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 	}
 	u := us[0]
 
+	// It may arrive again: it is sent until it is acknowledged.
 	peer := e.peer()
 	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
 	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
@@ -3847,7 +3864,8 @@ type gossipConfig struct {
 	bind  netip.AddrPort // UDP and TCP; port 0 takes a free one
 	moves bool           // the address was not chosen by the user: it may change
 	iface string         // it is one of this interface; "": of any
-	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown no member is joined or let in.
+	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown no member is joined
+	// or let in.
 	awaits string
 	log    logger
 	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
@@ -3909,8 +3927,8 @@ var logBounds = [...]struct {
 // sourceSilence is how long one source of refused messages is not named again.
 const sourceSilence = time.Minute
 
-// logLimit bounds the log lines that others can cause. Each class has its own bound, so that any number of lines about
-// what anybody can forge hides no line of more importance. Safe for concurrent use.
+// logLimit bounds the log lines that others can cause. Each class has its own bound, so that any number of lines
+// about what anybody can forge hides no line of more importance. Safe for concurrent use.
 type logLimit struct {
 	log     logger
 	start   time.Time
@@ -3930,8 +3948,8 @@ func newLogLimit(log logger) *logLimit {
 	return l
 }
 
-// printf logs a line about source, if the class has room for it and the source was not named for a while. Source "" is
-// that of lines which may follow each other.
+// printf logs a line about source, if the class has room for it and the source was not named for a while. Source
+// "" is that of lines which may follow each other.
 func (l *logLimit) printf(class logClass, source string, level logLevel, format string, a ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -4046,8 +4064,8 @@ func (g *gossip) loop() {
 		case <-time.After(max(planned-time.Since(g.start), 0)):
 		case <-g.ctx.Done():
 		}
-		// A process that was stopped must hear what has arrived meanwhile before it judges, so the readers get a moment to
-		// hand it over.
+		// A process that was stopped must hear what has arrived meanwhile before it judges, so the readers get a
+		// moment to hand it over.
 		if time.Since(g.start)-planned > lateBy {
 			time.Sleep(2 * ms)
 		}
@@ -4141,9 +4159,11 @@ func (g *gossip) logEvent(ev Event) {
 	m := ev.Member
 	switch ev.kind {
 	case eventUser:
-		g.lines.printf(aboutEvents, "", levelInfo, "user-event: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+		g.lines.printf(aboutEvents, "", levelInfo, "user-event: %s (from %s, %d bytes)",
+			oneLine(ev.Name), m.Name, len(ev.Payload))
 	case eventQuery:
-		g.lines.printf(aboutQueries, "", levelDebug, "query: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+		g.lines.printf(aboutQueries, "", levelDebug, "query: %s (from %s, %d bytes)",
+			oneLine(ev.Name), m.Name, len(ev.Payload))
 	case eventFailed:
 		g.lines.printf(aboutMembers, "", levelWarn, "%s: %s %s", ev.kind, m.Name, m.Addr)
 	case eventUpdate:
