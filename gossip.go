@@ -3352,13 +3352,13 @@ func (d *detector) countFor(by *entry) (count int) {
 	return count
 }
 
-// sendProbeResult tells the requester what this node saw, and of which instance: a helper that knows a newer one
-// would otherwise clear the old one for ever.
+// sendProbeResult tells the requester what this node saw.
 func (d *detector) sendProbeResult(n *node, p *probe) {
 	hdr := n.header(msgProbeResult)
 	hdr.Seq = p.seq
 	hdr.Target = p.m.Name
 	hdr.Verdict = max(p.result, verdictUnreachable)
+	// It says of which instance: a helper that knows a newer one would otherwise clear the old one for ever.
 	n.send(p.requester.Member, hdr, wire.encode(nil, &update{Member: p.m}))
 }
 
@@ -3464,10 +3464,10 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have cleared it
 		d.noteOnlyTCP(n, p)
 		d.clear(n, p)
-	case p.countOf(verdictAlive) > 0:
+	case p.countOf(verdictAlive) > 0: // only this node does not reach it
 		n.table.release(n.now, p.e)
 		d.clear(n, p)
-	case p.e.held:
+	case p.e.held: // it is alive by the word of others alone
 		d.remove(p) // until it is probed again, later than this time
 		if n.now-d.lastHeard <= probeTimeout {
 			d.declareFailed(n, p)
@@ -3514,8 +3514,7 @@ func (p *probe) isStalled(now time.Duration) bool {
 	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
 }
 
-// restart begins another round. The helpers' results survive: helpers that answer late would otherwise stay late,
-// round after round.
+// restart begins another round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
 	p.start = start
@@ -3523,6 +3522,7 @@ func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	p.result = verdictNone
 	p.linkEnded = false
 	p.roundTrip = n.roundTripTo(p.m)
+	// p.results stays: helpers that answer late would otherwise stay late, round after round.
 }
 
 // clear ends a probe of a member that somebody reached.
@@ -3571,7 +3571,7 @@ func (d *detector) handleStall(n *node, p *probe) {
 func (d *detector) declareSuspect(n *node, p *probe) {
 	n.logf(levelDebug, "%s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
 	whole, round := p.suspicion(n)
-	p.m = p.e.Member
+	p.m = p.e.Member // with all that was said of it meanwhile
 	p.deciding = true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
 	n.sendClaim(p.m, n.claim(p.e)) // a suspect that hears of it refutes, and no broadcast may reach it
@@ -3602,7 +3602,7 @@ func (d *detector) stepIsolation(n *node) {
 		return
 	}
 
-	// Before that any member may show that this node is not cut off.
+	// Until then any member that answers shows that this node is not cut off.
 	if n.now >= d.lastResortAt {
 		d.lastResortAt = n.now + lastResortGap
 		n.ping(e.Member)
