@@ -1,8 +1,8 @@
-// handler.go: scripts that run on events.
+// handler.go: where events go: the scripts that run on them, and the feed of the commands that read them.
 //
 // A handler is one -event-handler spec with a queue of its own: events wait in order, and one run at a time takes
-// what waited together. Scripts are strangers: one may hang, fork, print for ever or ignore TERM,
-// and costs nobody but itself. It knows nothing of the protocol.
+// what waited together. Scripts are not trusted: one may hang, fork, print for ever or ignore TERM, and delays only
+// itself. The feed keeps each event once for all its readers. Nothing of the protocol is known here.
 
 package main
 
@@ -23,11 +23,12 @@ import (
 )
 
 const (
+	maxFeed    = 8 << 20          // bytes of events that wait for slow readers, about
 	queueLimit = 4096             // events that may wait for one handler
 	outputKept = 8 << 10          // bytes of a run's output that are logged
 	slowAfter  = 10 * time.Second // a run that takes longer is one WARN
 	killAfter  = 5 * time.Second  // between TERM and KILL
-	// closeKillAfter is killAfter once the agent stops: somebody waits for it.
+	// closeKillAfter is killAfter once the agent stops, whose end is waited for.
 	closeKillAfter = time.Second
 	// pipesFor bounds the wait for the output of a script that has ended: a child in the background may hold the
 	// pipe open, and even go on printing.
@@ -46,8 +47,8 @@ type handlerConfig struct {
 
 // handlers are all handlers of one agent.
 type handlers struct {
-	handlerConfig
-	mu      sync.Mutex // guards all and timeout, which a reload changes
+	cfg     handlerConfig
+	mu      sync.Mutex // guards all and cfg.timeout, which a reload changes
 	all     []*handler
 	ending  context.Context // done: what still runs is ended, and nothing new is taken
 	end     context.CancelCauseFunc
@@ -62,7 +63,7 @@ type handler struct {
 	argv     []string
 
 	mu           sync.Mutex // guards what follows
-	working      bool       // somebody takes what is queued
+	working      bool       // a worker takes what is queued
 	queue        []delivery
 	dropped      int    // since the last run
 	droppedTotal int    // in all
@@ -84,7 +85,7 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 	if cfg.shell == "" {
 		cfg.shell = "/bin/sh"
 	}
-	hs := &handlers{handlerConfig: cfg}
+	hs := &handlers{cfg: cfg}
 	hs.ending, hs.end = context.WithCancelCause(context.Background())
 	for _, spec := range cfg.specs {
 		h, err := newHandler(spec, cfg.shell)
@@ -100,7 +101,7 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 // reload replaces the handlers by those of cfg. One that stays goes on with what it has queued; one that goes ends what
 // it has queued, and gets nothing new. An error changes nothing.
 func (hs *handlers) reload(cfg handlerConfig) error {
-	cfg.shell = hs.shell
+	cfg.shell = hs.cfg.shell
 	next, err := newHandlers(cfg)
 	if err != nil {
 		return err
@@ -108,29 +109,29 @@ func (hs *handlers) reload(cfg handlerConfig) error {
 
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
-	stay := slices.Clone(hs.all)
+	old := slices.Clone(hs.all)
 	for i, h := range next.all {
 		h.handlers = hs
 		same := func(o *handler) bool { return o.script == h.script && slices.Equal(o.events, h.events) }
-		if at := slices.IndexFunc(stay, same); at >= 0 {
-			next.all[i] = stay[at]
-			stay = slices.Delete(stay, at, at+1)
+		if at := slices.IndexFunc(old, same); at >= 0 {
+			next.all[i] = old[at]
+			old = slices.Delete(old, at, at+1)
 		}
 	}
 	hs.all = next.all
-	hs.timeout = cfg.timeout
+	hs.cfg.timeout = cfg.timeout
 	return nil
 }
 
-// runTimeout is how long a run may take; 0: as long as it likes.
+// runTimeout returns how long a run may take; 0: as long as it likes.
 func (hs *handlers) runTimeout() time.Duration {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
-	return hs.timeout
+	return hs.cfg.timeout
 }
 
-// now are the handlers at this moment.
-func (hs *handlers) now() []*handler {
+// current returns the handlers as of the last reload.
+func (hs *handlers) current() []*handler {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
 	return hs.all
@@ -167,7 +168,7 @@ func splitSpec(spec string) (events []string, script string, err error) {
 	return events, script, checkEvents(events)
 }
 
-// commandLine is how script is run: by the shell. An image built from scratch has none; there a program with plain
+// commandLine returns how script is run: by the shell. An image built from scratch has none; there a program with plain
 // arguments must do.
 func commandLine(script, shell string) ([]string, error) {
 	if _, err := exec.LookPath(shell); err == nil {
@@ -213,19 +214,25 @@ func matches(events []string, kind eventKind, name string) bool {
 	})
 }
 
+// warnf logs a warning about the handler.
+func (h *handler) warnf(format string, args ...any) {
+	h.handlers.cfg.log.printf(levelWarn, "handler '%s' %s", h.spec, fmt.Sprintf(format, args...))
+}
+
 // ---- queues ----
 
-// deliver queues ev for every handler that wants it. It never blocks. The first handler that a query finds is the
-// one that answers it; where there is none, that is the answer.
+// deliver queues ev for every handler that it matches. It never blocks.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 	d := delivery{Event: ev}
 	if ev.kind == eventQuery {
-		d.until, d.answer = time.Now().Add(time.Duration(ev.Timeout)*ms), answer
+		d.until = time.Now().Add(time.Duration(ev.Timeout) * ms)
+		d.answer = answer
 	}
-	for _, h := range hs.now() {
+
+	for _, h := range hs.current() {
 		if hs.ending.Err() == nil && matches(h.events, ev.kind, ev.Name) {
 			h.enqueue(d)
-			d.answer = nil
+			d.answer = nil // the first handler that a query finds answers it
 		}
 	}
 	if d.answer != nil {
@@ -237,8 +244,8 @@ func (h *handler) enqueue(d delivery) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if d.Coalesce {
-		// The last event is the one that came last: those of one sender come in the order in which they were sent, and those
-		// of several have none.
+		// Of events that coalesce the one that came last counts: those of one sender come in the order in which they were
+		// sent, and those of several have none.
 		if at := slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name }); at >= 0 {
 			h.queue = slices.Delete(h.queue, at, at+1)
 		}
@@ -249,7 +256,7 @@ func (h *handler) enqueue(d delivery) {
 		h.droppedTotal++
 		h.dropped++
 		if h.dropped == 1 {
-			h.handlers.log.printf(levelWarn, "handler '%s' is behind: %d events wait, dropping the oldest", h.spec, queueLimit)
+			h.warnf("is behind: %d events wait, dropping the oldest", queueLimit)
 		}
 	}
 	h.queue = append(h.queue, d)
@@ -259,8 +266,8 @@ func (h *handler) enqueue(d delivery) {
 	}
 }
 
-// take removes what the next run is about: consecutive member events of one kind, one user event, or one query. When
-// nothing waits it returns nil, and the worker has to stop.
+// take removes and returns what the next run is about: consecutive member events of one kind, one user event, or one
+// query. When nothing waits it returns nil, and the worker has to stop.
 func (h *handler) take() []delivery {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -270,7 +277,7 @@ func (h *handler) take() []delivery {
 		return nil
 	}
 	if h.dropped > 0 {
-		h.handlers.log.printf(levelWarn, "handler '%s' was behind: %d events dropped", h.spec, h.dropped)
+		h.warnf("was behind: %d events dropped", h.dropped)
 		h.dropped = 0
 	}
 
@@ -284,11 +291,11 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// info is what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME; one may come more
-// than once.
+// info returns what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME; one may
+// come more than once.
 func (hs *handlers) info() (facts []string) {
 	add := func(key, value string) { facts = append(facts, "event_handlers", key, value) }
-	for _, h := range hs.now() {
+	for _, h := range hs.current() {
 		for _, ev := range h.events {
 			kind, name, _ := strings.Cut(ev, ":")
 			add(kind+":"+name, h.script)
@@ -307,27 +314,38 @@ func (hs *handlers) info() (facts []string) {
 	return facts
 }
 
-// work runs what is queued, until that is nothing. Late, nobody wants the answer to a query.
+// work runs what is queued until nothing is.
 func (h *handler) work() {
-	for batch := h.take(); batch != nil; batch = h.take() {
-		if first := batch[0]; first.kind != eventQuery || time.Now().Before(first.until) {
+	for {
+		batch := h.take()
+		if batch == nil {
+			return
+		}
+		first := batch[0]
+		tooLate := first.kind == eventQuery && !time.Now().Before(first.until)
+		if !tooLate {
 			h.run(batch)
 		}
 	}
 }
 
+// dropQueued drops what waits.
+func (h *handler) dropQueued() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.queue = nil
+}
+
 // close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
-// ended. Whatever else waits is dropped.
+// ended. All else that waits is dropped.
 func (hs *handlers) close(last ...Event) {
-	for _, h := range hs.now() {
-		h.mu.Lock()
-		h.queue = nil
-		h.mu.Unlock()
+	for _, h := range hs.current() {
+		h.dropQueued()
 	}
 	for _, ev := range last {
 		hs.deliver(ev, nil)
 	}
-	waitAtMost(hs.grace, hs.workers.Wait)
+	waitAtMost(hs.cfg.grace, hs.workers.Wait)
 	hs.end(errors.New("ended with the agent"))
 	waitAtMost(5*closeKillAfter, hs.workers.Wait) // a process that hangs in the kernel survives even KILL
 }
@@ -340,9 +358,9 @@ func (h *handler) run(batch []delivery) {
 	started := time.Now()
 	h.noteStart(started)
 	slow := time.AfterFunc(slowAfter, func() {
-		h.handlers.log.printf(levelWarn, "handler '%s' has been running for %v, since %s: its other events wait", h.spec, slowAfter,
-			started.Format(time.DateTime))
+		h.warnf("has been running for %v, since %s: its other events wait", slowAfter, started.Format(time.DateTime))
 	})
+
 	var printed, answer outputCapture // answer: what a query's handler prints to stdout
 	status := h.runScript(batch, &printed, &answer)
 	slow.Stop()
@@ -353,10 +371,11 @@ func (h *handler) run(batch []delivery) {
 	}
 	end += fmt.Sprintf(" after %v", time.Since(started).Round(time.Millisecond))
 	h.noteEnd(end + ", " + started.Format(time.DateTime))
+
 	output := string(answer.last) + string(printed.last)
-	h.handlers.log.printf(levelDebug, "Event '%s' script output: %s", event.kind, output)
+	h.handlers.cfg.log.printf(levelDebug, "Event '%s' script output: %s", event.kind, output)
 	if status != "" {
-		h.handlers.log.printf(levelWarn, "handler '%s' failed on %s: %s: %s", h.spec, oneLine(event.title()), end, lastLine(output))
+		h.warnf("failed on %s: %s: %s", oneLine(event.title()), end, lastLine(output))
 	}
 
 	if event.answer != nil {
@@ -377,7 +396,7 @@ func (h *handler) noteEnd(how string) {
 	h.runningSince = time.Time{}
 }
 
-// title is the event as a spec has it, such as user:deploy.
+// title returns the event as a spec has it, such as user:deploy.
 func (ev Event) title() string {
 	if ev.Name == "" {
 		return ev.kind.String()
@@ -393,8 +412,8 @@ func lastLine(output string) string {
 	return oneLine(output[strings.LastIndex(output, "\n")+1:])
 }
 
-// replyTo is what the asker of a query gets: what was printed to stdout or, where the script has failed, its status and
-// all that it printed. What does not fit is cut, and that is said.
+// replyTo returns the reply to a query: what was printed to stdout or, where the script has failed, its status and all
+// that it printed. What does not fit is cut, and the reply says so.
 func replyTo(status string, printed, answer *outputCapture) (reply, []byte) {
 	kind := replyDone
 	text := string(answer.first)
@@ -411,7 +430,7 @@ func replyTo(status string, printed, answer *outputCapture) (reply, []byte) {
 	return kind, []byte(text)
 }
 
-// runScript runs the script in a process group of its own. The status says what was wrong with its end, if anything.
+// runScript runs the script in a process group of its own. The status says how it failed, if it did.
 func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
 	ctx := h.handlers.ending
 	if timeout := h.handlers.runTimeout(); timeout > 0 {
@@ -419,6 +438,7 @@ func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (s
 		defer cancel()
 		ctx = limited
 	}
+
 	cmd := exec.CommandContext(ctx, h.argv[0], h.argv[1:]...)
 	cmd.Cancel = func() error {
 		endGroup(cmd.Process.Pid, h.handlers.ending)
@@ -461,7 +481,7 @@ func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (s
 // endGroup ends a process group: TERM, then KILL for what is still there, the leader or what it left behind.
 func endGroup(pgid int, ending context.Context) {
 	syscall.Kill(-pgid, syscall.SIGTERM)
-	// One process of the group is watched. Another one is searched for only when that has ended: to search is to ask about
+	// One process of the group is watched. Another one is searched for only when that has ended: a search goes through
 	// every process of the host.
 	survivor := pgid
 	for began := time.Now(); syscall.Kill(-pgid, 0) == nil; time.Sleep(5 * time.Millisecond) {
@@ -469,7 +489,7 @@ func endGroup(pgid int, ending context.Context) {
 			survivor = findInGroup(pgid)
 		}
 		if survivor == 0 {
-			return // only zombies are left, which nobody has reaped
+			return // only zombies are left
 		}
 		took := time.Since(began)
 		if took > killAfter || took > closeKillAfter && ending.Err() != nil {
@@ -481,19 +501,23 @@ func endGroup(pgid int, ending context.Context) {
 
 // runsInGroup reports whether a process is of the group and no zombie. Where there is no /proc, all run.
 func runsInGroup(pid, pgid int) bool {
-	if group, err := syscall.Getpgid(pid); err != nil || group != pgid {
+	group, err := syscall.Getpgid(pid)
+	if err != nil || group != pgid {
 		return false
 	}
+
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		_, noProc := os.Stat("/proc/self/stat")
 		return noProc != nil
 	}
-	_, fields, _ := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ") // the name before it may hold anything
+
+	afterName := stat[bytes.LastIndexByte(stat, ')')+1:] // the name itself may hold anything
+	_, fields, _ := strings.Cut(string(afterName), " ")
 	return fields != "" && fields[0] != 'Z' && fields[0] != 'X'
 }
 
-// findInGroup is a process of the group that runs; 0: there is none.
+// findInGroup returns a process of the group that runs; 0: there is none.
 func findInGroup(pgid int) int {
 	proc, err := os.Open("/proc")
 	if err != nil {
@@ -524,11 +548,11 @@ func (c *outputCapture) open() (err error) {
 	return err
 }
 
-// close waits, after the script has ended, until all is read: not for a child in the background that holds the
-// pipe open, but in looks and not by the clock, as this agent may be kept from running where it has a small share
-// of a processor.
+// close waits, after the script has ended, until all is read, but not for a child in the background that holds the
+// pipe open.
 func (c *outputCapture) close() {
 	c.w.Close()
+	// Ten short waits are not one long one: with a small share of a processor this agent may not run at all meanwhile.
 	for range 10 {
 		if waitAtMost(pipesFor/10, c.copying.Wait) {
 			break
@@ -557,7 +581,7 @@ func oneLine(s string) string {
 
 // ---- what scripts are told ----
 
-// stdinFor is what a script reads: Serf's line for each member, or the payload.
+// stdinFor returns what a script reads: Serf's line for each member, or the payload.
 func stdinFor(batch []delivery) string {
 	if batch[0].kind >= eventUser {
 		payload := string(batch[0].Payload)
@@ -577,9 +601,9 @@ func stdinFor(batch []delivery) string {
 	return b.String()
 }
 
-// environ is the environment of a run about ev; of doubles, the last counts.
+// environ returns the environment of a run about ev; of doubles, the last counts.
 func (h *handler) environ(ev Event) []string {
-	env := slices.Concat(os.Environ(), h.handlers.env(), []string{"SERF_EVENT=" + ev.kind.String()})
+	env := slices.Concat(os.Environ(), h.handlers.cfg.env(), []string{"SERF_EVENT=" + ev.kind.String()})
 	name := strings.ReplaceAll(ev.Name, "\x00", "") // a NUL would make every start fail
 	switch ev.kind {
 	case eventUser:
@@ -590,7 +614,7 @@ func (h *handler) environ(ev Event) []string {
 	return env
 }
 
-// handlerEnv is what scripts are told about their agent, under Serf's names. SERF_RPC_AUTH is set even when empty:
+// handlerEnv returns what scripts are told about their agent, under Serf's names. SERF_RPC_AUTH is set even when empty:
 // an inherited one is not this agent's.
 func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	aloneValue := ""
@@ -611,6 +635,114 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		env = append(env, "SERF_TAG_"+odd.ReplaceAllString(strings.ToUpper(k), "_")+"="+v)
 	}
 	return env
+}
+
+// ---- the feed ----
+
+// feed holds the events for those that read them over the RPC: each once, for all, until all have read it. Together they
+// take maxFeed, however many readers do not read; a reader that is too slow is told how many it lost. Safe for
+// concurrent use; it never blocks.
+type feed struct {
+	mu          sync.Mutex
+	subscribers []*subscriber
+	items       []*item
+	first       uint64 // the number of the first of items, of all that there were
+	bytes       int
+	events      int // so far, without answers
+}
+
+// subscriber reads the answers to one query, or (query 0) all events.
+type subscriber struct {
+	query  uint32
+	next   uint64        // the number of the next item to read
+	events int           // the last one that it has read
+	more   chan struct{} // there may be more
+}
+
+type item struct {
+	Event
+	at     time.Time
+	events int // up to this one
+}
+
+func (it *item) bytes() int {
+	const itself = 400 // and its place in the list
+	return itself + len(it.Name) + len(it.Payload) + len(it.Member.Name) + len(it.Member.Tags) + len(it.Member.Version)
+}
+
+func (f *feed) subscribe(query uint32) *subscriber {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	sub := &subscriber{query: query, next: f.end(), events: f.events, more: make(chan struct{}, 1)}
+	f.subscribers = append(f.subscribers, sub)
+	return sub
+}
+
+func (f *feed) unsubscribe(sub *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.subscribers = slices.DeleteFunc(f.subscribers, func(o *subscriber) bool { return o == sub })
+	f.drop()
+}
+
+func (f *feed) publish(ev Event) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if ev.kind != eventAnswer {
+		f.events++
+	}
+	if len(f.subscribers) == 0 {
+		return
+	}
+
+	it := &item{ev, time.Now(), f.events}
+	f.items = append(f.items, it)
+	f.bytes += it.bytes()
+	f.drop()
+	for _, sub := range f.subscribers {
+		select {
+		case sub.more <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// end is the number of the item after the last.
+func (f *feed) end() uint64 { return f.first + uint64(len(f.items)) }
+
+// drop drops what all have read, and the oldest items when there are too many.
+func (f *feed) drop() {
+	unread := f.end()
+	for _, sub := range f.subscribers {
+		unread = min(unread, sub.next)
+	}
+	for f.first < unread || f.bytes > maxFeed {
+		f.bytes -= f.items[0].bytes()
+		f.items[0] = nil
+		f.items = f.items[1:]
+		f.first++
+	}
+}
+
+// read returns the next item for sub, and how many events before it are lost; nil: there is none yet.
+func (f *feed) read(sub *subscriber) (it *item, dropped int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	sub.next = max(sub.next, f.first)
+	for sub.next < f.end() {
+		it := f.items[sub.next-f.first]
+		sub.next++
+		isAnswer := it.kind == eventAnswer
+		if isAnswer && it.id == sub.query {
+			return it, 0
+		}
+		if !isAnswer && sub.query == 0 {
+			dropped := it.events - sub.events - 1
+			sub.events = it.events
+			return it, dropped
+		}
+	}
+	return nil, 0
 }
 
 // waitAtMost reports whether wait returned within d.

@@ -1451,7 +1451,7 @@ func (src agentSource) run() error {
 	if err != nil {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
-	handlers.env = func() []string {
+	handlers.cfg.env = func() []string {
 		self, alone := g.self()
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}

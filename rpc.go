@@ -3,8 +3,8 @@
 // Here are the handshake, the bound on inbound connections, the sessions of agents (probe, link, sync), and those of
 // commands; then the commands' side of it, and the addresses to dial and to listen on. Agents and commands speak
 // one dialect: a hello each way with a challenge, then frames, each sealed and bound to both challenges, its direction
-// and its count. A session is straight blocking code in a goroutine; it posts what it learns
-// to the loop, and asks the loop for what it shall say. What a claim means is not known here.
+// and its count. A session is straight blocking code in a goroutine: it posts what it learns to the loop, and asks the
+// loop what to send. What a claim means is not known here.
 
 package main
 
@@ -34,24 +34,23 @@ import (
 
 const (
 	maxInbound     = 768              // accepted connections at a time, of agents and commands
-	maxMerging     = 4                // pieces of tables that wait for the loop at a time
+	maxMerging     = 4                // chunks of tables that wait for the loop at a time
 	maxDials       = 64               // addresses tried in one join
-	maxFeed        = 8 << 20          // bytes of events that wait for slow readers, about
 	maxResponses   = 4096             // frames of an answer that is no stream
 	pageSize       = 40               // members in a frame
 	textPage       = 8 << 10          // bytes of text in a frame, about; of one fact, at most
 	helloTimeout   = 2 * time.Second  // for a stranger's hello
 	frameTimeout   = 5 * time.Second  // for any frame: the first one takes a round trip
-	sessionTimeout = 10 * time.Second // until the other side of a session has answered: three round trips, and what TCP sends again
-	maxLinkWait    = 30 * time.Second // between tries to have a link, and looks whether its member is still one
-	eventPatience  = 4 * time.Second  // for so long an event waits for its turn: less than its command waits
-	syncTimeout    = 2 * time.Minute  // for all of a comparison of tables: the largest over a line of 1 Mbit/s
+	sessionTimeout = 10 * time.Second // for the answer in a session: three round trips, and what TCP sends again
+	maxLinkWait    = 30 * time.Second // between tries to link, and between checks whether a link's member is still one
+	eventPatience  = 4 * time.Second  // for which an event waits for its turn: less than its command waits
+	syncTimeout    = 2 * time.Minute  // for a whole state sync: the largest over a line of 1 Mbit/s
 	windowSize     = 64
 )
 
 // ---- the handshake, and frames ----
 
-// What is wrong with who is at the other end, as seen from this one.
+// What is wrong with the other end of a session, as seen from this one.
 var (
 	errVersion  = errors.New("speaks protocol")
 	errCluster  = errors.New("belongs to another cluster: give both the same -cluster")
@@ -62,9 +61,10 @@ var (
 	errForeign  = errors.New("is no hamlet agent")
 	errRPC      = errors.New("is the RPC port of a hamlet agent")
 	errGossip   = errors.New("is the gossip port of a hamlet agent")
-	errSerfRPC  = errors.New("speaks the RPC of Serf, which this agent does not: see 'watch -format json' and the other commands")
-	errSilent   = fmt.Errorf("hung up without a word: it %w (a Serf agent hangs up so)", errForeign)
-	errHungUp   = errors.New("closed the connection")
+	errSerfRPC  = errors.New("speaks the RPC of Serf, which this agent does not: see 'watch -format json' and the other " +
+		"commands")
+	errSilent = fmt.Errorf("hung up without a word: it %w (a Serf agent hangs up so)", errForeign)
+	errHungUp = errors.New("closed the connection")
 )
 
 // A hello is a line at which an HTTP server answers at once, the kind of the port and the number of the
@@ -92,23 +92,28 @@ func (d *sealer) hello() []byte {
 	return append(b, challenge...)
 }
 
-// checkHello says what is wrong with the hello of the other side.
+// checkHello returns what is wrong with the hello of the other side.
 func (d *sealer) checkHello(b []byte, dialled bool) error {
 	if string(b[:len(helloLine)]) != helloLine {
-		if err := checkProtocol(max(b[7]-'0', 4)); err != nil { // HAMLET/N; that of protocol 4 was HAMLET/3
+		theirs := max(b[7]-'0', 4) // HAMLET/N; that of protocol 4 was HAMLET/3
+		if err := checkProtocol(theirs); err != nil {
 			return err
 		}
 		return errMalformed
 	}
-	switch is := b[len(helloLine):]; {
-	case checkProtocol(is[8]) != nil:
-		return checkProtocol(is[8])
+
+	is := b[len(helloLine):]
+	if err := checkProtocol(is[8]); err != nil {
+		return err
+	}
+	otherPort := binary.BigEndian.Uint16(is[2:])
+	switch {
 	case is[0] != d.portKind && !dialled:
 		return errors.New("looks for the other port of this agent")
 	case is[0] != d.portKind && d.portKind == gossipPort:
-		return fmt.Errorf("%w, which gossips on port %d: join that one", errRPC, binary.BigEndian.Uint16(is[2:]))
+		return fmt.Errorf("%w, which gossips on port %d: join that one", errRPC, otherPort)
 	case is[0] != d.portKind:
-		return fmt.Errorf("%w, whose RPC is on port %d", errGossip, binary.BigEndian.Uint16(is[2:]))
+		return fmt.Errorf("%w, whose RPC is on port %d", errGossip, otherPort)
 	case !bytes.Equal(is[4:8], d.receiverHash("")):
 		return errCluster
 	case is[1] == helloKeyed && len(d.keys) == 0:
@@ -120,8 +125,8 @@ func (d *sealer) checkHello(b []byte, dialled bool) error {
 }
 
 // session is a connection whose two sides have exchanged hellos. It sends frames: a length and a sealed body. A frame
-// that opens proves that the other side has the key, answers this side's challenge, and that no frame before it is
-// missing. Like a bufio.Writer, a session keeps its first error in err, and then sends and receives nothing.
+// that opens proves that the other side has the key and has answered this side's challenge, and that no frame before it
+// is missing. Like a bufio.Writer, a session keeps its first error in err, and then sends and receives nothing.
 type session struct {
 	conn      net.Conn    // in clear: for hellos, deadlines and the end
 	proven    atomic.Bool // a frame has opened
@@ -133,7 +138,7 @@ type session struct {
 	err       error
 }
 
-// handshake exchanges hellos: the dialler's comes first. The acceptor says nothing else before its challenge is answered.
+// handshake exchanges hellos, the dialler's first. The acceptor sends nothing else before its challenge is answered.
 func (d *sealer) handshake(s *session) *session {
 	start := time.Now()
 	hellos, err := d.exchangeHellos(s.conn, s.dialled)
@@ -146,10 +151,12 @@ func (d *sealer) handshake(s *session) *session {
 
 // exchangeHellos returns both hellos, the dialler's first. What cannot be written is noticed by the next read.
 func (d *sealer) exchangeHellos(conn net.Conn, dialled bool) (hellos string, err error) {
-	mine, theirs := d.hello(), make([]byte, helloSize)
+	mine := d.hello()
 	if dialled {
 		conn.Write(mine)
 	}
+
+	theirs := make([]byte, helloSize)
 	n, err := io.ReadFull(conn, theirs)
 	if bytes.Contains(theirs[:n], []byte("Command")) { // msgpack: {"Command": "handshake", ...}
 		return "", errSerfRPC
@@ -182,12 +189,12 @@ type stream struct {
 }
 
 func (d *sealer) newStream(ofDialler bool, hellos string) stream {
-	whom := fmt.Sprint("stream ", ofDialler, hellos)
-	st := stream{tag: d.receiverHash(whom), sealsClear: !d.sealsWithKey(), opensInClear: d.opensInClear()}
+	context := fmt.Sprint("stream ", ofDialler, hellos)
+	st := stream{tag: d.receiverHash(context), sealsClear: !d.sealsWithKey(), opensInClear: d.opensInClear()}
 	for _, key := range d.keys {
 		if len(key) > 0 {
-			a, _ := cipher.NewGCM(d.blockFor(key, whom))
-			st.aeads = append(st.aeads, a)
+			aead, _ := cipher.NewGCM(d.blockFor(key, context))
+			st.aeads = append(st.aeads, aead)
 		}
 	}
 	return st
@@ -211,13 +218,15 @@ func (st *stream) seal(dst, data []byte) []byte {
 // open returns what the next frame's body says.
 func (st *stream) open(body []byte) ([]byte, error) {
 	nonce := st.nextNonce()
-	for i, a := range st.aeads {
-		if data, err := a.Open(nil, nonce, body, nil); err == nil {
+	for i, aead := range st.aeads {
+		data, err := aead.Open(nil, nonce, body, nil)
+		if err == nil {
 			st.aeads = st.aeads[i : i+1]
 			st.opensInClear = false
 			return data, nil
 		}
 	}
+
 	if !st.opensInClear {
 		return nil, errOtherKey
 	}
@@ -292,7 +301,7 @@ func (s *session) decode(sealed []byte, message any) (us []update) {
 		if s.proven.Load() {
 			s.err = errNotForMe // that it has the key is known
 		} else if !s.dialled {
-			s.conn.Write(make([]byte, 4))
+			s.conn.Write(make([]byte, 4)) // a length of 0
 		}
 		return nil
 	}
@@ -311,19 +320,19 @@ func timedOut(err error) bool {
 	return ok && ne.Timeout()
 }
 
-// plainError says in plain words how a session has ended.
+// plainError returns in plain words how a session has ended.
 func plainError(err error) error {
-	switch {
-	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
-		errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed):
+	closings := []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, net.ErrClosed}
+	if slices.ContainsFunc(closings, func(e error) bool { return errors.Is(err, e) }) {
 		return errHungUp
-	case timedOut(err) || errors.Is(err, context.Canceled):
+	}
+	if timedOut(err) || errors.Is(err, context.Canceled) {
 		return fmt.Errorf("no answer within %v", sessionTimeout)
 	}
 	return reason(err)
 }
 
-// ---- who may come in ----
+// ---- inbound connections ----
 
 // acceptor takes connections at a port, and knows all that is under way there.
 type acceptor struct {
@@ -336,45 +345,53 @@ type acceptor struct {
 	lines  *logLimit // about those that were refused
 }
 
-// close takes nobody in any more, and waits a second at most for what is under way: a peer may read too slowly.
-func (gs *acceptor) close() {
-	gs.tcp.Close()
-	waitAtMost(time.Second, gs.wg.Wait)
-	gs.quit()
+// close accepts nothing more, and waits at most a second for what is under way: a peer may read too slowly.
+func (a *acceptor) close() {
+	a.tcp.Close()
+	waitAtMost(time.Second, a.wg.Wait)
+	a.quit()
 }
 
-// accept serves what comes in until the port is closed.
-func (gs *acceptor) accept(serve func(*session) error) {
+// accept serves the connections that come in until the port is closed.
+func (a *acceptor) accept(serve func(*session) error) {
 	for {
-		c, err := gs.tcp.Accept()
+		c, err := a.tcp.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
-		} else if err != nil {
-			gs.lines.printf(aboutHost, "accept", levelWarn, "cannot accept a connection at %s: %v", gs.tcp.Addr(), err)
+		}
+		if err != nil {
+			a.lines.printf(aboutHost, "accept", levelWarn, "cannot accept a connection at %s: %v", a.tcp.Addr(), err)
 			time.Sleep(50 * ms) // out of file descriptors: some will come back
 			continue
 		}
+
 		c.(*net.TCPConn).SetReadBuffer(64 << 10) // what a stranger may make the kernel hold
 		c.SetDeadline(time.Now().Add(helloTimeout))
 		s := &session{conn: c}
-		gs.places.take(s, addrOf(c.RemoteAddr()))
-		gs.wg.Go(func() {
-			defer gs.places.release(s)
-			defer c.Close()
-			defer context.AfterFunc(gs.ctx, func() { c.Close() })()
-			gs.sealer.Load().handshake(s)
-			c.SetDeadline(time.Now().Add(frameTimeout)) // the first frame answers this hello, and may come from far away
-			// Who says nothing, or hangs up, looks whether the port is open.
-			if err := serve(s); !timedOut(err) && !errors.Is(plainError(err), errHungUp) && !errors.Is(err, errStopped) {
-				gs.logRejected(aboutPeers, addrOf(c.RemoteAddr()), plainError(err))
-			}
-		})
+		a.places.take(s, addrOf(c.RemoteAddr()))
+		a.wg.Go(func() { a.serveSession(s, serve) })
 	}
 }
 
-// places are those of the connections that were accepted, at all ports together: they come out of one budget of file
-// descriptors. When they are short, the address that has most of them loses one, so that nobody who opens many
-// connections keeps others out.
+// serveSession shakes hands and serves one session to its end.
+func (a *acceptor) serveSession(s *session, serve func(*session) error) {
+	defer a.places.release(s)
+	defer s.conn.Close()
+	defer context.AfterFunc(a.ctx, func() { s.conn.Close() })()
+	a.sealer.Load().handshake(s)
+	s.conn.SetDeadline(time.Now().Add(frameTimeout)) // the first frame answers this hello, and may come from far away
+	err := serve(s)
+
+	// A peer that says nothing or hangs up may only have found out whether the port is open.
+	portScan := timedOut(err) || errors.Is(plainError(err), errHungUp)
+	if !portScan && !errors.Is(err, errStopped) {
+		a.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), plainError(err))
+	}
+}
+
+// places are those of the accepted connections of all ports together, which come out of one budget of file
+// descriptors. When they are short, the address that has most of them loses one: many connections from one place do
+// not keep others out.
 type places struct {
 	limit int
 	mu    sync.Mutex // guards taken
@@ -383,13 +400,7 @@ type places struct {
 
 type place struct {
 	s    *session
-	from *origin
-}
-
-// origin is where connections come from. Who has a whole IPv6 network of 64 bits, as every host may, is one.
-type origin struct {
-	network netip.Prefix
-	count   int // of its places, for leastWanted
+	from netip.Prefix // an address of IPv4, or a network of 64 bits of IPv6, which any host may have
 }
 
 // newPlaces leaves half of the file descriptors for everything else. Go has raised their number as far as it may.
@@ -401,10 +412,11 @@ func newPlaces() *places {
 
 // take gives s a place.
 func (ps *places) take(s *session, from netip.Addr) {
-	network, _ := from.Prefix(from.BitLen())
+	bits := from.BitLen()
 	if from.Is6() {
-		network, _ = from.Prefix(64)
+		bits = 64
 	}
+	network, _ := from.Prefix(bits)
 
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
@@ -413,16 +425,7 @@ func (ps *places) take(s *session, from netip.Addr) {
 		ps.taken[i].s.conn.Close()
 		ps.taken = slices.Delete(ps.taken, i, i+1)
 	}
-	ps.taken = append(ps.taken, place{s, ps.origin(network)})
-}
-
-func (ps *places) origin(network netip.Prefix) *origin {
-	for _, p := range ps.taken {
-		if p.from.network == network {
-			return p.from
-		}
-	}
-	return &origin{network: network}
+	ps.taken = append(ps.taken, place{s, network})
 }
 
 func (ps *places) release(s *session) {
@@ -431,87 +434,87 @@ func (ps *places) release(s *session) {
 	ps.taken = slices.DeleteFunc(ps.taken, func(p place) bool { return p.s == s })
 }
 
-// leastWanted is which place is taken away: of the address that has most, any of the older half, so that neither patience
-// nor haste pays. A quarter is for connections that have not proven anything yet: as few as that lose none, or whoever
-// holds proven ones, as anybody can where there is no key, would keep newcomers out. With more of them it is one of
-// theirs.
+// leastWanted returns which of the places, all of which are taken, is taken away.
 func (ps *places) leastWanted() int {
-	unproven := 0
-	for _, p := range ps.taken {
-		if !p.s.proven.Load() {
-			unproven++
-		}
-	}
-	wantProven := unproven <= ps.limit/4
-
-	for _, p := range ps.taken {
-		p.from.count = 0
-	}
-	most := 0
-	for _, p := range ps.taken {
-		if p.s.proven.Load() == wantProven {
-			p.from.count++
-			most = max(most, p.from.count)
-		}
-	}
-	var candidates []int
+	var proven, unproven []int
 	for i, p := range ps.taken {
-		if p.from.count == most && p.s.proven.Load() == wantProven {
-			candidates = append(candidates, i)
+		if p.s.proven.Load() {
+			proven = append(proven, i)
+		} else {
+			unproven = append(unproven, i)
 		}
 	}
-	if len(candidates) == 0 { // what was unproven has proven itself just now
-		return 0
+
+	// A quarter is for connections that have not proven anything yet. As few as that lose none: where there is no key,
+	// proven connections are to be had by anybody, and would keep newcomers out.
+	candidates := proven
+	if len(unproven) > ps.limit/4 {
+		candidates = unproven
 	}
+
+	// The address that has most loses any of the older half of its places, so that neither patience nor haste pays.
+	most := 0
+	counts := make(map[netip.Prefix]int)
+	for _, i := range candidates {
+		from := ps.taken[i].from
+		counts[from]++
+		most = max(most, counts[from])
+	}
+	candidates = slices.DeleteFunc(candidates, func(i int) bool { return counts[ps.taken[i].from] < most })
 	return candidates[rand.IntN((len(candidates)+1)/2)]
 }
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
 // logRejected logs what is wrong with what came from there; nil: nothing is.
-func (gs *acceptor) logRejected(class logClass, from netip.Addr, err error) {
+func (a *acceptor) logRejected(class logClass, from netip.Addr, err error) {
 	if err != nil {
-		gs.lines.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
+		a.lines.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
 	}
 }
 
 // ---- sessions of agents ----
 
-// connect dials to within limit, and gives the session as long. A lost SYN costs a second in the kernel, so it dials
-// anew after each of waits; joins: for a join. It tells the node from which address the dial went out, where it may take
-// another one.
-func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, limit time.Duration, waits ...time.Duration) (c net.Conn, err error) {
-	deadline, ip := time.Now().Add(limit), g.cfg.bind.Addr()
+// connect dials to, again after each of waits, and gives the session until the same deadline; joins: for a join. It
+// tells the node from which address the dial went out, where the node may take another one.
+func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, waits ...time.Duration) (net.Conn, error) {
+	bound := g.cfg.bind.Addr()
+	if joins && !sameFamily(to.Addr(), bound) { // TCP might get there, but no datagram of this node
+		return nil, fmt.Errorf("this agent is bound to %s, an address of another kind (-bind [::]:%d takes both)",
+			bound, g.cfg.bind.Port())
+	}
+	deadline := time.Now().Add(sessionTimeout)
 	dialer := net.Dialer{KeepAlive: -1, Deadline: deadline}
-	if joins && !sameFamily(to.Addr(), ip) { // TCP might get there, but no datagram of this node
-		return nil, fmt.Errorf("this agent is bound to %s, an address of another kind (-bind [::]:%d takes both)", ip, g.cfg.bind.Port())
+	if !bound.IsUnspecified() {
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(bound, 0))
 	}
-	if !ip.IsUnspecified() {
-		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, 0))
+	c, err := dialAgain(ctx, dialer, to, waits)
+	if err != nil && bound.IsLoopback() && !to.Addr().IsLoopback() {
+		return nil, fmt.Errorf("this agent is bound to %s, from where no other machine can be reached "+
+			"(-bind sets another address)", bound)
 	}
-	c, err = dialAgain(ctx, dialer, to, waits)
-	switch {
-	case err == nil:
-		c.SetDeadline(deadline)
-		local := addrOf(c.LocalAddr())
-		g.noteLocalAddr(local, joins)
-		if joins && g.cfg.moves {
-			err = g.checkAdvertised(local)
-		}
-		if err != nil {
-			c.Close()
-			return nil, err
-		}
-		return c, nil
-	case ip.IsLoopback() && !to.Addr().IsLoopback():
-		err = fmt.Errorf("this agent is bound to %s, from where no other machine can be reached (-bind sets another address)", ip)
+	if err != nil {
+		return nil, plainError(err)
 	}
-	return nil, plainError(err)
+
+	c.SetDeadline(deadline)
+	local := addrOf(c.LocalAddr())
+	g.noteLocalAddr(local, joins)
+	if joins && g.cfg.moves {
+		err = g.checkAdvertised(local)
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
-// dialAgain dials to, and once more after each of waits. The first answer counts; what was dialled before goes on, since
-// its answer may only be far away.
-func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, waits []time.Duration) (net.Conn, error) {
+// dialAgain dials to, and once more after each of waits, since a lost SYN costs a second in the kernel. The first result
+// counts. What was dialled before goes on until then: its answer may only be far away.
+func dialAgain(
+	ctx context.Context, dialer net.Dialer, to netip.AddrPort, waits []time.Duration,
+) (net.Conn, error) {
 	type result struct {
 		c   net.Conn
 		err error
@@ -530,22 +533,17 @@ func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, waits 
 		}
 	}
 
-	again := time.NewTimer(0)
-	defer again.Stop()
-	waits = append([]time.Duration{0}, waits...)
-	for dialled := 0; ; {
-		select {
-		case <-again.C:
-			go dial()
-			dialled++
-			if dialled < len(waits) {
-				again.Reset(waits[dialled])
-			}
-		case r := <-results:
-			return r.c, r.err
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+	go dial()
+	after := time.Duration(0)
+	for _, wait := range waits {
+		after += wait
+		defer time.AfterFunc(after, dial).Stop()
+	}
+	select {
+	case r := <-results:
+		return r.c, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 }
 
@@ -559,22 +557,25 @@ func (g *gossip) noteLocalAddr(local netip.Addr, settles bool) {
 	}
 
 	gone := true
-	if g.cfg.iface != "" {
+	switch {
+	case g.cfg.iface != "":
 		local = followInterface(g.cfg.iface, own, g.cfg.bind.Addr())
 		settles = false
-	} else if isReachable(local, g.cfg.bind.Addr()) {
+	case isReachable(local, g.cfg.bind.Addr()):
 		gone = !isOwnAddress(own)
-	} else {
+	default:
 		return
 	}
 	if local.IsValid() {
-		g.post(func(n *node) { n.identity.addressChanged(n, local, gone, settles, uint64(time.Now().UnixMilli())) })
+		g.postAddress(local, gone, settles)
 	}
 }
 
-// noteInbound is told at which address of this machine a peer came in; joins: in order to sync. A node that knows
-// nobody yet learns from that on which network its peers are. Of the addresses of one kind and interface it keeps its
-// own: the other may be a virtual one, which can move to another machine.
+func (g *gossip) postAddress(ip netip.Addr, gone, settles bool) {
+	g.post(func(n *node) { n.identity.addressChanged(n, ip, gone, settles, uint64(time.Now().UnixMilli())) })
+}
+
+// noteInbound is told at which address of this machine a peer came in; joins: in order to sync.
 func (g *gossip) noteInbound(local netip.Addr, joins bool) {
 	self, _ := g.self()
 	own := self.Addr.Addr()
@@ -582,6 +583,8 @@ func (g *gossip) noteInbound(local netip.Addr, joins bool) {
 		return
 	}
 
+	// A node that has not joined yet learns from this on which network its peers are. Of the addresses of one kind and
+	// interface it keeps its own: the other may be a virtual one, which can move to another machine.
 	alone := false
 	if joins {
 		g.run(func(n *node) error { alone = n.joining.joinedAt == 0; return nil })
@@ -590,16 +593,17 @@ func (g *gossip) noteInbound(local netip.Addr, joins bool) {
 	g.noteLocalAddr(local, alone && elsewhere)
 }
 
-// checkAdvertised says what is wrong with joining from the address local of this machine: a peer could not answer.
+// checkAdvertised returns what is wrong with joining from the address local of this machine: a peer could not answer.
 func (g *gossip) checkAdvertised(local netip.Addr) error {
 	self, _ := g.self()
 	if self.Addr.Addr().IsLoopback() && local.Is6() && local.IsLinkLocalUnicast() {
-		return errors.New("this machine has only a link-local IPv6 address, which means nothing to others: give its interface another one")
+		return errors.New("this machine has only a link-local IPv6 address, which means nothing to others: " +
+			"give its interface another one")
 	}
 	return nil
 }
 
-// isReady reports whether this node has an address to tell.
+// isReady reports whether this node has an address to advertise.
 func (g *gossip) isReady() bool {
 	select {
 	case <-g.ready:
@@ -611,7 +615,7 @@ func (g *gossip) isReady() bool {
 
 // addressKnown is told the address to advertise when it was not known at the start.
 func (g *gossip) addressKnown(ip netip.Addr) {
-	g.post(func(n *node) { n.identity.addressChanged(n, ip, true, false, uint64(time.Now().UnixMilli())) })
+	g.postAddress(ip, true, false)
 	close(g.ready)
 }
 
@@ -622,7 +626,8 @@ func (g *gossip) doFor(s *session, f func(*node) error) {
 	}
 }
 
-// openSession opens a session with a first frame of kind k, and takes the welcome: who is there, what it says of me.
+// openSession opens a session with a first frame of kind k, and takes the handshake reply: the peer's header, and what
+// it believes about this node.
 func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about []update) {
 	s = g.acceptor.sealer.Load().handshake(&session{conn: c, dialled: true})
 	var hdr header
@@ -638,61 +643,66 @@ func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about
 	return s, w, about
 }
 
-// tcpProbeTimes is how long a TCP probe may take, which is three round trips and what is lost, and when it dials anew.
+// tcpProbeTimes returns how long a TCP probe may take, which is three round trips and what is lost, and when it dials
+// anew.
 func tcpProbeTimes(roundTrip time.Duration) (limit, again time.Duration) {
 	return max(probeTimeout, 5*roundTrip), max(150*ms, 2*roundTrip)
 }
 
-// tcpProbe looks at a member, and tells the node what it sees. Whoever is cut off looks again: a dying process's
-// listener accepts until the kernel has come to it, which resets who dialled just before, and then refuses.
+// tcpProbe probes a member by TCP, and tells the node what comes of it.
 func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	limit, again := tcpProbeTimes(roundTrip)
 	ctx, cancel := context.WithTimeout(g.ctx, limit)
 	defer cancel()
 	tell := func(v verdict, w header) { g.post(func(n *node) { n.detector.handleTCPProbeResult(n, m, v, w) }) }
+
+	// A probe that is cut off tries again: the listener of a dying process accepts until the kernel has come to it, which
+	// resets the last connections, and then refuses.
 	for range 4 {
-		c, err := g.connect(ctx, m.Addr, false, sessionTimeout, again, again) // ctx ends it
+		c, err := g.connect(ctx, m.Addr, false, again, again) // ctx ends it
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			tell(verdictRefused, header{})
 		}
 		if err != nil {
 			return
 		}
+
 		tell(verdictSilent, header{})
 		defer context.AfterFunc(ctx, func() { c.Close() })()
 		s, w, _ := g.openSession(c, msgTCPProbe)
 		c.Close()
-		switch {
-		case s.err == nil:
+		if s.err == nil {
 			tell(verdictAlive, w)
 			return
-		case ctx.Err() != nil:
+		}
+		if ctx.Err() != nil {
 			return // it accepts and is silent
 		}
 		tell(verdictNone, header{})
 	}
 }
 
-// relink makes the watch links that shall stand, and ends all others.
+// relink makes links the watch links that stand, and ends all others.
 func (g *gossip) relink(self Member, links []Member) {
 	old := g.state.links
 	g.state.links = make(map[string]context.CancelFunc)
 	for _, m := range links {
 		key := fmt.Sprint(self.Instance, m.Instance, m.Name)
-		if g.state.links[key] = old[key]; old[key] == nil {
+		end := old[key]
+		if end == nil {
 			ctx, cancel := context.WithCancel(g.ctx)
-			g.state.links[key] = cancel
 			g.wg.Go(func() { g.keepLink(ctx, m) })
+			end = cancel
 		}
+		g.state.links[key] = end
 		delete(old, key)
 	}
-	for _, cancel := range old {
-		cancel()
+	for _, end := range old {
+		end()
 	}
 }
 
-// keepLink holds a watch link to m until ctx is done. Its end is told at once; where none can be had it is
-// tried more and more rarely: each failure starts a probe, and a firewall stays.
+// keepLink holds a watch link to m until ctx is done.
 func (g *gossip) keepLink(ctx context.Context, m Member) {
 	for tries := 1; ctx.Err() == nil; tries++ {
 		err := g.linkOnce(ctx, m)
@@ -702,13 +712,16 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 		if ctx.Err() == nil {
 			g.post(func(n *node) { n.detector.linkEnded(n, m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
 		}
-		wait, cancel := context.WithTimeout(ctx, min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait))
+
+		// Where no link can be had it is tried more and more rarely: each failure starts a probe, and a firewall stays.
+		pause := min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait)
+		wait, cancel := context.WithTimeout(ctx, pause)
 		<-wait.Done()
 		cancel()
 	}
 }
 
-// redialAfter is when a session of more than a look dials anew.
+// redialAfter returns when a session that is more than a probe dials anew.
 func redialAfter(roundTrip time.Duration) []time.Duration {
 	return []time.Duration{max(300*ms, 2*roundTrip), max(400*ms, 2*roundTrip)}
 }
@@ -717,27 +730,29 @@ func redialAfter(roundTrip time.Duration) []time.Duration {
 func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	var roundTrip time.Duration
 	g.run(func(n *node) error { roundTrip = n.roundTripTo(m); return nil })
-	c, err := g.connect(ctx, m.Addr, false, sessionTimeout, redialAfter(roundTrip)...)
+	c, err := g.connect(ctx, m.Addr, false, redialAfter(roundTrip)...)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	s, w, _ := g.openSession(c, msgLink)
-	if s.err != nil || w.From != m.Name || w.born() != m.Instance { // another run answers there: this one has ended
+	if s.err != nil || w.From != m.Name || w.born() != m.Instance { // another instance answers there: this one has ended
 		return s.err
 	}
+
 	c.SetDeadline(time.Time{})
 	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Now()) })()
-	if s.receive(&header{}); ctx.Err() != nil && g.ctx.Err() == nil {
+	s.receive(&header{})
+	if ctx.Err() != nil && g.ctx.Err() == nil {
 		s.err = nil
-		s.send(&header{Kind: msgBye}) // nobody has died
+		s.send(&header{Kind: msgBye}) // nothing has failed
 	}
 	return nil
 }
 
-// syncWith compares tables with whoever is at to, as x says; joins: in order to join. It fills x.with.
+// syncWith syncs with the peer at to, as sync says; joins: in order to join. It fills sync.peer.
 func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error {
-	c, err := g.connect(g.ctx, to, joins, sessionTimeout, redialAfter(sync.roundTrip)...)
+	c, err := g.connect(g.ctx, to, joins, redialAfter(sync.roundTrip)...)
 	if err != nil {
 		return err
 	}
@@ -745,15 +760,20 @@ func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error 
 	s, w, about := g.openSession(c, msgSync)
 	sync.peer.Addr = to
 	sync.roundTrip = s.roundTrip
+
+	// The reply is handled again until it is settled which node has this node's name.
 	differ := false
-	welcomed := func(n *node) error {
+	handle := func(n *node) error {
 		differ = w.Digest != n.digest()
 		return n.handleWelcome(sync, w, about)
 	}
-	for g.doFor(s, welcomed); errors.Is(s.err, errConflictPending); g.doFor(s, welcomed) {
+	g.doFor(s, handle)
+	for errors.Is(s.err, errConflictPending) {
 		s.err = nil
 		time.Sleep(20 * ms)
+		g.doFor(s, handle)
 	}
+
 	if differ {
 		s.end = time.Now().Add(syncTimeout)
 		g.sendTable(s, sync)
@@ -764,8 +784,8 @@ func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error 
 	return plainError(s.err)
 }
 
-// sendTable sends the table, and receiveTable takes one. What a session does to the loop, it does when it is its turn, and
-// it has no turn while it waits for its peer: slow peers keep nobody waiting, and fast ones leave the loop its time.
+// sendTable sends the table, and receiveTable receives one. A session calls on the loop only when it is its turn, and
+// has no turn while it waits for its peer: slow peers delay no other session, and fast ones leave the loop its time.
 func (g *gossip) sendTable(s *session, sync *stateSync) {
 	for more := true; more && s.err == nil; {
 		var frame []byte
@@ -786,7 +806,7 @@ func (g *gossip) receiveTable(s *session, sync *stateSync) {
 	}
 }
 
-// mergeFrame takes a piece of a table; more says that others follow.
+// mergeFrame merges a chunk of a table; more says that others follow.
 func (g *gossip) mergeFrame(s *session, sync *stateSync, sealed []byte) (more bool) {
 	var hdr header
 	us := s.decode(sealed, &hdr)
@@ -803,25 +823,34 @@ func (g *gossip) mergeFrame(s *session, sync *stateSync, sealed []byte) (more bo
 
 // serve answers one agent that has dialled.
 func (g *gossip) serve(s *session) error {
-	var hdr, w header
-	var about []update
 	if !g.isReady() {
 		return errHungUp // a peer must not learn an address that is only a stopgap
 	}
-	if s.receive(&hdr); s.err != nil {
+	var hdr header
+	s.receive(&hdr)
+	if s.err != nil {
 		return s.err
-	} else if validName(hdr.From) != nil || hdr.Kind < msgTCPProbe || hdr.Kind > msgSync && hdr.Kind <= msgBye {
+	}
+	opensSession := hdr.Kind >= msgTCPProbe && hdr.Kind <= msgSync
+	ofLaterVersion := hdr.Kind > msgBye
+	if validName(hdr.From) != nil || !opensSession && !ofLaterVersion {
 		return errMalformed
-	} else if hdr.Kind > msgBye { // of a later version
+	}
+	if ofLaterVersion {
 		return nil
 	}
+
 	g.noteInbound(addrOf(s.conn.LocalAddr()), hdr.Kind == msgSync)
-	g.doFor(s, func(n *node) error { w, about = n.handshakeReply(hdr); return nil })
-	s.send(&w, about...)
-	switch from := (Member{Name: hdr.From, Instance: hdr.born()}); hdr.Kind {
+	var reply header
+	var about []update
+	g.doFor(s, func(n *node) error { reply, about = n.handshakeReply(hdr); return nil })
+	s.send(&reply, about...)
+
+	from := Member{Name: hdr.From, Instance: hdr.born()}
+	switch hdr.Kind {
 	case msgLink:
 		return g.holdLink(s, from)
-	case msgSync: // who hangs up now has the same table
+	case msgSync: // a peer that hangs up now has the same table
 		s.end = time.Now().Add(syncTimeout)
 		sync := &stateSync{peer: from, from: addrOf(s.conn.RemoteAddr()), digest: hdr.Digest}
 		g.receiveTable(s, sync)
@@ -835,22 +864,24 @@ func (g *gossip) serve(s *session) error {
 func (g *gossip) holdLink(s *session, m Member) error {
 	for wait := helloTimeout; s.err == nil; wait = maxLinkWait {
 		s.conn.SetReadDeadline(time.Now().Add(wait))
-		if s.receive(&header{}); s.err == nil {
+		s.receive(&header{})
+		if s.err == nil {
 			return nil // a bye
 		}
+
 		quiet := timedOut(s.err)
 		s.err = g.run(func(n *node) error {
 			if quiet && !n.table.ended(m) {
 				return nil
 			}
-			n.detector.linkEnded(n, m, 0, false) // of a run that is over this is no news
+			n.detector.linkEnded(n, m, 0, false) // no news about an instance that has ended
 			return errHungUp
 		})
 	}
 	return s.err
 }
 
-// join tries every one of seeds once, all at the same time, and returns what came of them together.
+// join tries each of seeds once, all at the same time, and returns what came of them together.
 func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	results := make(chan seedResult, len(seeds))
 	for _, seed := range seeds {
@@ -865,8 +896,7 @@ func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	return all
 }
 
-// joinSeed syncs with every address of a seed, with each as soon as it is known. One address that answers is enough:
-// no look-up that is still under way is waited for then.
+// joinSeed syncs with every address of a seed, with each as soon as it is known.
 func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 	ctx, cancel := context.WithCancel(g.ctx)
 	defer cancel()
@@ -882,6 +912,12 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 		err  error
 	}
 	outcomes := make(chan outcome, maxDials)
+	sync := func(at netip.AddrPort) {
+		sync := stateSync{joins: true, replay: replay}
+		err := g.syncWith(at, &sync, true)
+		outcomes <- outcome{at, sync.peer.Name, err}
+	}
+
 	lookups := lookUp(ctx, seed, defaultPort)
 	var tried []netip.AddrPort
 	var failed []string
@@ -895,23 +931,18 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 				failed = append(failed, fmt.Sprintf("%s: %v", seed, l.err))
 			}
 			for _, at := range l.addrs {
-				if len(tried) == maxDials || slices.Contains(tried, at) {
-					continue
+				if len(tried) < maxDials && !slices.Contains(tried, at) {
+					tried = append(tried, at)
+					dialling++
+					g.wg.Go(func() { sync(at) })
 				}
-				tried = append(tried, at)
-				dialling++
-				g.wg.Go(func() {
-					sync := stateSync{joins: true, replay: replay}
-					err := g.syncWith(at, &sync, true)
-					outcomes <- outcome{at, sync.peer.Name, err}
-				})
 			}
 		case o := <-outcomes:
 			dialling--
 			r.add(o.at, o.peer, o.err)
 		}
 		if dialling == 0 && r.answered() {
-			lookups = nil
+			lookups = nil // one address that answers is enough: no look-up is waited for
 		}
 	}
 	if len(tried) == 0 { // a name with an A record needs no AAAA
@@ -927,6 +958,7 @@ func (r *seedResult) add(at netip.AddrPort, peer string, err error) {
 		r.errs = nil // one address is enough
 		return
 	}
+
 	if len(r.names) == 0 {
 		r.errs = append(r.errs, fmt.Sprintf("%s: %v", at, err))
 	}
@@ -950,7 +982,7 @@ type rpcRequest struct {
 	Payload                 []byte
 	Args, DeleteTags        string // both separated by NUL
 	More                    bool   // the next request brings more of Args
-	Prune, Replay, Coalesce bool   // Merge: coalesce the event
+	Prune, Replay, Coalesce bool
 	Timeout                 time.Duration
 }
 
@@ -966,89 +998,43 @@ type rpcResponse struct {
 	Dropped int   // events before this one that the reader was too slow for
 }
 
-// callRPC asks the agent at addr and calls each with each answer, until it returns an error (io.EOF: it has
-// enough). The first answer, and but for a stream all of them, must come within timeout.
-func callRPC(addr, token string, req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
-	deadline := time.Now().Add(timeout)
-	c, err := net.DialTimeout("tcp", addr, timeout)
-	if err != nil {
-		return unreachable(addr, timeout, err)
-	}
-	defer c.Close()
-	c.SetDeadline(deadline)
-	s := rpcSealer(token, 0).handshake(&session{conn: c, dialled: true})
-	if err := s.sendRequest(req); err != nil {
-		return err
-	}
-	limit := maxResponses
-	if req.Op == "query" {
-		limit += 2 * maxMembers // each has it, and answers it
-	}
-	for count := 1; ; count++ {
-		if count > limit && req.Op != "watch" {
-			return failf("", "the agent at %s says more than a cluster can have", addr)
-		}
-		var a rpcResponse
-		us := s.receive(&a)
-		if s.err != nil {
-			return unreachable(addr, timeout, s.err)
-		}
-		if a.Error != "" {
-			return failf("", "%s", a.Error)
-		}
-		if err := each(a, us); err == io.EOF {
-			return nil
-		} else if err != nil || !a.More {
-			return err
-		}
-		switch req.Op {
-		case "watch", "join":
-			c.SetReadDeadline(time.Time{})
-		case "query":
-			c.SetReadDeadline(deadline.Add(req.Timeout))
-		}
-	}
-}
-
 // sendRequest sends a request, whose arguments may take several frames.
 func (s *session) sendRequest(req rpcRequest) error {
-	rest := req.Args
-	for first := true; first || rest != ""; first = false {
-		part := rpcRequest{}
-		if first {
-			part = req
+	args := req.Args
+	for {
+		req.Args = args[:min(len(args), textPage)]
+		args = args[len(req.Args):]
+		req.More = args != ""
+		frame := wire.encode(nil, &req)
+		if len(frame) > maxFrame {
+			return failf("", "the request takes %d bytes, the limit is %d", len(frame), maxFrame)
 		}
-		part.Args = rest[:min(len(rest), textPage)]
-		rest = rest[len(part.Args):]
-		part.More = rest != ""
-		b := wire.encode(nil, &part)
-		if len(b) > maxFrame {
-			return failf("", "the request takes %d bytes, the limit is %d", len(b), maxFrame)
+		s.sendBytes(frame)
+		if !req.More {
+			return nil
 		}
-		s.sendBytes(b)
+		req = rpcRequest{}
 	}
-	return nil
 }
 
-// receiveRequest takes a request: at most the names of all members that a cluster may have.
+// receiveRequest receives a request: at most the names of all members that a cluster may have.
 func (s *session) receiveRequest() (req rpcRequest) {
 	s.receive(&req)
-	var args strings.Builder
-	args.WriteString(req.Args)
+	args := []byte(req.Args)
 	for more := req.More; more && s.err == nil; {
 		var part rpcRequest
 		s.receive(&part)
-		args.WriteString(part.Args)
+		args = append(args, part.Args...)
 		more = part.More
-		if args.Len() > maxMembers*(maxName+1) || part.Args == "" {
+		if len(args) > maxMembers*(maxName+1) || part.Args == "" {
 			s.err = errMalformed
 		}
 	}
-	req.Args = args.String()
+	req.Args = string(args)
 	return req
 }
 
-// unreachable says why there was no answer.
+// unreachable returns why there was no answer.
 func unreachable(addr string, timeout time.Duration, err error) error {
 	where := "-rpc-addr is the agent's RPC address (default " + defaultRPC + ")"
 	switch {
@@ -1063,16 +1049,24 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	case errors.Is(err, errKeyed):
 		return failf("leave out -rpc-auth and SERF_RPC_AUTH", "the agent at %s has no token", addr)
 	case errors.Is(err, errOtherKey):
-		return failf("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with", "the agent at %s wants another token", addr)
-	case timedOut(err):
-		return &failure{code: 1, retriable: true, msg: fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms)),
-			hint: "it may be stopped or overloaded: look at its process and its log"}
+		return failf("-rpc-auth or SERF_RPC_AUTH must be what the agent was started with",
+			"the agent at %s wants another token", addr)
 	}
-	return &failure{code: 1, retriable: true, msg: fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err)),
-		hint: fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or SERF_RPC_ADDR", prog)}
+
+	// All else may be better in a moment.
+	f := &failure{code: 1, retriable: true}
+	if timedOut(err) {
+		f.msg = fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms))
+		f.hint = "it may be stopped or overloaded: look at its process and its log"
+		return f
+	}
+	f.msg = fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err))
+	f.hint = fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or "+
+		"SERF_RPC_ADDR", prog)
+	return f
 }
 
-// rpcSealer is that of a token, which is a key: it never travels.
+// rpcSealer returns the sealer of a token, which is a key: it never travels.
 func rpcSealer(token string, gossip uint16) *sealer {
 	d := &sealer{cluster: "RPC", portKind: rpcPort, otherPort: gossip}
 	if token != "" {
@@ -1085,85 +1079,90 @@ func rpcSealer(token string, gossip uint16) *sealer {
 // serveRPC answers commands at ln; info is what the agent knows of itself.
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	gs := &acceptor{tcp: ln, places: g.places, lines: g.lines}
-	gs.sealer.Store(rpcSealer(token, self.Addr.Port()))
-	gs.ctx, gs.quit = context.WithCancel(context.Background())
-	gs.wg.Go(func() { gs.accept(func(s *session) error { return g.command(s, ln, info) }) })
-	return gs
+	a := &acceptor{tcp: ln, places: g.places, lines: g.lines}
+	a.sealer.Store(rpcSealer(token, self.Addr.Port()))
+	a.ctx, a.quit = context.WithCancel(context.Background())
+	a.wg.Go(func() { a.accept(func(s *session) error { return g.command(s, ln, info) }) })
+	return a
 }
 
 // command does what a command asks for, and answers it.
 func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
-	var a rpcResponse // the last one
 	req := s.receiveRequest()
 	if s.err != nil {
 		return fmt.Errorf("came to the RPC, and %w", s.err)
 	}
+
 	s.conn.SetDeadline(time.Time{})
+	var last rpcResponse
 	switch req.Op {
 	case "members":
 		g.list(s)
 	case "join":
-		err = g.joinCommand(s, req, &a)
+		err = g.joinCommand(s, req, &last)
 	case "leave":
 		g.cfg.log.printf(levelInfo, "told to leave the cluster")
-		ln.Close() // who reads the answer may start the next agent at once
+		ln.Close() // the next agent may be started as soon as the answer is read
 		err = g.leave()
 	case "force-leave":
 		err = g.run(func(n *node) error { return n.forceLeave(req.Name, req.Prune) })
 	case "event":
 		err = g.userEvent(req)
 	case "tags":
-		err = g.run(func(n *node) error { return n.identity.setTags(n, Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
+		set, deleted := Tags(req.Args).asMap(), splitNUL(req.DeleteTags)
+		err = g.run(func(n *node) error { return n.identity.setTags(n, set, deleted) })
 	case "info":
 		s.sendTexts(info(), 3) // group, key, value
 	case "query":
 		err = g.streamQuery(s, req)
 	case "watch":
-		var f *subscriber
-		g.doFor(s, func(*node) error { f = g.feed.subscribe(0); return nil })
+		var sub *subscriber
+		g.doFor(s, func(*node) error { sub = g.feed.subscribe(0); return nil })
 		s.patient = true
 		g.list(s)
-		g.stream(s, f)
+		g.stream(s, sub)
 	default:
 		err = fmt.Errorf("this agent knows no request %q", req.Op)
 	}
+
 	if err != nil {
-		a.Error = err.Error()
+		last.Error = err.Error()
 	}
-	s.send(&a)
+	s.send(&last)
 	return s.err
 }
 
-// joinCommand joins, for as long as the resolver and the peers take. An address of this node itself counts as one
-// that was contacted, as in Serf: start scripts run the same join on every node.
-func (g *gossip) joinCommand(s *session, req rpcRequest, a *rpcResponse) error {
+// joinCommand joins, for as long as the resolver and the peers take.
+func (g *gossip) joinCommand(s *session, req rpcRequest, resp *rpcResponse) error {
 	if !g.isReady() {
 		return fmt.Errorf("cannot join yet: %s", g.cfg.awaits)
 	}
 	s.send(&rpcResponse{More: true}) // it may take longer than the command waits for an agent that is stopped
 	r := g.join(splitNUL(req.Args), req.Replay)
-	a.Count = len(r.names)
+	resp.Count = len(r.names)
+
+	// An address of this node itself counts as one that was contacted, as in Serf: start scripts run the same join on
+	// every node.
 	if r.isSelf {
-		a.Count++
-		a.Text = strings.Join(r.errs, "; ")
+		resp.Count++
+		resp.Text = strings.Join(r.errs, "; ")
 	}
-	if a.Count == 0 {
+	if resp.Count == 0 {
 		return errors.New(strings.Join(r.errs, "; "))
 	}
 	return nil
 }
 
-// streamQuery asks members, and sends who they are and then what they answer.
+// streamQuery asks members, and sends their names and then what they answer.
 func (g *gossip) streamQuery(s *session, req rpcRequest) error {
-	var f *subscriber
+	var sub *subscriber
 	var asked []string
 	err := g.run(func(n *node) error {
 		id, names, err := n.queries.ask(n, req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
 		if err != nil {
 			return err
 		}
-		f = g.feed.subscribe(id)
+		sub = g.feed.subscribe(id)
 		asked = names
 		return nil
 	})
@@ -1172,16 +1171,16 @@ func (g *gossip) streamQuery(s *session, req rpcRequest) error {
 	}
 
 	s.sendTexts(asked, 1)
-	g.stream(s, f)
+	g.stream(s, sub)
 	return nil
 }
 
-// sendTexts sends texts in frames of some KiB. As many as together belong to one thing, count, are not parted.
+// sendTexts sends texts in frames of some KiB. Each count of them belong together, and stay in one frame.
 func (s *session) sendTexts(texts []string, count int) {
 	var page []string
 	size := 0
-	for thing := range slices.Chunk(texts, count) {
-		for _, text := range thing {
+	for group := range slices.Chunk(texts, count) {
+		for _, text := range group {
 			if len(text) > textPage {
 				text = text[:textPage] + "..."
 			}
@@ -1214,7 +1213,8 @@ func (g *gossip) userEvent(req rpcRequest) error {
 
 // list sends all members, few at a time: a reader that does not read costs a page, however many they are.
 func (g *gossip) list(s *session) {
-	for after, more := "", true; more && s.err == nil; {
+	after := ""
+	for more := true; more && s.err == nil; {
 		var us []update
 		g.doFor(s, func(n *node) error {
 			for _, m := range n.members(after, pageSize) {
@@ -1229,126 +1229,18 @@ func (g *gossip) list(s *session) {
 	}
 }
 
-// feed holds the events for those that read them over the RPC: each once, for all, until all have read it. Together they
-// take maxFeed, so that it does not matter how many readers do not read; a reader too slow is told how many it lost.
-// Safe for concurrent use; it never blocks.
-type feed struct {
-	mu          sync.Mutex
-	subscribers map[*subscriber]bool
-	items       []*item
-	first       uint64 // the number of the first of items, of all that there were
-	bytes       int
-	events      int // so far, without answers
-}
-
-// subscriber reads the answers to one query, or (query 0) all events.
-type subscriber struct {
-	query  uint32
-	next   uint64        // the number of the next item to look at
-	events int           // the last one that it has read
-	more   chan struct{} // there may be more
-}
-
-type item struct {
-	Event
-	at     time.Time
-	events int // up to this one
-}
-
-func (it *item) bytes() int {
-	const itself = 400 // and its place in the list
-	return itself + len(it.Name) + len(it.Payload) + len(it.Member.Name) + len(it.Member.Tags) + len(it.Member.Version)
-}
-
-func (f *feed) subscribe(query uint32) *subscriber {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	sub := &subscriber{query: query, next: f.first + uint64(len(f.items)), events: f.events, more: make(chan struct{}, 1)}
-	if f.subscribers == nil {
-		f.subscribers = make(map[*subscriber]bool)
-	}
-	f.subscribers[sub] = true
-	return sub
-}
-
-func (f *feed) unsubscribe(sub *subscriber) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.subscribers, sub)
-	f.dropRead()
-}
-
-func (f *feed) publish(ev Event) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if ev.kind != eventAnswer {
-		f.events++
-	}
-	if len(f.subscribers) == 0 {
-		return
-	}
-
-	it := &item{ev, time.Now(), f.events}
-	f.items = append(f.items, it)
-	f.bytes += it.bytes()
-	f.dropRead()
-	for f.bytes > maxFeed {
-		f.dropFirst()
-	}
-	for sub := range f.subscribers {
-		select {
-		case sub.more <- struct{}{}:
-		default:
-		}
-	}
-}
-
-// dropRead drops what all have read.
-func (f *feed) dropRead() {
-	next := f.first + uint64(len(f.items))
-	for sub := range f.subscribers {
-		next = min(next, sub.next)
-	}
-	for f.first < next {
-		f.dropFirst()
-	}
-}
-
-func (f *feed) dropFirst() {
-	f.bytes -= f.items[0].bytes()
-	f.items[0] = nil
-	f.items = f.items[1:]
-	f.first++
-}
-
-// read returns the next item for sub, and how many events before it are lost; nil: there is none yet.
-func (f *feed) read(sub *subscriber) (it *item, dropped int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	sub.next = max(sub.next, f.first)
-	for sub.next < f.first+uint64(len(f.items)) {
-		it := f.items[sub.next-f.first]
-		sub.next++
-		if it.kind == eventAnswer && it.id == sub.query {
-			return it, 0
-		}
-		if it.kind != eventAnswer && sub.query == 0 {
-			dropped := it.events - sub.events - 1
-			sub.events = it.events
-			return it, dropped
-		}
-	}
-	return nil, 0
-}
-
-// stream sends what sub reads until the reader or the agent has gone, or the query is over.
+// stream sends what sub reads until the reader or the agent has gone, or the query has ended.
 func (g *gossip) stream(s *session, sub *subscriber) {
 	if sub == nil { // the agent has ended
 		return
 	}
 	defer g.feed.unsubscribe(sub)
 	gone := make(chan struct{})
-	go func() { io.Copy(io.Discard, s.conn); close(gone) }()
+	go func() {
+		io.Copy(io.Discard, s.conn)
+		close(gone)
+	}()
+
 	for s.err == nil {
 		it, dropped := g.feed.read(sub)
 		if it == nil {
@@ -1364,7 +1256,9 @@ func (g *gossip) stream(s *session, sub *subscriber) {
 		if it.kind == eventAnswer && it.reply == replyNone {
 			return
 		}
-		s.send(&rpcResponse{More: true, Kind: it.kind, Reply: it.reply, At: it.at.UnixNano(), Dropped: dropped, Text: it.changed}, it.update)
+		resp := rpcResponse{More: true, Kind: it.kind, Reply: it.reply, Text: it.changed, Dropped: dropped}
+		resp.At = it.at.UnixNano()
+		s.send(&resp, it.update)
 	}
 }
 
@@ -1376,13 +1270,57 @@ type client struct {
 	token string
 }
 
-// call asks the agent and calls each with each response; see callRPC.
+// call asks the agent and calls each with each response, until it returns an error (io.EOF: it has enough). The first
+// response, and but for a stream all of them, must come within timeout.
 func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
+	deadline := time.Now().Add(timeout)
 	addr, err := rpcAddr(c.addr)
 	if err != nil {
 		return err
 	}
-	return callRPC(addr, c.token, req, timeout, each)
+	conn, err := net.DialTimeout("tcp", addr, timeout)
+	if err != nil {
+		return unreachable(addr, timeout, err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(deadline)
+	s := rpcSealer(c.token, 0).handshake(&session{conn: conn, dialled: true})
+	if err := s.sendRequest(req); err != nil {
+		return err
+	}
+
+	limit := maxResponses
+	switch req.Op {
+	case "query":
+		limit += 2 * maxMembers // each has it, and answers it
+	case "watch":
+		limit = math.MaxInt
+	}
+	for range limit {
+		var resp rpcResponse
+		us := s.receive(&resp)
+		if s.err != nil {
+			return unreachable(addr, timeout, s.err)
+		}
+		if resp.Error != "" {
+			return failf("", "%s", resp.Error)
+		}
+		err := each(resp, us)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil || !resp.More {
+			return err
+		}
+
+		switch req.Op {
+		case "watch", "join":
+			conn.SetReadDeadline(time.Time{})
+		case "query":
+			conn.SetReadDeadline(deadline.Add(req.Timeout))
+		}
+	}
+	return failf("", "the agent at %s says more than a cluster can have", addr)
 }
 
 // tell has the agent do something, and then prints that it is done.
@@ -1419,12 +1357,12 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 		if err == nil && len(living) >= wait {
 			return members, nil
 		}
+
 		f, ok := errors.AsType[*failure](err)
 		mayStart := ok && f.retriable
 		if wait == 0 || err != nil && !mayStart {
 			return nil, err
 		}
-
 		if err == nil {
 			names := "none"
 			if len(living) > 0 {
@@ -1432,10 +1370,11 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 			}
 			tooFew = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
 		}
-		if time.Until(deadline) <= pause {
-			if tooFew != nil {
-				return nil, tooFew
-			}
+		timeIsOver := time.Until(deadline) <= pause
+		if timeIsOver && tooFew != nil {
+			return nil, tooFew
+		}
+		if timeIsOver {
 			return nil, err
 		}
 		time.Sleep(pause)
@@ -1505,7 +1444,7 @@ func (r *queryResult) ask(names []string) {
 	}
 }
 
-// add takes in what from says, and returns the lines to show for it.
+// add adds what from says, and returns the lines to show for it.
 func (r *queryResult) add(from string, reply reply, said string) string {
 	text := ""
 	if !r.noAck && !r.acked[from] { // a reply may overtake the acknowledgement
@@ -1518,13 +1457,14 @@ func (r *queryResult) add(from string, reply reply, said string) string {
 	}
 
 	delete(r.waiting, from)
+	line := fmt.Sprintf(" '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
 	switch reply {
 	case replyDone:
 		r.Responses[from] = said
-		text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+		text += "Response from" + line
 	case replyFailed:
 		r.Failures[from] = said
-		text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+		text += "Failed on" + line
 	}
 	return text
 }
@@ -1555,7 +1495,7 @@ func hostPort(s, port string) (string, string, error) {
 	return h, p, nil
 }
 
-// isHost reports whether s can be a host: what looks like an option or a URL is none.
+// isHost reports whether s can be a host: what looks like an option or a URL cannot.
 func isHost(s string) bool {
 	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
 	return !strings.HasPrefix(s, "-") && !strings.ContainsFunc(s, odd)
@@ -1563,7 +1503,8 @@ func isHost(s string) bool {
 
 func checkAddrs(addrs []string) error {
 	for _, s := range addrs {
-		if host, port, err := hostPort(s, defaultPort); err != nil || host == "" || port == "0" {
+		host, port, err := hostPort(s, defaultPort)
+		if err != nil || host == "" || port == "0" {
 			return fmt.Errorf("%q is not HOST or HOST:PORT, such as 10.0.2.15:7946 or [2001:db8::7]:7946", s)
 		}
 	}
@@ -1579,7 +1520,7 @@ func rpcAddr(s string) (string, error) {
 	return net.JoinHostPort(host, port), err
 }
 
-// lookup is an answer of the system's resolver.
+// lookup is a result of the system's resolver.
 type lookup struct {
 	addrs []netip.AddrPort
 	err   error
@@ -1590,19 +1531,20 @@ type lookup struct {
 // answer the channel is closed.
 func lookUp(ctx context.Context, s, port string) <-chan lookup {
 	answers := make(chan lookup, 2)
-	host, port, err := hostPort(s, port)
-	if err != nil {
-		answers <- lookup{err: err}
+	only := func(l lookup) <-chan lookup {
+		answers <- l
 		close(answers)
 		return answers
+	}
+	host, port, err := hostPort(s, port)
+	if err != nil {
+		return only(lookup{err: err})
 	}
 	complete := func(ip netip.Addr) netip.AddrPort {
 		return netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
 	}
 	if ip, err := netip.ParseAddr(host); err == nil {
-		answers <- lookup{addrs: []netip.AddrPort{complete(ip)}}
-		close(answers)
-		return answers
+		return only(lookup{addrs: []netip.AddrPort{complete(ip)}})
 	}
 
 	var both sync.WaitGroup
@@ -1624,7 +1566,9 @@ func lookUp(ctx context.Context, s, port string) <-chan lookup {
 }
 
 // lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
-func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) (addr netip.AddrPort, err error) {
+func lookUpOne(
+	ctx context.Context, s, port string, fits func(netip.Addr) bool,
+) (best netip.AddrPort, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	err = errors.New("it has no address that fits")
@@ -1633,26 +1577,26 @@ func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) 
 			err = l.err
 		}
 		for _, found := range l.addrs {
-			better := !addr.IsValid() || found.Addr().Is4() && !addr.Addr().Is4()
+			better := !best.IsValid() || found.Addr().Is4() && !best.Addr().Is4()
 			if better && fits(found.Addr()) {
-				addr = found
+				best = found
 			}
 		}
-		if addr.Addr().Is4() {
-			break
+		if best.Addr().Is4() {
+			return best, nil
 		}
 	}
-	if addr.IsValid() {
-		return addr, nil
+	if best.IsValid() {
+		return best, nil
 	}
-	return addr, err
+	return best, err
 }
 
-// lookupError says in plain words why a name has no address.
+// lookupError returns in plain words why a name has no address.
 func lookupError(err error) error {
-	dns, _ := errors.AsType[*net.DNSError](err)
+	dns, isDNS := errors.AsType[*net.DNSError](err)
 	switch {
-	case dns == nil || errors.Is(err, context.Canceled):
+	case !isDNS || errors.Is(err, context.Canceled):
 		return err
 	case dns.IsNotFound:
 		return errors.New("no such host")
