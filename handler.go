@@ -87,6 +87,7 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 	}
 	hs := &handlers{cfg: cfg}
 	hs.ending, hs.end = context.WithCancelCause(context.Background())
+
 	for _, spec := range cfg.specs {
 		h, err := newHandler(spec, cfg.shell)
 		if err != nil {
@@ -161,6 +162,7 @@ func splitSpec(spec string) (events []string, script string, err error) {
 		list = "*"
 		script = spec
 	}
+
 	if strings.TrimSpace(script) == "" {
 		return nil, "", errors.New("the script is empty")
 	}
@@ -481,6 +483,7 @@ func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (s
 // endGroup ends a process group: TERM, then KILL for what is still there, the leader or what it left behind.
 func endGroup(pgid int, ending context.Context) {
 	syscall.Kill(-pgid, syscall.SIGTERM)
+
 	// One process of the group is watched. Another one is searched for only when that has ended: a search goes through
 	// every process of the host.
 	survivor := pgid
@@ -496,6 +499,7 @@ func endGroup(pgid int, ending context.Context) {
 			break
 		}
 	}
+
 	syscall.Kill(-pgid, syscall.SIGKILL)
 }
 
@@ -629,6 +633,7 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 		"SERF_RPC_AUTH=" + rpcAuth,
 		"SERF_SELF_ALONE=" + aloneValue,
 	}
+
 	odd := regexp.MustCompile("[^0-9A-Z]") // in the name of a variable
 	for _, tag := range splitNUL(self.Tags) {
 		k, v, _ := strings.Cut(tag, "=")
@@ -729,6 +734,7 @@ func (f *feed) read(sub *subscriber) (it *item, dropped int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	sub.next = max(sub.next, f.first)
+
 	for sub.next < f.end() {
 		it := f.items[sub.next-f.first]
 		sub.next++

@@ -446,7 +446,7 @@ func (ps *places) leastWanted() int {
 	}
 
 	// A quarter is for connections that have not proven anything yet. As few as that lose none: where there is no key,
-	// proven connections are to be had by anybody, and would keep newcomers out.
+	// proven connections cost an attacker nothing, and would keep newcomers out.
 	candidates := proven
 	if len(unproven) > ps.limit/4 {
 		candidates = unproven
@@ -697,6 +697,7 @@ func (g *gossip) relink(self Member, links []Member) {
 		g.state.links[key] = end
 		delete(old, key)
 	}
+
 	for _, end := range old {
 		end()
 	}
@@ -800,25 +801,20 @@ func (g *gossip) receiveTable(s *session, sync *stateSync) {
 	for more := true; more && s.err == nil; {
 		s.conn.SetReadDeadline(s.deadline())
 		sealed := s.readFrame()
-		g.turns <- struct{}{}
-		more = g.mergeFrame(s, sync, sealed)
-		<-g.turns
-	}
-}
 
-// mergeFrame merges a chunk of a table; more says that others follow.
-func (g *gossip) mergeFrame(s *session, sync *stateSync, sealed []byte) (more bool) {
-	var hdr header
-	us := s.decode(sealed, &hdr)
-	bad := 0
-	g.doFor(s, func(n *node) (err error) {
-		more, bad, err = n.mergeChunk(sync, hdr, us)
-		return err
-	})
-	if bad > 0 {
-		g.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+		var hdr header
+		bad := 0
+		g.turns <- struct{}{}
+		us := s.decode(sealed, &hdr)
+		g.doFor(s, func(n *node) (err error) {
+			more, bad, err = n.mergeChunk(sync, hdr, us)
+			return err
+		})
+		<-g.turns
+		if bad > 0 {
+			g.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+		}
 	}
-	return more
 }
 
 // serve answers one agent that has dialled.
@@ -1010,10 +1006,11 @@ func (s *session) sendRequest(req rpcRequest) error {
 			return failf("", "the request takes %d bytes, the limit is %d", len(frame), maxFrame)
 		}
 		s.sendBytes(frame)
+
 		if !req.More {
 			return nil
 		}
-		req = rpcRequest{}
+		req = rpcRequest{} // the next frames bring arguments alone
 	}
 }
 
@@ -1187,6 +1184,7 @@ func (s *session) sendTexts(texts []string, count int) {
 			page = append(page, strings.ReplaceAll(text, "\x00", ""))
 			size += len(text)
 		}
+
 		if size > textPage {
 			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
 			page = nil
@@ -1616,21 +1614,21 @@ func sourceTo(ip netip.Addr) netip.Addr {
 	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
 }
 
-// addressesOf are the addresses of an interface; of all for "".
-func addressesOf(iface string) (ips []netip.Addr, err error) {
-	if iface == "" {
-		addrs, err := net.InterfaceAddrs()
-		return ipsOf(addrs), err
+// addressesOf returns the addresses of an interface; of all for "".
+func addressesOf(iface string) ([]netip.Addr, error) {
+	list := net.InterfaceAddrs
+	if iface != "" {
+		ifc, err := net.InterfaceByName(iface)
+		if err != nil {
+			return nil, err
+		}
+		list = ifc.Addrs
 	}
-	ifc, err := net.InterfaceByName(iface)
-	if err != nil {
-		return nil, err
-	}
-	addrs, err := ifc.Addrs()
+	addrs, err := list()
 	return ipsOf(addrs), err
 }
 
-// ipsOf drops from addresses of interfaces the length of their network.
+// ipsOf drops the length of their network from addresses of interfaces.
 func ipsOf(addrs []net.Addr) (ips []netip.Addr) {
 	for _, a := range addrs {
 		prefix, _ := netip.ParsePrefix(a.String())
@@ -1639,19 +1637,20 @@ func ipsOf(addrs []net.Addr) (ips []netip.Addr) {
 	return ips
 }
 
-// bestAddress is the address among ips to tell others; the zero one if there is none.
-func bestAddress(ips []netip.Addr, bind netip.Addr) netip.Addr {
-	for _, fits := range []func(ip, bind netip.Addr) bool{usable, isReachable} {
-		for _, ip := range ips {
-			if fits(ip, bind) {
-				return ip
-			}
+// bestAddress returns the address among ips to tell others; the zero one if there is none.
+func bestAddress(ips []netip.Addr, bind netip.Addr) (best netip.Addr) {
+	for _, ip := range ips {
+		if usable(ip, bind) {
+			return ip
+		}
+		if !best.IsValid() && isReachable(ip, bind) {
+			best = ip
 		}
 	}
-	return netip.Addr{}
+	return best
 }
 
-// followInterface is the address to advertise of an interface: own as long as it has that.
+// followInterface returns the address to advertise of an interface: own as long as the interface has it.
 func followInterface(iface string, own, bind netip.Addr) netip.Addr {
 	ips, _ := addressesOf(iface)
 	if slices.Contains(ips, own) {
