@@ -189,11 +189,11 @@ type stream struct {
 }
 
 func (d *sealer) newStream(ofDialler bool, hellos string) stream {
-	context := fmt.Sprint("stream ", ofDialler, hellos)
-	st := stream{tag: d.receiverHash(context), sealsClear: !d.sealsWithKey(), opensInClear: d.opensInClear()}
+	info := fmt.Sprint("stream ", ofDialler, hellos) // as in HKDF: what the keys are for
+	st := stream{tag: d.receiverHash(info), sealsClear: !d.sealsWithKey(), opensInClear: d.opensInClear()}
 	for _, key := range d.keys {
 		if len(key) > 0 {
-			aead, _ := cipher.NewGCM(d.blockFor(key, context))
+			aead, _ := cipher.NewGCM(d.blockFor(key, info))
 			st.aeads = append(st.aeads, aead)
 		}
 	}

@@ -951,14 +951,14 @@ func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 		t.Errorf("query: %+v, %v", us, err)
 	}
 	var facts []string
-	err := (&client{addr: addr, token: ""}).call(rpcRequest{Op: "info"}, rpcTimeout, func(a rpcResponse, _ []update) error {
+	err := (&client{addr: addr}).call(rpcRequest{Op: "info"}, rpcTimeout, func(a rpcResponse, _ []update) error {
 		facts = append(facts, splitNUL(a.Text)...)
 		return nil
 	})
 	if err != nil || !slices.Equal(facts, manyFacts) {
 		t.Errorf("info: %d facts, %v", len(facts), err)
 	}
-	if err := (&client{addr: addr, token: ""}).call(rpcRequest{Op: "info"}, rpcTimeout, func(rpcResponse, []update) error { return io.ErrShortWrite }); err != io.ErrShortWrite {
+	if err := (&client{addr: addr}).call(rpcRequest{Op: "info"}, rpcTimeout, func(rpcResponse, []update) error { return io.ErrShortWrite }); err != io.ErrShortWrite {
 		t.Errorf("an answer that cannot be shown: %v", err)
 	}
 	if _, _, err := call(addr, "", rpcRequest{Op: "dance"}); err == nil || !strings.Contains(err.Error(), `"dance"`) {
@@ -1198,7 +1198,7 @@ func TestQueryAsksAsManyMembersAsAClusterMayHave(t *testing.T) {
 	for what, args := range map[string][]string{"all": nil, "all by name": names} {
 		asked := make(map[string]bool)
 		start := time.Now()
-		err := (&client{addr: addr, token: ""}).call(rpcRequest{Op: "query", Name: "x", Args: strings.Join(args, "\x00"), Timeout: 200 * ms}, 20*time.Second, func(a rpcResponse, _ []update) error {
+		err := (&client{addr: addr}).call(rpcRequest{Op: "query", Name: "x", Args: strings.Join(args, "\x00"), Timeout: 200 * ms}, 20*time.Second, func(a rpcResponse, _ []update) error {
 			for _, name := range splitNUL(a.Text) {
 				asked[name] = true
 			}
@@ -1323,7 +1323,7 @@ func TestCommandsEndWhenAnAgentNeverDoes(t *testing.T) {
 		time.Sleep(time.Minute)
 	})
 	start := time.Now()
-	err := (&client{addr: silent, token: ""}).call(rpcRequest{Op: "query", Timeout: 10 * ms}, 100*ms, func(rpcResponse, []update) error { return nil })
+	err := (&client{addr: silent}).call(rpcRequest{Op: "query", Timeout: 10 * ms}, 100*ms, func(rpcResponse, []update) error { return nil })
 	if err == nil || time.Since(start) > 5*time.Second {
 		t.Errorf("a query whose agent has stopped ends after %v: %v", time.Since(start), err)
 	}
@@ -1469,7 +1469,7 @@ func TestWatchersSeeAllThatHappensAndLeaveNothingBehind(t *testing.T) {
 	for range watchers {
 		all.Go(func() {
 			got, there := 0, 0
-			err := (&client{addr: addr, token: ""}).call(rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
+			err := (&client{addr: addr}).call(rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
 				for _, u := range us {
 					if a.Kind == 0 && u.Member.Name == "red" {
 						there++
