@@ -273,7 +273,7 @@ func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
 	}
 }
 
-func TestBadSpecIsStartUpErrorThatQuotesIt(t *testing.T) {
+func TestSpecThatIsBadIsAStartUpErrorThatQuotesIt(t *testing.T) {
 	for spec, say := range map[string]string{
 		"":                           "script is empty",
 		"   ":                        "script is empty",
@@ -346,7 +346,7 @@ func TestEnvironmentHasSerfsNames(t *testing.T) {
 	}
 }
 
-func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
+func TestShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 	t.Setenv("FROM_THE_AGENT", "kept")
 	t.Setenv("SERF_EVENT", "inherited")
 	t.Setenv("SERF_RPC_AUTH", "inherited")
@@ -436,7 +436,7 @@ echo reloaded
 
 // ---- queues
 
-func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
+func TestHandlerThatSleepsDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
@@ -494,7 +494,7 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	}
 }
 
-func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
+func TestHandlerThatIsSlowRunsAHandfulOfTimesForAThousandJoins(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	hs, _ := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, `echo run >>"$DIR/runs"; sleep 0.1; cat >>"$DIR/got"`)
@@ -516,7 +516,7 @@ func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
 	}
 }
 
-func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
+func TestHandlerSeesExactlyWhatHappenedInQuickSuccession(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	script := `{ printf "$SERF_EVENT "; cat; } >>"$DIR/`
@@ -544,7 +544,7 @@ func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
 }
 
 // The last is the one that came last, whatever Lamport times say: they order nothing.
-func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
+func TestHandlerQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	h, err := newHandler("true", "/bin/sh")
 	if err != nil {
 		t.Fatal(err)
@@ -571,7 +571,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	}
 }
 
-func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
+func TestHandlerQueueThatOverflowsDropsTheOldestAndCountsThem(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")
@@ -600,7 +600,7 @@ func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
 // ---- runs
 
 // All cases run at the same time: those that ignore TERM live for 5 s.
-func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
+func TestHandlerTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	type timeoutCase struct {
@@ -639,7 +639,7 @@ func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 	}
 }
 
-func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
+func TestHandlerWithABackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 	needProc(t)
 	eachShell(t, func(t *testing.T, shell string) {
 		for name, child := range map[string]string{"silent": "sleep 300", "printing": "yes"} {
@@ -672,7 +672,7 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 	})
 }
 
-func TestOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
+func TestHandlerOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
 	for i := range 20 {
 		hs.deliver(userEventOf("e", "", uint64(i), false), nil)
@@ -706,7 +706,7 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 	}
 }
 
-func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
+func TestHandlerRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 	needProc(t)
 	count := func() [2]int {
 		fds, _ := os.ReadDir("/proc/self/fd")
@@ -727,7 +727,7 @@ func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 	})
 }
 
-func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
+func TestHandlerOutputThatIsHugeCostsItsLast8KiB(t *testing.T) {
 	t.Parallel()
 	hs, logged := startHandlers(t, handlerConfig{}, `*=head -c 200000000 /dev/zero; echo the end; echo to stderr >&2`)
 	hs.deliver(joinOf("a"), nil)
@@ -737,7 +737,7 @@ func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
 	}
 }
 
-func TestACaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
+func TestHandlerOutputCaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
 	var all []byte
 	var c outputCapture
 	for i := range 500 {
@@ -755,7 +755,7 @@ func TestACaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
 	}
 }
 
-func TestFailedRunIsOneWarnLine(t *testing.T) {
+func TestHandlerThatFailsIsOneWarning(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{}, "member-join=echo first; echo 'it broke' >&2; echo; exit 3", "user:deploy=kill -9 $$")
 	hs.deliver(joinOf("a"), nil)
 	logged.waitFor(t, "[WARN]", 1)
@@ -772,7 +772,7 @@ func TestFailedRunIsOneWarnLine(t *testing.T) {
 	}
 }
 
-func TestScriptThatCannotRunIsOneWarningARun(t *testing.T) {
+func TestHandlerThatCannotRunIsOneWarningARun(t *testing.T) {
 	plain := filepath.Join(t.TempDir(), "plain.sh")
 	if err := os.WriteFile(plain, []byte("#!/bin/sh\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -795,7 +795,7 @@ func TestScriptThatCannotRunIsOneWarningARun(t *testing.T) {
 	t.Run("no shell", func(t *testing.T) { check(t, "/nowhere/sh") })
 }
 
-func TestWithoutShellProgramsRunAndShellSyntaxIsAnError(t *testing.T) {
+func TestShellThatIsMissingLeavesProgramsToRun(t *testing.T) {
 	t.Setenv("HANDLER_TEST_ROLE", "program")
 	self, err := os.Executable()
 	if err != nil {
@@ -834,7 +834,7 @@ func answersTo(t *testing.T, script string) (reply, string) {
 	return 0, ""
 }
 
-func TestAQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
+func TestQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
 	hs, _ := startHandlers(t, handlerConfig{}, "query:other=true", "user=true")
 	got := make(chan reply)
 	hs.deliver(Event{kind: eventQuery, update: update{Name: "load", Timeout: 20000}}, func(r reply, _ []byte) { got <- r })
@@ -843,7 +843,7 @@ func TestAQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
 	}
 }
 
-func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
+func TestQueryAnswerThatIsLongIsItsFirstBytesWithItsTrueSize(t *testing.T) {
 	const lines = `i=0; while [ $i -lt 5000 ]; do echo "line $i"; i=$((i+1)); done` // 48,890 bytes
 	for script, want := range map[string]struct {
 		r           reply
@@ -872,7 +872,7 @@ func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
 
 // The gossip hands a way to answer in with every event. A member event that had one
 // logged what went to stdout before all that went to stderr.
-func TestOnlyAQueryIsAnswered(t *testing.T) {
+func TestQueryAloneIsAnsweredByAHandler(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{}, "echo first >&2; echo second; exit 1")
 	for _, ev := range []Event{joinOf("a"), userEventOf("e", "", 1, false)} {
 		hs.deliver(ev, func(reply, []byte) { t.Errorf("%s is answered", ev.kind) })
@@ -884,7 +884,7 @@ func TestOnlyAQueryIsAnswered(t *testing.T) {
 
 // ---- the end
 
-func TestCloseLetsRunningHandlersEnd(t *testing.T) {
+func TestHandlersCloseLetsThoseThatRunEnd(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	hs, logged := startHandlers(t, handlerConfig{grace: 20 * time.Second, env: extraEnv("DIR=" + dir)},
@@ -906,7 +906,7 @@ func TestCloseLetsRunningHandlersEnd(t *testing.T) {
 	}
 }
 
-func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
+func TestHandlersCloseEndsThoseThatHangAfterTheGrace(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	dir := t.TempDir()
@@ -927,7 +927,7 @@ func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
 	logged.waitFor(t, "ended with the agent, signal: killed", 1)
 }
 
-func TestCloseShortensTheWaitOfATimeout(t *testing.T) {
+func TestHandlersCloseShortensTheWaitOfATimeout(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	hs, _ := startHandlers(t, handlerConfig{timeout: 50 * time.Millisecond, env: extraEnv("DIR=" + dir)},
@@ -978,7 +978,7 @@ func BenchmarkDeliverToFirstLine(b *testing.B) {
 }
 
 // To end a group costs nothing that grows with the number of processes of the host, while a script ignores TERM.
-func TestGroupThatIgnoresTermCostsNoSearchOfTheHost(t *testing.T) {
+func TestHandlerGroupThatIgnoresTermCostsNoSearchOfTheHost(t *testing.T) {
 	crowd := exec.Command("/bin/sh", "-c", "i=0; while [ $i -lt 600 ]; do sleep 60 & i=$((i+1)); done; wait")
 	crowd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := crowd.Start(); err != nil {

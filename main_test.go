@@ -20,7 +20,7 @@ import (
 // --- what the user types
 
 // Most defaults are shown by package flag, which knows them; these are not.
-func TestDefaultsInTheHelpAreTrue(t *testing.T) {
+func TestHelpShowsTheTrueDefaults(t *testing.T) {
 	a := &agent{tags: make(map[string]string)}
 	fs := flag.NewFlagSet("", flag.ContinueOnError)
 	a.options(fs)
@@ -167,7 +167,7 @@ func TestConfigurationFolderIsReadInOrderOfNames(t *testing.T) {
 
 // --- addresses
 
-func TestHostPort(t *testing.T) {
+func TestAddressWithoutAPortHasTheDefaultOne(t *testing.T) {
 	for in, want := range map[string]string{
 		"10.0.0.1":            "10.0.0.1 7946",
 		"10.0.0.1:80":         "10.0.0.1 80",
@@ -187,7 +187,7 @@ func TestHostPort(t *testing.T) {
 	}
 }
 
-func TestAdvertisedAddress(t *testing.T) {
+func TestAddressToAdvertiseIsChosen(t *testing.T) {
 	any4, any6 := netip.MustParseAddrPort("0.0.0.0:7946"), netip.MustParseAddrPort("[::]:7946")
 	advertised := func(bind netip.AddrPort, seeds ...string) (netip.AddrPort, string) {
 		got, why, err := (&agent{gossip: gossipConfig{bind: bind, nodeConfig: nodeConfig{seeds: seeds}}}).advertised(t.Context())
@@ -225,7 +225,7 @@ func TestAdvertisedAddress(t *testing.T) {
 	}
 }
 
-func TestAdvertiseOptionDecides(t *testing.T) {
+func TestAddressOfTheAdvertiseOptionDecides(t *testing.T) {
 	for _, tt := range []struct{ bind, advertise, want string }{
 		{"0.0.0.0:7000", "10.1.2.3", "10.1.2.3:7000"},
 		{"0.0.0.0:7000", "10.1.2.3:80", "10.1.2.3:80"},
@@ -332,7 +332,7 @@ func TestMembersJSONIsSerfs(t *testing.T) {
 	}
 }
 
-func TestEscapeSequencesFromPeersDoNotReachTheTerminal(t *testing.T) {
+func TestTerminalGetsNoEscapeSequencesOfPeers(t *testing.T) {
 	nasty := "\x1b[2J\u009b31m\x7f\"\\\u202e\r\n\tü日\U0001f600\U000e0001"
 	ms := []Member{{Name: nasty, Addr: exampleMembers[0].Addr, Status: statusAlive, Tags: Tags("k" + nasty + "=v" + nasty)}}
 	graphic := func(s string) bool {
@@ -359,7 +359,7 @@ func TestEscapeSequencesFromPeersDoNotReachTheTerminal(t *testing.T) {
 	}
 }
 
-func TestListsFromTheEnvironment(t *testing.T) {
+func TestEnvironmentListsAreSplitAtCommasOrLines(t *testing.T) {
 	for in, want := range map[string][]string{
 		"a":                            {"a"},
 		" a , b ,, c,":                 {"a", "b", "c"},
@@ -408,7 +408,7 @@ func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
 	}
 }
 
-func TestLinesOfWatch(t *testing.T) {
+func TestWatchLinesAreTextOrJSON(t *testing.T) {
 	m := Member{Name: "web1", Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Status: statusFailed, Tags: "role=web"}
 	at := time.Date(2013, 12, 8, 7, 56, 48, 0, time.Local)
 	for _, tt := range []struct {

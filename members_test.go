@@ -16,7 +16,7 @@ func testMember(name string, inc uint64, s Status) Member {
 	return Member{Name: name, Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Incarnation: inc, Instance: inc, Status: s, Protocol: protocolVersion}
 }
 
-func TestWhichClaimWins(t *testing.T) {
+func TestClaimThatIsNewerOrWorseSupersedes(t *testing.T) {
 	base := testMember("a", 10, statusAlive)
 	with := func(f func(*Member)) Member { m := base; f(&m); return m }
 	for _, c := range []struct {
@@ -91,7 +91,7 @@ func kinds(evs []Event) string {
 	return strings.Join(words, " ")
 }
 
-func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
+func TestIsolationShowsAMemberAsFailedAndLeavesItsRecord(t *testing.T) {
 	tb := &table{}
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	digest := tb.digest
@@ -148,7 +148,7 @@ func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
 	}
 }
 
-func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
+func TestDigestTellsTablesApartInAnyOrder(t *testing.T) {
 	a, b := &table{}, &table{}
 	for i := range 50 {
 		a.apply(0, testMember(fmt.Sprint("m", i), 1, statusAlive), 0)
@@ -171,7 +171,7 @@ func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
 	}
 }
 
-func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
+func TestReapOfADeadMemberHappensOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 	tb := &table{}
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	tb.apply(0, testMember("a", 1, statusFailed), 0)
@@ -192,7 +192,7 @@ func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 	}
 }
 
-func TestBirthsFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
+func TestInstancesFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
 	const now = 1_700_000_000_000
 	if a, b := newInstanceID(now, ^uint64(0)), newInstanceID(now+1, 0); a >= b {
 		t.Errorf("a start a millisecond later is not higher: %x, %x", a, b)
@@ -205,7 +205,7 @@ func TestBirthsFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
 	}
 }
 
-func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
+func TestTableGivesThePlacesOfTheOldestDeadToNewcomers(t *testing.T) {
 	tb := &table{}
 	for i := range maxMembers {
 		m := testMember(fmt.Sprintf("m%05d", i), 1, statusAlive)
@@ -241,7 +241,7 @@ func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
 }
 
 // Many names in one datagram may be suspects; nobody walks past all of them.
-func TestRowsOfSuspectsMakeNoWalkLonger(t *testing.T) {
+func TestRingWalkIsBoundPastRowsOfSuspects(t *testing.T) {
 	tb := &table{}
 	for i := range 4000 {
 		tb.apply(0, testMember(fmt.Sprint("m", i), 1, statusAlive), 0)
@@ -413,7 +413,7 @@ func TestEventSourceHoldsWhatIsAheadOfItsTurn(t *testing.T) {
 	}
 }
 
-func TestEverybodyIsWatchedByAsManyAsTheRingsAllow(t *testing.T) {
+func TestRingGivesEachMemberAllWatchersItAllows(t *testing.T) {
 	for _, n := range []int{1, 2, 3, 5, 6, 10, 100} {
 		tb := &table{}
 		for i := range n {
@@ -438,7 +438,7 @@ func TestEverybodyIsWatchedByAsManyAsTheRingsAllow(t *testing.T) {
 	}
 }
 
-func TestSuspectsAreWalkedOverButStillWatched(t *testing.T) {
+func TestRingPassesOverSuspectsButTheyAreStillWatched(t *testing.T) {
 	tb := &table{}
 	for i := range 40 {
 		tb.apply(0, testMember(fmt.Sprint("web", i), 1, statusAlive), 0)

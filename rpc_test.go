@@ -107,7 +107,7 @@ func testDoor(cluster string, keys [][]byte, kind byte) *sealer {
 // ---- the seal ----
 
 // The derived key is written out here as RFC 5869, section 2.3, has it: one HMAC, since one is long enough.
-func TestASealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
+func TestSealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
 	key := testKey(1)[0]
 	sealed := (&sealer{cluster: "c", keys: [][]byte{key}}).seal(nil, []byte("hello"), "web1")[4:]
 	mac := hmac.New(sha256.New, key)
@@ -126,7 +126,7 @@ func TestASealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
 	}
 }
 
-func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
+func TestDatagramOpensForItsReceiversInstanceAlone(t *testing.T) {
 	for name, keys := range map[string][][]byte{"with a key": testKey(1), "without": nil} {
 		s, other := &sealer{cluster: "c", keys: keys}, &sealer{cluster: "d", keys: keys}
 		b, ping := s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 77}), s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 0})
@@ -195,7 +195,7 @@ func pipe(t *testing.T, d, a *sealer) (dialler, acceptor *session, wires [2]net.
 	return dialler, <-done, [2]net.Conn{x, y}
 }
 
-func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
+func TestHandshakeTellsEachSideWhatIsWrongWithTheOther(t *testing.T) {
 	plain := testDoor("", nil, gossipPort)
 	keyed := testDoor("", testKey(1), gossipPort)
 	for _, tt := range []struct {
@@ -223,7 +223,7 @@ func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
 	}
 }
 
-func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
+func TestStreamIsNeverReorderedCutOrSpliced(t *testing.T) {
 	d := testDoor("", testKey(1), gossipPort)
 	record := func() (hellos string, frames [][]byte) {
 		var b bytes.Buffer
@@ -326,7 +326,7 @@ func (c writeOnly) Read(b []byte) (int, error)       { return c.Reader.Read(b) }
 func (c writeOnly) Write(b []byte) (int, error)      { return c.w.Write(b) }
 func (c writeOnly) SetWriteDeadline(time.Time) error { return nil }
 
-func TestAWriterThatIsNotReadGivesUp(t *testing.T) {
+func TestStreamGivesUpAPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := testDoor("", nil, gossipPort)
 		s, _, _ := pipe(t, d, d)
@@ -377,7 +377,7 @@ func FuzzHello(f *testing.F) {
 
 // ---- agents among themselves ----
 
-func TestAJoinTellsBothOfAllOthers(t *testing.T) {
+func TestJoinTellsBothSidesOfAllOthers(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	blue, _ := startTestGossip(t, "blue", gossipConfig{nodeConfig: nodeConfig{seeds: []string{address(red).String()}}})
 	green, _ := startTestGossip(t, "green", gossipConfig{})
@@ -397,7 +397,7 @@ func TestAJoinTellsBothOfAllOthers(t *testing.T) {
 	eventually(t, "green has left", func() bool { return seen(red)["green"] == statusLeft })
 }
 
-func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
+func TestJoinThatFailsSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	plain, plainLog := startTestGossip(t, "plain", gossipConfig{})
 	keyed, keyedLog := startTestGossip(t, "keyed", gossipConfig{sealer: sealer{keys: testKey(1)}})
 	other, _ := startTestGossip(t, "other", gossipConfig{sealer: sealer{keys: testKey(2)}})
@@ -502,7 +502,7 @@ func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint
 	return saw
 }
 
-func TestALookTellsWhoIsThere(t *testing.T) {
+func TestProbeByTCPTellsWhatIsAtTheAddress(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	other, _ := startTestGossip(t, "blue", gossipConfig{})
 	self, _ := other.self()
@@ -569,7 +569,7 @@ func full(g *gossip, prefix string, count int) {
 	})
 }
 
-func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
+func TestSyncThatIsCutAnywhereIsMadeAnew(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 300)
 	for _, cut := range []int{0, 10, helloSize, helloSize + 3, 200, 5000, 40_000, 90_000} {
@@ -601,7 +601,7 @@ func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
 	}
 }
 
-func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
+func TestSyncWithAPeerThatStopsIsGivenUp(t *testing.T) {
 	t.Parallel()
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 600)
@@ -618,7 +618,7 @@ func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 	}
 }
 
-func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
+func TestSyncWithASlowPeerIsWaitedForAndHoldsNoPlaceForEver(t *testing.T) {
 	t.Parallel()
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 100)
@@ -638,7 +638,7 @@ func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
 }
 
 // Sixteen connections that said 119 bytes a second held every place for comparing tables.
-func TestSyncsThatAreDragedOutKeepNobodyOut(t *testing.T) {
+func TestSyncThatIsDraggedOutKeepsNobodyOut(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	for range 100 {
 		_, s := greeting(t, red)
@@ -691,7 +691,7 @@ func TestSessionEndsAsAWholeHoweverItsFramesTrickle(t *testing.T) {
 	})
 }
 
-func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
+func TestLinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	blue, _ := startTestGossip(t, "blue", gossipConfig{})
 	if n, err := joined(blue, address(red).String()); n != 1 {
@@ -717,7 +717,7 @@ func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 
 // A process that ends must not say that nobody has died: its watchers would wait
 // for its next heartbeat.
-func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
+func TestLinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 	for _, ends := range []bool{false, true} {
 		blue, _ := startTestGossip(t, "blue", gossipConfig{})
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -750,7 +750,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 	}
 }
 
-func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
+func TestAcceptorTakesPeersWhileConnectionsAreHeldOpen(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	limit := red.places.limit
 	var held []net.Conn
@@ -802,7 +802,7 @@ func (ps *places) holds(s *session) bool {
 }
 
 // 3,000 silent connections a second kept out every joiner whose round trip was 200 ms: the oldest made room.
-func TestPlacesAreTakenFromTheAddressThatHasMost(t *testing.T) {
+func TestAcceptorTakesPlacesFromTheAddressThatHasMost(t *testing.T) {
 	many := func(format string) (addrs []string) {
 		for i := range 250 {
 			addrs = append(addrs, fmt.Sprintf(format, i+1))
@@ -838,7 +838,7 @@ func TestPlacesAreTakenFromTheAddressThatHasMost(t *testing.T) {
 	}
 }
 
-func TestPlacesOfMembersAreNotForStrangersFromEverywhere(t *testing.T) {
+func TestAcceptorKeepsPlacesOfMembersFromStrangersEverywhere(t *testing.T) {
 	ps := &places{limit: 100}
 	links := ps.crowd(t, true, 70, "10.0.0.1")
 	for i := range 10000 {
@@ -852,7 +852,7 @@ func TestPlacesOfMembersAreNotForStrangersFromEverywhere(t *testing.T) {
 }
 
 // Where there is no key, anybody can hold proven places; whoever comes then is the only one that has proven nothing.
-func TestPlacesAreLeftForNewcomersWhenAllOthersAreProven(t *testing.T) {
+func TestAcceptorLeavesPlacesForNewcomersWhenAllOthersAreProven(t *testing.T) {
 	ps := &places{limit: 100}
 	ps.crowd(t, true, 300, "10.9.9.9")
 	joiners := ps.crowd(t, false, 1, "10.0.1.1", "10.0.1.2", "10.0.1.3", "10.0.1.4")
@@ -863,7 +863,7 @@ func TestPlacesAreLeftForNewcomersWhenAllOthersAreProven(t *testing.T) {
 	}
 }
 
-func TestPlacesOfBothPortsComeOutOfOneBudget(t *testing.T) {
+func TestAcceptorOfBothPortsHasOneBudget(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	red.places.limit = 20
 	rpc := startTestRPC(t, red, "")
@@ -909,7 +909,7 @@ func call(addr, token string, req rpcRequest) (last rpcResponse, us []update, er
 	return last, us, err
 }
 
-func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
+func TestRPCRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 	var mu sync.Mutex
 	var events []string
 	g, _ := startTestGossip(t, "red", gossipConfig{events: func(ev Event, answer func(reply, []byte)) {
@@ -977,7 +977,7 @@ func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 	}
 }
 
-func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
+func TestRPCTokenIsAskedForAndNeverTravels(t *testing.T) {
 	g, l := startTestGossip(t, "red", gossipConfig{})
 	var mu sync.Mutex
 	var wire bytes.Buffer
@@ -1022,7 +1022,7 @@ func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
 }
 
 // A recorded leave made the agent leave once more.
-func TestARecordedRequestIsNotAnswered(t *testing.T) {
+func TestRPCRequestThatWasRecordedIsNotAnswered(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "sesame")
 	var mu sync.Mutex
@@ -1070,7 +1070,7 @@ func (c *tapped) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
+func TestRPCPortIgnoresOtherProtocols(t *testing.T) {
 	g, l := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	for name, in := range map[string]string{
@@ -1112,7 +1112,7 @@ func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
 	}
 }
 
-func TestAStuckClientDelaysNobody(t *testing.T) {
+func TestRPCClientThatIsStuckDelaysNobody(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	silent := fakeSilence(t)
@@ -1141,7 +1141,7 @@ func fakeSilence(t *testing.T) string {
 }
 
 // Clients that never read made an agent with 16,000 members take 1.4 GB.
-func TestClientsThatNeverReadCostLittle(t *testing.T) {
+func TestRPCClientsThatNeverReadCostLittle(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	full(g, "m", maxMembers-10)
@@ -1172,7 +1172,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 	})
 }
 
-func TestTooLargeARequestIsNotSent(t *testing.T) {
+func TestRPCRequestThatIsTooLargeIsNotSent(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	_, _, err := call(startTestRPC(t, g, ""), "", rpcRequest{Op: "event", Name: "e", Payload: make([]byte, maxFrame)})
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxFrame)) {
@@ -1262,7 +1262,7 @@ func stdoutOf(t *testing.T, f func()) string {
 }
 
 // A status or a kind out of range made members, watch and query panic.
-func TestCommandsShowWhateverAnAgentSays(t *testing.T) {
+func TestCommandsShowAnyResponseOfAnAgent(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -1329,7 +1329,7 @@ func TestCommandsEndWhenAnAgentNeverDoes(t *testing.T) {
 	}
 }
 
-func TestTextsThatBelongTogetherStandInOneFrame(t *testing.T) {
+func TestFrameHoldsTextsThatBelongTogether(t *testing.T) {
 	for last := range 3 * textPage / 100 { // an empty text alone in the last frame would be none
 		facts := slices.Repeat([]string{"group", "", strings.Repeat("v", 100)}, last)
 		facts = append(facts, "", "", "")
@@ -1352,7 +1352,7 @@ func TestTextsThatBelongTogetherStandInOneFrame(t *testing.T) {
 	}
 }
 
-func TestHostileMessagesAllocateLittle(t *testing.T) {
+func TestCodecAllocatesLittleForHostileMessages(t *testing.T) {
 	inputs := [][]byte{
 		{4, 0xfd, 0x0f, 0x42, 0x40, 'x'},
 		{1, 0xf8, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
