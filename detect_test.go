@@ -86,7 +86,7 @@ func TestSuspicionThatIsRefutedFailsNobody(t *testing.T) {
 }
 
 // Helpers that knew where b had moved reached it there, and kept the old one alive
-// for whoever had missed the news.
+// for the peers that had missed the news.
 func TestProbeResultOfANewerInstanceIsNewsAndNoAcquittal(t *testing.T) {
 	l := newLab(t, 4)
 	l.breaks(1)
@@ -98,7 +98,7 @@ func TestProbeResultOfANewerInstanceIsNewsAndNoAcquittal(t *testing.T) {
 	if e := l.n.table.get("b"); e.Addr != moved.Addr || e.Instance != 20 {
 		t.Errorf("it believes %v, want %v", e.Member, moved)
 	}
-	// An older run than mine is no news, and what was seen of it does not count.
+	// An older instance than the known one is no news, and what was seen of it does not count.
 	l = newLab(t, 4)
 	l.breaks(1)
 	l.after(200 * ms)
@@ -206,7 +206,7 @@ func TestClaimAboutTheSameInstancePutsOffNoDeadline(t *testing.T) {
 	}
 }
 
-// Whoever reads what the table counts must not hide it from the next reader.
+// A reader of what the table counts must not hide it from the next one.
 func TestRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
 	l := newLab(t, 3)
 	l.n.step(l.now, func(n *node) {
@@ -321,7 +321,7 @@ func TestAddressOfABystanderGetsLittleForAForgedCrowd(t *testing.T) {
 		dialled += len(o.tcpProbes) + len(o.syncs)
 		for _, m := range o.links {
 			if m.Addr == labMember(9).Addr {
-				t.Fatal("a link to one who has never answered")
+				t.Fatal("a link to a peer that has never answered")
 			}
 		}
 		l.now = max(o.wake, l.now+ms)

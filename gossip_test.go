@@ -298,8 +298,8 @@ func TestEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	`)
 }
 
-// 62 bytes with a high Lamport time cut an agent's events off from all others, and 140 between those who run and those
-// who come: a time decides nothing, and moves the clock by one step.
+// 62 bytes with a high Lamport time cut an agent's events off from all others, and 140 between the members and
+// newcomers: a time decides nothing, and moves the clock by one step.
 func TestEventsWithForgedLamportTimesCutNobodyOff(t *testing.T) {
 	l := newLab(t, 3)
 	for i := range uint64(300) {
@@ -329,7 +329,7 @@ func TestEventsWithForgedLamportTimesCutNobodyOff(t *testing.T) {
 	}
 }
 
-// An event that somebody foretold, alike but for what nobody can know, took the place of the real one.
+// A foretold event, alike but for what cannot be known, took the place of the real one.
 func TestEventThatWasForetoldDoesNotSwallowTheRealOne(t *testing.T) {
 	l := newLab(t, 3)
 	forged := labEvent(2, 1, "deploy", 1)
@@ -690,7 +690,7 @@ func TestIncarnationFarAboveIsAskedForFirstHand(t *testing.T) {
 		}
 	}
 
-	// The dead do not answer: whether c is dead, is found out. Who is not known is dialled.
+	// The dead do not answer: so the node finds out whether c is dead. An unknown member is dialled.
 	l := newLab(t, 3)
 	unknown := labMember(4)
 	unknown.Incarnation = far.Incarnation
@@ -758,12 +758,12 @@ func TestClaimOfADeathThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
 	old.Age = uint64(time.Hour / ms)
 	l.udp(1, header{Kind: msgBroadcast}, old)
 	if l.n.table.get("c") != nil {
-		t.Error("it comes back from whoever forgets later")
+		t.Error("it comes back from a peer that forgets later")
 	}
 	l.n.table.apply(l.n.now, labMember(2), 0)
 	l.udp(1, header{Kind: msgBroadcast}, old)
 	if l.n.table.get("c").Status != statusFailed {
-		t.Error("the death of one who is believed alive is not taken")
+		t.Error("the death of a member that is believed alive is not taken")
 	}
 }
 
@@ -788,7 +788,7 @@ func TestReapByANodeThatIsAloneHappensInTime(t *testing.T) {
 	}
 }
 
-// Two who forget the dead after different times would compare tables for ever.
+// Two nodes that forget the dead after different times would sync for ever.
 func TestSyncThatCanChangeNothingIsNotRepeated(t *testing.T) {
 	l := newLab(t, 2)
 	compared := func() int { return strings.Count(l.text.String(), "compares tables") }
@@ -1122,7 +1122,7 @@ func TestHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
 		for l.now = 10 * ms; l.now < 90*ms; l.now += 10 * ms {
 			for _, m := range n.tick(l.now).syncs {
 				if asked++; m.Name != "b" && m.Name != "c" {
-					t.Errorf("it asks %v, who may be anybody", m)
+					t.Errorf("it asks %v, which may be any host", m)
 				}
 			}
 		}

@@ -49,16 +49,6 @@ func (l *handlerLog) String() string {
 	return l.b.String()
 }
 
-// awaitCond waits for a condition that other processes bring about.
-func awaitCond(t testing.TB, what string, cond func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("never happened: %s", what)
-		}
-	}
-}
-
 func (l *handlerLog) waitFor(t testing.TB, sub string, times int) {
 	t.Helper()
 	defer func() {
@@ -66,7 +56,7 @@ func (l *handlerLog) waitFor(t testing.TB, sub string, times int) {
 			t.Logf("log:\n%.4000s", l)
 		}
 	}()
-	awaitCond(t, fmt.Sprintf("%q %d times in the log", sub, times), func() bool {
+	eventually(t, fmt.Sprintf("%q %d times in the log", sub, times), func() bool {
 		return strings.Count(l.String(), sub) >= times
 	})
 }
@@ -169,7 +159,7 @@ func needProc(t testing.TB) {
 // pidIn reads a pid that a script wrote.
 func pidIn(t testing.TB, path string) (pid int) {
 	t.Helper()
-	awaitCond(t, "a pid in "+filepath.Base(path), func() bool {
+	eventually(t, "a pid in "+filepath.Base(path), func() bool {
 		s := readFile(path)
 		pid, _ = strconv.Atoi(strings.TrimSpace(s))
 		return strings.HasSuffix(s, "\n") && pid > 1
@@ -448,7 +438,7 @@ func TestHandlerThatSleepsDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 		`*=[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; { echo "run $SERF_EVENT"; cat; } >>"$DIR/sleeper"`,
 		`*=cat >>"$DIR/other"`)
 	hs.deliver(userEventOf("first", "first", 1, false), nil)
-	awaitCond(t, "the sleeper sleeps", func() bool { return readFile(dir+"/other") != "" })
+	eventually(t, "the sleeper sleeps", func() bool { return readFile(dir+"/other") != "" })
 	began := time.Now()
 	for i := range 100 {
 		switch {
@@ -466,7 +456,7 @@ func TestHandlerThatSleepsDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 		t.Errorf("100 deliveries took %v", d)
 	}
 	want := slices.Concat([]string{"first"}, numberedNames("u", 0, 60), numberedNames("m", 60, 80), numberedNames("m", 60, 79), []string{"m60"})
-	awaitCond(t, "the other handler got everything", func() bool { return len(firstFields(readFile(dir+"/other"))) >= len(want) })
+	eventually(t, "the other handler got everything", func() bool { return len(firstFields(readFile(dir+"/other"))) >= len(want) })
 	t.Logf("the other handler had 100 events after %v", time.Since(began))
 	if got := firstFields(readFile(dir + "/other")); !slices.Equal(got, want) {
 		t.Errorf("the other handler got %q", got)
@@ -478,7 +468,7 @@ func TestHandlerThatSleepsDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	if err := os.WriteFile(fifo, []byte("wake\n"), 0); err != nil {
 		t.Fatal(err)
 	}
-	awaitCond(t, "the sleeper caught up", func() bool { return strings.Count(readFile(dir+"/sleeper"), "m60") == 3 })
+	eventually(t, "the sleeper caught up", func() bool { return strings.Count(readFile(dir+"/sleeper"), "m60") == 3 })
 	var runs []string
 	for _, n := range firstFields(readFile(dir + "/sleeper")) {
 		if strings.HasPrefix(n, "run ") {
@@ -505,7 +495,7 @@ func TestHandlerThatIsSlowRunsAHandfulOfTimesForAThousandJoins(t *testing.T) {
 	if n := runtime.NumGoroutine() - before; n > 40 { // other tests run beside this one
 		t.Errorf("%d goroutines more for 1,000 events", n)
 	}
-	awaitCond(t, "all joins handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= 1000 })
+	eventually(t, "all joins handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= 1000 })
 	if !slices.Equal(firstFields(readFile(dir+"/got")), numberedNames("n", 0, 1000)) {
 		t.Error("some are missing, doubled or out of order")
 	}
@@ -533,10 +523,10 @@ func TestHandlerSeesExactlyWhatHappenedInQuickSuccession(t *testing.T) {
 		"b": "member-join m member-failed m member-join m member-update m m member-leave m member-reap m",
 		"c": "member-failed m member-leave m",
 	} {
-		awaitCond(t, "the last event reached "+file, func() bool { return len(words(file)) >= len(want)-2 })
+		eventually(t, "the last event reached "+file, func() bool { return len(words(file)) >= len(want)-2 })
 		// Two updates are one run if they waited together, two if not.
 		got := strings.Replace(words(file), "member-update m member-update m", "member-update m m", 1)
-		awaitCond(t, file+" complete: "+got, func() bool {
+		eventually(t, file+" complete: "+got, func() bool {
 			got = strings.Replace(words(file), "member-update m member-update m", "member-update m m", 1)
 			return got == want
 		})
@@ -581,13 +571,13 @@ func TestHandlerQueueThatOverflowsDropsTheOldestAndCountsThem(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)},
 		`[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; cat >>"$DIR/got"`)
 	hs.deliver(failOf("first"), nil)
-	awaitCond(t, "the handler hangs", func() bool { _, err := os.Stat(dir + "/slept"); return err == nil })
+	eventually(t, "the handler hangs", func() bool { _, err := os.Stat(dir + "/slept"); return err == nil })
 	for i := range queueLimit + 1000 {
 		hs.deliver(joinOf("n"+strconv.Itoa(i)), nil)
 	}
 	logged.waitFor(t, "is behind: 4096 events wait, dropping the oldest", 1)
 	os.WriteFile(fifo, []byte("wake\n"), 0)
-	awaitCond(t, "the rest handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= queueLimit+1 })
+	eventually(t, "the rest handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= queueLimit+1 })
 	if got := firstFields(readFile(dir + "/got")); !slices.Equal(got, append([]string{"first"}, numberedNames("n", 1000, queueLimit+1000)...)) {
 		t.Errorf("%d events, from %q to %q", len(got), got[1], got[len(got)-1])
 	}
@@ -628,7 +618,7 @@ func TestHandlerTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 	for _, c := range cases {
 		pgid := pidIn(t, c.dir+"/pid")
 		c.logged.waitFor(t, "[WARN]", 1)
-		awaitCond(t, "nothing is left of "+c.script, func() bool { return groupAlive(pgid) == 0 })
+		eventually(t, "nothing is left of "+c.script, func() bool { return groupAlive(pgid) == 0 })
 		line := regexp.MustCompile(`failed on member-join: timed out, signal: ` + c.status + ` after ([\d.]+m?s): hello\n`).FindStringSubmatch(c.logged.String())
 		if line == nil {
 			t.Fatalf("%s: log: %s", c.script, c.logged)
@@ -658,7 +648,7 @@ func TestHandlerWithABackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 				if name == "silent" {
 					killPidsIn(t, dir+"/pids")
 				}
-				awaitCond(t, "printing children end by SIGPIPE", func() bool {
+				eventually(t, "printing children end by SIGPIPE", func() bool {
 					pids := strings.Fields(readFile(dir + "/pids"))
 					return !slices.ContainsFunc(procStats(), func(p procStat) bool {
 						return p.state != 'Z' && slices.Contains(pids, strconv.Itoa(p.pid))
@@ -697,7 +687,7 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 			hs.deliver(failOf("next"), nil)
 			logged.waitFor(t, "'member-failed' script output", 1)
 			hs.close()
-			awaitCond(t, "the goroutines end", func() bool { return runtime.NumGoroutine() <= before+1 })
+			eventually(t, "the goroutines end", func() bool { return runtime.NumGoroutine() <= before+1 })
 			if strings.Contains(logged.String(), "[WARN]") {
 				t.Errorf("log: %s", logged)
 			}
@@ -721,7 +711,7 @@ func TestHandlerRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 	logged.waitFor(t, "[WARN]", 100)
 	logged.waitFor(t, "[DEBUG]", 100)
 	hs.close()
-	awaitCond(t, "no more descriptors and goroutines than before", func() bool {
+	eventually(t, "no more descriptors and goroutines than before", func() bool {
 		now := count()
 		return now[0] <= before[0] && now[1] <= before[1]
 	})
@@ -891,7 +881,7 @@ func TestHandlersCloseLetsThoseThatRunEnd(t *testing.T) {
 		`*=echo $SERF_EVENT >>"$DIR/began"; sleep 0.2; echo $SERF_EVENT >>"$DIR/ended"`)
 	hs.deliver(joinOf("a"), nil)
 	hs.deliver(failOf("a"), nil)
-	awaitCond(t, "the first run began", func() bool { return readFile(dir+"/began") != "" })
+	eventually(t, "the first run began", func() bool { return readFile(dir+"/began") != "" })
 	began := time.Now()
 	hs.close()
 	hs.deliver(joinOf("late"), nil)
@@ -921,7 +911,7 @@ func TestHandlersCloseEndsThoseThatHangAfterTheGrace(t *testing.T) {
 		t.Errorf("Close took %v", took)
 	}
 	for _, pgid := range []int{meek, stubborn} {
-		awaitCond(t, "the group is gone", func() bool { return groupAlive(pgid) == 0 })
+		eventually(t, "the group is gone", func() bool { return groupAlive(pgid) == 0 })
 	}
 	logged.waitFor(t, "ended with the agent, signal: terminated", 1)
 	logged.waitFor(t, "ended with the agent, signal: killed", 1)
@@ -933,7 +923,7 @@ func TestHandlersCloseShortensTheWaitOfATimeout(t *testing.T) {
 	hs, _ := startHandlers(t, handlerConfig{timeout: 50 * time.Millisecond, env: extraEnv("DIR=" + dir)},
 		`*=trap "echo >$DIR/termed" TERM; while :; do sleep 0.1; done`)
 	hs.deliver(joinOf("a"), nil)
-	awaitCond(t, "TERM arrived", func() bool { return readFile(dir+"/termed") != "" })
+	eventually(t, "TERM arrived", func() bool { return readFile(dir+"/termed") != "" })
 	began := time.Now()
 	hs.close()
 	if took := time.Since(began); took > closeKillAfter+time.Second {
@@ -991,7 +981,7 @@ func TestHandlerGroupThatIgnoresTermCostsNoSearchOfTheHost(t *testing.T) {
 	ready := filepath.Join(t.TempDir(), "ready")
 	hs, _ := startHandlers(t, handlerConfig{}, "trap '' TERM; echo >"+ready+"; while :; do sleep 1; done")
 	hs.deliver(joinOf("a"), nil)
-	awaitCond(t, "the script runs", func() bool { _, err := os.Stat(ready); return err == nil })
+	eventually(t, "the script runs", func() bool { _, err := os.Stat(ready); return err == nil })
 
 	used := func() time.Duration {
 		var r syscall.Rusage

@@ -130,7 +130,7 @@ func (r *rig) name() string {
 	return r.n.self.Name
 }
 
-// source is whom a datagram seems to come from: a peer or anybody else.
+// source is where a datagram seems to come from: a peer or a stranger.
 func (r *rig) source(name string) netip.AddrPort {
 	if k := r.pick(4); k > 0 {
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(k)}), 9)
@@ -265,7 +265,7 @@ func (r *rig) step() {
 			}
 			r.datagram(r.source("a"), b)
 		}
-	case 3, 4, 5: // somebody compares tables with the node, or the other way round
+	case 3, 4, 5: // a peer syncs with the node, or the other way round
 		if len(r.tables) < 16 {
 			with := Member{Name: r.name(), Instance: 1000, Addr: rigAddr(1)}
 			r.tables = append(r.tables, &rigTable{stateSync{peer: with}, op == 3})
@@ -676,7 +676,7 @@ func (r *rig) checkEvent(ev Event) {
 		ev.kind = eventJoin
 	case eventLeave:
 		ok = was != eventLeave
-	case eventReap: // who was reaped may be heard of again as failed, without an event
+	case eventReap: // a reaped member may be heard of again as failed, without an event
 		ok = !alive
 	}
 	if name == r.n.self.Name {
@@ -690,8 +690,8 @@ func (r *rig) checkEvent(ev Event) {
 
 // FuzzNode: whatever peers say, repeat, garble and fail to answer, the node
 // stays a member: alive to itself, one entry a name, no incarnation ever falls,
-// memory, packets and wake-ups are bounded, nobody is answered with more than
-// he sent, and when all is over it still answers.
+// memory, packets and wake-ups are bounded, no peer is answered with more than
+// it sent, and when all is over it still answers.
 func FuzzNode(f *testing.F) {
 	for i := range 60 {
 		rng := rand.New(rand.NewPCG(uint64(i), 6))
@@ -1236,7 +1236,7 @@ func TestTableThatIsFullOfDeadNamesCostsLittle(t *testing.T) {
 
 	oldest := l.n.table.dead[0].e.Name
 	if add(i, statusAlive) == nil || l.n.table.get(oldest) != nil {
-		t.Error("a living newcomer does not take the place of the one who has been dead for longest")
+		t.Error("a living newcomer does not take the place of the one that has been dead for longest")
 	}
 	// The measure is what one walk costs, on this machine as busy as it is.
 	const names = 5000
@@ -1304,8 +1304,7 @@ func TestTerminalGetsNoEscapeSequencesOfAForgedPeer(t *testing.T) {
 	}
 }
 
-// greeting is the first thing that a stranger says who knows the protocol, and
-// has no key.
+// greeting dials g and says hello, as a peer without a key does.
 func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	t.Helper()
 	self, _ := g.self()
@@ -1388,7 +1387,7 @@ func TestHandshakeSaysNothingBeforeAChallengeIsAnswered(t *testing.T) {
 	}
 }
 
-// Whoever has no key to get past says hello as a member does, and then sends
+// Where there is no key, a stranger says hello as a member does, and then sends
 // tables as fast as they are taken.
 func TestTablesThatPourInFillNoMemoryAndDelayNoAnswer(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})

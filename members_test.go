@@ -224,7 +224,7 @@ func TestTableGivesThePlacesOfTheOldestDeadToNewcomers(t *testing.T) {
 	}
 	for i := range 3 {
 		if tb.apply(0, testMember(fmt.Sprint("new", i), 1, statusAlive), 0) == nil || tb.get(fmt.Sprintf("m%05d", 2*i)) != nil {
-			t.Fatalf("newcomer %d has no place, or not that of the one who is dead for longest", i)
+			t.Fatalf("newcomer %d has no place, or not that of the one dead for longest", i)
 		}
 	}
 	if len(tb.ordered) != maxMembers || tb.digest != digest() || tb.failed != maxMembers/2-3 {
@@ -240,7 +240,7 @@ func TestTableGivesThePlacesOfTheOldestDeadToNewcomers(t *testing.T) {
 	}
 }
 
-// Many names in one datagram may be suspects; nobody walks past all of them.
+// Many names in one datagram may be suspects; no walk passes all of them.
 func TestRingWalkIsBoundPastRowsOfSuspects(t *testing.T) {
 	tb := &table{}
 	for i := range 4000 {
@@ -297,7 +297,7 @@ func TestEventSourceTakesAnEventOnce(t *testing.T) {
 	if take(eventWindow, 8) {
 		t.Error("what is too old to be told from what was heard is news")
 	}
-	// Somebody who made up the number in advance cannot take the place of the real event, and not more than a few.
+	// A stranger that made up the number in advance cannot take the place of the real event, and not more than a few.
 	for nonce := range uint32(10) {
 		if got, want := take(3*eventWindow, 10+nonce), nonce < maxVariants-1; got != want {
 			t.Errorf("forged event %d: %v", nonce, got)

@@ -1,5 +1,5 @@
 // rpc_test.go: sessions on real and piped connections: what is said, what is cut,
-// what is played back, and who does not answer.
+// what is played back, and what does not answer.
 
 package main
 
@@ -89,6 +89,7 @@ func seen(g *gossip) map[string]Status {
 	return all
 }
 
+// eventually waits for a condition that other goroutines or processes bring about.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(60 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
@@ -155,7 +156,7 @@ func TestDatagramOpensForItsReceiversInstanceAlone(t *testing.T) {
 	both := &sealer{keys: append(testKey(2), testKey(1)...)}
 	b := keyed.sealDatagram([]byte("a secret"), Member{Name: "a", Instance: 1})
 	if data, _, err := plain.openDatagram(b, Member{Name: "a", Instance: 1}); err == nil && bytes.Contains(data, []byte("secret")) {
-		t.Error("who has no key reads it")
+		t.Error("it is read without the key")
 	}
 	for want, s := range map[error]*sealer{nil: both, errOtherKey: wrong} {
 		if _, _, err := s.openDatagram(b, Member{Name: "a", Instance: 1}); !errors.Is(err, want) {
@@ -370,7 +371,7 @@ func FuzzHello(f *testing.F) {
 			t.Fatal("a bad hello is taken")
 		}
 		if s.receive(&header{}); s.err == nil {
-			t.Fatal("a frame is taken from one who has no key")
+			t.Fatal("a frame is taken from a peer without the key")
 		}
 	})
 }
@@ -451,7 +452,7 @@ func TestJoinThatFailsSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	}
 }
 
-// fakeServer answers everybody who connects with the same bytes, and hangs up.
+// fakeServer answers every connection with the same bytes, and hangs up.
 func fakeServer(t *testing.T, says string) (addr string) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -472,7 +473,7 @@ func fakeServer(t *testing.T, says string) (addr string) {
 	return ln.Addr().String()
 }
 
-// lookAt has g look at whoever is at addr, and returns what it saw.
+// lookAt has g probe addr by TCP, and returns what it saw.
 func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint64) (saw []verdict) {
 	t.Helper()
 	m := Member{Name: name, Addr: addr, Instance: born, Incarnation: born, Status: statusAlive}
@@ -558,7 +559,7 @@ func relay(t *testing.T, to string, through func(dst, src net.Conn, dialled bool
 	return ln.Addr().String()
 }
 
-// full makes g know of count more members who have left: a table of many frames.
+// full makes g know of count more members that have left: a table of many frames.
 func full(g *gossip, prefix string, count int) {
 	g.run(func(n *node) error {
 		for i := range count {
@@ -715,7 +716,7 @@ func TestLinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	t.Logf("failed %v after the end", time.Since(start).Round(ms))
 }
 
-// A process that ends must not say that nobody has died: its watchers would wait
+// A process that ends must not say that it has only hung up: its watchers would wait
 // for its next heartbeat.
 func TestLinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 	for _, ends := range []bool{false, true} {
@@ -846,12 +847,12 @@ func TestAcceptorKeepsPlacesOfMembersFromStrangersEverywhere(t *testing.T) {
 	}
 	for _, s := range links {
 		if !ps.holds(s) {
-			t.Fatal("a member has lost its place to those who have proven nothing")
+			t.Fatal("a member has lost its place to peers that have proven nothing")
 		}
 	}
 }
 
-// Where there is no key, anybody can hold proven places; whoever comes then is the only one that has proven nothing.
+// Where there is no key, any stranger can hold proven places; then a newcomer is the only peer that has proven nothing.
 func TestAcceptorLeavesPlacesForNewcomersWhenAllOthersAreProven(t *testing.T) {
 	ps := &places{limit: 100}
 	ps.crowd(t, true, 300, "10.9.9.9")

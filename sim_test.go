@@ -106,7 +106,7 @@ type simHost struct {
 
 	advertise netip.AddrPort        // what its agent says instead of addr
 	filtered  bool                  // nothing that it has not dialled itself reaches it
-	natted    bool                  // only those reach it by UDP that it has just sent something, and nobody by TCP
+	natted    bool                  // by UDP, only the hosts that it has just sent something reach it; by TCP, none
 	sentTo    map[int]time.Duration // when, by host
 }
 
@@ -425,7 +425,7 @@ func (s *sim) cluster(n int) []*proc {
 
 // cloner makes copies of a table of living members, without its pending events.
 func cloner(t *table) func() *table {
-	var at [rings][]int // where who stands on a ring stands in ordered
+	var at [rings][]int // the place in ordered of each place on a ring
 	for i, ring := range t.ring {
 		for _, e := range ring {
 			where, _ := t.index(e.Name)
@@ -782,7 +782,7 @@ func (c *simSession) deliver(end, tries int, fn func()) {
 	})
 }
 
-// meet plays the hellos and the first frame: at the dialler then gets who is there.
+// meet plays the hellos and the first frame: at the dialler, then gets the acceptor's reply.
 func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update)) {
 	start, first := c.s.now, false
 	c.send(1, func(*node) { // a hello
@@ -1167,7 +1167,7 @@ const (
 )
 
 // atRest ends all faults, waits, and then finds nothing but heartbeats, and pings to those that have failed: whatever
-// came before, no promise is broken, nobody is probed, no tables are compared, and nothing is logged.
+// came before, no promise is broken, no member is probed, no tables are compared, and nothing is logged.
 func (s *sim) atRest() {
 	s.loss, s.busy = 0, 0
 	clear(s.oneWay)
@@ -1758,7 +1758,7 @@ func TestStallThatLastsFailsAMemberThatComesBack(t *testing.T) {
 		ps[1].stop()
 		s.run(12 * time.Second)
 		if s.loss > 0 {
-			s.run(12 * time.Second) // who misses the flood waits for its own ten seconds
+			s.run(12 * time.Second) // a member that misses the broadcast waits for its own ten seconds
 		}
 		if !all(others(ps, ps[1]), ps[1].name, statusFailed) {
 			t.Error("not everybody has it as failed")
@@ -1892,7 +1892,7 @@ func (s *sim) setLine(roundTrip time.Duration) {
 	s.line = [2]time.Duration{roundTrip * 45 / 100, roundTrip * 55 / 100}
 }
 
-// joinOne starts count members in turn, region by region, who all join the first.
+// joinOne starts count members in turn, region by region; all join the first.
 func (s *sim) joinOne(count int) {
 	first := s.start(s.host(), "n00000")
 	s.run(500 * ms)
@@ -2233,7 +2233,7 @@ func TestRetryMaxEndsOnlyANodeThatHasNeverJoined(t *testing.T) {
 	}
 	s.run(20 * time.Second)
 	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
-		t.Errorf("who has joined nobody in 5 rounds ends with %v", lonely.fatal)
+		t.Errorf("a node that has joined nobody in 5 rounds ends with %v", lonely.fatal)
 	}
 	s.crash(seed)
 	s.run(5 * time.Minute)
@@ -2440,7 +2440,7 @@ func TestEventsOfManySendersArriveOnceAndInOrder(t *testing.T) {
 	})
 }
 
-// Who comes in the middle hears all that is sent from some moment on, and the others miss nothing for it.
+// A newcomer in the middle hears all that is sent from some moment on, and the others miss nothing for it.
 func TestEventsOfABurstArriveWhileMembersJoin(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{3, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
@@ -2593,7 +2593,7 @@ func TestRestartIsFailedThenJoin(t *testing.T) {
 	}
 }
 
-// It knows nobody, but those who knew it go on asking for it.
+// It knows no member, but the members that knew it go on probing it.
 func TestRestartThatJoinsNobodyIsTakenBack(t *testing.T) {
 	for _, down := range []time.Duration{100 * ms, 10 * time.Second, 10 * time.Minute} {
 		cases(t, []int{2, 6, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
@@ -2888,7 +2888,7 @@ func (s *sim) joined(n int) []*proc {
 	return s.procs[len(s.procs)-n:]
 }
 
-// Who joins is greeted by all its new watchers at once; were it to promise a whole
+// A newcomer is greeted by all its new watchers at once; were it to promise a whole
 // cycle to all of them, its death would go unnoticed for as long.
 func TestJoinOfAHostThatVanishesAtOnceIsNoticedInTime(t *testing.T) {
 	t.Parallel()
@@ -2931,7 +2931,7 @@ func anySeed(t *testing.T, play func(t *testing.T, s *sim)) {
 	}
 }
 
-// Most helpers are as dead as their target, and who else lives is not known.
+// Most helpers are as dead as their target, and which others live is not known.
 func TestFailureOfMostHostsOfAHundredIsNoticedWithAnySeed(t *testing.T) {
 	anySeed(t, func(t *testing.T, s *sim) {
 		ps := s.cluster(100)
@@ -3025,7 +3025,7 @@ func (q simQuery) over() bool {
 	return slices.ContainsFunc(q.p.answers, func(ev Event) bool { return ev.id == q.id && ev.reply == replyNone })
 }
 
-// came is how many have the query, and who has answered how, how often.
+// came is how many have the query, and how, and how often, each member has answered.
 func (q simQuery) came() (heard int, replies map[string][]reply) {
 	has := make(map[string]bool)
 	replies = make(map[string][]reply)
@@ -3082,8 +3082,8 @@ func TestQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
 	t.Run("load", func(t *testing.T) { cases(t, []int{1000}, []float64{.05}, play("load", replyDone)) })
 }
 
-// Who dies is not waited for once that is known; who has restarted has not been
-// asked; who stalls answers late.
+// A dead member is not waited for once that is known; a restarted one has not been
+// asked; a stalled one answers late.
 func TestQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
@@ -3098,11 +3098,11 @@ func TestQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
 		s.after(3*time.Second, stalled.cont)
 		d := s.within(12*time.Second, "over", q.over)
 		if d < 3*time.Second {
-			t.Errorf("over after %v, while somebody stalls who will answer", d)
+			t.Errorf("over after %v, while a member stalls that will answer", d)
 		}
 		heard, replies := q.came()
 		if want := len(ps) - 3; heard != want || len(replies) != want || len(replies[stalled.name]) != 1 {
-			t.Errorf("%d have it, %d answered, of those who live and were asked there are %d; who stalled: %v", heard, len(replies), want, replies[stalled.name])
+			t.Errorf("%d have it, %d answered, %d of those asked live; the stalled one: %v", heard, len(replies), want, replies[stalled.name])
 		}
 		s.run(20 * time.Second)
 		if again.asked != 0 {
@@ -3111,7 +3111,7 @@ func TestQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
 	})
 }
 
-// Who is out of reach does not keep a query open for longer than its time, and
+// A member out of reach does not keep a query open for longer than its time, and
 // hears nothing of it later.
 func TestQueryIsNeverHeardLate(t *testing.T) {
 	cases(t, []int{2, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
@@ -3187,7 +3187,7 @@ func TestTagsReachEverybodyAsOneUpdate(t *testing.T) {
 	})
 }
 
-// Who forgets the dead sooner than the others do not let it be told of them again
+// A member that forgets the dead sooner than the others is not told of them again
 // and again.
 func TestReapAtDifferentTimesHappensOnce(t *testing.T) {
 	for _, loss := range []float64{0, .2} {

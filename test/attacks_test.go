@@ -296,7 +296,7 @@ func (u *usage) check(t *testing.T) {
 	}
 }
 
-// stickers are connections that somebody holds open as long as he may: idle
+// stickers are connections that a stranger holds open as long as the agent lets it: idle
 // ones, and ones that send a byte now and then. What is closed is made anew.
 type stickers struct {
 	opened, closed atomic.Int64
@@ -540,7 +540,7 @@ func TestAddressOpenToStrangersIsOneWarning(t *testing.T) {
 		{nil, "", nil},
 		{nil, "-rpc-auth sesame", nil},
 		{nil, "-rpc-addr 0.0.0.0:0", []string{rpc, token}},
-		{nil, "-rpc-addr 0.0.0.0:0 -rpc-auth sesame", nil}, // who set both meant it
+		{nil, "-rpc-addr 0.0.0.0:0 -rpc-auth sesame", nil}, // setting both is deliberate
 		{nil, "-advertise 203.0.113.7", []string{"[WARN] 203.0.113.7:", public}},
 		{nil, "-bind [::1]:0 -advertise 2001:db8::7", []string{"[WARN] [2001:db8::7]:", public}},
 		{nil, "-advertise 10.0.0.1", nil},

@@ -675,7 +675,7 @@ func TestQueryNamesTheMembersThatDidNotAnswer(t *testing.T) {
 	if out := db.askQuery(1, []string{"hamlet: error: nobody is asked"}, "-node", "nobody", "load"); out[0] != "" {
 		t.Errorf("a query to nobody prints %q", out)
 	}
-	// Where a filter lets nobody through, everybody who was asked has answered.
+	// Where a filter matches no member, all that were asked have answered.
 	for _, args := range []string{"-tag role=none load", "-tag none=.* load", "-node db -tag role=web load"} {
 		out := db.askQuery(0, nil, strings.Fields(args)...)
 		if diff := cmp.Diff([]string{"Total Acks: 0", "Total Responses: 0"}, out); diff != "" {
@@ -712,7 +712,7 @@ func TestQueryNamesTheMembersThatDidNotAnswer(t *testing.T) {
 	}
 }
 
-// watching starts a watch, and waits until it has shown who is there.
+// watching starts a watch, and waits until it has shown the members.
 func (a *agent) watching(there int, args ...string) *agent {
 	a.t.Helper()
 	w := launch(a.t, hamletCmd(append([]string{"watch", "-rpc-addr", a.rpc}, args...)...), here)
@@ -821,7 +821,7 @@ func TestWatchShowsWhatIsAskedForAndEndsThen(t *testing.T) {
 			"user: last")
 	})
 	if s := all.stdout.String(); strings.Count(s, "member") != 1 || !strings.Contains(s, " user: other ") {
-		t.Errorf("who was there, and user events:\n%s", s)
+		t.Errorf("the members, and user events:\n%s", s)
 	}
 	start := time.Now()
 	out, errs, code := a.run("watch", "-event", "user:never", "-n", "1", "-timeout", "300ms")
@@ -885,12 +885,12 @@ func TestWatchersThatDoNotReadOrVanishCostNothing(t *testing.T) {
 		start, name := time.Now(), fmt.Sprint("e", i)
 		_, errs, code := runCmd(t, askCmd(a.rpc, "event", name, payload))
 		wantEnd(t, "an event", code, 0, errs)
-		eventually(t, name+" at who reads", func() bool {
+		eventually(t, name+" at a watcher that reads", func() bool {
 			return strings.Contains(reader.stdout.String(),
 				"user: "+name+" xxx")
 		})
-		if took := time.Since(start); took > 4*time.Second { // who holds it up is given five
-			t.Errorf("who does not read delays event %d by %v", i, took)
+		if took := time.Since(start); took > 4*time.Second { // a watcher that holds it up is given five
+			t.Errorf("a watcher that does not read delays event %d by %v", i, took)
 		}
 		if i == 10 {
 			for _, w := range gone {
@@ -976,7 +976,7 @@ func TestInfoTellsWhetherItIsEncrypted(t *testing.T) {
 
 // ---- slips ----
 
-// serfLike hangs up on whoever has said something, as a Serf agent does.
+// serfLike hangs up on a client that has said something, as a Serf agent does.
 func serfLike(t *testing.T) (addr string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -1179,7 +1179,7 @@ func TestQueryNamesTheDeadAndTheAbsentThatDidNotAnswer(t *testing.T) {
 	lines := db.askQuery(1, []string{"hamlet: error: ", "web2", "nosuch"}, "-node", "web1", "-node", "web2",
 		"-node", "nosuch", "load")
 	if !slices.Contains(lines, "Response from 'web1': web1") {
-		t.Errorf("who lives has answered:\n%s", strings.Join(lines, "\n"))
+		t.Errorf("the living have answered:\n%s", strings.Join(lines, "\n"))
 	}
 }
 
@@ -1224,7 +1224,7 @@ func narrow(t *testing.T, rpc string) (addr string, stopped *atomic.Bool) {
 	return ln.Addr().String(), stopped
 }
 
-// Who looks at a terminal that was halted comes back after more than seconds.
+// The user of a terminal that was halted comes back after more than seconds.
 func TestWatchGoesOnWhenItsReaderHasPaused(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")

@@ -388,7 +388,7 @@ func TestIsolationIsToldToTheHandlersOfTheNodeThatIsCutOff(t *testing.T) {
 		return strings.Contains(out, "\tcut_off = true\n") && strings.Contains(out, "\tfailed = 2\n")
 	}
 	if !cutOff(joined[2]) || cutOff(joined[0]) {
-		t.Error("info does not tell who is cut off")
+		t.Error("info does not tell which node is cut off")
 	}
 	eventually(t, "the others' run", func() bool {
 		return heard("a", "member-failed lonely alone=") && heard("b", "member-failed lonely alone=")
