@@ -117,7 +117,7 @@ for n in $names; do
 	is "$n" alive || fail "$n is not called by its container id: $(members)"
 	[ "$(docker exec "$n" /hamlet members -status alive | wc -l)" = 8 ] || fail "$n sees: $(docker exec "$n" /hamlet members)"
 done
-within 2000 "the handler prints what it sees" grep -q "^New event: member-join" "$dir/log"
+within 2000 "the handler prints what it sees" grep -q "^.New event: member-join" "$dir/log"
 grep -q "\[DEBUG\] Event 'member-join' script output:" "$dir/log" || fail "the log lacks the handler's output"
 members
 ok "the host and seven containers are one cluster"
