@@ -1435,8 +1435,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s, each\n"+
-		"further one up to 30 s (default: never)")
+	numberOption(fs, &g.retryMax, "retry-max", "give up when every seed has failed `N` times: 10 take some 10 s,\n"+
+		"70 some 80 s, each further one up to 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
@@ -1639,6 +1639,9 @@ func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string
 		name, ok := serfKeys[key]
 		if !ok {
 			name = strings.ReplaceAll(key, "_", "-")
+		}
+		if name == "keyring-file" { // without the keys in it, the agent would send in clear
+			return usagef(serfAdvice("-"+name), "%s: hamlet has no %q", file, key)
 		}
 		if fs.Lookup(name) == nil {
 			a.notes = append(a.notes, unknownKey(file, key, name))
