@@ -58,7 +58,7 @@ var restTests = []struct {
 	line  route
 	live  func(*world) []*agent
 }{
-	{"late seeds", 8, nearby, lateSeed},
+	{"late seeds", 8, nearby, seedThatIsLate},
 	{"a restart of all", 5, nearby, restartOfAll},
 	{"a split", 8, nearby, healedSplit},
 	{"names moved", 8, nearby, movedNames},
@@ -107,8 +107,8 @@ func joined(w *world) (c []*agent) {
 	return c
 }
 
-// lateSeed has a seed that starts long after those that wait for it.
-func lateSeed(w *world) (c []*agent) {
+// seedThatIsLate has a seed that starts long after those that wait for it.
+func seedThatIsLate(w *world) (c []*agent) {
 	for i := 2; i <= w.hosts; i++ {
 		c = append(c, w.resting(i, "-join", "10.77.0.1"))
 	}
