@@ -156,7 +156,7 @@ func commands() []command {
 	return []command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, agentCommand},
 		{"members", "", "lists the members of the cluster", membersExamples, membersCommand},
-		{"watch", "", "shows who is there, and then what happens, as it happens", watchExamples, watchCommand},
+		{"watch", "", "shows the members, and then what happens, as it happens", watchExamples, watchCommand},
 		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", queryExamples, queryCommand},
 		{"info", "", "shows what the agent knows of itself", infoExamples, infoCommand},
 		{"tags", "", "changes the tags of the running agent", tagsExamples, tagsCommand},
@@ -1085,10 +1085,10 @@ func watchCommand(fs *flag.FlagSet) func([]string) error {
 	agent := rpcOptions(fs)
 	asJSON := formatOption(fs)
 	events := fs.String("event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-		"who is there at the start")
+		"each one known at the start")
 	var count int
 	var timeout time.Duration
-	numberOption(fs, &count, "n", "end after `N` events, not counting who is there at first")
+	numberOption(fs, &count, "n", "end after `N` events, not counting those known at first")
 	durationOption(fs, &timeout, "timeout", "with -n: exit status 1 if it takes longer, a `DURATION`")
 
 	return func([]string) error {
@@ -1138,7 +1138,7 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
 	}
 	if count > 0 && len(onlyEvents) == 0 {
-		return usagef("", "-n counts events, and %q is none: it is who is there at the start", there)
+		return usagef("", "-n counts events, and %q is none: it is each one known at the start", there)
 	}
 	return nil
 }
@@ -1240,7 +1240,7 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 			return err
 		}
 		if len(result.waiting) > 0 {
-			return failf("'members' shows who is alive; -timeout sets how long to wait", "no answer from %s",
+			return failf("'members' shows which are alive; -timeout sets how long to wait", "no answer from %s",
 				strings.Join(slices.Sorted(maps.Keys(result.waiting)), ", "))
 		}
 		return nil
@@ -1979,10 +1979,10 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 		a.gossip.log.printf(levelWarn, "advertising %s, which other machines cannot reach: %s (%s)", self.Addr, why, remedy)
 	case !a.gossip.sealsWithKey() && !isPrivate(ip):
 		a.gossip.log.printf(levelWarn, "%s is a public address, and there is no key: "+
-			"whoever reaches it can join and lie (-encrypt sets one)", self.Addr)
+			"anybody that reaches it can join and lie (-encrypt sets one)", self.Addr)
 	}
 	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
-		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: whoever reaches it controls this agent "+
+		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: anybody that reaches it controls this agent "+
 			"(-rpc-auth sets one)", rpc)
 	}
 }
