@@ -360,7 +360,7 @@ func serfAdvice(word string) string {
 	case "-discover", "-mdns-iface", "-mdns-disable-ipv4", "-mdns-disable-ipv6":
 		return "name the seeds with -join: one DNS name will do"
 	case "-keyring-file":
-		return "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens"
+		return "give its keys with HAMLET_ENCRYPT, or as encrypt_key in a file: the first seals, any opens"
 	case "-tags-file":
 		return "give tags with -tag or HAMLET_TAG, and change them with the tags command"
 	case "keys":
