@@ -1435,7 +1435,7 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	numberOption(fs, &g.retryMax, "retry-max", "give up when every seed has failed `N` times: 10 take some 10 s,\n"+
+	numberOption(fs, &g.retryMax, "retry-max", "give up when every seed has failed `N` times: 10 take some 7 s,\n"+
 		"70 some 80 s, each further one up to 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
 	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
