@@ -363,6 +363,18 @@ func TestHandlersPageNamesEveryVariableAndEvent(t *testing.T) {
 	}
 }
 
+// The rows that make bench can be asked for.
+func TestFiguresPageNamesTheRowsOfTheBench(t *testing.T) {
+	page := readFile("docs/figures.md")
+	for _, part := range benchParts {
+		for _, row := range strings.Fields(part.rows) {
+			if !strings.Contains(page, "`"+row+"`") {
+				t.Errorf("the page does not name the row %s", row)
+			}
+		}
+	}
+}
+
 // The limits that a user meets first: what refuses more says the same number.
 func TestPagesSayWhichLimitsHold(t *testing.T) {
 	t.Parallel()
