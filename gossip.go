@@ -84,7 +84,9 @@ const (
 	resendAfter                   = 50 * ms         // the first time, or two round trips; each wait is twice as long
 	requestTimeout                = 3 * time.Second // a question's answer counts for so long
 	leaveTimeout                  = time.Second
-	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
+	seedsMax                      = 30 * time.Second
+	warnEvery                     = 10 * time.Minute // at first; each wait is twice as long
+	maxWarnWait                   = 24 * time.Hour
 	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
 	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
 
@@ -659,13 +661,30 @@ func (n *node) logf(level logLevel, format string, a ...any) {
 	n.out.logs = append(n.out.logs, logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// warnRarely warns of what goes on: one line in warnEvery, as counted in limit.
-func (n *node) warnRarely(limit *bucket, format string, a ...any) {
-	limit.fill(n.now, 1/warnEvery.Seconds(), 1)
-	if limit.has(1) {
-		limit.spend(1)
+// warnRarely warns of what goes on: at once, and again after warnEvery, and then ever more rarely.
+func (n *node) warnRarely(w *rareWarning, format string, a ...any) {
+	if w.isDue(n.now) {
+		w.given(n.now)
 		n.logf(levelWarn, format, a...)
 	}
+}
+
+// rareWarning is when a warning was given last, and for how long it is not given again.
+type rareWarning struct {
+	last time.Duration
+	wait time.Duration
+}
+
+func (w *rareWarning) isDue(now time.Duration) bool { return w.last == 0 || now-w.last >= w.wait }
+
+func (w *rareWarning) given(now time.Duration) {
+	// What has long been over begins anew.
+	if w.last == 0 || now-w.last >= 3*w.wait {
+		w.wait = warnEvery
+	} else {
+		w.wait = min(2*w.wait, maxWarnWait)
+	}
+	w.last = now
 }
 
 // logLevel says how much a log line matters.
@@ -2381,7 +2400,7 @@ type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	seeds    []seed        // in the order of nodeConfig.seeds
 	failing  bool          // it was reported that no seed answers
-	warned   bucket
+	warned   rareWarning
 }
 
 // seed is what is known of one seed.
@@ -2578,9 +2597,9 @@ type identity struct {
 	rivalMet   int           // how often
 	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
 
-	addressWarned  bucket // see warnOfAddress
-	calledFailed   bucket // by others
-	conflictWarned bucket
+	addressWarned  rareWarning // see warnOfAddress
+	calledFailed   bucket      // by others
+	conflictWarned rareWarning
 }
 
 // nameTakenError says that a living member has this node's name.
