@@ -62,30 +62,35 @@ const (
 	never = time.Duration(math.MaxInt64)
 )
 
-// The protocol's times and bounds. They were settled in simulation: the
-// scenarios in sim_test.go are the measurements.
+// The protocol's times and bounds. They were settled in simulation: the scenarios in sim_test.go are the measurements.
 const (
-	broadcastBatch, broadcastRate = 2 * ms, 200      // packets a second
-	eventRate                     = 4000             // the same of user events: their senders are slowed down when it is not enough
-	eventsCalm                    = 200 * ms         // after which events that differ were missed, and are not under way
-	eventBurst                    = 64               // packets in one go: the watchers' sockets must hold those of four
-	eventRepairEvery              = 40 * ms          // floods that overtake each other need less
-	eventRepairTries              = 5                // by UDP, before tables are compared
-	eventRepairPackets            = 8                // in answer to one request
-	eventRepairRate               = 20               // of requests that are answered to one peer, a second
-	eventGapTimeout               = 5 * time.Second  // then an event that did not come is given up
-	eventAwayTimeout              = time.Minute      // the same while its sender is not there to ask: a split may end
-	eventMemory                   = 10 * time.Minute // for how long more than the last few events are remembered
-	eventCheckTimeout             = 2 * time.Second  // for so long an agent waits for a member that does not keep up
-	syncInterval                  = time.Second
-	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
-	claimInterval                 = 200 * ms
-	resendAfter                   = 50 * ms         // the first time, or two round trips; each wait is twice as long
-	requestTimeout                = 3 * time.Second // a question's answer counts for so long
-	leaveTimeout                  = time.Second
-	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
-	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
-	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
+	broadcastBatch     = 2 * ms
+	broadcastRate      = 200              // packets a second
+	eventRate          = 4000             // the same of user events: their senders are slowed down when it is not enough
+	eventsCalm         = 200 * ms         // after which events that differ were missed, and are not under way
+	eventBurst         = 64               // packets in one go: the watchers' sockets must hold those of four
+	eventRepairEvery   = 40 * ms          // broadcasts that overtake each other need less
+	eventRepairTries   = 5                // by UDP, before tables are compared
+	eventRepairPackets = 8                // in answer to one request
+	eventRepairRate    = 20               // of requests that are answered to one peer, a second
+	eventGapTimeout    = 5 * time.Second  // then an event that did not come is given up
+	eventAwayTimeout   = time.Minute      // the same while its sender is not there to ask: a split may end
+	eventMemory        = 10 * time.Minute // for how long more than the last few events are remembered
+	eventCheckTimeout  = 2 * time.Second  // for so long an agent waits for a member that does not keep up
+
+	syncInterval   = time.Second
+	syncBurst      = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
+	claimInterval  = 200 * ms
+	resendAfter    = 50 * ms         // the first time, or two round trips; each wait is twice as long
+	requestTimeout = 3 * time.Second // for so long the answer to a ping counts
+	leaveTimeout   = time.Second
+	lateBy         = 100 * ms // how much later than planned a wake-up may count
+
+	// A late seed must not be waited for longer than it is late.
+	seedsOften    = time.Second
+	seedsOftenFor = time.Minute
+	seedsMax      = 30 * time.Second
+	warnEvery     = 10 * time.Minute
 
 	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer than
 	// that, and a line is measured once; a longer one at times, since it may have been a stall.
@@ -93,19 +98,22 @@ const (
 	longestLine    = 2500 * ms
 	remeasureAfter = 2 * time.Minute
 
-	maxDatagram, maxFrame       = 1400, 32 << 10
-	maxQueue                    = 4096 // claims and events that wait to be flooded
-	maxRecent, maxJoined        = 64, 16
-	recentFor                   = 3 * time.Second
-	maxRequests                 = 2 * maxMembers
-	maxQueries                  = 64          // of one's own at a time
-	replyTimeout                = time.Minute // a reply is sent again for so long at most
-	maxQueryTimeout             = time.Hour   // a query that arrives again is known for so long at most
-	reliableRate, reliableBurst = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
-	replayedPingRate            = 1000        // answers a second to pings that may be recordings
-	maxInputs                   = 1024        // that wait for the loop; more datagrams are lost
-	drainFor                    = 20 * ms     // inputs may keep the loop from its tick
-	writeFor                    = 20 * ms     // what the socket does not take by then is lost, as UDP may be
+	maxDatagram      = 1400
+	maxFrame         = 32 << 10
+	maxQueue         = 4096 // claims and events that wait to be broadcast
+	maxRecent        = 64
+	maxJoined        = 16
+	recentFor        = 3 * time.Second
+	maxRequests      = 2 * maxMembers
+	maxQueries       = 64          // of one's own at a time
+	replyTimeout     = time.Minute // a reply is sent again for so long at most
+	maxQueryTimeout  = time.Hour   // a query that arrives again is known for so long at most
+	reliableRate     = 64000       // reliable sends a second
+	reliableBurst    = 64          // and in one go: a thousand at once would be lost
+	replayedPingRate = 1000        // answers a second to pings that may be recordings
+	maxInputs        = 1024        // that wait for the loop; more datagrams are lost
+	drainFor         = 20 * ms     // inputs may keep the loop from its tick
+	writeFor         = 20 * ms     // what the socket does not take by then is lost, as UDP may be
 
 	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries queries
 	// under way, and a few probes.
@@ -114,9 +122,11 @@ const (
 	maxProbesForPeer  = maxProbes / 8
 
 	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only this
-	// agent's own users make it ask; of all else they get a hundredth of that.
-	amplificationRate, amplificationBurst = 2000, 6000
-	queryCost, unaskedCost                = 1, 100
+	// agent's own users make it send queries; of all else the bystanders get a hundredth of that.
+	amplificationRate  = 2000
+	amplificationBurst = 6000
+	queryCost          = 1
+	unaskedCost        = 100
 )
 
 var (
@@ -143,8 +153,8 @@ const (
 	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
-	indirectAgainAfter = 300 * ms // more: those that have not voted
-	helperTimeout      = 350 * ms // a helper's vote
+	indirectAgainAfter = 300 * ms // more: those whose result has not come
+	helperTimeout      = 350 * ms // a helper's result
 	probeTimeout       = 600 * ms // the end of a round
 	suspicionTimeout   = 1500 * ms
 	stallTimeout       = 10 * time.Second
@@ -169,20 +179,20 @@ type msgKind uint8
 
 const (
 	msgHeartbeat      msgKind = iota
-	msgPing                   // Target: answer me
-	msgAck                    // I answer; Seq is the question's
-	msgIndirectProbe          // look at Target for me
-	msgProbeResult            // what I saw of Target
+	msgPing                   // wants a sign of life of Target
+	msgAck                    // answers a request; Seq is the request's
+	msgIndirectProbe          // asks a helper to probe Target
+	msgProbeResult            // a helper's result
 	msgBroadcast              // carries claims and user events
-	msgQuery                  // carries a query: answer it if you can
+	msgQuery                  // carries a query
 	msgReply                  // to a msgQuery
-	msgEventCheck             // tell me when you have my user events up to this one
-	msgEventRequest           // send me what comes after this user event of its sender
-	msgTCPProbe               // first frame of a session: who are you
-	msgLink                   // first frame: an idle link that tells of my death
-	msgSync                   // first frame: let us compare tables
-	msgHandshakeReply         // answer to a first frame
-	msgTable                  // a piece of the table
+	msgEventCheck             // wants an answer once the sender's user events up to this one have come
+	msgEventRequest           // wants what comes after this user event of its sender
+	msgTCPProbe               // first frame of a session: who answers there?
+	msgLink                   // first frame: an idle link whose end tells that the member has died
+	msgSync                   // first frame: a state sync
+	msgHandshakeReply         // answers a first frame
+	msgTable                  // a chunk of the table
 	msgBye                    // this link ends without anybody having died
 	// Later versions have more kinds, and this one takes no notice of them.
 )
@@ -203,22 +213,26 @@ type header struct {
 	Kind        msgKind
 	From        string
 	Incarnation uint64
-	Raised      uint64 // Incarnation minus Born; 0 until the member raised it
-	Number      uint64 // of this datagram among all of the sender's run
+	Raised      uint64 // Incarnation minus the instance; 0 until the member raised it
+	Number      uint64 // of this datagram among all of the sender's instance
 	Digest      uint64
-	Promise     uint32 // heartbeat: milliseconds until the next one to you; check: the asker's round trip to the target, if long
-	Seq         uint32 // of a question (any but a check wants a msgAck), and of its answer
-	Query       uint32 // the asker's number of a query
-	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing; a first frame: the dialler's address
-	Verdict     verdict
-	Reply       reply
-	More        bool   // msgTable: another piece follows; msgHandshakeReply: the node is in a cluster
-	Ext         string // for what later versions will say; this one does not look at it
+	// Promise is, in milliseconds, of a heartbeat: when the next one to the same receiver comes; of an indirect probe: the
+	// requester's round trip to the target, if that is long.
+	Promise uint32
+	Seq     uint32 // of a request (any but an indirect probe wants a msgAck), and of its answer
+	Query   uint32 // the asker's number of a query
+	// Target is whom a ping, an indirect probe or its result is about; of a chunk of a table, where it ends, and of the
+	// last one nothing; of a first frame, the dialler's address.
+	Target  string
+	Verdict verdict
+	Reply   reply
+	More    bool   // msgTable: another chunk follows; msgHandshakeReply: the node is in a cluster
+	Ext     string // for what later versions will say; this one does not look at it
 }
 
 func (hdr *header) born() uint64 { return hdr.Incarnation - hdr.Raised }
 
-// verdict is what one observer saw of a target, in rising weight as evidence that somebody is there.
+// verdict is what one observer saw of a target, in rising weight as evidence that a process is there.
 type verdict uint8
 
 const (
@@ -248,9 +262,11 @@ var wire = newCodec(&header{}, &update{}, &rpcRequest{}, &rpcResponse{})
 
 func newCodec(messages ...any) *codec {
 	c := &codec{ids: make(map[reflect.Type][]byte)}
-	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
+	c.enc = gob.NewEncoder(&c.buf)
+	c.dec = gob.NewDecoder(&c.in)
 	for _, m := range messages {
-		c.in.Reset(c.encode(nil, m)) // the first time with the type's definition
+		// The first message of a type brings the type's definition with it, all others do not.
+		c.in.Reset(c.encode(nil, m))
 		c.dec.Decode(m)
 		c.ids[reflect.TypeOf(m)] = c.encode(nil, m)[1:3] // length, then id
 	}
@@ -261,20 +277,23 @@ func newCodec(messages ...any) *codec {
 func (c *codec) encode(dst []byte, m any, us ...update) []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+
 	c.buf.Reset()
-	err := c.enc.Encode(m)
+	c.write(m)
 	for i := range us {
-		err = cmp.Or(err, c.enc.Encode(&us[i]))
-	}
-	if err != nil {
-		panic(err) // flat structs always encode
+		c.write(&us[i])
 	}
 	return append(dst, c.buf.Bytes()...)
 }
 
-// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
-// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
-// definitions, which could grow the decoder without bound, do not get in.
+func (c *codec) write(m any) {
+	err := c.enc.Encode(m)
+	if err != nil {
+		panic(err) // flat structs always encode
+	}
+}
+
+// decode decodes the message that opens b into m, which must be fresh, and returns what follows it.
 func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -283,39 +302,52 @@ func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 			err = fmt.Errorf("%w: %v", errMalformed, r)
 		}
 	}()
-	size, n := 0, 0 // n: of the length itself, as gob writes it
-	switch {
-	case len(b) > 0 && b[0] < 128:
-		size, n = int(b[0]), 1
-	case len(b) > 1 && b[0] == 0xff:
-		size, n = int(b[1]), 2
-	case len(b) > 2 && b[0] == 0xfe: // more than a frame holds
-		size, n = int(binary.BigEndian.Uint16(b[1:])), 3
-	}
-	if n == 0 || size > len(b)-n || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
+
+	// gob gets only what it can do no harm with: a message of the wanted type, of a length that is there. New
+	// definitions, which could grow the decoder without bound, do not get in.
+	size, prefix := messageSize(b)
+	if prefix == 0 || size > len(b)-prefix || !bytes.HasPrefix(b[prefix:], c.ids[reflect.TypeOf(m)]) {
 		return nil, errMalformed
 	}
-	c.in.Reset(b[:n+size])
+
+	c.in.Reset(b[:prefix+size])
 	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
 		return nil, errMalformed
 	}
-	return b[n+size:], nil
+	return b[prefix+size:], nil
+}
+
+// messageSize reads the length of the message that opens b; prefix is how many bytes gob takes for the length itself.
+// 0: there is none, or it is more than a frame holds.
+func messageSize(b []byte) (size, prefix int) {
+	switch {
+	case len(b) > 0 && b[0] < 128:
+		return int(b[0]), 1
+	case len(b) > 1 && b[0] == 0xff:
+		return int(b[1]), 2
+	case len(b) > 2 && b[0] == 0xfe:
+		return int(binary.BigEndian.Uint16(b[1:])), 3
+	}
+	return 0, 0
 }
 
 // decodeAll decodes updates up to the end of b.
 func (c *codec) decodeAll(b []byte) (us []update, err error) {
-	for len(b) > 0 && err == nil {
+	for len(b) > 0 {
 		var u update
 		b, err = c.decode(b, &u)
+		if err != nil {
+			return nil, err
+		}
 		us = append(us, u)
 	}
-	return us, err
+	return us, nil
 }
 
 // ---- seal ----
 
-// sealer closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
-// is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
+// sealer seals and opens what travels between ports of one kind. With keys everything is authenticated before anything
+// is decoded, together with its receiver, so that what was said to one instance cannot be replayed to another.
 type sealer struct {
 	cluster   string
 	keys      [][]byte // of 16, 24 or 32 bytes: the first one seals, any opens; see noKey
@@ -324,12 +356,13 @@ type sealer struct {
 }
 
 // noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is first.
-// So a cluster that runs gets its first key in three rounds, as it gets another one.
+// So a running cluster gets its first key in three rounds, as it gets another one.
 var noKey = []byte{}
 
-// sealsWithKey reports whether what is sent is encrypted, opensInClear whether what is not is taken.
+// sealsWithKey reports whether what is sent is encrypted.
 func (d *sealer) sealsWithKey() bool { return len(d.keys) > 0 && len(d.keys[0]) > 0 }
 
+// opensInClear reports whether what is not encrypted is taken.
 func (d *sealer) opensInClear() bool {
 	return len(d.keys) == 0 || slices.ContainsFunc(d.keys, func(key []byte) bool { return len(key) == 0 })
 }
@@ -343,65 +376,68 @@ func fingerprint(key []byte) string {
 	return fmt.Sprintf("%x", sum[:4])
 }
 
-// receiverHash tells in clear for whom something is, by a hash.
-func (d *sealer) receiverHash(whom string) []byte {
+// receiverHash tells the receiver, in clear, by a hash.
+func (d *sealer) receiverHash(receiver string) []byte {
 	h := fnv.New32a()
-	io.WriteString(h, d.cluster+"\x00"+whom)
+	io.WriteString(h, d.cluster+"\x00"+receiver)
 	return h.Sum(nil)
 }
 
-// blockFor is AES under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-func (d *sealer) blockFor(key []byte, whom string) cipher.Block {
-	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
+// blockFor is AES under a key that is derived from key for the receiver alone (HKDF-Expand, RFC 5869), in this cluster.
+func (d *sealer) blockFor(key []byte, receiver string) cipher.Block {
+	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+receiver, len(key))
 	block, _ := aes.NewCipher(derived)
 	return block
 }
 
-// aead is AES-GCM under the key for whom.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, or the pings to one name, get fewer. For anybody else than whom it does not open.
-func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
-	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, whom))
+// aead is AES-GCM under the receiver's key. For another receiver it does not open.
+func (d *sealer) aead(key []byte, receiver string) cipher.AEAD {
+	// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one
+	// instance, or the pings to one name, get fewer.
+	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, receiver))
 	return a
 }
 
-// seal appends to dst what data becomes for whom; open undoes that.
-func (d *sealer) seal(dst, data []byte, whom string) []byte {
-	dst = append(dst, d.receiverHash(whom)...)
+// seal appends data, sealed for the receiver, to dst.
+func (d *sealer) seal(dst, data []byte, receiver string) []byte {
+	dst = append(dst, d.receiverHash(receiver)...)
 	if !d.sealsWithKey() {
 		return append(dst, data...)
 	}
-	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
+	return d.aead(d.keys[0], receiver).Seal(dst, nil, data, nil)
 }
 
-func (d *sealer) open(b []byte, whom string) ([]byte, error) {
-	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(whom)) {
+// open returns the data that was sealed for the receiver.
+func (d *sealer) open(b []byte, receiver string) ([]byte, error) {
+	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(receiver)) {
 		return nil, errNotForMe
 	}
-	b = b[4:]
+
+	sealed := b[4:]
 	for _, key := range d.keys {
 		if len(key) == 0 {
 			continue
 		}
-		if data, err := d.aead(key, whom).Open(nil, nil, b, nil); err == nil {
+		data, err := d.aead(key, receiver).Open(nil, nil, sealed, nil)
+		if err == nil {
 			return data, nil
 		}
 	}
 	if d.opensInClear() {
-		return b, nil
+		return sealed, nil
 	}
 	return nil, errOtherKey
 }
 
 // Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and what is
-// sent to a member is of the highest that both understand. Those before 5 are nobody's.
+// sent to a member is of the highest that both understand. Those before 5 are not spoken any more.
 const (
 	protocolVersion = 5
-	maxProtocol     = 32 // of which is heard at all: what claims a higher one is noise
+	maxProtocol     = 32 // what claims a higher one is noise
 	protocolOldest  = max(protocolVersion-1, 5)
 )
 
-// spokenWith is the protocol in which a member is told something; theirs is the highest that it understands, 0: unknown.
+// spokenWith is the protocol for a member that understands theirs at most; 0: that is not known.
 func spokenWith(theirs uint8) uint8 {
 	if theirs == 0 {
 		return protocolOldest
@@ -414,18 +450,19 @@ func checkProtocol(theirs uint8) error {
 	if theirs < protocolOldest && theirs < 5 {
 		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
 	}
+	const oneAtATime = "one protocol at a time"
 	if theirs < protocolOldest {
-		return fmt.Errorf("%w %d, this agent %d: upgrade that one, one protocol at a time", errVersion, theirs, protocolVersion)
+		return fmt.Errorf("%w %d, this agent %d: upgrade that one, %s", errVersion, theirs, protocolVersion, oneAtATime)
 	}
 	if theirs > protocolVersion+1 {
-		return fmt.Errorf("%w %d, this agent %d: upgrade this one, one protocol at a time", errVersion, theirs, protocolVersion)
+		return fmt.Errorf("%w %d, this agent %d: upgrade this one, %s", errVersion, theirs, protocolVersion, oneAtATime)
 	}
 	return nil
 }
 
-// datagramFor is for whom a datagram is: a run of name, or (born 0) any.
-func datagramFor(name string, born uint64) string {
-	return "datagram " + strconv.FormatUint(born, 36) + " " + name
+// datagramFor names the receiver of a datagram: an instance of name, or (0) any of them.
+func datagramFor(name string, instance uint64) string {
+	return "datagram " + strconv.FormatUint(instance, 36) + " " + name
 }
 
 // sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a ping is.
@@ -434,15 +471,16 @@ func (d *sealer) sealDatagram(data []byte, to Member) []byte {
 	return d.seal(b, data, datagramFor(to.Name, to.Instance))
 }
 
-// openDatagram opens one for self; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, err error) {
+// openDatagram opens one for self; anyInstance: it was for any instance of the name. errNotForMe: it is of another
+// cluster, for the former owner of the address, or for a former instance.
+func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyInstance bool, err error) {
 	if len(b) == 0 {
 		return nil, false, errMalformed
 	}
 	if protocol := b[0]; protocol < protocolOldest || protocol > protocolVersion {
 		err := checkProtocol(protocol)
 		if err == nil || protocol > maxProtocol {
-			err = errMalformed // a later one speaks this one to this agent
+			err = errMalformed // a later version speaks this protocol to this agent
 		}
 		return nil, false, err
 	}
@@ -451,30 +489,34 @@ func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, 
 	}
 
 	data, err = d.open(b[1:], datagramFor(self.Name, self.Instance))
-	if errors.Is(err, errNotForMe) {
-		data, err = d.open(b[1:], datagramFor(self.Name, 0))
-		anyRun = true
+	if !errors.Is(err, errNotForMe) {
+		return data, false, err
 	}
-	return data, anyRun, err
+	data, err = d.open(b[1:], datagramFor(self.Name, 0))
+	return data, true, err
 }
 
 // ---- replay window ----
 
-// replayWindow tells which of the numbers that a run gives its datagrams have counted: none counts twice (RFC 4303,
-// section 3.4.3). What is windowSize behind the highest counts for nothing.
+// replayWindow tells which of the numbers that an instance gives its datagrams have counted: none counts twice (RFC
+// 4303, section 3.4.3). What is windowSize behind the highest does not count at all.
 type replayWindow struct {
 	top  uint64
 	seen uint64 // a bit for each number, from top down
 }
 
+// accept reports whether number counts, and notes that it has.
 func (w *replayWindow) accept(number uint64) bool {
 	if number > w.top {
-		w.seen, w.top = w.seen<<(number-w.top), number
+		w.seen <<= number - w.top
+		w.top = number
 	}
 	bit := uint64(1) << (w.top - number) // 0 when it is too far behind
-	fresh := number > 0 && bit > 0 && w.seen&bit == 0
+	if number == 0 || bit == 0 || w.seen&bit != 0 {
+		return false
+	}
 	w.seen |= bit
-	return fresh
+	return true
 }
 
 // isBehind reports whether number is too far below the highest to count.
@@ -482,10 +524,10 @@ func (w *replayWindow) isBehind(number uint64) bool {
 	return w.top >= windowSize && number <= w.top-windowSize
 }
 
-// handleAnswer takes the number of an answer. asked is what the highest was when its question was first sent: a sender
-// numbers on from what it has sent before, so that an answer below it shows that somebody has forged that highest
-// number. Where nobody can forge (with a key) no answer is below, however late it comes.
+// handleAnswer takes the number of an answer. asked is what the highest was when its request was first sent.
 func (w *replayWindow) handleAnswer(number, asked uint64) {
+	// A sender numbers on from what it has sent before. So a lower number shows that somebody has forged the highest one.
+	// Where nobody can forge (with a key) no answer is lower, however late it comes.
 	if number < asked {
 		*w = replayWindow{top: number, seen: ^uint64(0)}
 		return
@@ -505,12 +547,16 @@ type clock struct {
 	planned time.Duration // for how long nothing falls due
 }
 
-// advance runs the awake clock. A process that was stopped would blame everybody else for its own silence, so
-// a gap counts for no more than the planned wait and a little.
+// advance runs the awake clock.
 func (c *clock) advance(now time.Duration) {
+	// A process that was stopped would blame all others for its own silence. So a gap counts for no more than the planned
+	// wait and a little.
 	c.now += max(min(now-c.real, c.planned+lateBy), 0)
 	c.real = now
 }
+
+// planAnew forgets what was planned: nothing is due before longest is over.
+func (c *clock) planAnew(longest time.Duration) { c.planned = longest }
 
 // wakeAt asks to be woken at awake time t.
 func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
@@ -526,7 +572,8 @@ func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
 	if b.at == 0 {
 		b.tokens = burst
 	}
-	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
+	b.tokens = min(b.tokens+rate*(now-b.at).Seconds(), burst)
+	b.at = now
 	return b
 }
 
