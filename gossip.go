@@ -594,15 +594,15 @@ func (b *bucket) take() bool {
 // ---- node ----
 
 type packet struct {
-	to   Member // that run, or (Born 0) any of that name
+	to   Member // that instance, or (Instance 0) any of that name
 	data []byte
 }
 
 // outputs is all that a node wants done, in order.
 type outputs struct {
 	packets   []packet
-	tcpProbes []Member // look at these by TCP
-	links     []Member // all watch links that shall stand; nil: no change
+	tcpProbes []Member // probe these by TCP
+	links     []Member // all watch links that are wanted; nil: no change
 	syncs     []Member // compare tables with these
 	events    []Event
 	logs      []logLine
@@ -612,9 +612,9 @@ type outputs struct {
 	fatal     error         // the node must not go on
 }
 
-// nodeConfig is what a node is born with.
+// nodeConfig is what a node starts with.
 type nodeConfig struct {
-	member    Member // its Incarnation is its Born: see birth
+	member    Member // its Incarnation is its Instance: see newInstanceID
 	seeds     []string
 	retryMax  int // failed tries of each seed; 0: for ever
 	reapAfter time.Duration
@@ -640,7 +640,7 @@ type node struct {
 	identity    identity
 	queries     queries
 
-	amplification bucket // what those get who have never answered
+	amplification bucket // what is sent to those that have never answered
 	replayedPings bucket // answers to these, and to unknown senders
 }
 
@@ -648,10 +648,12 @@ type node struct {
 func newNode(cfg nodeConfig, now time.Duration) *node {
 	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
 	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
+
 	cfg.member.Status = statusAlive
 	cfg.member.Protocol = protocolVersion
 	n.self = n.table.apply(n.now, cfg.member, 0)
-	n.self.known = now // what a former run of this name has sent is over
+	n.self.known = now // what a former instance of this name has sent is over
+
 	n.heartbeats.linkAt = never
 	n.requests.ofPeer = make(map[string]int)
 	n.detector.lastHeard = n.now
@@ -672,33 +674,51 @@ func (n *node) advance(now time.Duration) {
 }
 
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
-// that had arrived before (a queued heartbeat acquits its sender).
+// that had arrived before (a queued heartbeat clears its sender).
 func (n *node) tick(now time.Duration) outputs {
 	n.advance(now)
-	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
+	n.planAnew(time.Second) // an isolated node has no heartbeats to wake it, and dead members to forget
+
 	n.requests.step(n)
 	if n.identity.leaving == 0 {
-		n.heartbeats.refresh(n)
-		n.heartbeats.step(n)
-		n.detector.step(n)
-		n.antiEntropy.step(n)
-		n.joining.step(n)
-		n.queries.step(n)
-		if n.heartbeats.version != n.table.version {
-			n.heartbeats.refresh(n)
-			n.wakeAt(n.now) // retries follow the new ring in the next tick
-		}
-	} else if n.wakeAt(n.identity.leaving); len(n.requests.open) == 0 || n.now >= n.identity.leaving {
-		n.out.left = true
+		n.stepMember()
+	} else {
+		n.stepLeave()
 	}
 	n.broadcasts.step(n)
+
 	o := n.out
-	o.events = append(o.events, n.table.events...)
+	n.out = outputs{}
+	o.events = append(o.events, n.table.takeEvents()...)
 	o.wake = n.real + n.planned
-	n.out, n.table.events = outputs{}, nil
 	return o
 }
 
+// stepMember does what is due in the parts of a node that is not leaving.
+func (n *node) stepMember() {
+	n.heartbeats.refresh(n)
+	n.heartbeats.step(n)
+	n.detector.step(n)
+	n.antiEntropy.step(n)
+	n.joining.step(n)
+	n.queries.step(n)
+
+	if n.heartbeats.version != n.table.version {
+		n.heartbeats.refresh(n)
+		n.wakeAt(n.now) // retries follow the new ring in the next tick
+	}
+}
+
+// stepLeave ends the leave when all that were told have acknowledged it, or its time is over.
+func (n *node) stepLeave() {
+	acknowledged := len(n.requests.open) == 0
+	if acknowledged || n.now >= n.identity.leaving {
+		n.out.left = true
+	}
+	n.wakeAt(n.identity.leaving)
+}
+
+// jitter is a random part of d, so that members do not act in step.
 func (n *node) jitter(d time.Duration) time.Duration { return time.Duration(n.rng.Int64N(int64(d))) }
 
 func (n *node) logf(level logLevel, format string, a ...any) {
@@ -734,28 +754,32 @@ func (l logger) printf(level logLevel, format string, a ...any) {
 	l(logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// isPlausible is the rule about Lamport times from outside: none is far above all that is known, or one forged datagram
-// with the highest number of all would end events for good. About incarnations see isPlausibleClaim.
-// What is known at the start may be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
+// isPlausible is the rule about Lamport times from outside: none is far above all that is known. About incarnations see
+// isPlausibleClaim.
 func (n *node) isPlausible(number, known uint64) bool {
-	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
+	// One forged datagram with the highest number of all would end events for good. What is known at the start may be of
+	// 1970, for want of a clock; the limit grows, so that it can be exceeded.
+	const floor, room = 1 << 56, 1 << 48 // as times of starts: the year 2109, 198 days
 	return number <= max(known, floor)+room+uint64(n.now/ms)<<instanceRandomBits
 }
 
 // ---- the verbs ----
 
+// header is the header of a message of kind k from this node.
 func (n *node) header(k msgKind) header {
-	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation, Raised: n.self.Incarnation - n.self.Instance}
+	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation}
+	hdr.Raised = n.self.Incarnation - n.self.Instance
+
 	switch k {
-	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for that of the answer, which is never larger
+	case msgHeartbeat, msgPing, msgAck: // a ping's digest makes room for the answer's: no answer is larger than its ping
 		hdr.Digest = n.calmDigest()
-	case msgSync, msgHandshakeReply:
-		hdr.Digest = n.digest()
-	}
-	switch k {
-	case msgSync, msgTCPProbe: // another holder of the name can then say where this node lives
+	case msgTCPProbe:
 		hdr.Target = n.self.Addr.String()
+	case msgSync:
+		hdr.Digest = n.digest()
+		hdr.Target = n.self.Addr.String() // another holder of the name can then say where this node lives
 	case msgHandshakeReply:
+		hdr.Digest = n.digest()
 		hdr.More = n.inCluster()
 	}
 	return hdr
@@ -795,40 +819,46 @@ func (n *node) allows(m Member, k msgKind) bool {
 
 func (n *node) spend(m Member, k msgKind) { n.amplification.spend(n.amplificationCost(m, k)) }
 
-// send sends h and a body of updates to one run of a member.
+// send sends a header and a body of updates to one instance of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
-	if hdr.Kind != msgAck { // which is never larger than what was asked
+	// An answer is never larger than its request, and so amplifies nothing.
+	if hdr.Kind != msgAck {
 		if !n.allows(to, hdr.Kind) {
 			return
 		}
 		n.spend(to, hdr.Kind)
 	}
 
-	if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
+	e := n.table.get(to.Name)
+	if to.Protocol == 0 && e != nil {
 		to.Protocol = e.Protocol
 	}
+
 	n.number++
 	hdr.Number = n.number
-	n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
+	data := append(wire.encode(nil, &hdr), body...)
+	n.out.packets = append(n.out.packets, packet{to, data})
 }
 
-// ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
+// ping asks the member for a sign of life: any instance of m.Name at m.Addr, to find one that has restarted.
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
-	hdr.Target, hdr.Seq = m.Name, n.nonce()
+	hdr.Target = m.Name
+	hdr.Seq = n.nonce()
 	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never, sent: n.now})
+
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
 
-// sendReliable sends m a letter.
+// sendReliable sends m a datagram until it is acknowledged.
 func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Duration) {
 	hdr.Seq = n.nonce()
 	n.addRequest(request{m: m, h: hdr, body: body, until: n.now + within})
 	n.wakeAt(n.now)
 }
 
-// addRequest notes a question.
+// addRequest opens a request.
 func (n *node) addRequest(q request) {
 	e := n.table.get(q.m.Name)
 	if e != nil && e.Instance == q.m.Instance {
@@ -837,30 +867,32 @@ func (n *node) addRequest(q request) {
 	n.requests.add(q)
 }
 
-// nonce is a number that nobody can guess.
+// nonce is a number that cannot be guessed.
 func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 
-// tcpProbe has TCP look at m.
+// tcpProbe has m probed by TCP.
 func (n *node) tcpProbe(m Member) {
-	if n.allows(m, msgTCPProbe) {
-		n.spend(m, msgTCPProbe)
-		n.out.tcpProbes = append(n.out.tcpProbes, m)
+	if !n.allows(m, msgTCPProbe) {
+		return
 	}
+	n.spend(m, msgTCPProbe)
+	n.out.tcpProbes = append(n.out.tcpProbes, m)
 }
 
-// sync has TCP compare tables with m.
+// sync has tables compared with m, by TCP.
 func (n *node) sync(m Member) {
-	if n.allows(m, msgSync) {
-		n.spend(m, msgSync)
-		n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
-		n.out.syncs = append(n.out.syncs, m)
+	if !n.allows(m, msgSync) {
+		return
 	}
+	n.spend(m, msgSync)
+	n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
+	n.out.syncs = append(n.out.syncs, m)
 }
 
-// sendClaim tells m one claim, directly: a flood stays on its own side of a split.
+// sendClaim tells m one claim, directly: a broadcast stays on its own side of a split.
 func (n *node) sendClaim(m Member, u update) { n.send(m, n.header(msgBroadcast), wire.encode(nil, &u)) }
 
-// applyAndBroadcast believes m and tells everybody.
+// applyAndBroadcast believes m and tells all members.
 func (n *node) applyAndBroadcast(m Member) {
 	if e := n.table.apply(n.now, m, 0); e != nil {
 		n.broadcast(e)
@@ -877,10 +909,10 @@ func (u *update) age() time.Duration { return time.Duration(min(u.Age, 1<<40)) *
 
 // ---- requests ----
 
-// request is a datagram that wants an answer: a ping, or a letter, which is sent again, less and less often,
-// until its time is over or the run that it is for is gone. It counts for one answer: a recorded one proves nothing.
+// request is a datagram that wants an answer: a ping, or a reliable send. It counts for one answer: a recorded one
+// proves nothing.
 type request struct {
-	m     Member // the run that is asked
+	m     Member // the instance that is asked
 	h     header
 	asked uint64 // the highest number of its datagrams, before
 	body  []byte
@@ -893,7 +925,7 @@ type request struct {
 type requests struct {
 	open   []*request
 	ofPeer map[string]int // how many of them each name has
-	rate   bucket         // of letters
+	rate   bucket         // of reliable sends
 }
 
 func (qs *requests) add(q request) {
@@ -904,7 +936,7 @@ func (qs *requests) add(q request) {
 	qs.ofPeer[q.m.Name]++
 }
 
-// removed is told that q is not open any more.
+// removed notes that q is not open any more.
 func (qs *requests) removed(q *request) {
 	qs.ofPeer[q.m.Name]--
 	if qs.ofPeer[q.m.Name] == 0 {
@@ -917,27 +949,53 @@ func (qs *requests) removeAll() {
 	clear(qs.ofPeer)
 }
 
+// takeAnswered removes the request of name that carries seq, and returns it; nil: there is none.
+func (qs *requests) takeAnswered(name string, seq uint32) *request {
+	i := slices.IndexFunc(qs.open, func(q *request) bool { return q.h.Seq == seq && q.m.Name == name })
+	if i < 0 {
+		return nil
+	}
+	q := qs.open[i]
+	qs.open = slices.Delete(qs.open, i, i+1)
+	qs.removed(q)
+	return q
+}
+
+// step sends what is due, and drops the requests whose time is over or whose receiver is gone.
 func (qs *requests) step(n *node) {
 	qs.rate.fill(n.now, reliableRate, reliableBurst)
-	qs.open = slices.DeleteFunc(qs.open, func(q *request) bool {
-		due := n.now >= q.at && n.now < q.until && qs.rate.take()
-		if n.now >= q.until || due && n.table.ended(q.m) {
+	open := qs.open[:0]
+	for _, q := range qs.open {
+		if n.now >= q.until {
 			qs.removed(q)
-			return true
+			continue
 		}
-		if due {
-			twice := 2 * n.roundTripTo(q.m)
-			q.sent = 0
-			if q.wait == 0 {
-				q.sent = n.now
+
+		if n.now >= q.at && qs.rate.has(1) {
+			qs.rate.spend(1)
+			if n.table.ended(q.m) {
+				qs.removed(q)
+				continue
 			}
-			q.wait = max(min(2*q.wait, time.Second), resendAfter, twice)
-			q.at = n.now + q.wait
-			n.send(q.m, q.h, q.body)
+			q.send(n)
 		}
 		n.wakeAt(max(q.at, n.now+ms))
-		return false
-	})
+		open = append(open, q)
+	}
+	clear(qs.open[len(open):])
+	qs.open = open
+}
+
+// send sends a request once more, or for the first time, and plans the next time: less and less often.
+func (q *request) send(n *node) {
+	first := q.wait == 0
+	q.sent = 0
+	if first {
+		q.sent = n.now
+	}
+	q.wait = max(min(2*q.wait, time.Second), resendAfter, 2*n.roundTripTo(q.m))
+	q.at = n.now + q.wait
+	n.send(q.m, q.h, q.body)
 }
 
 // ---- datagrams in ----

@@ -488,6 +488,13 @@ func (t *table) release(now time.Duration, e *entry) {
 	}
 }
 
+// takeEvents returns the events since the last time.
+func (t *table) takeEvents() []Event {
+	events := t.events
+	t.events = nil
+	return events
+}
+
 // change lets f change e, and brings about what follows: in the sums, on the rings, and as events.
 func (t *table) change(now time.Duration, e *entry, f func()) {
 	was := *e
