@@ -582,6 +582,17 @@ func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
 
 func (b *bucket) spend(cost float64) { b.tokens -= cost }
 
+// debt is how long it takes until the tokens are not below 0.
+func (b *bucket) debt(rate float64) time.Duration {
+	return time.Duration(max(0, -b.tokens) / rate * float64(time.Second))
+}
+
+// takeEvery takes a token, of which one comes in each interval, and burst may lie. It reports whether there was one.
+func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
+	b.fill(now, 1/interval.Seconds(), burst)
+	return b.take()
+}
+
 // take takes a token, if there is one.
 func (b *bucket) take() bool {
 	if b.tokens < 1 {
@@ -803,7 +814,7 @@ func (n *node) calmDigest() uint64 {
 // have answered at their address cost nothing.
 func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	e := n.table.get(m.Name)
-	if e != nil && e.Addr == m.Addr && e.peer().validated {
+	if e != nil && e.Addr == m.Addr && e.isValidated() {
 		return 0
 	}
 	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
@@ -1000,18 +1011,18 @@ func (q *request) send(n *node) {
 
 // ---- datagrams in ----
 
-// dealings is what the protocol has had to do with one run of a member.
+// peerState is what the protocol knows of one instance of a member.
 type peerState struct {
 	datagrams     replayWindow
 	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
-	validated     bool          // it has answered: somebody lives at its address
+	validated     bool          // it has answered: a process lives at its address
 	greeted       bool          // it watches this node and has been sent a heartbeat
-	due           time.Duration // when it is overdue, if I watch it
+	due           time.Duration // when it is overdue, if this node watches it
 	claimRate     bucket        // with what is believed of it
 	eventRate     bucket        // with user events that it has missed
 	pingRate      bucket        // with pings that others bring about
 	tcpOnly       int           // probes in a row that only TCP answered
-	syncedDigests uint64        // both digests after the last comparison of tables
+	syncedDigests uint64        // both digests after the last state sync
 	newsRate      bucket        // with news that it may have missed
 	line          line
 	heard         []heardQuery // its queries whose time is not over
@@ -1037,11 +1048,23 @@ type flapState struct {
 	heldUntil time.Duration // when the held one is probed again; 0: not yet planned
 }
 
+// peer is the state of e, for what writes it: it is made when it is not there.
 func (e *entry) peer() *peerState {
 	if e.state == nil {
 		e.state = &peerState{}
 	}
 	return e.state
+}
+
+// isValidated reports whether e has answered at its address.
+func (e *entry) isValidated() bool { return e.state != nil && e.state.validated }
+
+// roundTrip is how long an answer of e takes; 0: that is not known.
+func (e *entry) roundTrip() time.Duration {
+	if e.state == nil {
+		return 0
+	}
+	return e.state.line.roundTrip()
 }
 
 // line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer is
@@ -1055,11 +1078,19 @@ func (l *line) roundTrip() time.Duration { return max(l.roundTrips[0], l.roundTr
 
 // isSettled reports whether the line needs no measurement: it is short, or its last two agree and are not old.
 func (l *line) isSettled(now time.Duration) bool {
-	longer, shorter := l.roundTrip(), min(l.roundTrips[0], l.roundTrips[1])
+	longer := l.roundTrip()
 	if longer <= shortLine {
 		return longer > 0
 	}
+	shorter := min(l.roundTrips[0], l.roundTrips[1])
 	return longer < 3*shorter+shortLine && now < l.remeasureAt
+}
+
+// note takes a measured round trip; the line is measured again at remeasureAt.
+func (l *line) note(took, remeasureAt time.Duration) {
+	l.roundTrips[1] = l.roundTrips[0]
+	l.roundTrips[0] = min(max(took, 1), longestLine)
+	l.remeasureAt = remeasureAt
 }
 
 // noteRoundTrip notes how long an answer of that instance of name took.
@@ -1068,27 +1099,26 @@ func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
 	if e == nil || e == n.self || e.Instance != instance {
 		return
 	}
-	l := &e.peer().line
-	l.roundTrips[1] = l.roundTrips[0]
-	l.roundTrips[0] = min(max(took, 1), longestLine)
-	l.remeasureAt = n.now + remeasureAfter + n.jitter(remeasureAfter) // or all would be measured in the same moments
+	// The jitter keeps all lines from being measured in the same moments.
+	e.peer().line.note(took, n.now+remeasureAfter+n.jitter(remeasureAfter))
 }
 
 // roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the longest
 // to those that this node watches, or that watch it.
 func (n *node) roundTripTo(m Member) time.Duration {
 	e := n.table.get(m.Name)
-	if e != nil && e.Instance == m.Instance && e.state != nil && e.state.line.roundTrip() > 0 {
-		return e.state.line.roundTrip()
+	if e != nil && e.Instance == m.Instance && e.roundTrip() > 0 {
+		return e.roundTrip()
 	}
 	return n.longestRoundTrip()
 }
 
 func (n *node) longestRoundTrip() (longest time.Duration) {
-	for _, es := range [][]*entry{n.heartbeats.watchers, n.heartbeats.watched} {
-		for _, e := range es {
-			longest = max(longest, e.peer().line.roundTrip())
-		}
+	for _, e := range n.heartbeats.watchers {
+		longest = max(longest, e.roundTrip())
+	}
+	for _, e := range n.heartbeats.watched {
+		longest = max(longest, e.roundTrip())
 	}
 	return longest
 }
@@ -1096,49 +1126,64 @@ func (n *node) longestRoundTrip() (longest time.Duration) {
 // overdueMargin is how much later than promised a heartbeat of m may come: a longer line varies by more.
 func (n *node) overdueMargin(m Member) time.Duration { return max(overdueAfter, n.roundTripTo(m)/4) }
 
-// handleDatagram takes one datagram, already opened; anyRun: it was not for this run alone.
-func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error {
+// handleDatagram takes one datagram, already opened; anyInstance: it was for any instance of this node's name.
+func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) error {
 	var hdr header
 	body, err := wire.decode(b, &hdr)
 	if err != nil {
 		return err
 	}
-	e := n.table.get(hdr.From)
-	switch {
-	case hdr.Raised > hdr.Incarnation:
+	if hdr.Raised > hdr.Incarnation {
 		return errMalformed
-	case hdr.Kind > msgEventRequest && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
-		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
-	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
-	case hdr.Kind == msgPing:
-		n.handlePing(e, from, hdr, len(b))
-	case hdr.Kind == msgAck:
-		n.handleAck(hdr)
-	case e == nil || e == n.self || e.Instance != hdr.born(): // a run that is not remembered comes in by an exchange
-		n.handleUnknownHeartbeat(e, hdr)
-	case e.peer().datagrams.isBehind(hdr.Number):
-		n.handleBehind(e, hdr)
-	default:
-		fresh := e.peer().datagrams.accept(hdr.Number)
-		if fresh {
-			n.detector.lastHeard = n.now
-			e.peer().path.source = from
-			return n.handleMessage(e, from, hdr, len(b), body)
-		}
 	}
-	return nil
+	framesOnly := hdr.Kind > msgEventRequest && hdr.Kind <= msgBye
+	if framesOnly || anyInstance && hdr.Kind != msgPing {
+		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
+	}
+
+	e := n.table.get(hdr.From)
+	if e == n.self && hdr.born() == n.self.Instance {
+		return nil // it came from this node, and was sent back
+	}
+	switch hdr.Kind {
+	case msgPing:
+		n.handlePing(e, from, hdr, len(b))
+		return nil
+	case msgAck:
+		n.handleAck(hdr)
+		return nil
+	}
+
+	// An instance that is not remembered comes in by a state sync.
+	if e == nil || e == n.self || e.Instance != hdr.born() {
+		n.handleUnknownHeartbeat(e, hdr)
+		return nil
+	}
+	if e.peer().datagrams.isBehind(hdr.Number) {
+		n.handleBehind(e, hdr)
+		return nil
+	}
+	fresh := e.peer().datagrams.accept(hdr.Number)
+	if !fresh {
+		return nil
+	}
+	n.detector.lastHeard = n.now
+	e.peer().path.source = from
+	return n.handleMessage(e, from, hdr, len(b), body)
 }
 
-// handlePing answers a ping. Anybody can play a recorded one again and again, also without a key: those that have come
-// before, and those of a sender that is not remembered, get so many answers a second, all together.
+// handlePing answers a ping.
 func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	if hdr.Target != n.self.Name {
 		return // it was meant for a former owner of this address
 	}
+
 	fresh := false
 	if e != nil && e.Instance == hdr.born() {
 		fresh = e.peer().datagrams.accept(hdr.Number)
 	}
+	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and those of a
+	// sender that is not remembered, get so many answers a second, all together.
 	if !fresh {
 		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
 		if !n.replayedPings.has(1) {
@@ -1149,53 +1194,64 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	n.sendAck(from, hdr, size)
 }
 
-// handleBehind handles what is far below the highest number of e. It does not count. But without a key, somebody may have
-// forged that highest number; so, if e waits for an answer, it is pinged, and what it answers shows where it is.
+// handleBehind handles what is far below the highest number of e. It does not count. But without a key, that highest
+// number may be forged; so, if e waits for an answer, it is pinged, and its own answer shows which number it has reached.
 func (n *node) handleBehind(e *entry, hdr header) {
 	if hdr.Seq != 0 {
 		n.pingAtBoundedRate(e)
 	}
 }
 
-// pingAtBoundedRate pings e, since somebody said something that only e can settle.
+// pingAtBoundedRate pings e about something that only e can settle.
 func (n *node) pingAtBoundedRate(e *entry) {
-	rate := &e.peer().pingRate
-	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
-	if rate.has(1) {
-		rate.spend(1)
+	allowed := e.peer().pingRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
 		n.ping(e.Member)
 	}
 }
 
 // handleMessage takes what counts: e has sent it just now.
 func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int, body []byte) error {
-	if hdr.Seq != 0 && hdr.Kind != msgIndirectProbe && hdr.Kind != msgProbeResult && hdr.Kind != msgEventCheck {
+	if hdr.wantsAck() {
 		n.sendAck(from, hdr, size)
 	}
 	n.noteContact(e, hdr)
+
 	us, err := wire.decodeAll(body)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case hdr.Kind == msgIndirectProbe:
+	}
+	switch hdr.Kind {
+	case msgIndirectProbe:
 		n.detector.handleIndirectProbe(n, e, hdr)
-	case hdr.Kind == msgProbeResult:
+	case msgProbeResult:
 		n.detector.handleProbeResult(n, e, hdr, us)
-	case hdr.Kind == msgQuery:
+	case msgQuery:
 		return n.queries.handleQuery(n, e, hdr, us)
-	case hdr.Kind == msgReply:
+	case msgReply:
 		n.queries.handleAnswer(n, e, hdr, us)
-	case hdr.Kind == msgEventCheck:
+	case msgEventCheck:
 		return n.handleEventCheck(e, from, hdr, size, us)
-	case hdr.Kind == msgEventRequest:
+	case msgEventRequest:
 		return n.handleEventRequest(e, us)
-	case hdr.Kind == msgBroadcast:
+	case msgBroadcast:
 		return n.handleBroadcast(e, us)
 	}
 	return nil
 }
 
-// handleBroadcast takes what by has flooded. One bad update costs that update; the first is returned as an error.
+// wantsAck reports whether the datagram is to be acknowledged at once. An indirect probe is answered by its result, and
+// an event check when the events are there.
+func (hdr *header) wantsAck() bool {
+	switch hdr.Kind {
+	case msgIndirectProbe, msgProbeResult, msgEventCheck:
+		return false
+	}
+	return hdr.Seq != 0
+}
+
+// handleBroadcast takes what the member has broadcast. One bad update costs that update; the first is returned as an
+// error.
 func (n *node) handleBroadcast(by *entry, us []update) error {
 	var first error
 	for i := range us {
@@ -1207,10 +1263,11 @@ func (n *node) handleBroadcast(by *entry, us []update) error {
 	return first
 }
 
-// sendAck acknowledges a datagram of size bytes. It is never larger, since the source may be forged.
+// sendAck acknowledges a datagram of size bytes. The answer is never larger, since the source may be forged.
 func (n *node) sendAck(to netip.AddrPort, hdr header, size int) {
 	a := n.header(msgAck)
-	a.Seq, a.Number = hdr.Seq, n.number+1
+	a.Seq = hdr.Seq
+	a.Number = n.number + 1
 	if len(wire.encode(nil, &a)) > size {
 		a.Digest = 0
 	}
@@ -1219,53 +1276,63 @@ func (n *node) sendAck(to netip.AddrPort, hdr header, size int) {
 	}
 }
 
-// handleAck takes the answer to a question of mine.
+// handleAck takes the answer to a request of this node.
 func (n *node) handleAck(hdr header) {
-	qs := &n.requests
-	i := slices.IndexFunc(qs.open, func(q *request) bool { return q.h.Seq == hdr.Seq && q.m.Name == hdr.From })
-	if i < 0 {
+	q := n.requests.takeAnswered(hdr.From, hdr.Seq)
+	if q == nil {
 		return
 	}
-	q := qs.open[i]
-	qs.open = slices.Delete(qs.open, i, i+1)
-	qs.removed(q)
-	if q.m.Addr != n.self.Addr || q.m.Name != n.self.Name {
+	askedItself := q.m.Addr == n.self.Addr && q.m.Name == n.self.Name
+	if !askedItself {
 		n.detector.lastHeard = n.now
 	}
+
 	e := n.table.get(q.m.Name)
+	sameInstance := hdr.born() == q.m.Instance
 	switch {
-	case e == n.self && hdr.born() == q.m.Instance: // a conflict
-		n.detector.handleSignOfLife(n, q.m)
-	case e == nil || e.Instance != q.m.Instance:
-	case hdr.born() != q.m.Instance:
+	case e == n.self: // a name conflict: the other holder was asked
+		if sameInstance {
+			n.detector.handleSignOfLife(n, q.m)
+		}
+	case e == nil || e.Instance != q.m.Instance: // what was asked does not count any more
+	case !sameInstance:
 		if e.Status == statusFailed { // it has restarted, and may know nobody to join
 			n.sync(e.Member)
 		}
 	default:
-		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
-		n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
-		if q.sent > 0 {
-			n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
-		}
-		if q.h.Kind == msgEventCheck {
-			n.broadcasts.flow.checked(e)
-		}
-		if q.h.Kind == msgQuery {
-			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
-		}
-		n.noteValidated(e)
-		n.detector.handleSignOfLife(n, q.m)
-		n.noteContact(e, hdr)
-		n.noteDeadAnswer(e)
+		n.noteAck(q, e, hdr)
 	}
 }
 
-// noteDeadAnswer looks whether e has answered that is believed to have failed. It has been told so, and refutes that. If
-// it does not it may not count what this node sends: of two agents with this node's name it knows the other one.
+// noteAck notes that e, the instance that was asked, has answered request q at its address.
+func (n *node) noteAck(q *request, e *entry, hdr header) {
+	e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
+	n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
+	if q.sent > 0 {
+		n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+	}
+
+	switch q.h.Kind {
+	case msgEventCheck:
+		n.broadcasts.flow.checked(e)
+	case msgQuery:
+		n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
+	}
+
+	n.noteValidated(e)
+	n.detector.handleSignOfLife(n, q.m)
+	n.noteContact(e, hdr)
+	n.noteDeadAnswer(e)
+}
+
+// noteDeadAnswer looks whether e has answered that is believed to have failed.
 func (n *node) noteDeadAnswer(e *entry) {
 	if e.Status != statusFailed {
 		return
 	}
+
+	// It has been told so, and refutes that. If it does not, it may not accept what this node sends: of two agents with
+	// this node's name it knows the other one.
 	e.peer().path.deadAnswers++
 	if e.peer().path.deadAnswers > 1 {
 		e.peer().path.deadAnswers = 0
@@ -1275,10 +1342,11 @@ func (n *node) noteDeadAnswer(e *entry) {
 
 // noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
 func (n *node) noteHostValidated(e *entry) {
-	if !e.peer().validated {
-		e.peer().validated = true
-		n.heartbeats.planLinks(n) // if it watches this node
+	if e.isValidated() {
+		return
 	}
+	e.peer().validated = true
+	n.heartbeats.planLinks(n) // if it watches this node
 }
 
 // noteAnswered notes that e answered something just now, wherever: this node is not cut off.
@@ -1301,66 +1369,88 @@ func (n *node) noteValidated(e *entry) {
 	n.table.release(n.now, e)
 }
 
-// noteUnanswered is told that w, a watcher, is sent a heartbeat and has never answered one. If it is heard all the same, the
-// address that it advertises is not its own, or does not lead here: it counts as alive, and what is sent to it is lost.
+// noteUnanswered notes that w, a watcher, is sent a heartbeat and has never answered one.
 func (n *node) noteUnanswered(w *entry) {
-	peer := w.peer()
-	switch {
-	case !peer.path.source.IsValid():
+	path := &w.peer().path
+	if !path.source.IsValid() {
 		return
-	case peer.path.unansweredSince == 0:
-		peer.path.unansweredSince = n.now
-		n.tcpProbe(w.Member) // UDP may be what is blocked
-	case n.now-peer.path.unansweredSince > unansweredFor:
-		where := w.Addr.String()
-		if peer.path.occupant != "" {
-			where += fmt.Sprintf(" (%s does)", peer.path.occupant)
-		}
-		n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: what is sent to it from here, %s, is lost",
-			w.Name, peer.path.source, where, n.self.Addr)
 	}
+	if path.unansweredSince == 0 {
+		path.unansweredSince = n.now
+		n.tcpProbe(w.Member) // UDP may be what is blocked
+		return
+	}
+	if n.now-path.unansweredSince <= unansweredFor {
+		return
+	}
+
+	// It is heard all the same, so the address that it advertises is not its own, or does not lead there from this host.
+	// It counts as alive, and what is sent to it is lost.
+	where := w.Addr.String()
+	if path.occupant != "" {
+		where += fmt.Sprintf(" (%s does)", path.occupant)
+	}
+	n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: "+
+		"what is sent to it from here, %s, is lost", w.Name, path.source, where, n.self.Addr)
 }
 
 // warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
 func (n *node) warnOfAddress(format string, a ...any) {
-	if n.identity.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
-		n.logf(levelWarn, ""+format+". Each agent must advertise an address at which all others reach it: see -advertise", a...)
+	allowed := n.identity.addressWarned.takeEvery(warnEvery, 1, n.now)
+	if !allowed {
+		return
 	}
+	const hint = ". Each agent must advertise an address at which all others reach it: see -advertise"
+	n.logf(levelWarn, "%s", fmt.Sprintf(format, a...)+hint)
 }
 
-// noteContact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
+// noteContact looks whether e, which has just said something, needs to be told something: that it is believed to be dead,
+// or that the tables differ.
 func (n *node) noteContact(e *entry, hdr header) {
 	if e.Status != statusAlive || hdr.Incarnation != e.Incarnation {
-		if e.peer().claimRate.fill(n.now, 1/claimInterval.Seconds(), 1).take() {
-			n.sendClaim(e.Member, n.claim(e)) // it refutes, or tells the news of itself that I have missed
-		}
+		n.sendOwnClaim(e)
 		return
 	}
 	e.peer().tcpOnly = 0
 	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
-		e.peer().path.missingBeats = 0
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + n.overdueMargin(e.Member)
-		n.detector.handleSignOfLife(n, e.Member)
+		n.noteHeartbeat(e, hdr.Promise)
 	}
+
 	if e.isolated {
-		n.ping(e.Member) // I hear it; does it hear me?
+		n.ping(e.Member) // it is heard; does it hear this node?
 		return
 	}
 	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
 	}
 	if hdr.Digest != 0 && hdr.Digest != n.digest() && hdr.Digest != n.calmDigest() {
-		if e.peer().validated {
+		if e.isValidated() {
 			n.broadcasts.sendRecent(n, e)
 		}
 		n.antiEntropy.requestSync(n, e, hdr.Digest)
 	}
 }
 
+// sendOwnClaim tells e what is believed of it. It refutes that, or answers with the news of itself that this node has
+// missed.
+func (n *node) sendOwnClaim(e *entry) {
+	allowed := e.peer().claimRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
+		n.sendClaim(e.Member, n.claim(e))
+	}
+}
+
+// noteHeartbeat notes a heartbeat of e, which promises the next one within so many milliseconds.
+func (n *node) noteHeartbeat(e *entry, promise uint32) {
+	e.peer().path.missingBeats = 0
+	e.peer().due = n.now + min(time.Duration(promise)*ms, maxPromise) + n.overdueMargin(e.Member)
+	n.detector.handleSignOfLife(n, e.Member)
+}
+
 // ---- broadcasts ----
 
-// broadcasts is what is to be flooded, and the user events that are remembered.
+// broadcasts is what is to be broadcast, and the user events that are remembered.
 type broadcasts struct {
 	claims  broadcastQueue
 	news    broadcastQueue // user events, which are sent faster: acknowledgements bound their number
@@ -1387,26 +1477,47 @@ type recentEntry struct {
 	at time.Duration
 }
 
-// broadcast has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
+// appendBounded appends item to list, which loses its oldest one for it when there are limit of them.
+func appendBounded[T any](list []T, limit int, item T) []T {
+	return append(list[max(0, len(list)-limit+1):], item)
+}
+
+// broadcast has all members told of e.
 func (n *node) broadcast(e *entry) {
 	if n.joining.joinedAt == 0 {
-		return
+		return // all that a node knows before it has come in is what a table just told it
 	}
 	u := n.claim(e)
 	n.broadcasts.claims.add(&u)
+	n.broadcasts.noteRecent(e, n.now)
+}
 
-	s := &n.broadcasts
+// noteRecent notes that e's claim is being broadcast.
+func (s *broadcasts) noteRecent(e *entry, now time.Duration) {
 	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return r.e == e })
-	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], recentEntry{e, n.now})
+	s.recent = appendBounded(s.recent, maxRecent, recentEntry{e, now})
 }
 
 // sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long line,
 // each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to compare
 // tables takes four round trips, and this one.
 func (s *broadcasts) sendRecent(n *node, to *entry) {
-	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return n.now-r.at > recentFor })
-	var body []byte
+	body := s.recentClaims(n, to)
+	if len(body) == 0 {
+		return
+	}
+	allowed := to.peer().newsRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
+		n.send(to.Member, n.header(msgBroadcast), body)
+	}
+}
+
+// recentClaims are the latest claims about others than to, as many as fit into a datagram.
+func (s *broadcasts) recentClaims(n *node, to *entry) (body []byte) {
 	for _, r := range slices.Backward(s.recent) {
+		if n.now-r.at > recentFor {
+			break // and all others are older
+		}
 		if r.e == to || r.e.reaped {
 			continue
 		}
@@ -1417,17 +1528,12 @@ func (s *broadcasts) sendRecent(n *node, to *entry) {
 		}
 		body = longer
 	}
-
-	rate := &to.peer().newsRate
-	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
-	if len(body) > 0 && rate.has(1) {
-		rate.spend(1)
-		n.send(to.Member, n.header(msgBroadcast), body)
-	}
+	return body
 }
 
+// add queues an update. What overflows is left to anti-entropy.
 func (q *broadcastQueue) add(u *update) {
-	q.queue = append(q.queue[max(0, len(q.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
+	q.queue = appendBounded(q.queue, maxQueue, wire.encode(nil, u))
 }
 
 func (s *broadcasts) step(n *node) {
@@ -1437,80 +1543,96 @@ func (s *broadcasts) step(n *node) {
 	s.news.flush(n, eventRate, eventBurst)
 }
 
-// flush sends the queue to all watchers: at once when the line was idle, else in batches, rate packets a second.
+// flush sends the queue to its receivers: at once when the line was idle, else in batches, rate packets a second.
 func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 	q.rate.fill(n.now, rate, burst)
-	if len(q.queue) > 0 && n.now >= q.flushAt {
-		for len(q.queue) > 0 && q.rate.tokens >= 0 {
-			var one []byte // as much as fits into a datagram
-			for len(q.queue) > 0 && (len(one) == 0 || len(one)+len(q.queue[0]) <= maxDatagram-256) {
-				one = append(one, q.queue[0]...)
-				q.queue = q.queue[1:]
-			}
-			for _, e := range n.broadcasts.receivers(n) {
-				n.send(e.Member, n.header(msgBroadcast), one)
-				q.rate.tokens--
-			}
-		}
-		q.flushAt = n.now + broadcastBatch + time.Duration(max(0, -q.rate.tokens)/rate*float64(time.Second))
+	if len(q.queue) == 0 {
+		return
 	}
+	if n.now < q.flushAt {
+		n.wakeAt(q.flushAt)
+		return
+	}
+
+	n.broadcasts.dropStandIns(n)
+	receivers := n.broadcasts.receivers(n)
+	for len(q.queue) > 0 && q.rate.has(0) {
+		body := q.takeBody()
+		for _, e := range receivers {
+			n.send(e.Member, n.header(msgBroadcast), body)
+			q.rate.spend(1)
+		}
+	}
+
+	q.flushAt = n.now + broadcastBatch + q.rate.debt(rate)
 	if len(q.queue) > 0 {
 		n.wakeAt(q.flushAt)
 	}
 }
 
-// receivers are the watchers that have answered, and those who have just joined through this node: over a long line
-// they know nobody else for a while. Until all watchers have answered the former ones stand in for them, or members
-// between newcomers from far away would hear of nothing for so long.
-func (s *broadcasts) receivers(n *node) []*entry {
-	var es []*entry
-	add := func(e *entry) {
+// takeBody takes as many updates off the queue as fit into a datagram.
+func (q *broadcastQueue) takeBody() (body []byte) {
+	for len(q.queue) > 0 {
+		next := q.queue[0]
+		if len(body) > 0 && len(body)+len(next) > maxDatagram-256 {
+			break
+		}
+		body = append(body, next...)
+		q.queue = q.queue[1:]
+	}
+	return body
+}
+
+// receivers are the watchers that have answered, and those that stand in for others: until all watchers have answered, the
+// former ones, or members between newcomers from far away would hear of nothing for so long; and those that have just
+// joined through this node, which know no other over a long line for a while.
+func (s *broadcasts) receivers(n *node) (es []*entry) {
+	candidates := slices.Clone(n.heartbeats.watchers)
+	candidates = slices.DeleteFunc(candidates, func(w *entry) bool { return !w.isValidated() })
+	candidates = append(candidates, s.former...)
+	for _, j := range s.joined {
+		candidates = append(candidates, j.e)
+	}
+
+	for _, e := range candidates {
 		if !e.Status.isDead() && !slices.Contains(es, e) {
 			es = append(es, e)
 		}
 	}
-	for _, w := range n.heartbeats.watchers {
-		if w.peer().validated {
-			add(w)
-		}
-	}
-
-	if len(es) == len(n.heartbeats.watchers) {
-		s.former = nil
-	}
-	for _, w := range s.former {
-		add(w)
-	}
-
-	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
-	for _, j := range s.joined {
-		add(j.e)
-	}
 	return es
 }
 
-// noteFormerWatchers is told who watched this node before others do.
+// dropStandIns drops the receivers that are not needed any more beside the watchers.
+func (s *broadcasts) dropStandIns(n *node) {
+	missing := func(w *entry) bool { return !w.isValidated() || w.Status.isDead() }
+	if !slices.ContainsFunc(n.heartbeats.watchers, missing) {
+		s.former = nil
+	}
+	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
+}
+
+// noteFormerWatchers notes who watched this node before others do.
 func (s *broadcasts) noteFormerWatchers(former []*entry) {
 	for _, w := range former {
-		if w.peer().validated && !slices.Contains(s.former, w) {
-			s.former = append(s.former[max(0, len(s.former)-rings+1):], w)
+		if w.isValidated() && !slices.Contains(s.former, w) {
+			s.former = appendBounded(s.former, rings, w)
 		}
 	}
 }
 
-// noteJoined is told that e has joined through this node.
+// noteJoined notes that e has joined through this node.
 func (s *broadcasts) noteJoined(e *entry, now time.Duration) {
 	s.heardFrom(e)
-	s.joined = append(s.joined[max(0, len(s.joined)-maxJoined+1):], recentEntry{e, now})
+	s.joined = appendBounded(s.joined, maxJoined, recentEntry{e, now})
 }
 
-// heardFrom is told of a datagram of e.
+// heardFrom notes a datagram of e.
 func (s *broadcasts) heardFrom(e *entry) {
 	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
 }
 
-// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
-// length.
+// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim is kept: the rest may be of
+// any length.
 func (n *node) sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
@@ -1518,7 +1640,9 @@ func (n *node) sanitizeClaim(u *update) error {
 	if !m.isValid() {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
-	if e := n.table.get(m.Name); e != nil && n.movesInstance(*m, e) {
+
+	e := n.table.get(m.Name)
+	if e != nil && n.movesInstance(*m, e) {
 		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance", m.Name, e.Addr, m.Addr)
 	}
 	return nil
@@ -1527,28 +1651,30 @@ func (n *node) sanitizeClaim(u *update) error {
 // Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
 // of all would make its member irrefutable for good. Hearsay leads no further than a little above what the member
 // itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it. Where the limit
-// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off whoever had missed one.
+// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off a member that had missed one.
 const (
 	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
-	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former run before it has joined
+	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former instance before it has joined
 	firstHandLimit  = 1<<64 - 1<<21 // nearly none
 	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
 )
 
 // isPlausibleClaim reports whether the incarnation of m, a claim about e that came as sync says, can be believed.
 func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
-	limit, known := uint64(hearsayLimit), uint64(0)
-	if e != nil {
-		known = e.proven
-	}
-	if e == n.self {
-		known = e.Incarnation
-	}
+	limit := uint64(hearsayLimit)
 	switch {
 	case n.isFirstHand(m, e, sync):
 		limit = firstHandLimit
 	case sync != nil && e == n.self && n.joining.joinedAt == 0:
 		limit = formerRunLimit
+	}
+
+	known := uint64(0)
+	switch {
+	case e == n.self:
+		known = e.Incarnation
+	case e != nil:
+		known = e.proven
 	}
 	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
 }
@@ -1556,7 +1682,8 @@ func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
 // isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled it; or
 // what a seed believes when this node comes in, which then counts as known.
 func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
-	if sync == nil || !sync.peer.Addr.IsValid() { // nobody was dialled
+	dialled := sync != nil && sync.peer.Addr.IsValid()
+	if !dialled {
 		return false
 	}
 	ownWord := m.sameInstance(sync.peer) && m.Addr == sync.peer.Addr
@@ -1567,10 +1694,13 @@ func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
 // handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
 // only others were told of it. So the member is asked.
 func (n *node) handleImplausible(m Member, e *entry) error {
+	believedAlive := e != nil && !e.Status.isDead()
 	switch {
-	case e == n.self, m.Status.isDead() && (e == nil || e.Status.isDead()):
+	case e == n.self:
 	case m.Status.isDead():
-		n.detector.startProbe(n, e.Member)
+		if believedAlive {
+			n.detector.startProbe(n, e.Member)
+		}
 	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
 		n.pingAtBoundedRate(e)
 	default:
@@ -1579,14 +1709,14 @@ func (n *node) handleImplausible(m Member, e *entry) error {
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
 
-// movesInstance reports whether m says that the instance of e lives elsewhere. An agent whose address changes is a new
-// instance, so m is false, and what is known of this address, that it has answered, must not pass on to another one. If
-// nobody answers at the known address, it may be that one that was false.
+// movesInstance reports whether m says that the instance of e lives elsewhere.
 func (n *node) movesInstance(m Member, e *entry) bool {
 	if m.Instance != e.Instance || sameEndpoint(m.Addr, e.Addr) {
 		return false
 	}
-	return e == n.self || e.peer().validated || !e.Status.isDead()
+	// An agent whose address changes is a new instance, so m is false, and what is known of this address, that it has
+	// answered, must not pass on to another one. If nothing answers at the known address, that one may have been false.
+	return e == n.self || e.isValidated() || !e.Status.isDead()
 }
 
 // sameEndpoint compares without the zone, which means something else on each machine.
@@ -1594,7 +1724,7 @@ func sameEndpoint(a, b netip.AddrPort) bool {
 	return a.Port() == b.Port() && a.Addr().WithZone("") == b.Addr().WithZone("")
 }
 
-// handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
+// handleUpdate takes one update of via, which it has broadcast or, with sync, told in a table. News is passed on.
 func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
 		return n.handleUserEvent(u, via, sync != nil && sync.replay)
@@ -1602,29 +1732,24 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if err := n.sanitizeClaim(u); err != nil {
 		return err
 	}
-	m, e := u.Member, n.table.get(u.Member.Name)
+	m := u.Member
+	e := n.table.get(m.Name)
 	if !n.isPlausibleClaim(m, e, sync) {
 		return n.handleImplausible(m, e)
 	}
-	firstHand := n.isFirstHand(m, e, sync)
+
+	firstHand := n.isFirstHand(m, e, sync) // before the claim is applied
 	switch {
 	case e == n.self:
 		n.identity.handleSelfClaim(n, *u, via)
 	case sync != nil && e != nil && n.needsProbe(sync, m, e):
-		n.sendClaim(e.Member, *u) // so that it can refute that, or settle it, at once
-		p := n.detector.startProbe(n, e.Member)
-		switch {
-		case p == nil:
-		case m.Instance == e.Instance:
-			p.recordFrom(via, verdictUnreachable)
-		default:
-			p.rival = m.Addr
-		}
+		n.probeClaimed(e, u, via)
 	default:
-		revived := sync == nil && e != nil && e.Status == statusFailed && m.Name == via
+		hadFailed := e != nil && e.Status == statusFailed
 		n.applyAndForward(u)
-		if revived && e.Status == statusAlive && n.table.failed > 0 {
-			n.sync(e.Member) // a split has ended: it knows of many more
+		ownWord := sync == nil && m.Name == via
+		if hadFailed && ownWord {
+			n.noteRevived(e)
 		}
 	}
 	if firstHand {
@@ -1633,30 +1758,61 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	return nil
 }
 
-// needsProbe reports whether m, which another table claims, is not to be believed of e: e is told, and looked at.
+// noteRevived looks whether a split has ended: e, which had failed, has said that it is alive, and knows of many more.
+func (n *node) noteRevived(e *entry) {
+	if e.Status == statusAlive && n.table.failed > 0 {
+		n.sync(e.Member)
+	}
+}
+
+// needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	if m.Instance == e.Instance {
 		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
 		return m.Status == statusFailed && !e.Status.isDead() && !e.failedLocally() && m.Incarnation >= e.Incarnation
 	}
-	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
-	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
+	// Two clusters meet, and a name lives in both: nobody must be called failed for it. Once the holder is dead the
+	// claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared with it.
 	return e.displayStatus() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+}
+
+// probeClaimed probes e, of which another table claims u. It is also told, so that it can refute that, or settle it, at
+// once.
+func (n *node) probeClaimed(e *entry, u *update, via string) {
+	n.sendClaim(e.Member, *u)
+	p := n.detector.startProbe(n, e.Member)
+	if p == nil {
+		return
+	}
+	if u.Member.Instance == e.Instance {
+		p.recordFrom(via, verdictUnreachable)
+	} else {
+		p.rival = u.Member.Addr
+	}
 }
 
 // applyAndForward believes a claim, if it wins, and passes it on.
 func (n *node) applyAndForward(u *update) {
-	m, e, age := u.Member, n.table.get(u.Member.Name), u.age()
-	if m.Status.isDead() && age >= n.reapAfter && (e == nil || e.Status.isDead()) {
-		return // whoever forgets later than I do would bring it back again and again
+	m := u.Member
+	e := n.table.get(m.Name)
+	believedAlive := e != nil && !e.Status.isDead()
+	if m.Status.isDead() && u.age() >= n.reapAfter && !believedAlive {
+		return // members that forget later than this node would bring it back again and again
 	}
-	if e != nil && !e.Status.isDead() && m.Instance != e.Instance && m.Addr != e.Addr && m.supersedes(e.Member) {
+
+	otherHolder := believedAlive && m.Instance != e.Instance && m.Addr != e.Addr
+	if otherHolder && m.supersedes(e.Member) {
 		n.sendClaim(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
-	if is := n.table.apply(n.now, m, age); is != nil {
-		is.known = cmp.Or(is.known, n.real) // user events go by the caller's clock: time asleep counts
-		n.broadcast(is)
+
+	applied := n.table.apply(n.now, m, u.age())
+	if applied == nil {
+		return
 	}
+	if applied.known == 0 {
+		applied.known = n.real // user events go by the caller's clock: time asleep counts
+	}
+	n.broadcast(applied)
 }
 
 // ---- user events ----
@@ -2044,83 +2200,106 @@ func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size 
 
 // antiEntropy compares tables with a peer whose digest differs, and forgets the dead.
 type antiEntropy struct {
-	peer   *entry // whom; nil: nobody
+	peer   *entry // with which the next state sync is planned; nil: none is
 	at     time.Duration
 	digest uint64 // that differed
 	rate   bucket
 	reapAt time.Duration
 }
 
-// requestSync plans an exchange. The random wait lets a flood that is under way arrive first. What the last
-// comparison left different stays so: two who forget the dead after different times would else compare tables
-// for ever.
+// requestSync plans a state sync with e, whose digest differs.
 func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.peer == nil && e.peer().syncedDigests != digest^n.digest() && r.rate.take() {
-		r.peer, r.digest = e, digest
-		r.at = n.now + 20*ms + n.jitter(100*ms)
+	// What the last state sync left different stays so: two that forget the dead after different times would compare
+	// tables for ever.
+	if r.peer != nil || e.peer().syncedDigests == digest^n.digest() {
+		return
 	}
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if !allowed {
+		return
+	}
+	// The random wait lets a broadcast that is under way arrive first.
+	r.plan(e, digest, n.now+20*ms+n.jitter(100*ms))
 }
 
-// requestEvents plans an exchange with e, which has user events that have not come.
+// requestEvents plans a state sync with e, which has user events that have not come.
 func (r *antiEntropy) requestEvents(n *node, e *entry) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.peer == nil && !e.isSkipped() && e != n.self && r.rate.has(1) {
-		r.rate.spend(1)
-		r.peer = e
-		r.digest = 0
-		r.at = n.now
+	if r.peer != nil || e.isSkipped() || e == n.self {
+		return
+	}
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if allowed {
+		r.plan(e, 0, n.now)
 	}
 }
 
-// askFirstHand compares tables with m now, as often as comparisons may be made.
+func (r *antiEntropy) plan(e *entry, digest uint64, at time.Duration) {
+	r.peer = e
+	r.digest = digest
+	r.at = at
+}
+
+// askFirstHand compares tables with m now, as often as tables may be compared.
 func (r *antiEntropy) askFirstHand(n *node, m Member) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.rate.has(1) {
-		r.rate.spend(1)
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if allowed {
 		n.sync(m)
 	}
 }
 
-// handleUnknownHeartbeat is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
-// watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
-// of them for long: as nothing of theirs counts, they never meet me, and flood nothing to me. Of a hundred who joined
-// within moments some then took 0.4 s, and 0.2 s with this.
+// handleUnknownHeartbeat handles a heartbeat that does not count, since its sender is not remembered.
 func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
-	if hdr.Kind != msgHeartbeat || e == n.self || e != nil && hdr.Incarnation <= e.Incarnation {
+	if hdr.Kind != msgHeartbeat || e == n.self {
 		return
 	}
-	if o := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isSkipped() && e.peer().validated }); o != nil {
-		n.antiEntropy.requestSync(n, o, hdr.Digest)
+	former := e != nil && hdr.Incarnation <= e.Incarnation
+	if former {
+		return
+	}
+
+	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass such
+	// news on are as new, it would hear of none of them for long: as nothing of theirs counts, they are never validated,
+	// and broadcast nothing to this node. Of a hundred who joined within moments some then took 0.4 s, and 0.2 s with this.
+	inTouch := func(e *entry) bool { return !e.isSkipped() && e.isValidated() }
+	if other := n.randomMember(n.table.ring[0], inTouch); other != nil {
+		n.antiEntropy.requestSync(n, other, hdr.Digest)
 	}
 }
 
 func (r *antiEntropy) step(n *node) {
-	if r.peer != nil && n.now >= r.at {
-		if !r.peer.Status.isDead() && n.digest() != r.digest {
-			n.sync(r.peer.Member)
-		}
-		r.peer = nil
-	} else if r.peer != nil {
-		n.wakeAt(r.at)
+	if r.peer != nil {
+		r.stepSync(n)
 	}
-	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
+	// Often, since digests differ until all members have forgotten a dead one.
+	if n.now >= r.reapAt {
 		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
 		n.table.reap(n.now, n.reapAfter)
 		n.broadcasts.events.trim(n.real - eventMemory)
 	}
 }
 
+// stepSync starts the planned state sync when it is due, if the tables still differ.
+func (r *antiEntropy) stepSync(n *node) {
+	if n.now < r.at {
+		n.wakeAt(r.at)
+		return
+	}
+	if !r.peer.Status.isDead() && n.digest() != r.digest {
+		n.sync(r.peer.Member)
+	}
+	r.peer = nil
+}
+
 // stateSync is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
-// A table goes in pieces, in the order of keys, so that none stalls the loop.
+// A table goes in chunks, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer      Member        // who answered or dialled, once known; its Addr is the one that was dialled
+	peer      Member        // that answered or dialled, once known; its Addr is the one that was dialled
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
-	conflict  *probe        // of the holder of this newcomer's name; the exchange waits for it
+	conflict  *probe        // of the holder of this newcomer's name; the state sync waits for it
 	joins     bool          // it was dialled to join, by a command or as a seed
 	replay    bool
-	lastKey   string // the next piece begins after this key
+	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
 	tables    int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
 	counts    []eventCount
@@ -2139,10 +2318,11 @@ type eventCount struct {
 	number uint64
 }
 
-// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A newcomer whose
-// name is taken must learn it before it says more.
+// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A newcomer
+// whose name is taken must learn it before it says more.
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
-	if e := n.table.get(hdr.From); e != nil && !e.reaped {
+	e := n.table.get(hdr.From)
+	if e != nil && !e.reaped {
 		n.noteNameConflict(e, hdr)
 		about = append(about, n.claim(e))
 	}
@@ -2163,14 +2343,19 @@ func (n *node) noteNameConflict(e *entry, hdr header) {
 		return
 	}
 	if hdr.Kind == msgSync {
-		if p := n.detector.startProbe(n, e.Member); p != nil {
-			p.rival = at
-		}
+		n.probeRival(e, at)
+	}
+}
+
+// probeRival probes e, whose name an agent at another address has.
+func (n *node) probeRival(e *entry, at netip.AddrPort) {
+	if p := n.detector.startProbe(n, e.Member); p != nil {
+		p.rival = at
 	}
 }
 
 // handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
-// errConflictPending means that the name's holder is being probed, and that the caller shall call again in a moment.
+// errConflictPending means that the name's holder is being probed, and that the caller must call again in a moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
 	if hdr.From == n.self.Name && hdr.born() == n.self.Instance {
 		return errSelf
@@ -2185,18 +2370,20 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 
 	for i := range about {
 		u := &about[i]
-		if hdr.From == n.self.Name { // the peer is the other holder: it lives where it answers, whatever it claims
-			u.Member.Addr = sync.peer.Addr
+		if hdr.From == n.self.Name {
+			u.Member.Addr = sync.peer.Addr // the peer is the other holder: it lives where it answers, whatever it claims
 		}
-		if n.sanitizeClaim(u) != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
+		err := n.sanitizeClaim(u)
+		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
 			continue
 		}
 		if err := n.identity.mayEnter(n, sync, *u, hdr); err != nil {
 			return err
 		}
 	}
+
 	if n.joining.joinedAt == 0 {
-		n.self.since = n.now // here it comes in
+		n.self.since = n.now // this is when the node comes in
 	}
 	n.identity.seedAnswered = true
 	return nil
@@ -2217,78 +2404,107 @@ func (n *node) identifyPeer(peer Member) error {
 	}
 	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
 		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
-		if p := n.detector.startProbe(n, e.Member); p != nil {
-			p.rival = peer.Addr
-		}
+		n.probeRival(e, peer.Addr)
 		return errors.New(nameTaken(e.Member, 0).Error())
 	}
 	return nil
 }
 
-// tableChunk is the next frame of my table, members first: an empty one, if the other side had just what I have now. The
-// dialler does not know yet which events the other side has, and sends them when it has heard that.
+// tableChunk is the next frame of this node's table, members first: an empty one, if the tables are the same by now.
 func (n *node) tableChunk(sync *stateSync) (frame []byte, more bool) {
 	hdr := n.header(msgTable)
-	if sync.digest == n.digest() {
-		sync.endTable() // the news may have come between two pieces
+	if sync.digest == n.digest() { // the news may have come between two chunks
+		sync.endTable()
 		return wire.encode(nil, &hdr), false
 	}
-	var body []byte
-	add := func(u update, key string) {
-		b := wire.encode(body, &u)
-		hdr.More = len(b) > maxFrame-512
-		if !hdr.More {
-			body = b
-			sync.lastKey = key
-		}
+
+	c := chunk{lastKey: sync.lastKey}
+	if sync.tables < 2 {
+		n.addMembers(&c)
 	}
-	at, _ := n.table.index(sync.lastKey + "\x00") // the least name that is greater
-	if sync.tables == 2 {
-		at = len(n.table.ordered)
-	}
-	for ; at < len(n.table.ordered) && !hdr.More; at++ {
-		if e := n.table.ordered[at]; !e.reaped && (e != n.self || n.detector.ownProbe(n.self) == nil) {
-			u := n.claim(e)
-			u.Number = e.eventCount()
-			add(u, u.Member.Name)
-		}
-	}
+	// The dialler does not know yet which events the other side has, and sends them when it has heard that.
 	if sync.tables > 0 {
-		for i, ev := range n.broadcasts.events.recent {
-			key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
-			if hdr.More || key <= sync.lastKey || !sync.wantsEvent(&ev, len(n.broadcasts.events.recent)-i) {
-				continue
-			}
-			u := ev.update
-			u.Age = uint64((n.real - ev.sent) / ms)
-			add(u, key)
-		}
+		n.addEvents(&c, sync)
 	}
-	hdr.Target = sync.lastKey
-	if !hdr.More {
-		hdr.Target = ""
+
+	if c.full {
+		sync.lastKey = c.lastKey
+		hdr.Target = c.lastKey
+		hdr.More = true
+	} else {
 		sync.endTable()
 	}
-	return append(wire.encode(nil, &hdr), body...), hdr.More
+	return append(wire.encode(nil, &hdr), c.body...), c.full
 }
 
-// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it. Whoever does
-// not know the sender was not there, and gets what all remember.
+// chunk is a part of a table on its way into one frame.
+type chunk struct {
+	body    []byte
+	lastKey string // of what is in it, or was in the chunks before
+	full    bool   // something has found no room
+}
+
+func (c *chunk) add(u update, key string) {
+	longer := wire.encode(c.body, &u)
+	if len(longer) > maxFrame-512 {
+		c.full = true
+		return
+	}
+	c.body = longer
+	c.lastKey = key
+}
+
+// addMembers adds the claims about the members after the last key.
+func (n *node) addMembers(c *chunk) {
+	at, _ := n.table.index(c.lastKey + "\x00") // the least name that is greater
+	for _, e := range n.table.ordered[at:] {
+		if c.full {
+			return
+		}
+		contested := e == n.self && n.detector.ownProbe(n.self) != nil
+		if e.reaped || contested {
+			continue
+		}
+		u := n.claim(e)
+		u.Number = e.eventCount()
+		c.add(u, u.Member.Name)
+	}
+}
+
+// addEvents adds the remembered events after the last key that the other side lacks.
+func (n *node) addEvents(c *chunk, sync *stateSync) {
+	recent := n.broadcasts.events.recent
+	for i := range recent {
+		if c.full {
+			return
+		}
+		ev := &recent[i]
+		key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
+		if key <= c.lastKey || !sync.wantsEvent(ev, len(recent)-i) {
+			continue
+		}
+		u := ev.update
+		u.Age = uint64((n.real - ev.sent) / ms)
+		c.add(u, key)
+	}
+}
+
+// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it.
 func (x *stateSync) wantsEvent(ev *bufferedEvent, age int) bool {
 	known, ok := x.known[lifetime{ev.Member.Name, ev.Member.Instance}]
 	if !ok {
-		return age <= keptEvents
+		return age <= keptEvents // it does not know the sender, and so was not there: it gets what all remember
 	}
 	return ev.Number > known
 }
 
-// endTable is told that a table has gone, or has come, whole.
+// endTable notes that a table has gone, or has come, whole.
 func (x *stateSync) endTable() {
 	x.lastKey = ""
 	x.tables++
 }
 
-// noteCount is told how many events of a member the other side knows.
+// noteCount notes how many events of a member the other side knows.
 func (x *stateSync) noteCount(u *update) {
 	if u.Name != "" {
 		return
@@ -2301,7 +2517,7 @@ func (x *stateSync) noteCount(u *update) {
 	x.counts = append(x.counts, eventCount{l, u.Number})
 }
 
-// mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
+// mergeChunk takes a chunk of the other side's table; more says that others follow. One bad record costs that
 // record; bad is how many there were.
 func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, bad int, err error) {
 	if hdr.Kind != msgTable {
@@ -2314,13 +2530,14 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 
 	n.detector.lastHeard = n.now
 	for _, u := range us {
-		count := u
+		count := u // an update that is handled loses what does not belong to a claim
 		if n.handleUpdate(&u, sync.peer.Name, sync) != nil {
 			bad++
 			continue
 		}
 		sync.noteCount(&count)
 	}
+
 	sync.lastKey = hdr.Target
 	if !hdr.More {
 		sync.endTable()
@@ -2332,29 +2549,30 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 }
 
 // noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first. One that
-// has dialled may be far away, and know nobody else yet: it is asked for its digest, which tells what it has missed.
+// has dialled may be far away, and know no other yet: it is asked for its digest, which tells what it has missed.
 func (n *node) noteSynced(sync *stateSync) {
 	e := n.table.get(sync.peer.Name)
 	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
 		return
 	}
-
 	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
 		return
 	}
+	if e.Addr.Addr() != sync.from {
+		return
+	}
+
 	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated: what it
 	// advertises may lead to nobody, or to another one.
-	if e.Addr.Addr() == sync.from {
-		n.noteHostValidated(e)
-		if !e.peer().line.isSettled(n.now) {
-			n.pingAtBoundedRate(e)
-			n.broadcasts.noteJoined(e, n.now)
-		}
+	n.noteHostValidated(e)
+	if !e.peer().line.isSettled(n.now) {
+		n.pingAtBoundedRate(e)
+		n.broadcasts.noteJoined(e, n.now)
 	}
 }
 
-// takeCounts is told how many events of each member the other side knows, when all that it remembers of them has come.
+// takeCounts takes how many events of each member the other side knows, when all that it remembers of them has come.
 func (n *node) takeCounts(sync *stateSync) {
 	if sync.tables == 1 {
 		return // the acceptor gets the dialler's events at the end
@@ -2378,23 +2596,26 @@ func (n *node) takeCounts(sync *stateSync) {
 	}
 }
 
-// syncDone ends a comparison of tables, of mine, that went well.
+// syncDone notes that a state sync that this node has dialled went well.
 func (n *node) syncDone(sync *stateSync) {
 	n.joining.noteJoined(n, true)
 	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(n.now, e, false) // the other side would have said so
 	}
-	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
-		e.peer().syncedDigests = sync.digest ^ n.digest()
-		if e.peer().line.roundTrip() == 0 { // it was not known before
-			n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
-		}
-		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
-		if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
-			e.peer().path.reachedAt = sync.peer.Addr
-			n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
-		}
+
+	e := n.table.get(sync.peer.Name)
+	if e == nil || e == n.self {
+		return
+	}
+	e.peer().syncedDigests = sync.digest ^ n.digest()
+	if e.roundTrip() == 0 {
+		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
+	}
+	reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
+	if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
+		e.peer().path.reachedAt = sync.peer.Addr
+		n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 	}
 }
 
