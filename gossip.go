@@ -62,11 +62,12 @@ const (
 	never = time.Duration(math.MaxInt64)
 )
 
-// The protocol's times and bounds. They were settled in simulation: the scenarios in sim_test.go are the measurements.
+// The protocol's times and bounds. They were settled in simulation: the scenarios in sim_test.go are the
+// measurements.
 const (
 	broadcastBatch     = 2 * ms
 	broadcastRate      = 200              // packets a second
-	eventRate          = 4000             // the same of user events: their senders are slowed down when it is not enough
+	eventRate          = 4000             // the same of user events: senders are slowed down when it is not enough
 	eventsCalm         = 200 * ms         // after which events that differ were missed, and are not under way
 	eventBurst         = 64               // packets in one go: the watchers' sockets must hold those of four
 	eventRepairEvery   = 40 * ms          // broadcasts that overtake each other need less
@@ -92,8 +93,8 @@ const (
 	seedsMax      = 30 * time.Second
 	warnEvery     = 10 * time.Minute
 
-	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer than
-	// that, and a line is measured once; a longer one at times, since it may have been a stall.
+	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer
+	// than that, and a line is measured once; a longer one at times, since it may have been a stall.
 	shortLine      = 50 * ms
 	longestLine    = 2500 * ms
 	remeasureAfter = 2 * time.Minute
@@ -115,14 +116,14 @@ const (
 	drainFor         = 20 * ms     // inputs may keep the loop from its tick
 	writeFor         = 20 * ms     // what the socket does not take by then is lost, as UDP may be
 
-	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries queries
-	// under way, and a few probes.
+	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries
+	// queries under way, and a few probes.
 	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
 	maxRequestsToPeer = 8 * maxQueries
 	maxProbesForPeer  = maxProbes / 8
 
-	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only this
-	// agent's own users make it send queries; of all else the bystanders get a hundredth of that.
+	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only
+	// this agent's own users make it send queries; of all else the bystanders get a hundredth of that.
 	amplificationRate  = 2000
 	amplificationBurst = 6000
 	queryCost          = 1
@@ -145,7 +146,7 @@ const (
 	heartbeatInterval = 500 * ms                        // one heartbeat, to one watcher at a time
 	earlyInterval     = 125 * ms                        // while there are new watchers
 	overdueAfter      = 100 * ms                        // past its promise
-	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle, which a first heartbeat may be put behind
+	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle; a first heartbeat may come after it
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
@@ -208,7 +209,8 @@ const (
 	replyFailed               // the same, and it failed: the first line says how
 )
 
-// header opens every datagram and every frame between agents. gob leaves out zeros, so one struct serves all kinds.
+// header opens every datagram and every frame between agents. gob leaves out zeros, so one struct serves all
+// kinds.
 type header struct {
 	Kind        msgKind
 	From        string
@@ -216,13 +218,13 @@ type header struct {
 	Raised      uint64 // Incarnation minus the instance; 0 until the member raised it
 	Number      uint64 // of this datagram among all of the sender's instance
 	Digest      uint64
-	// Promise is, in milliseconds, of a heartbeat: when the next one to the same receiver comes; of an indirect probe: the
-	// requester's round trip to the target, if that is long.
+	// Promise is, in milliseconds, of a heartbeat: when the next one to the same receiver comes; of an indirect
+	// probe: the requester's round trip to the target, if that is long.
 	Promise uint32
 	Seq     uint32 // of a request (any but an indirect probe wants a msgAck), and of its answer
 	Query   uint32 // the asker's number of a query
-	// Target is whom a ping, an indirect probe or its result is about; of a chunk of a table, where it ends, and of the
-	// last one nothing; of a first frame, the dialler's address.
+	// Target is whom a ping, an indirect probe or its result is about; of a chunk of a table, where it ends, and
+	// of the last one nothing; of a first frame, the dialler's address.
 	Target  string
 	Verdict verdict
 	Reply   reply
@@ -317,8 +319,8 @@ func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 	return b[prefix+size:], nil
 }
 
-// messageSize reads the length of the message that opens b; prefix is how many bytes gob takes for the length itself.
-// 0: there is none, or it is more than a frame holds.
+// messageSize reads the length of the message that opens b; prefix is how many bytes gob takes for the length
+// itself. 0: there is none, or it is more than a frame holds.
 func messageSize(b []byte) (size, prefix int) {
 	switch {
 	case len(b) > 0 && b[0] < 128:
@@ -346,8 +348,9 @@ func (c *codec) decodeAll(b []byte) (us []update, err error) {
 
 // ---- seal ----
 
-// sealer seals and opens what travels between ports of one kind. With keys everything is authenticated before anything
-// is decoded, together with its receiver, so that what was said to one instance cannot be replayed to another.
+// sealer seals and opens what travels between ports of one kind. With keys everything is authenticated before
+// anything is decoded, together with its receiver, so that what was said to one instance cannot be replayed to
+// another.
 type sealer struct {
 	cluster   string
 	keys      [][]byte // of 16, 24 or 32 bytes: the first one seals, any opens; see noKey
@@ -355,8 +358,8 @@ type sealer struct {
 	otherPort uint16 // the agent's port of the other kind
 }
 
-// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is first.
-// So a running cluster gets its first key in three rounds, as it gets another one.
+// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is
+// first. So a running cluster gets its first key in three rounds, as it gets another one.
 var noKey = []byte{}
 
 // sealsWithKey reports whether what is sent is encrypted.
@@ -383,7 +386,8 @@ func (d *sealer) receiverHash(receiver string) []byte {
 	return h.Sum(nil)
 }
 
-// blockFor is AES under a key that is derived from key for the receiver alone (HKDF-Expand, RFC 5869), in this cluster.
+// blockFor is AES under a key that is derived from key for the receiver alone (HKDF-Expand, RFC 5869), in this
+// cluster.
 func (d *sealer) blockFor(key []byte, receiver string) cipher.Block {
 	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+receiver, len(key))
 	block, _ := aes.NewCipher(derived)
@@ -392,8 +396,8 @@ func (d *sealer) blockFor(key []byte, receiver string) cipher.Block {
 
 // aead is AES-GCM under the receiver's key. For another receiver it does not open.
 func (d *sealer) aead(key []byte, receiver string) cipher.AEAD {
-	// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one
-	// instance, or the pings to one name, get fewer.
+	// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3):
+	// one instance, or the pings to one name, get fewer.
 	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, receiver))
 	return a
 }
@@ -429,8 +433,8 @@ func (d *sealer) open(b []byte, receiver string) ([]byte, error) {
 	return nil, errOtherKey
 }
 
-// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and what is
-// sent to a member is of the highest that both understand. Those before 5 are not spoken any more.
+// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and
+// what is sent to a member is of the highest that both understand. Those before 5 are not spoken any more.
 const (
 	protocolVersion = 5
 	maxProtocol     = 32 // what claims a higher one is noise
@@ -450,14 +454,15 @@ func checkProtocol(theirs uint8) error {
 	if theirs < protocolOldest && theirs < 5 {
 		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
 	}
-	const oneAtATime = "one protocol at a time"
-	if theirs < protocolOldest {
-		return fmt.Errorf("%w %d, this agent %d: upgrade that one, %s", errVersion, theirs, protocolVersion, oneAtATime)
+	tooOld := "this"
+	switch {
+	case theirs < protocolOldest:
+		tooOld = "that"
+	case theirs <= protocolVersion+1:
+		return nil
 	}
-	if theirs > protocolVersion+1 {
-		return fmt.Errorf("%w %d, this agent %d: upgrade this one, %s", errVersion, theirs, protocolVersion, oneAtATime)
-	}
-	return nil
+	return fmt.Errorf("%w %d, this agent %d: upgrade %s one, one protocol at a time",
+		errVersion, theirs, protocolVersion, tooOld)
 }
 
 // datagramFor names the receiver of a datagram: an instance of name, or (0) any of them.
@@ -465,7 +470,8 @@ func datagramFor(name string, instance uint64) string {
 	return "datagram " + strconv.FormatUint(instance, 36) + " " + name
 }
 
-// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a ping is.
+// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a
+// ping is.
 func (d *sealer) sealDatagram(data []byte, to Member) []byte {
 	b := append(make([]byte, 0, 64+len(data)), spokenWith(to.Protocol))
 	return d.seal(b, data, datagramFor(to.Name, to.Instance))
@@ -498,8 +504,8 @@ func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyInstance b
 
 // ---- replay window ----
 
-// replayWindow tells which of the numbers that an instance gives its datagrams have counted: none counts twice (RFC
-// 4303, section 3.4.3). What is windowSize behind the highest does not count at all.
+// replayWindow tells which of the numbers that an instance gives its datagrams have counted: none counts twice
+// (RFC 4303, section 3.4.3). What is windowSize behind the highest does not count at all.
 type replayWindow struct {
 	top  uint64
 	seen uint64 // a bit for each number, from top down
@@ -526,8 +532,8 @@ func (w *replayWindow) isBehind(number uint64) bool {
 
 // handleAnswer takes the number of an answer. asked is what the highest was when its request was first sent.
 func (w *replayWindow) handleAnswer(number, asked uint64) {
-	// A sender numbers on from what it has sent before. So a lower number shows that somebody has forged the highest one.
-	// Where nobody can forge (with a key) no answer is lower, however late it comes.
+	// A sender numbers on from what it has sent before. So a lower number shows that somebody has forged the
+	// highest one. Where nobody can forge (with a key) no answer is lower, however late it comes.
 	if number < asked {
 		*w = replayWindow{top: number, seen: ^uint64(0)}
 		return
@@ -549,8 +555,8 @@ type clock struct {
 
 // advance runs the awake clock.
 func (c *clock) advance(now time.Duration) {
-	// A process that was stopped would blame all others for its own silence. So a gap counts for no more than the planned
-	// wait and a little.
+	// A process that was stopped would blame all others for its own silence. So a gap counts for no more than the
+	// planned wait and a little.
 	c.now += max(min(now-c.real, c.planned+lateBy), 0)
 	c.real = now
 }
@@ -587,7 +593,8 @@ func (b *bucket) debt(rate float64) time.Duration {
 	return time.Duration(max(0, -b.tokens) / rate * float64(time.Second))
 }
 
-// takeEvery takes a token, of which one comes in each interval, and burst may lie. It reports whether there was one.
+// takeEvery takes a token, of which one comes in each interval, and burst may lie. It reports whether there was
+// one.
 func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
 	b.fill(now, 1/interval.Seconds(), burst)
 	return b.take()
@@ -765,11 +772,11 @@ func (l logger) printf(level logLevel, format string, a ...any) {
 	l(logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// isPlausible is the rule about Lamport times from outside: none is far above all that is known. About incarnations see
-// isPlausibleClaim.
+// isPlausible is the rule about Lamport times from outside: none is far above all that is known. About
+// incarnations see isPlausibleClaim.
 func (n *node) isPlausible(number, known uint64) bool {
-	// One forged datagram with the highest number of all would end events for good. What is known at the start may be of
-	// 1970, for want of a clock; the limit grows, so that it can be exceeded.
+	// One forged datagram with the highest number of all would end events for good. What is known at the start may
+	// be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
 	const floor, room = 1 << 56, 1 << 48 // as times of starts: the year 2109, 198 days
 	return number <= max(known, floor)+room+uint64(n.now/ms)<<instanceRandomBits
 }
@@ -782,7 +789,7 @@ func (n *node) header(k msgKind) header {
 	hdr.Raised = n.self.Incarnation - n.self.Instance
 
 	switch k {
-	case msgHeartbeat, msgPing, msgAck: // a ping's digest makes room for the answer's: no answer is larger than its ping
+	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for the answer's, which is never larger than its ping
 		hdr.Digest = n.calmDigest()
 	case msgTCPProbe:
 		hdr.Target = n.self.Addr.String()
@@ -802,7 +809,8 @@ func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.seeds)
 // digest covers the table, and how many user events of each member are known.
 func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
 
-// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the same.
+// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the
+// same.
 func (n *node) calmDigest() uint64 {
 	if n.now-n.broadcasts.heardAt < eventsCalm {
 		return n.table.digest
@@ -810,8 +818,8 @@ func (n *node) calmDigest() uint64 {
 	return n.digest()
 }
 
-// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members that
-// have answered at their address cost nothing.
+// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members
+// that have answered at their address cost nothing.
 func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	e := n.table.get(m.Name)
 	if e != nil && e.Addr == m.Addr && e.isValidated() {
@@ -930,7 +938,7 @@ type request struct {
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
 	wait  time.Duration // how long that is after the last time
-	sent  time.Duration // when it was, if once only: an answer to what was sent again measures nothing (Karn's algorithm)
+	sent  time.Duration // when it was, if once only: otherwise an answer measures nothing (Karn's algorithm)
 }
 
 type requests struct {
@@ -1038,13 +1046,13 @@ type peerPath struct {
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
-	deadAnswers     int            // since tables were last compared because it answers and is believed to have failed
+	deadAnswers     int            // since the last state sync because it answers and is believed to have failed
 }
 
 // flapState is how a member came back; see damp.
 type flapState struct {
 	cameBack  time.Duration // when it was last shown alive again after it had failed; 0: never
-	count     int           // how often in a row it failed again soon after that, or did not answer when it was held
+	count     int           // how often in a row it failed soon after that, or did not answer while held
 	heldUntil time.Duration // when the held one is probed again; 0: not yet planned
 }
 
@@ -1067,8 +1075,8 @@ func (e *entry) roundTrip() time.Duration {
 	return e.state.line.roundTrip()
 }
 
-// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer is
-// known at once, and a peer that stalled once is soon forgiven.
+// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer
+// is known at once, and a peer that stalled once is soon forgiven.
 type line struct {
 	roundTrips  [2]time.Duration // the last one first; 0: not measured
 	remeasureAt time.Duration
@@ -1103,8 +1111,8 @@ func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
 	e.peer().line.note(took, n.now+remeasureAfter+n.jitter(remeasureAfter))
 }
 
-// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the longest
-// to those that this node watches, or that watch it.
+// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the
+// longest to those that this node watches, or that watch it.
 func (n *node) roundTripTo(m Member) time.Duration {
 	e := n.table.get(m.Name)
 	if e != nil && e.Instance == m.Instance && e.roundTrip() > 0 {
@@ -1182,8 +1190,8 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	if e != nil && e.Instance == hdr.born() {
 		fresh = e.peer().datagrams.accept(hdr.Number)
 	}
-	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and those of a
-	// sender that is not remembered, get so many answers a second, all together.
+	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and
+	// those of a sender that is not remembered, get so many answers a second, all together.
 	if !fresh {
 		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
 		if !n.replayedPings.has(1) {
@@ -1194,8 +1202,9 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	n.sendAck(from, hdr, size)
 }
 
-// handleBehind handles what is far below the highest number of e. It does not count. But without a key, that highest
-// number may be forged; so, if e waits for an answer, it is pinged, and its own answer shows which number it has reached.
+// handleBehind handles what is far below the highest number of e. It does not count. But without a key, that
+// highest number may be forged; so, if e waits for an answer, it is pinged, and its own answer shows which number
+// it has reached.
 func (n *node) handleBehind(e *entry, hdr header) {
 	if hdr.Seq != 0 {
 		n.pingAtBoundedRate(e)
@@ -1240,8 +1249,8 @@ func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int
 	return nil
 }
 
-// wantsAck reports whether the datagram is to be acknowledged at once. An indirect probe is answered by its result, and
-// an event check when the events are there.
+// wantsAck reports whether the datagram is to be acknowledged at once. An indirect probe is answered by its
+// result, and an event check when the events are there.
 func (hdr *header) wantsAck() bool {
 	switch hdr.Kind {
 	case msgIndirectProbe, msgProbeResult, msgEventCheck:
@@ -1250,8 +1259,8 @@ func (hdr *header) wantsAck() bool {
 	return hdr.Seq != 0
 }
 
-// handleBroadcast takes what the member has broadcast. One bad update costs that update; the first is returned as an
-// error.
+// handleBroadcast takes what the member has broadcast. One bad update costs that update; the first is returned as
+// an error.
 func (n *node) handleBroadcast(by *entry, us []update) error {
 	var first error
 	for i := range us {
@@ -1331,8 +1340,8 @@ func (n *node) noteDeadAnswer(e *entry) {
 		return
 	}
 
-	// It has been told so, and refutes that. If it does not, it may not accept what this node sends: of two agents with
-	// this node's name it knows the other one.
+	// It has been told so, and refutes that. If it does not, it may not accept what this node sends: of two agents
+	// with this node's name it knows the other one.
 	e.peer().path.deadAnswers++
 	if e.peer().path.deadAnswers > 1 {
 		e.peer().path.deadAnswers = 0
@@ -1357,8 +1366,8 @@ func (n *node) noteAnswered(e *entry) {
 	}
 }
 
-// noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off from
-// the other.
+// noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off
+// from the other.
 func (n *node) noteValidated(e *entry) {
 	n.noteHostValidated(e)
 	n.noteAnswered(e)
@@ -1384,8 +1393,8 @@ func (n *node) noteUnanswered(w *entry) {
 		return
 	}
 
-	// It is heard all the same, so the address that it advertises is not its own, or does not lead there from this host.
-	// It counts as alive, and what is sent to it is lost.
+	// It is heard all the same, so the address that it advertises is not its own, or does not lead there from this
+	// host. It counts as alive, and what is sent to it is lost.
 	where := w.Addr.String()
 	if path.occupant != "" {
 		where += fmt.Sprintf(" (%s does)", path.occupant)
@@ -1394,7 +1403,8 @@ func (n *node) noteUnanswered(w *entry) {
 		"what is sent to it from here, %s, is lost", w.Name, path.source, where, n.self.Addr)
 }
 
-// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
+// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it
+// goes on.
 func (n *node) warnOfAddress(format string, a ...any) {
 	allowed := n.identity.addressWarned.takeEvery(warnEvery, 1, n.now)
 	if !allowed {
@@ -1404,8 +1414,8 @@ func (n *node) warnOfAddress(format string, a ...any) {
 	n.logf(levelWarn, "%s", fmt.Sprintf(format, a...)+hint)
 }
 
-// noteContact looks whether e, which has just said something, needs to be told something: that it is believed to be dead,
-// or that the tables differ.
+// noteContact looks whether e, which has just said something, needs to be told something: that it is believed to
+// be dead, or that the tables differ.
 func (n *node) noteContact(e *entry, hdr header) {
 	if e.Status != statusAlive || hdr.Incarnation != e.Incarnation {
 		n.sendOwnClaim(e)
@@ -1432,8 +1442,8 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 }
 
-// sendOwnClaim tells e what is believed of it. It refutes that, or answers with the news of itself that this node has
-// missed.
+// sendOwnClaim tells e what is believed of it. It refutes that, or answers with the news of itself that this node
+// has missed.
 func (n *node) sendOwnClaim(e *entry) {
 	allowed := e.peer().claimRate.takeEvery(claimInterval, 1, n.now)
 	if allowed {
@@ -1498,9 +1508,9 @@ func (s *broadcasts) noteRecent(e *entry, now time.Duration) {
 	s.recent = appendBounded(s.recent, maxRecent, recentEntry{e, now})
 }
 
-// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long line,
-// each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to compare
-// tables takes four round trips, and this one.
+// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long
+// line, each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to
+// compare tables takes four round trips, and this one.
 func (s *broadcasts) sendRecent(n *node, to *entry) {
 	body := s.recentClaims(n, to)
 	if len(body) == 0 {
@@ -1583,9 +1593,9 @@ func (q *broadcastQueue) takeBody() (body []byte) {
 	return body
 }
 
-// receivers are the watchers that have answered, and those that stand in for others: until all watchers have answered, the
-// former ones, or members between newcomers from far away would hear of nothing for so long; and those that have just
-// joined through this node, which know no other over a long line for a while.
+// receivers are the watchers that have answered, and those that stand in for others: until all watchers have
+// answered, the former ones, or members between newcomers from far away would hear of nothing for so long; and
+// those that have just joined through this node, which know no other over a long line for a while.
 func (s *broadcasts) receivers(n *node) (es []*entry) {
 	candidates := slices.Clone(n.heartbeats.watchers)
 	candidates = slices.DeleteFunc(candidates, func(w *entry) bool { return !w.isValidated() })
@@ -1631,8 +1641,8 @@ func (s *broadcasts) heardFrom(e *entry) {
 	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
 }
 
-// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim is kept: the rest may be of
-// any length.
+// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim is kept: the rest may
+// be of any length.
 func (n *node) sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
@@ -1643,18 +1653,20 @@ func (n *node) sanitizeClaim(u *update) error {
 
 	e := n.table.get(m.Name)
 	if e != nil && n.movesInstance(*m, e) {
-		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance", m.Name, e.Addr, m.Addr)
+		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance",
+			m.Name, e.Addr, m.Addr)
 	}
 	return nil
 }
 
-// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
-// of all would make its member irrefutable for good. Hearsay leads no further than a little above what the member
-// itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it. Where the limit
-// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off a member that had missed one.
+// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest
+// number of all would make its member irrefutable for good. Hearsay leads no further than a little above what the
+// member itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it.
+// Where the limit grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off a
+// member that had missed one.
 const (
 	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
-	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former instance before it has joined
+	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former instance at a join
 	firstHandLimit  = 1<<64 - 1<<21 // nearly none
 	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
 )
@@ -1679,8 +1691,8 @@ func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
 	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
 }
 
-// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled it; or
-// what a seed believes when this node comes in, which then counts as known.
+// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled
+// it; or what a seed believes when this node comes in, which then counts as known.
 func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
 	dialled := sync != nil && sync.peer.Addr.IsValid()
 	if !dialled {
@@ -1691,8 +1703,8 @@ func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
 	return n.joining.joinedAt == 0 || ownWord && !moved
 }
 
-// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
-// only others were told of it. So the member is asked.
+// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have
+// refuted what only others were told of it. So the member is asked.
 func (n *node) handleImplausible(m Member, e *entry) error {
 	believedAlive := e != nil && !e.Status.isDead()
 	switch {
@@ -1714,8 +1726,9 @@ func (n *node) movesInstance(m Member, e *entry) bool {
 	if m.Instance != e.Instance || sameEndpoint(m.Addr, e.Addr) {
 		return false
 	}
-	// An agent whose address changes is a new instance, so m is false, and what is known of this address, that it has
-	// answered, must not pass on to another one. If nothing answers at the known address, that one may have been false.
+	// An agent whose address changes is a new instance, so m is false, and what is known of this address, that it
+	// has answered, must not pass on to another one. If nothing answers at the known address, that one may have
+	// been false.
 	return e == n.self || e.isValidated() || !e.Status.isDead()
 }
 
@@ -1758,7 +1771,8 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	return nil
 }
 
-// noteRevived looks whether a split has ended: e, which had failed, has said that it is alive, and knows of many more.
+// noteRevived looks whether a split has ended: e, which had failed, has said that it is alive, and knows of many
+// more.
 func (n *node) noteRevived(e *entry) {
 	if e.Status == statusAlive && n.table.failed > 0 {
 		n.sync(e.Member)
@@ -1769,15 +1783,18 @@ func (n *node) noteRevived(e *entry) {
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	if m.Instance == e.Instance {
 		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
-		return m.Status == statusFailed && !e.Status.isDead() && !e.failedLocally() && m.Incarnation >= e.Incarnation
+		believedAlive := !e.Status.isDead() && !e.failedLocally()
+		return m.Status == statusFailed && believedAlive && m.Incarnation >= e.Incarnation
 	}
-	// Two clusters meet, and a name lives in both: nobody must be called failed for it. Once the holder is dead the
-	// claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared with it.
-	return e.displayStatus() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+
+	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead the claim
+	// may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared with it.
+	otherHolder := e.displayStatus() == statusAlive && m.Addr != e.Addr
+	return otherHolder && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
 }
 
-// probeClaimed probes e, of which another table claims u. It is also told, so that it can refute that, or settle it, at
-// once.
+// probeClaimed probes e, of which another table claims u. It is also told, so that it can refute that, or settle
+// it, at once.
 func (n *node) probeClaimed(e *entry, u *update, via string) {
 	n.sendClaim(e.Member, *u)
 	p := n.detector.startProbe(n, e.Member)
@@ -2209,8 +2226,8 @@ type antiEntropy struct {
 
 // requestSync plans a state sync with e, whose digest differs.
 func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
-	// What the last state sync left different stays so: two that forget the dead after different times would compare
-	// tables for ever.
+	// What the last state sync left different stays so: two that forget the dead after different times would
+	// compare tables for ever.
 	if r.peer != nil || e.peer().syncedDigests == digest^n.digest() {
 		return
 	}
@@ -2257,9 +2274,10 @@ func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
 		return
 	}
 
-	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass such
-	// news on are as new, it would hear of none of them for long: as nothing of theirs counts, they are never validated,
-	// and broadcast nothing to this node. Of a hundred who joined within moments some then took 0.4 s, and 0.2 s with this.
+	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass
+	// such news on are as new, it would hear of none of them for long: as nothing of theirs counts, they are never
+	// validated, and broadcast nothing to this node. Of a hundred who joined within moments some then took 0.4 s,
+	// and 0.2 s with this.
 	inTouch := func(e *entry) bool { return !e.isSkipped() && e.isValidated() }
 	if other := n.randomMember(n.table.ring[0], inTouch); other != nil {
 		n.antiEntropy.requestSync(n, other, hdr.Digest)
@@ -2301,7 +2319,7 @@ type stateSync struct {
 	replay    bool
 	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
-	tables    int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
+	tables    int    // done, of three: the dialler's, the acceptor's, and events that only the dialler has
 	counts    []eventCount
 	known     map[lifetime]uint64 // the same, by instance
 }
@@ -2318,8 +2336,8 @@ type eventCount struct {
 	number uint64
 }
 
-// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A newcomer
-// whose name is taken must learn it before it says more.
+// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A
+// newcomer whose name is taken must learn it before it says more.
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
 	e := n.table.get(hdr.From)
 	if e != nil && !e.reaped {
@@ -2329,8 +2347,8 @@ func (n *node) handshakeReply(hdr header) (w header, about []update) {
 	return n.header(msgHandshakeReply), about
 }
 
-// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is kept
-// out, so it is found out at once whether e is still there.
+// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is
+// kept out, so it is found out at once whether e is still there.
 func (n *node) noteNameConflict(e *entry, hdr header) {
 	at, err := netip.ParseAddrPort(hdr.Target)
 	restarted := err != nil || at == e.Addr
@@ -2355,7 +2373,8 @@ func (n *node) probeRival(e *entry, at netip.AddrPort) {
 }
 
 // handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
-// errConflictPending means that the name's holder is being probed, and that the caller must call again in a moment.
+// errConflictPending means that the name's holder is being probed, and that the caller must call again in a
+// moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
 	if hdr.From == n.self.Name && hdr.born() == n.self.Instance {
 		return errSelf
@@ -2371,7 +2390,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	for i := range about {
 		u := &about[i]
 		if hdr.From == n.self.Name {
-			u.Member.Addr = sync.peer.Addr // the peer is the other holder: it lives where it answers, whatever it claims
+			u.Member.Addr = sync.peer.Addr // the peer is the other holder: it lives where it answers
 		}
 		err := n.sanitizeClaim(u)
 		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
@@ -2410,7 +2429,8 @@ func (n *node) identifyPeer(peer Member) error {
 	return nil
 }
 
-// tableChunk is the next frame of this node's table, members first: an empty one, if the tables are the same by now.
+// tableChunk is the next frame of this node's table, members first: an empty one, if the tables are the same by
+// now.
 func (n *node) tableChunk(sync *stateSync) (frame []byte, more bool) {
 	hdr := n.header(msgTable)
 	if sync.digest == n.digest() { // the news may have come between two chunks
@@ -2548,8 +2568,9 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	return hdr.More, bad, nil
 }
 
-// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first. One that
-// has dialled may be far away, and know no other yet: it is asked for its digest, which tells what it has missed.
+// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first.
+// One that has dialled may be far away, and know no other yet: it is asked for its digest, which tells what it has
+// missed.
 func (n *node) noteSynced(sync *stateSync) {
 	e := n.table.get(sync.peer.Name)
 	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
@@ -2563,8 +2584,8 @@ func (n *node) noteSynced(sync *stateSync) {
 		return
 	}
 
-	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated: what it
-	// advertises may lead to nobody, or to another one.
+	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated:
+	// what it advertises may lead to nobody, or to another one.
 	n.noteHostValidated(e)
 	if !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
@@ -2572,7 +2593,8 @@ func (n *node) noteSynced(sync *stateSync) {
 	}
 }
 
-// takeCounts takes how many events of each member the other side knows, when all that it remembers of them has come.
+// takeCounts takes how many events of each member the other side knows, when all that it remembers of them has
+// come.
 func (n *node) takeCounts(sync *stateSync) {
 	if sync.tables == 1 {
 		return // the acceptor gets the dialler's events at the end
