@@ -77,9 +77,10 @@ sim:
 	SIM_SEEDS=$(SEEDS) SIM_SEED=$(SEED) go test -count=1 -timeout 60m -run 'WithAnySeed$$|^TestLongLine|^TestLineThat|^TestFarSeed' .
 
 # Real agents, measured; beside another program with Serf's command line if
-# PEER names one: make bench N=100 PEER=/usr/local/bin/serf
+# PEER names one: make bench N=100 PEER=/usr/local/bin/serf. ROWS chooses among
+# the rows that benchParts lists: make bench ROWS='idle|far-.*'
 bench:
-	BENCH=1 BENCH_N=$(N) PEER=$(PEER) go test -count=1 -v -timeout 60m -run '^TestBench$$' ./test
+	BENCH=1 BENCH_N=$(N) BENCH_ROWS='$(ROWS)' PEER=$(PEER) go test -count=1 -v -timeout 60m -run '^TestBench$$' ./test
 
 # Containers: the image and the compose file of examples/docker.
 docker-test:

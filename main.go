@@ -1367,8 +1367,9 @@ others see this node fail. A second signal ends at once, with exit status 1.
 SIGHUP reads the files and options again: handlers, tags, the log level and keys
 change while the agent runs.
 
-It works over lines with a round trip of up to 1.6 s that lose some per cent, without
-a setting: round trips are measured. Up to 300 ms a death is noticed as on a LAN.
+It works over lines with a round trip of up to 1.6 s that lose some per cent,
+without a setting, since round trips are measured. Up to 300 ms, a death is
+noticed about as fast as on a LAN.
 `
 
 func agentCommand(fs *flag.FlagSet) func([]string) error {

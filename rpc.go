@@ -90,9 +90,13 @@ func (d *sealer) hello() []byte {
 
 // checkHello says what is wrong with the hello of the other side.
 func (d *sealer) checkHello(b []byte, dialled bool) error {
+	if string(b[:len(helloLine)]) != helloLine {
+		if err := checkProtocol(max(b[7]-'0', 4)); err != nil { // HAMLET/N; that of protocol 4 was HAMLET/3
+			return err
+		}
+		return errMalformed
+	}
 	switch is := b[len(helloLine):]; {
-	case string(b[:len(helloLine)]) != helloLine:
-		return checkProtocol(max(b[7]-'0', 4)) // HAMLET/N; that of protocol 4 was HAMLET/3
 	case checkProtocol(is[8]) != nil:
 		return checkProtocol(is[8])
 	case is[0] != d.portKind && !dialled:

@@ -1,9 +1,12 @@
+//go:build linux
+
 // bench_test.go: what agents take and how fast they are, measured.
 //
 // TestBench (make bench) starts real agents as processes on loopback, reads the
 // log lines of all of them as they come, and prints a table. With PEER it does
 // the same in turn with another binary that takes Serf's command line. A step
-// that does not happen fails the run; no figure is made up for it.
+// that does not happen fails the run; no figure is made up for it. BENCH_ROWS
+// chooses among the rows of benchParts.
 
 package test
 
@@ -25,11 +28,25 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"text/tabwriter"
 	"time"
 )
+
+// benchParts are measured one after the other, each with every contender. rows
+// are what BENCH_ROWS, a pattern, chooses among.
+var benchParts = []struct {
+	name, rows string
+	run        func(t *testing.T, c *contender, n int)
+}{
+	{"many", "size join idle members event kill address", benchMany},
+	{"asking", "tags query", benchAsking},
+	{"few", "terminate handler stop", benchSome},
+	{"late", "late-rest late-seed", benchLateSeeds},
+	{"far", "far-rest far-join far-slow far-fail far-nemesis", benchFar},
+}
 
 const (
 	benchFew      = 8                // agents where few will do
@@ -37,6 +54,8 @@ const (
 	benchSettle   = 15 * time.Second // after the joins, before the idle window
 	benchIdle     = 30 * time.Second
 	benchStop     = 8 * time.Second
+	benchRest     = 20 * time.Second // after the last thing that happened
+	benchSeedLate = 3 * time.Second
 	benchLate     = 5 * time.Second // for a verdict about one that goes on again
 )
 
@@ -65,14 +84,12 @@ func TestBench(t *testing.T) {
 		table.benched = append(table.benched, &contender{benchTable: table, name: "peer", path: path, i: 1})
 	}
 	fmt.Printf("N=%d, %d CPUs, load %.4s, %s, %s\n", n, runtime.NumCPU(), readFile("/proc/loadavg"), runtime.Version(), where)
-	for _, c := range table.benched {
-		t.Run("many/"+c.name, func(t *testing.T) { benchMany(t, c, n) })
-	}
-	for _, c := range table.benched {
-		t.Run("asking/"+c.name, func(t *testing.T) { benchAsking(t, c, n) })
-	}
-	for _, c := range table.benched {
-		t.Run("few/"+c.name, func(t *testing.T) { benchSome(t, c) })
+	for _, part := range benchParts {
+		for _, c := range table.benched {
+			if slices.ContainsFunc(strings.Fields(part.rows), benchWants) {
+				t.Run(part.name+"/"+c.name, func(t *testing.T) { part.run(t, c, n) })
+			}
+		}
 	}
 	for _, c := range table.benched {
 		c.put("living members called failed, in all of this", float64(len(c.wrong)))
@@ -81,6 +98,12 @@ func TestBench(t *testing.T) {
 		}
 	}
 	table.print()
+}
+
+// benchWants reports whether BENCH_ROWS, which matches whole names, has a row.
+func benchWants(row string) bool {
+	rows := os.Getenv("BENCH_ROWS")
+	return rows == "" || regexp.MustCompile("^(?:"+rows+")$").MatchString(row)
 }
 
 // benchInside runs the test once more in network and process namespaces of its
@@ -96,7 +119,7 @@ func benchInside(t *testing.T) bool {
 		return false
 	}
 	self, _ := os.Executable()
-	cmd := exec.Command("unshare", append(spaces, "sh", "-c", `ip link set lo up && cd test && exec "$0" "$@"`, self, "-test.run=^TestBench$")...)
+	cmd := exec.Command("unshare", append(spaces, "sh", "-c", `ip link set lo up && cd test && { mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns; exec "$0" "$@"; }`, self, "-test.run=^TestBench$")...)
 	if end, ok := t.Deadline(); ok {
 		cmd.Args = append(cmd.Args, "-test.timeout="+(time.Until(end)-time.Second).String())
 	}
@@ -173,7 +196,7 @@ func (b *benchTable) print() {
 		if len(b.benched) > 1 {
 			var ratios []float64
 			for i := range min(len(ours), len(theirs)) {
-				if ours[i] > 0 && theirs[i] < inMs(never) {
+				if ours[i] > 0 && max(ours[i], theirs[i]) < inMs(never) {
 					ratios = append(ratios, theirs[i]/ours[i])
 				}
 			}
@@ -206,20 +229,27 @@ func cell(figures []float64) string {
 type benchCluster struct {
 	t        *testing.T
 	c        *contender
-	net      int // the third byte of the agents' addresses
+	net      int    // the third byte of the agents' addresses
+	far      *world // where its hosts are, if not here
+	seed     int    // the agent that all others join
+	join     string // by this option
 	agents   []*benchAgent
 	deadline time.Time
+	probes   atomic.Int64  // as far as agents tell of them
 	broken   chan struct{} // an agent has ended that should not have
 	why      error
 
 	mu      sync.Mutex
 	watches []*benchWatch
 	blamed  map[string]bool // who may end, and be called failed
+	cut     map[string]bool // who may call anybody failed
 	closing bool
 }
 
 type benchAgent struct {
 	name, ip string
+	rpc      string
+	at       place
 	cmd      *exec.Cmd
 	last     []string
 	ended    chan struct{}
@@ -243,7 +273,7 @@ var benchLine = regexp.MustCompile(`\[(?:INFO|WARN)\] (?:serf: |agent: Received 
 
 func newBenchCluster(t *testing.T, c *contender) *benchCluster {
 	benchNets++
-	cl := &benchCluster{t: t, c: c, net: benchNets, blamed: make(map[string]bool), broken: make(chan struct{})}
+	cl := &benchCluster{t: t, c: c, net: benchNets, join: "-join", blamed: make(map[string]bool), cut: make(map[string]bool), broken: make(chan struct{})}
 	cl.deadline = time.Now().Add(time.Hour)
 	if end, ok := t.Deadline(); ok {
 		cl.deadline = end.Add(-10 * time.Second) // so that the clean-up still runs
@@ -265,10 +295,13 @@ func newBenchCluster(t *testing.T, c *contender) *benchCluster {
 // address is that of the i-th agent. Every cluster has a net, so that nobody
 // speaks to those of the cluster before.
 func (cl *benchCluster) address(i int) string {
+	if cl.far != nil {
+		return fmt.Sprintf("10.77.0.%d", i+1)
+	}
 	return fmt.Sprintf("127.%d.%d.%d", 64+os.Getpid()%100+i/250, cl.net, 1+i%250)
 }
 
-// start starts the i-th agent, which joins the first. It is in a process group
+// start starts the i-th agent, which joins the seed. It is in a process group
 // of its own, as PEER may be a script that runs the agent.
 func (cl *benchCluster) start(i int, ip string, options ...string) *benchAgent {
 	cl.t.Helper()
@@ -276,15 +309,18 @@ func (cl *benchCluster) start(i int, ip string, options ...string) *benchAgent {
 	if err != nil {
 		cl.t.Fatal(err)
 	}
-	a := &benchAgent{name: "n" + strconv.Itoa(i), ip: ip, ended: make(chan struct{})}
-	a.cmd = exec.Command(cl.c.path, "agent", "-node="+a.name, "-bind="+ip+":7946", "-rpc-addr="+ip+":7373", "-log-level=info")
-	if i > 0 {
-		a.cmd.Args = append(a.cmd.Args, "-join="+cl.agents[0].ip+":7946")
+	a := &benchAgent{name: "n" + strconv.Itoa(i), ip: ip, rpc: ip + ":7373", at: here, ended: make(chan struct{})}
+	if cl.far != nil {
+		a.rpc, a.at = defaultRPC, cl.far.on(i+1)
+	}
+	a.cmd = exec.Command(cl.c.path, "agent", "-node="+a.name, "-bind="+ip+":7946", "-rpc-addr="+a.rpc, "-log-level=info")
+	if i != cl.seed {
+		a.cmd.Args = append(a.cmd.Args, cl.join+"="+cl.address(cl.seed)+":7946")
 	}
 	a.cmd.Args = append(a.cmd.Args, options...)
 	a.cmd.Stdout, a.cmd.Stderr = w, w // Serf logs to stdout
 	a.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	err = a.cmd.Start()
+	a.at(func() { err = a.cmd.Start() })
 	w.Close()
 	if err != nil {
 		cl.t.Fatalf("cannot start %s: %v", cl.c.path, err)
@@ -319,6 +355,9 @@ func (cl *benchCluster) follow(a *benchAgent, r *os.File) {
 }
 
 func (cl *benchCluster) line(a *benchAgent, at time.Time, line string) {
+	if strings.Contains(line, "[TRACE] probing ") {
+		cl.probes.Add(1)
+	}
 	m := benchLine.FindStringSubmatch(line)
 	cl.mu.Lock()
 	defer cl.mu.Unlock()
@@ -331,7 +370,7 @@ func (cl *benchCluster) line(a *benchAgent, at time.Time, line string) {
 	switch {
 	case s.kind == "join" && s.name == s.by:
 		s.kind = "up"
-	case s.kind == "failed" && !cl.blamed[s.name]:
+	case s.kind == "failed" && !cl.blamed[s.name] && !cl.cut[s.by]:
 		cl.c.wrong = append(cl.c.wrong, s.by+" says: "+line)
 	}
 	for _, w := range cl.watches {
@@ -371,8 +410,10 @@ func (w *benchWatch) saw(s sighting) {
 
 // wait waits for as many sightings as wanted and returns when the first and
 // the last of them were made.
-func (w *benchWatch) wait() (first, last time.Time, err error) {
-	patience := min(benchPatience, time.Until(w.cl.deadline))
+func (w *benchWatch) wait() (first, last time.Time, err error) { return w.within(benchPatience) }
+
+func (w *benchWatch) within(patience time.Duration) (first, last time.Time, err error) {
+	patience = min(patience, time.Until(w.cl.deadline))
 	select {
 	case <-w.reached:
 	case <-w.cl.broken:
@@ -457,11 +498,11 @@ func (cl *benchCluster) restart(i, n int) {
 
 func (cl *benchCluster) run(a *benchAgent, command string, args ...string) string {
 	cl.t.Helper()
-	out, err := exec.Command(cl.c.path, append([]string{command, "-rpc-addr=" + a.ip + ":7373"}, args...)...).CombinedOutput()
-	if err != nil {
-		cl.t.Fatalf("did not happen: %s at %s: %v\n%s", command, a.name, err, out)
+	out, errs, code := a.at.run(cl.t, exec.Command(cl.c.path, append([]string{command, "-rpc-addr=" + a.rpc}, args...)...))
+	if code != 0 {
+		cl.t.Fatalf("did not happen: %s at %s: exit status %d\n%s%s", command, a.name, code, out, errs)
 	}
-	return string(out)
+	return out
 }
 
 // ---- what is measured on many agents ----
@@ -471,37 +512,76 @@ func benchMany(t *testing.T, c *contender, n int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.HasPrefix(b, []byte("#!")) { // the size of a script says nothing
+	isScript := bytes.HasPrefix(b, []byte("#!")) // the size of one says nothing
+	if benchWants("size") && !isScript {
 		c.put("binary, MB", float64(len(b))/1e6)
 	}
+
 	var joins []time.Duration
 	for range 5 {
-		t.Run("join", func(t *testing.T) { joins = append(joins, newBenchCluster(t, c).startAll(n, nil)) })
+		if benchWants("join") {
+			t.Run("join", func(t *testing.T) { joins = append(joins, newBenchCluster(t, c).startAll(n, nil)) })
+		}
 	}
 	cl := newBenchCluster(t, c)
 	joins = append(joins, cl.startAll(n, nil))
-	c.putTimes(fmt.Sprintf("%d agents joining one, started at once: converged after the last start", n), joins)
-	cl.idle(n)
-	cl.members(n)
-	cl.events(n)
-	cl.kills(n)
-	cl.newAddress(n)
+	if benchWants("join") {
+		c.putTimes(fmt.Sprintf("%d agents joining one, started at once: converged after the last start", n), joins)
+	}
+
+	for _, row := range []struct {
+		name    string
+		measure func(n int)
+	}{{"idle", cl.idle}, {"members", cl.members}, {"event", cl.events}, {"kill", cl.kills}, {"address", cl.newAddress}} {
+		if benchWants(row.name) {
+			row.measure(n)
+		}
+	}
 }
 
 // idle lets the cluster idle and takes what that costs.
 func (cl *benchCluster) idle(n int) {
 	time.Sleep(benchSettle)
-	began := time.Now()
-	bytes0, packets0 := loTraffic(cl.t)
 	cpu0, _ := cl.usage(n)
-	time.Sleep(benchIdle)
+	each := float64(n) * cl.traffic(fmt.Sprintf("idle, N=%d", n), n, benchIdle).Seconds()
 	cpu1, rss := cl.usage(n)
-	bytes1, packets1 := loTraffic(cl.t)
-	each := float64(n) * time.Since(began).Seconds()
-	cl.c.put(fmt.Sprintf("idle, N=%d: bytes a second an agent", n), (bytes1-bytes0)/each)
-	cl.c.put(fmt.Sprintf("idle, N=%d: packets a second an agent", n), (packets1-packets0)/each)
 	cl.c.put(fmt.Sprintf("idle, N=%d: CPU a second an agent, ms", n), inMs(cpu1-cpu0)/each)
 	cl.c.put(fmt.Sprintf("resident memory, N=%d (p50 / max), MB", n), rss[n/2], rss[n-1])
+}
+
+// traffic takes what n agents send in a window, and how often they probe each
+// other, and returns how long the window was.
+func (cl *benchCluster) traffic(label string, n int, window time.Duration) time.Duration {
+	cl.t.Helper()
+	began := time.Now()
+	bytes0, packets0 := cl.sent()
+	probes0 := cl.probes.Load()
+	time.Sleep(window)
+	bytes1, packets1 := cl.sent()
+	probes := cl.probes.Load() - probes0
+	took := time.Since(began)
+
+	each := float64(n) * took.Seconds()
+	cl.c.put(label+": bytes a second an agent", (bytes1-bytes0)/each)
+	cl.c.put(label+": packets a second an agent", (packets1-packets0)/each)
+	if probes > 0 {
+		cl.c.put(label+": probes a second, all agents", float64(probes)/took.Seconds())
+	}
+	return took
+}
+
+// sent is what all agents have sent so far, IP headers included.
+func (cl *benchCluster) sent() (bytes, packets float64) {
+	cl.t.Helper()
+	if cl.far == nil {
+		return loTraffic(cl.t)
+	}
+	for i := range cl.agents {
+		p, b := cl.far.line.sent(i + 1)
+		packets += p
+		bytes += b
+	}
+	return bytes, packets
 }
 
 // loTraffic is what has gone over lo so far, IP headers included.
@@ -613,8 +693,12 @@ func benchAsking(t *testing.T, c *contender, n int) {
 	cl := newBenchCluster(t, c)
 	cl.startAll(n, func(int) []string { return []string{"-event-handler=query:bench=echo here"} })
 	time.Sleep(2 * time.Second)
-	cl.tags(n)
-	cl.queries(n)
+	if benchWants("tags") {
+		cl.tags(n)
+	}
+	if benchWants("query") {
+		cl.queries(n)
+	}
 }
 
 // tags changes a tag of one agent after the other.
@@ -639,7 +723,7 @@ func (cl *benchCluster) queries(n int) {
 	for k := range 5 {
 		began, count := time.Now(), 0
 		a := cl.agents[k%n]
-		cmd := exec.Command(cl.c.path, "query", "-rpc-addr="+a.ip+":7373", "bench")
+		cmd := exec.Command(cl.c.path, "query", "-rpc-addr="+a.rpc, "bench")
 		out, err := cmd.StdoutPipe()
 		if err == nil {
 			err = cmd.Start()
@@ -669,7 +753,7 @@ func (cl *benchCluster) queries(n int) {
 
 // ---- what is measured on few agents ----
 
-func benchSome(t *testing.T, c *contender) {
+func benchSome(t *testing.T, c *contender, _ int) {
 	fifo := filepath.Join(t.TempDir(), "fifo")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
@@ -692,9 +776,15 @@ func benchSome(t *testing.T, c *contender) {
 		}
 		return []string{`-event-handler=member-join=while read name rest; do echo "$name" >` + fifo + `; done`}
 	})
-	cl.terminations()
-	cl.handlers()
-	cl.stops(envInt("BENCH_STOPS", 3))
+	if benchWants("terminate") {
+		cl.terminations()
+	}
+	if benchWants("handler") {
+		cl.handlers()
+	}
+	if benchWants("stop") {
+		cl.stops(envInt("BENCH_STOPS", 3))
+	}
 }
 
 func (cl *benchCluster) terminations() {
@@ -755,6 +845,43 @@ func (cl *benchCluster) stops(count int) {
 		}
 	}
 	cl.c.put(fmt.Sprintf("one of %d stopped for %v: called failed, times of %d", len(cl.agents), benchStop, count), float64(called))
+}
+
+// ---- a seed that comes last ----
+
+func benchLateSeeds(t *testing.T, c *contender, n int) {
+	if benchWants("late-rest") {
+		t.Run("rest", func(t *testing.T) {
+			cl := newBenchCluster(t, c)
+			cl.startLate(benchFew, "-log-level=trace")
+			time.Sleep(benchRest)
+			cl.traffic(fmt.Sprintf("rest after late seeds, N=%d", benchFew), benchFew, benchSettle)
+		})
+	}
+	if benchWants("late-seed") {
+		n := min(3*n, 150)
+		t.Run("seed", func(t *testing.T) {
+			took := newBenchCluster(t, c).startLate(n)
+			c.put(fmt.Sprintf("%d agents wait for their seed, which starts %v late: all in after, ms", n, benchSeedLate), inMs(took))
+		})
+	}
+}
+
+// startLate starts n agents, of which the last is the seed of all others and
+// comes late. It returns how long after that all knew all.
+func (cl *benchCluster) startLate(n int, options ...string) time.Duration {
+	cl.t.Helper()
+	cl.join = "-retry-join" // Serf's -join would not wait
+	cl.seed = n - 1
+	all := cl.watch(n*(n-1), sighting{kind: "join"})
+	for i := range n - 1 {
+		cl.start(i, cl.address(i), options...)
+	}
+	time.Sleep(benchSeedLate)
+	began := time.Now()
+	cl.start(n-1, cl.address(n-1), options...)
+	_, last := all.must("all %d agents, whose seed comes late, see all others join", n)
+	return last.Sub(began)
 }
 
 func percentile(ds []time.Duration, q float64) time.Duration {

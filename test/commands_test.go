@@ -125,8 +125,8 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 	}{
 		{[]string{"dance"}, 2, []string{`no command "dance"`, "hint: 'hamlet help'"}},
 		{[]string{"help", "dance"}, 2, []string{`no command "dance"`}},
-		{[]string{"members", "-colour"}, 2, []string{"not defined: -colour", "hint: 'hamlet help members'"}},
-		{[]string{"agent", "-node"}, 2, []string{"needs an argument: -node"}},
+		{[]string{"members", "-colour"}, 2, []string{"there is no option -colour", "hint: 'hamlet help members'"}},
+		{[]string{"agent", "-node"}, 2, []string{"-node needs a value"}},
 		{[]string{"query", "-node", "", "load"}, 2, []string{"-node: the node name is empty"}},
 		{agent("extra"), 2, []string{`unexpected argument "extra"`, "hint: 'hamlet help agent'"}},
 		{agent("-log-level", "loud"), 2, []string{`"loud"`, "trace, debug, info, warn, err"}},
@@ -223,7 +223,7 @@ func TestAKeyIsNeverShown(t *testing.T) {
 	cmd := hamletCmd(agentArgs("-log-level", "trace", "-event-handler", "env; tr '\\0' ' ' < /proc/$PPID/cmdline; echo; echo done")...)
 	cmd.Env = append(cmd.Env, "HAMLET_ENCRYPT="+key)
 	a := startAgentCmd(t, cmd)
-	a.waitLog("\ndone\n")
+	a.waitLog("\n\tdone\n")
 	a.int()
 	a.wait()
 	if s := a.stdout.String() + a.stderr.String(); strings.Contains(s, short[:20]) || strings.Contains(s, "HAMLET_ENCRYPT") {

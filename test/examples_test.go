@@ -543,7 +543,7 @@ func TestTheCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
 	cmd := hamletCmd(agentArgs("-node", "app1", "-log-level", "debug", "-event-handler", filepath.Join(dir, "handlers", "route.sh"))...)
 	cmd.Env = exampleEnv(t, dir, "APP="+dir)
 	app := startAgentCmd(t, cmd)
-	app.waitLog("app1 joined from 127.0.0.1, role none\napp1    " + app.advertised + "    alive\n")
+	app.waitLog("app1 joined from 127.0.0.1, role none\n\tapp1    " + app.advertised + "    alive\n")
 	web := startAgent(t, "-node", "web1", "-role", "web", "-tag", "port=80", "-join", app.advertised)
 	app.waitLog("web1 joined from 127.0.0.1, role web\n")
 	app.waitStatus("web1", "alive")
@@ -555,10 +555,10 @@ func TestTheCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
 			t.Fatal(stderr)
 		}
 	}
-	app.waitLog("git fetch --quiet\ngit checkout --quiet --detach 3f2c1aa\napp1 runs 3f2c1aa\n")
+	app.waitLog("git fetch --quiet\n\tgit checkout --quiet --detach 3f2c1aa\n\tapp1 runs 3f2c1aa\n")
 	app.waitLog("failed on user:forgotten: exit status 126")
 	app.waitLog("not a revision: --upload-pack=reboot\n")
-	app.waitLog("not a revision: 3f\n2c\n")
+	app.waitLog("not a revision: 3f\n\t2c\n")
 	app.waitLog("not a revision: \n")
 	if log := app.stderr.String(); strings.Contains(log, "nobody-cares: ") || strings.Count(log, "git checkout") != 1 {
 		t.Errorf("an event without a script failed, or a bad revision was taken:\n%s", log)

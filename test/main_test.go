@@ -490,6 +490,7 @@ func (a *agent) view() string {
 	for _, m := range a.members() {
 		v = append(v, m.Name+":"+m.Status)
 	}
+	slices.Sort(v)
 	return strings.Join(v, " ")
 }
 

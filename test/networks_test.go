@@ -32,7 +32,6 @@ import (
 func TestOnRealNetworks(t *testing.T) {
 	t.Parallel()
 	needNamespaces(t)
-	removeLeftovers()
 	side, alone := make(chan struct{}, 8), slices.IndexFunc(netnsTests, func(n netnsTest) bool { return n.alone })
 	var running sync.WaitGroup
 	for _, n := range netnsTests[:alone] {
@@ -786,6 +785,7 @@ type world struct {
 	id     string
 	hosts  int
 	agents []*agent
+	line   *line // instead of the switch, where hosts are far from each other
 }
 
 var worlds atomic.Int64
@@ -802,24 +802,32 @@ func needNamespaces(t *testing.T) {
 	if _, err := exec.LookPath("ip"); err != nil {
 		t.Skip("network namespaces: there is no ip command")
 	}
-	lacks := t.Skipf
-	if os.Getenv("CI") == "true" {
-		lacks = t.Fatalf // here they are known to work
+	if lacking := namespacesLack(); lacking != "" && os.Getenv("CI") == "true" {
+		t.Fatal(lacking) // where they are known to work
+	} else if lacking != "" {
+		t.Skip(lacking)
 	}
+}
+
+// namespacesLack is what keeps tests from making namespaces, which one of them
+// tries; "" is nothing.
+var namespacesLack = sync.OnceValue(func() string {
 	if setns == 0 {
-		lacks("network namespaces: do not know how to enter one on %s", runtime.GOARCH)
+		return "network namespaces: do not know how to enter one on " + runtime.GOARCH
 	}
 	if _, err := exec.LookPath("iptables"); err != nil {
-		lacks("network namespaces: there is no iptables command")
+		return "network namespaces: there is no iptables command"
 	}
+	removeLeftovers()
 	name := fmt.Sprint(nsPrefix, os.Getpid(), "-try")
 	defer exec.Command("ip", "netns", "del", name).Run()
 	for _, args := range []string{"netns add " + name, "-n " + name + " link add br0 type bridge", "-n " + name + " link add v type veth"} {
 		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
-			lacks("network namespaces: ip %s: %v: %s", args, err, out)
+			return fmt.Sprintf("network namespaces: ip %s: %v: %s", args, err, out)
 		}
 	}
-}
+	return ""
+})
 
 // removeLeftovers removes what a test left behind that was killed.
 func removeLeftovers() {
@@ -834,24 +842,31 @@ func removeLeftovers() {
 }
 
 func newWorld(t *testing.T, hosts int) *world {
-	w := &world{T: t, id: fmt.Sprint(nsPrefix, os.Getpid(), "-", worlds.Add(1)), hosts: hosts}
-	t.Cleanup(w.destroy)
-	var names []string
+	w := newHosts(t, hosts)
 	wiring := []string{"link add br0 type bridge", "link add br1 type bridge", "link set br0 up", "link set br1 up",
 		"addr add 10.77.0.254/24 dev br0", "addr add fd77::254/64 dev br0 nodad"}
-	for i := range hosts + 1 {
-		names = append(names, "netns add "+w.ns(i))
-		if i > 0 {
-			wiring = append(wiring, fmt.Sprintf("link add h%d type veth peer name eth0 netns %s", i, w.ns(i)),
-				fmt.Sprintf("link set h%d master br0 up", i))
-		}
+	for i := 1; i <= hosts; i++ {
+		wiring = append(wiring, fmt.Sprintf("link add h%d type veth peer name eth0 netns %s", i, w.ns(i)),
+			fmt.Sprintf("link set h%d master br0 up", i))
 	}
-	w.ip(-1, names...)
 	w.ip(0, wiring...)
 	for i := 1; i <= hosts; i++ {
 		w.ip(i, "link set lo up", fmt.Sprintf("addr add 10.77.0.%d/24 dev eth0", i),
 			fmt.Sprintf("addr add fd77::%d/64 dev eth0 nodad", i), "link set eth0 up")
 	}
+	return w
+}
+
+// newHosts makes the namespaces of a switch and its hosts, which nothing
+// connects yet.
+func newHosts(t *testing.T, hosts int) *world {
+	w := &world{T: t, id: fmt.Sprint(nsPrefix, os.Getpid(), "-", worlds.Add(1)), hosts: hosts}
+	t.Cleanup(w.destroy)
+	var names []string
+	for i := range hosts + 1 {
+		names = append(names, "netns add "+w.ns(i))
+	}
+	w.ip(-1, names...)
 	return w
 }
 

@@ -20,7 +20,7 @@ var laterLines = map[string]string{
 	"	// Later versions have more kinds, and this one takes no notice of them.\n": "	msgLater\n",
 	"	cfg.member.Protocol = protocolVersion\n":                                    "	cfg.member.Protocol = protocolVersion\n	cfg.member.Ext = \"said later\"\n",
 	"	hdr := header{Kind: k, From":                                                "	hdr := header{Ext: \"said later\", Kind: k, From",
-	"	n.broadcasts.flush(n)\n": "	n.broadcasts.flush(n)\n	for _, w := range n.heartbeats.watchers {\n" +
+	"	n.broadcasts.step(n)\n": "	n.broadcasts.step(n)\n	for _, w := range n.heartbeats.watchers {\n" +
 		"		n.send(w.Member, n.header(msgLater), nil)\n	}\n",
 }
 
