@@ -72,6 +72,7 @@ const (
 	eventBurst         = 64               // packets in one go: the watchers' sockets must hold those of four
 	eventRepairEvery   = 40 * ms          // broadcasts that overtake each other need less
 	eventRepairTries   = 5                // by UDP, before tables are compared
+	eventAwayTries     = 12               // while the sender is not there to ask
 	eventRepairPackets = 8                // in answer to one request
 	eventRepairRate    = 20               // of requests that are answered to one peer, a second
 	eventGapTimeout    = 5 * time.Second  // then an event that did not come is given up
@@ -818,6 +819,17 @@ func (n *node) calmDigest() uint64 {
 	return n.digest()
 }
 
+// agreesWith reports whether there is nothing to tell a member that has this digest.
+func (n *node) agreesWith(digest uint64) bool {
+	if digest == n.digest() || digest == n.calmDigest() {
+		return true
+	}
+	forgets := n.now - n.reapAfter
+	return n.table.agreesAround(digest, forgets-2*n.reapInterval(), forgets+2*n.reapInterval())
+}
+
+func (n *node) reapInterval() time.Duration { return min(max(n.reapAfter/10, 100*ms), time.Second) }
+
 // amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members
 // that have answered at their address cost nothing.
 func (n *node) amplificationCost(m Member, k msgKind) float64 {
@@ -1111,6 +1123,24 @@ func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
 	e.peer().line.note(took, n.now+remeasureAfter+n.jitter(remeasureAfter))
 }
 
+// noteSessionRoundTrip notes how long a hello and its answer took.
+func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
+	e := n.table.get(name)
+	if e == nil || e == n.self || e.Instance != instance {
+		return
+	}
+
+	// TCP may have sent one of them again, so that a line that was short is not believed to have become long: a ping
+	// shows that.
+	known := e.roundTrip()
+	isShort := known > 0 && known <= shortLine
+	if isShort && took > known+2*shortLine {
+		n.pingAtBoundedRate(e)
+		return
+	}
+	n.noteRoundTrip(name, instance, took)
+}
+
 // roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the
 // longest to those that this node watches, or that watch it.
 func (n *node) roundTripTo(m Member) time.Duration {
@@ -1331,22 +1361,25 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	n.noteValidated(e)
 	n.detector.handleSignOfLife(n, q.m)
 	n.noteContact(e, hdr)
-	n.noteDeadAnswer(e)
+	n.noteDeadAnswer(e, hdr)
 }
 
 // noteDeadAnswer looks whether e has answered that is believed to have failed.
-func (n *node) noteDeadAnswer(e *entry) {
-	if e.Status != statusFailed {
+func (n *node) noteDeadAnswer(e *entry, hdr header) {
+	if e.Status != statusFailed || hdr.Incarnation > e.Incarnation {
 		return
 	}
 
-	// It has been told so, and refutes that. If it does not, it may not accept what this node sends: of two agents
-	// with this node's name it knows the other one.
+	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two agents
+	// with this node's name it knows the other one. So it is asked once more, at once: the next ping to one of many that
+	// have failed may be far away, or lost.
 	e.peer().path.deadAnswers++
-	if e.peer().path.deadAnswers > 1 {
-		e.peer().path.deadAnswers = 0
-		n.sync(e.Member)
+	if e.peer().path.deadAnswers == 1 {
+		n.pingAtBoundedRate(e)
+		return
 	}
+	e.peer().path.deadAnswers = 0
+	n.sync(e.Member)
 }
 
 // noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
@@ -1366,8 +1399,7 @@ func (n *node) noteAnswered(e *entry) {
 	}
 }
 
-// noteValidated notes that e answered something just now at its address: whatever was believed, neither is cut off
-// from the other.
+// noteValidated notes that e answered something just now at its address.
 func (n *node) noteValidated(e *entry) {
 	n.noteHostValidated(e)
 	n.noteAnswered(e)
@@ -1434,7 +1466,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
 	}
-	if hdr.Digest != 0 && hdr.Digest != n.digest() && hdr.Digest != n.calmDigest() {
+	if hdr.Digest != 0 && !n.agreesWith(hdr.Digest) {
 		if e.isValidated() {
 			n.broadcasts.sendRecent(n, e)
 		}
@@ -1853,6 +1885,9 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 	if source == nil {
 		return nil
 	}
+	if e == n.self && source.instance != e.Instance {
+		return nil // what a former run of this node has sent
+	}
 
 	if !source.isNew(u.id()) {
 		return nil
@@ -1938,17 +1973,18 @@ func (n *node) skipEvents(e *entry, source *eventSource, number uint64) {
 
 // eventGap is a member of whose events some are missing.
 type eventGap struct {
-	e      *entry
-	source *eventSource
-	upTo   uint64 // is known to have been sent
-	number uint64 // of the last that is known; when that changes, they are coming
-	since  time.Duration
-	askAt  time.Duration
-	tries  int
-	away   bool    // the sender is not there to ask
-	check  *header // its sender waits for an answer
-	from   netip.AddrPort
-	size   int
+	e       *entry
+	source  *eventSource
+	upTo    uint64 // is known to have been sent
+	counted uint64 // so many are counted by somebody else
+	number  uint64 // of the last that is known; when that changes, they are coming
+	since   time.Duration
+	askAt   time.Duration
+	tries   int
+	away    bool    // the sender is not there to ask
+	check   *header // its sender waits for an answer
+	from    netip.AddrPort
+	size    int
 }
 
 // heldCount is how many events wait for their turn.
@@ -1979,44 +2015,67 @@ func (n *node) noteGap(e *entry, source *eventSource, number uint64) *eventGap {
 
 // stepGaps asks for events that do not come, and gives them up when nobody has them.
 func (s *broadcasts) stepGaps(n *node) {
-	s.gaps = slices.DeleteFunc(s.gaps, func(g *eventGap) bool {
-		if g.source.number >= g.upTo {
-			if g.check != nil {
-				n.sendAck(g.from, *g.check, g.size)
-			}
-			return true
+	open := s.gaps[:0]
+	for _, g := range s.gaps {
+		if g.source.number < g.upTo {
+			g.step(n)
 		}
-		away := g.e.isSkipped() || g.e.Instance != g.source.instance
-		if away != g.away {
-			g.away = away
-			g.since = n.now
+		switch {
+		case g.source.number < g.upTo && !g.isVain():
+			open = append(open, g)
+		case g.source.number >= g.upTo && g.check != nil:
+			n.sendAck(g.from, *g.check, g.size)
 		}
-		if g.source.number != g.number {
-			g.number = g.source.number
-			g.since = n.now
-			g.askAt = n.now + eventRepairEvery
-			g.tries = 0
-		}
-		timeout := eventGapTimeout
-		if g.away {
-			timeout = eventAwayTimeout
-		}
-		if n.now >= g.since+timeout {
-			end := g.upTo
-			if len(g.source.held) > 0 {
-				end = g.source.held[0].Number - 1
-			}
-			n.logf(levelDebug, "%d user events of %s are given up: nobody has them", end-g.source.number, g.e.Name)
-			n.skipEvents(g.e, g.source, end)
-			g.since = n.now
-		}
-		if n.now >= g.askAt {
-			g.askAt = n.now + eventRepairEvery
-			g.ask(n)
-		}
-		n.wakeAt(g.askAt)
-		return false
-	})
+	}
+	clear(s.gaps[len(open):])
+	s.gaps = open
+}
+
+func (g *eventGap) step(n *node) {
+	away := g.e.isSkipped() || g.e.Instance != g.source.instance
+	if away != g.away || g.source.number != g.number {
+		g.away = away
+		g.number = g.source.number
+		g.since = n.now
+		g.askAt = n.now + eventRepairEvery
+		g.tries = 0
+	}
+
+	timeout := eventGapTimeout
+	if g.away {
+		timeout = eventAwayTimeout
+	}
+	if n.now >= g.since+timeout {
+		g.giveUp(n)
+	}
+
+	// All that are there have been asked when the sender is away: only a split that ends can bring what they have not.
+	if g.away && g.tries >= eventAwayTries {
+		n.wakeAt(g.since + timeout)
+		return
+	}
+	if n.now >= g.askAt {
+		g.askAt = n.now + eventRepairEvery
+		g.ask(n)
+	}
+	n.wakeAt(g.askAt)
+}
+
+// giveUp goes on without the events that are missing before the next one that is there.
+func (g *eventGap) giveUp(n *node) {
+	end := g.upTo
+	if len(g.source.held) > 0 {
+		end = g.source.held[0].Number - 1
+	}
+	n.logf(levelDebug, "%d user events of %s are given up: nobody has them", end-g.source.number, g.e.Name)
+	n.skipEvents(g.e, g.source, end)
+	g.since = n.now
+}
+
+// isVain reports whether there is nothing to wait for: the sender, which is gone, had announced events, but nobody is
+// known to have got one of them.
+func (g *eventGap) isVain() bool {
+	return g.away && g.tries >= eventAwayTries && g.counted <= g.source.number && len(g.source.held) == 0
 }
 
 // handleEventRequest sends e the user events that follow the one that it names, as far as they are remembered.
@@ -2091,7 +2150,10 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 // resendEvents sends the remembered events of this node, which has just joined, to all that are there now.
 func (n *node) resendEvents() {
 	source := n.self.eventSource(n.self.Instance)
-	if n.self.events.former != nil { // its address has changed since then
+	isFormer := func(ev bufferedEvent) bool {
+		return ev.Member.Name == n.self.Name && ev.Member.Instance != n.self.Instance
+	}
+	if slices.ContainsFunc(n.broadcasts.events.recent, isFormer) { // its address has changed since then
 		n.table.advance(n.self, source, 0)
 	}
 	for i := range n.broadcasts.events.recent {
@@ -2290,7 +2352,7 @@ func (r *antiEntropy) step(n *node) {
 	}
 	// Often, since digests differ until all members have forgotten a dead one.
 	if n.now >= r.reapAt {
-		r.reapAt = n.now + min(max(n.reapAfter/10, 100*ms), time.Second)
+		r.reapAt = n.now + n.reapInterval()
 		n.table.reap(n.now, n.reapAfter)
 		n.broadcasts.events.trim(n.real - eventMemory)
 	}
@@ -2302,7 +2364,7 @@ func (r *antiEntropy) stepSync(n *node) {
 		n.wakeAt(r.at)
 		return
 	}
-	if !r.peer.Status.isDead() && n.digest() != r.digest {
+	if !r.peer.Status.isDead() && !n.agreesWith(r.digest) {
 		n.sync(r.peer.Member)
 	}
 	r.peer = nil
@@ -2487,6 +2549,10 @@ func (n *node) addMembers(c *chunk) {
 		}
 		u := n.claim(e)
 		u.Number = e.eventCount()
+		if former := e.formerEvents(); former != nil {
+			u.Former = former.instance
+			u.FormerNumber = former.number
+		}
 		c.add(u, u.Member.Name)
 	}
 }
@@ -2524,17 +2590,35 @@ func (x *stateSync) endTable() {
 	x.tables++
 }
 
-// noteCount notes how many events of a member the other side knows.
-func (x *stateSync) noteCount(u *update) {
+// noteCounts notes how many events of a member the other side knows: of the instance of claim u, and of a former one.
+func (n *node) noteCounts(sync *stateSync, u *update) {
 	if u.Name != "" {
 		return
 	}
-	if x.known == nil {
-		x.known = make(map[lifetime]uint64)
+	if sync.known == nil {
+		sync.known = make(map[lifetime]uint64)
 	}
-	l := lifetime{u.Member.Name, u.Member.Instance}
-	x.known[l] = u.Number
-	x.counts = append(x.counts, eventCount{l, u.Number})
+	sync.noteCount(lifetime{u.Member.Name, u.Member.Instance}, u.Number)
+	if u.FormerNumber > 0 {
+		sync.noteCount(lifetime{u.Member.Name, u.Former}, u.FormerNumber)
+	}
+
+	// Claims come before events: so the events of an instance that came and went unnoticed find their place.
+	e := n.table.get(u.Member.Name)
+	if e == nil {
+		return
+	}
+	if u.Number > 0 && e.eventSource(u.Member.Instance) == nil {
+		e.addFormer(u.Member.Instance)
+	}
+	if u.FormerNumber > 0 && e.eventSource(u.Former) == nil {
+		e.addFormer(u.Former)
+	}
+}
+
+func (x *stateSync) noteCount(l lifetime, number uint64) {
+	x.known[l] = number
+	x.counts = append(x.counts, eventCount{l, number})
 }
 
 // mergeChunk takes a chunk of the other side's table; more says that others follow. One bad record costs that
@@ -2550,12 +2634,13 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 
 	n.detector.lastHeard = n.now
 	for _, u := range us {
-		count := u // an update that is handled loses what does not belong to a claim
-		if n.handleUpdate(&u, sync.peer.Name, sync) != nil {
+		claim := u // what is handled loses all that does not belong to a claim
+		err := n.handleUpdate(&claim, sync.peer.Name, sync)
+		if err != nil {
 			bad++
 			continue
 		}
-		sync.noteCount(&count)
+		n.noteCounts(sync, &u)
 	}
 
 	sync.lastKey = hdr.Target
@@ -2601,11 +2686,12 @@ func (n *node) takeCounts(sync *stateSync) {
 	}
 	for _, c := range sync.counts {
 		e := n.table.get(c.name)
-		if e == nil || e.Instance != c.instance {
+		if e == nil {
 			continue
 		}
 		source := e.eventSource(c.instance)
 		switch {
+		case source == nil:
 		case c.number <= source.number:
 		case n.joining.joinedAt == 0 && e != n.self: // a newcomer: what has not come is before its time
 			n.skipEvents(e, source, min(c.number, maxCount))
@@ -2613,7 +2699,9 @@ func (n *node) takeCounts(sync *stateSync) {
 		case e == n.self: // somebody has foretold events of this node, which goes on above them
 			n.skipEvents(e, source, c.number)
 		default: // the other side may have come later than they, and have none of them: others do
-			n.noteGap(e, source, c.number)
+			if g := n.noteGap(e, source, c.number); g != nil {
+				g.counted = max(g.counted, c.number)
+			}
 		}
 	}
 }

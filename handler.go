@@ -237,11 +237,9 @@ func (h *handler) enqueue(d delivery) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if d.Coalesce {
+		// The last event is the one that came last: those of one sender come in the order in which they were sent, and those
+		// of several have none.
 		if at := slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name }); at >= 0 {
-			// Broadcasts overtake each other: the last event is the last one sent.
-			if h.queue[at].LTime > d.LTime {
-				return
-			}
 			h.queue = slices.Delete(h.queue, at, at+1)
 		}
 	}

@@ -215,6 +215,8 @@ func (r *rig) update() update {
 		u.Timeout = uint32(r.byte()) * 100
 	case sel&32 > 0:
 		u.Age = 1 << (r.byte() % 64)
+		u.Former = m.Instance - uint64(r.byte()%4)
+		u.FormerNumber = 1 << (r.byte() % 64)
 	case sel&64 > 0:
 		u.Payload = make([]byte, 5*int(r.byte()))
 	}

@@ -239,6 +239,10 @@ type update struct {
 	Number   uint64 // of a user event among its sender's; of a claim in a table: how many of the member's are known
 	Nonce    uint32 // of a user event: nobody can make it up before the event is sent
 	Before   bool   // a user event that the teller has not delivered: it is older than the teller's membership
+
+	// Of a claim in a table: the instance before this one whose user events are known, and how many they are.
+	Former       uint64
+	FormerNumber uint64
 }
 
 func (u *update) id() eventID { return eventID{u.Number, u.Nonce} }
@@ -740,6 +744,30 @@ func (t *table) reap(now, after time.Duration) {
 	})
 }
 
+// agreesAround reports whether digest, with or without events, is the table's but for members that died between from and
+// to: those are about to be forgotten, or just were, and the other side does that a moment earlier or later. They go in the
+// order in which they died, so there are only as many digests that it may have.
+func (t *table) agreesAround(digest uint64, from, to time.Duration) bool {
+	first, _ := t.deadIndex("", from)
+	last, _ := t.deadIndex("", to)
+	claims, all := t.digest, t.digest^t.heard
+	for _, d := range t.dead[first:last] { // as if none of them was forgotten yet
+		if d.e.reaped {
+			claims ^= d.e.digest()
+			all ^= d.e.digest() ^ d.e.eventDigest()
+		}
+	}
+
+	for _, d := range t.dead[first:last] {
+		if digest == claims || digest == all {
+			return true
+		}
+		claims ^= d.e.digest()
+		all ^= d.e.digest() ^ d.e.eventDigest()
+	}
+	return digest == claims || digest == all
+}
+
 // aliveCount counts the members on the rings, this node included.
 func (t *table) aliveCount() int { return len(t.ring[0]) }
 
@@ -829,7 +857,6 @@ type eventSource struct {
 	instance uint64
 	number   uint64      // all up to this one are known
 	floor    uint64      // what is not known up to this one is over, and never counts
-	announce uint64      // there are so many, as far as is known
 	recent   []eventID   // those of the last numbers
 	held     []heldEvent // further ahead than number+1, in order
 	kept     int         // how many are in the buffer
@@ -849,39 +876,77 @@ type heldEvent struct {
 	fresh bool
 }
 
-// eventSource returns what is known of the events of e's instance, or of the one before it; nil: it is neither.
+// eventSource returns what is known of the events of e's instance, or of a former one; nil: nothing.
 func (e *entry) eventSource(instance uint64) *eventSource {
-	s := e.events
-	if instance == e.Instance {
-		if s == nil {
-			e.events = &eventSource{instance: instance}
-		} else if s.instance != instance {
-			s.former = nil // or the chain would grow with each restart
-			e.events = &eventSource{instance: instance, former: s}
-		}
-		return e.events
+	s := e.knownEvents(instance)
+	if s == nil && instance == e.Instance {
+		s = &eventSource{instance: instance, former: e.formerEvents()}
+		s.endChain()
+		e.events = s
 	}
+	return s
+}
+
+func (e *entry) knownEvents(instance uint64) *eventSource {
+	s := e.events
 	for s != nil && s.instance != instance {
 		s = s.former
 	}
 	return s
 }
 
-// eventCount is how many events of e's instance are known.
-func (e *entry) eventCount() uint64 {
-	if e.events == nil || e.events.instance != e.Instance {
-		return 0
+// endChain forgets what came before the former instance, or the chain would grow with each restart.
+func (s *eventSource) endChain() {
+	if s.former != nil {
+		s.former.former = nil
 	}
-	return e.events.number
 }
 
-// eventDigest is this entry's part of the digest over events.
-func (e *entry) eventDigest() uint64 {
-	count := e.eventCount()
-	if count == 0 {
+// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any. What
+// has come of them when the sender ended is all that there will be, and some have less of it than others; so it is
+// compared, too. nil: nothing.
+func (e *entry) formerEvents() *eventSource {
+	s := e.events
+	for s != nil && (s.instance == e.Instance || s.number == 0) {
+		s = s.former
+	}
+	return s
+}
+
+// addFormer makes room for the events of a former instance of e, which is told to have sent some. False: a later one is
+// known, or there can have been none: of two agents with one name a later one may have been before, but in a lower
+// incarnation.
+func (e *entry) addFormer(instance uint64) bool {
+	known := e.formerEvents()
+	if instance == e.Instance || instance > e.Incarnation || known != nil && known.instance >= instance {
+		return false
+	}
+	current, former := e.eventSource(e.Instance), &eventSource{instance: instance, former: known}
+	former.endChain()
+	current.former = former
+	e.events = current
+	return true
+}
+
+// eventCount is how many events of e's instance are known.
+func (e *entry) eventCount() uint64 {
+	s := e.knownEvents(e.Instance)
+	if s == nil {
 		return 0
 	}
-	return mix(e.pos[0] ^ mix(e.Instance^mix(count)))
+	return s.number
+}
+
+// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more: what two
+// members cannot tell each other would differ for ever.
+func (e *entry) eventDigest() (sum uint64) {
+	if count := e.eventCount(); count > 0 {
+		sum = mix(e.pos[0] ^ mix(e.Instance^mix(count)))
+	}
+	if s := e.formerEvents(); s != nil {
+		sum ^= mix(e.pos[0] ^ mix(s.instance^mix(s.number)))
+	}
+	return sum
 }
 
 // advance notes that all events of e up to number are known.

@@ -312,6 +312,88 @@ func TestEventSourceTakesAnEventOnce(t *testing.T) {
 	}
 }
 
+// What is compared of the events of a former instance is what a table tells of them: members that were there, that missed the
+// last ones or the whole instance, and that came later become the same.
+func TestEventDigestCoversWhatATableTellsOfTheFormerInstance(t *testing.T) {
+	type run struct{ instance, events uint64 }
+	hear := func(runs ...run) (*table, *entry) {
+		tb := &table{}
+		for _, r := range runs {
+			e := tb.apply(0, testMember("a", r.instance, statusAlive), 0)
+			tb.advance(e, e.eventSource(r.instance), r.events)
+		}
+		return tb, tb.get("a")
+	}
+	// Of two agents with one name one refutes the other: its instance counts again, and the later one is the former.
+	tb, e := hear(run{10, 8}, run{20, 3})
+	claim := testMember("a", 25, statusAlive)
+	claim.Instance = 10
+	tb.apply(0, claim, 0)
+	if e.eventCount() != 8 || e.formerEvents().instance != 20 || !e.addFormer(22) || e.addFormer(26) || e.eventSource(22) == nil || e.eventSource(21) != nil {
+		t.Error("an instance that counts again is not known, or the other is not the former one")
+	}
+
+	want, _ := hear(run{10, 8}, run{20, 3}, run{30, 0}, run{40, 5})
+	for _, runs := range [][]run{
+		{{10, 8}, {20, 3}, {40, 5}},
+		{{20, 2}, {40, 5}},
+		{{10, 8}, {40, 5}},
+		{{10, 8}, {30, 0}, {40, 5}},
+		{{40, 5}},
+	} {
+		tb, e := hear(runs...)
+		if e.addFormer(40) || e.addFormer(50) {
+			t.Error("an instance is its own former one")
+		}
+		if e.eventSource(20) == nil && !e.addFormer(20) {
+			t.Errorf("%v: no room for the former one", runs)
+		}
+		tb.skip(e, e.eventSource(20), 3)
+		if tb.heard != want.heard {
+			t.Errorf("%v: the digests differ", runs)
+		}
+		if e.addFormer(10) {
+			t.Errorf("%v: an older one took the place of the former one", runs)
+		}
+		forgotten := *e
+		forgotten.reaped = true
+		tb.change(0, e, forgotten)
+		if tb.heard != 0 || tb.digest != 0 {
+			t.Errorf("%v: what is forgotten is in the digest", runs)
+		}
+	}
+}
+
+// Members forget the dead a moment apart. Until all have, their digests differ, and there is nothing to tell.
+func TestDigestAgreesWhileTheDeadAreForgotten(t *testing.T) {
+	died := func() *table {
+		tb := &table{}
+		for i, name := range []string{"a", "b", "c", "d"} {
+			e := tb.apply(0, testMember(name, 10, statusAlive), 0)
+			tb.advance(e, e.eventSource(10), 3)
+			tb.apply(time.Duration(i+1)*time.Second, testMember(name, 10, statusFailed), 0)
+		}
+		return tb
+	}
+	mine, from, to := died(), 1500*ms, 3500*ms // b and c are being forgotten, a was long ago
+	mine.reap(10*time.Second, 8*time.Second)
+	for at := range 5 {
+		theirs := died()
+		theirs.reap(10*time.Second, 10*time.Second-time.Duration(at)*time.Second)
+		for _, digest := range []uint64{theirs.digest, theirs.digest ^ theirs.heard} {
+			if got, want := mine.agreesAround(digest, from, to), at >= 1 && at <= 3; got != want {
+				t.Errorf("with one that has forgotten %d of 4: %v", at, got)
+			}
+		}
+	}
+	theirs := died()
+	theirs.reap(10*time.Second, 8*time.Second)
+	theirs.apply(0, testMember("e", 10, statusAlive), 0)
+	if mine.agreesAround(theirs.digest, from, to) {
+		t.Error("news are not told")
+	}
+}
+
 func TestEventSourceHoldsWhatIsAheadOfItsTurn(t *testing.T) {
 	s := &eventSource{number: 10}
 	for _, number := range []uint64{14, 12, 12, 13, 11 + eventWindow} {

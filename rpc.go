@@ -629,7 +629,7 @@ func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about
 		s.err = errMalformed
 	}
 	if s.err == nil {
-		g.post(func(n *node) { n.noteRoundTrip(w.From, w.born(), s.roundTrip) })
+		g.post(func(n *node) { n.noteSessionRoundTrip(w.From, w.born(), s.roundTrip) })
 	}
 	return s, w, about
 }
