@@ -30,7 +30,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -575,13 +574,12 @@ type bucket struct {
 }
 
 // fill lets rate tokens a second run in, and burst of them lie.
-func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
+func (b *bucket) fill(now time.Duration, rate, burst float64) {
 	if b.at == 0 {
 		b.tokens = burst
 	}
 	b.tokens = min(b.tokens+rate*(now-b.at).Seconds(), burst)
 	b.at = now
-	return b
 }
 
 // has reports whether cost tokens are there; spend takes them.
@@ -598,15 +596,10 @@ func (b *bucket) debt(rate float64) time.Duration {
 // one.
 func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
 	b.fill(now, 1/interval.Seconds(), burst)
-	return b.take()
-}
-
-// take takes a token, if there is one.
-func (b *bucket) take() bool {
-	if b.tokens < 1 {
+	if !b.has(1) {
 		return false
 	}
-	b.tokens--
+	b.spend(1)
 	return true
 }
 
@@ -675,7 +668,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 
 	n.heartbeats.linkAt = never
 	n.requests.ofPeer = make(map[string]int)
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
 	return n
@@ -742,6 +735,14 @@ func (n *node) jitter(d time.Duration) time.Duration { return time.Duration(n.rn
 
 func (n *node) logf(level logLevel, format string, a ...any) {
 	n.out.logs = append(n.out.logs, logLine{level, fmt.Sprintf(format, a...)})
+}
+
+// warnRarely warns of what goes on: one line in warnEvery, as counted in limit.
+func (n *node) warnRarely(limit *bucket, format string, a ...any) {
+	allowed := limit.takeEvery(warnEvery, 1, n.now)
+	if allowed {
+		n.logf(levelWarn, format, a...)
+	}
 }
 
 // logLevel says how much a log line matters.
@@ -1205,7 +1206,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) e
 	if !fresh {
 		return nil
 	}
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	e.peer().path.source = from
 	return n.handleMessage(e, from, hdr, len(b), body)
 }
@@ -1223,11 +1224,10 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and
 	// those of a sender that is not remembered, get so many answers a second, all together.
 	if !fresh {
-		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
-		if !n.replayedPings.has(1) {
+		allowed := n.replayedPings.takeEvery(time.Second/replayedPingRate, replayedPingRate, n.now)
+		if !allowed {
 			return
 		}
-		n.replayedPings.spend(1)
 	}
 	n.sendAck(from, hdr, size)
 }
@@ -1323,7 +1323,7 @@ func (n *node) handleAck(hdr header) {
 	}
 	askedItself := q.m.Addr == n.self.Addr && q.m.Name == n.self.Name
 	if !askedItself {
-		n.detector.lastHeard = n.now
+		n.detector.heardFrom(n.now)
 	}
 
 	e := n.table.get(q.m.Name)
@@ -1391,18 +1391,10 @@ func (n *node) noteHostValidated(e *entry) {
 	n.heartbeats.planLinks(n) // if it watches this node
 }
 
-// noteAnswered notes that e answered something just now, wherever: this node is not cut off.
-func (n *node) noteAnswered(e *entry) {
-	if n.detector.isolated {
-		n.detector.isolated = false
-		n.logf(levelInfo, "%s answers again", e.Name)
-	}
-}
-
 // noteValidated notes that e answered something just now at its address.
 func (n *node) noteValidated(e *entry) {
 	n.noteHostValidated(e)
-	n.noteAnswered(e)
+	n.detector.noteAnswered(n, e)
 	if e.isolated {
 		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
@@ -1438,12 +1430,8 @@ func (n *node) noteUnanswered(w *entry) {
 // warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it
 // goes on.
 func (n *node) warnOfAddress(format string, a ...any) {
-	allowed := n.identity.addressWarned.takeEvery(warnEvery, 1, n.now)
-	if !allowed {
-		return
-	}
-	const hint = ". Each agent must advertise an address at which all others reach it: see -advertise"
-	n.logf(levelWarn, "%s", fmt.Sprintf(format, a...)+hint)
+	const remedy = ". Each agent must advertise an address at which all others reach it: see -advertise"
+	n.warnRarely(&n.identity.addressWarned, format+remedy, a...)
 }
 
 // noteContact looks whether e, which has just said something, needs to be told something: that it is believed to
@@ -1829,14 +1817,12 @@ func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 // it, at once.
 func (n *node) probeClaimed(e *entry, u *update, via string) {
 	n.sendClaim(e.Member, *u)
-	p := n.detector.startProbe(n, e.Member)
-	if p == nil {
+	if u.Member.Instance != e.Instance {
+		n.detector.probeHolder(n, e.Member, u.Member.Addr)
 		return
 	}
-	if u.Member.Instance == e.Instance {
+	if p := n.detector.startProbe(n, e.Member); p != nil {
 		p.recordFrom(via, verdictUnreachable)
-	} else {
-		p.rival = u.Member.Addr
 	}
 }
 
@@ -2083,7 +2069,8 @@ func (n *node) handleEventRequest(e *entry, us []update) error {
 	if len(us) != 1 || validName(us[0].Member.Name) != nil {
 		return errors.New("sent a bad request for events")
 	}
-	if !e.peer().eventRate.fill(n.now, eventRepairRate, 2).take() {
+	allowed := e.peer().eventRate.takeEvery(time.Second/eventRepairRate, 2, n.now)
+	if !allowed {
 		return nil
 	}
 	var body []byte
@@ -2423,14 +2410,7 @@ func (n *node) noteNameConflict(e *entry, hdr header) {
 		return
 	}
 	if hdr.Kind == msgSync {
-		n.probeRival(e, at)
-	}
-}
-
-// probeRival probes e, whose name an agent at another address has.
-func (n *node) probeRival(e *entry, at netip.AddrPort) {
-	if p := n.detector.startProbe(n, e.Member); p != nil {
-		p.rival = at
+		n.detector.probeHolder(n, e.Member, at)
 	}
 }
 
@@ -2444,7 +2424,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	sync.peer.Name = hdr.From
 	sync.peer.Instance = hdr.born()
 	sync.digest = hdr.Digest
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	if err := n.identifyPeer(sync.peer); err != nil {
 		return err
 	}
@@ -2458,7 +2438,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
 			continue
 		}
-		if err := n.identity.mayEnter(n, sync, *u, hdr); err != nil {
+		if err := n.identity.resolveConflict(n, sync, *u, hdr); err != nil {
 			return err
 		}
 	}
@@ -2466,7 +2446,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	if n.joining.joinedAt == 0 {
 		n.self.since = n.now // this is when the node comes in
 	}
-	n.identity.seedAnswered = true
+	n.identity.noteSeedAnswered()
 	return nil
 }
 
@@ -2477,7 +2457,7 @@ func (n *node) identifyPeer(peer Member) error {
 		return nil
 	}
 	if e.Instance == peer.Instance {
-		n.noteAnswered(e)
+		n.detector.noteAnswered(n, e)
 		if e.Addr == peer.Addr { // one that answers elsewhere is still to answer where it says that it lives
 			n.noteValidated(e)
 		}
@@ -2485,7 +2465,7 @@ func (n *node) identifyPeer(peer Member) error {
 	}
 	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
 		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
-		n.probeRival(e, peer.Addr)
+		n.detector.probeHolder(n, e.Member, peer.Addr)
 		return errors.New(nameTaken(e.Member, 0).Error())
 	}
 	return nil
@@ -2632,7 +2612,7 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 		return false, 0, errMalformed
 	}
 
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	for _, u := range us {
 		claim := u // what is handled loses all that does not belong to a claim
 		err := n.handleUpdate(&claim, sync.peer.Name, sync)
@@ -2731,8 +2711,8 @@ func (n *node) syncDone(sync *stateSync) {
 
 // ---- joining ----
 
-// joining is when to try the seeds. To try one is to look it up and to sync with its addresses. Each seed is tried on
-// its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
+// joining is when to try the seeds. To try one is to look it up and to sync with its addresses. Each seed is tried
+// on its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
 type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	seeds    []seed        // in the order of nodeConfig.seeds
@@ -2765,20 +2745,23 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 	}
 	j.joinedAt = max(n.real, 1)
 	n.broadcast(n.self)
-	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to them.
+	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to
+	// them.
 	if dialled || len(n.seeds) > 0 {
 		n.resendEvents()
 	}
 }
 
-// step tries as long as no seed is an alive member. Otherwise two halves of a cluster might stay apart for ever.
+// step tries the seeds that are due, unless one of them is an alive member.
 func (j *joining) step(n *node) {
-	if slices.ContainsFunc(j.seeds, func(s seed) bool { return s.isMember(n) }) {
-		for i := range j.seeds {
-			j.seeds[i].dubious = 0
+	for _, s := range j.seeds {
+		if s.isMember(n) {
+			j.clearDubious()
+			return
 		}
-		return
 	}
+
+	// This goes on for ever, or two halves of a cluster might stay apart.
 	for i := range j.seeds {
 		s := &j.seeds[i]
 		if n.now >= s.nextTry {
@@ -2789,66 +2772,100 @@ func (j *joining) step(n *node) {
 	}
 }
 
-// wait is how long to wait after a try that failed. At first a try a second costs nothing, and clusters start in any
-// order; a seed that is missing for long is tried more and more rarely.
-func (s seed) wait(now time.Duration) time.Duration {
-	first := 250 * ms << min(s.failed, 10)
-	later := (now - s.failing - seedsOftenFor) / 2
-	return min(first, max(later, seedsOften), seedsMax)
+func (j *joining) clearDubious() {
+	for i := range j.seeds {
+		j.seeds[i].dubious = 0
+	}
 }
 
 // isMember reports whether an alive member has answered at the seed.
 func (s seed) isMember(n *node) bool {
-	return slices.ContainsFunc(s.last.names, func(name string) bool {
+	for _, name := range s.last.names {
 		e := n.table.get(name)
-		return e != nil && e != n.self && e.displayStatus() == statusAlive
-	})
+		if e != nil && e != n.self && e.displayStatus() == statusAlive {
+			return true
+		}
+	}
+	return false
 }
 
 // handleSeedTried takes the result of trying the seed with index i.
-func (n *node) handleSeedTried(i int, r seedResult) {
-	j := &n.joining
+func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 	s := &j.seeds[i]
 	s.last = r
 	s.tried = true
-	taken, isTaken := errors.AsType[*nameTakenError](r.taken)
-	switch {
-	case errors.Is(r.taken, errNameHeld) && j.joinedAt == 0: // once the cluster has noticed, it is free
+
+	isNewcomer := j.joinedAt == 0
+	if isNewcomer && errors.Is(r.taken, errNameHeld) {
+		// The name is free as soon as the cluster has noticed that its holder is gone.
 		s.nextTry = n.now + nameRetry
 		return
-	case isTaken && j.joinedAt == 0:
-		n.out.fatal = r.taken
-		return
-	case isTaken: // two halves of a cluster meet
-		n.identity.handleSelfClaim(n, taken.holder, "")
+	}
+	if taken, isTaken := errors.AsType[*nameTakenError](r.taken); isTaken {
+		if isNewcomer {
+			n.out.fatal = r.taken
+			return
+		}
+		n.identity.handleSelfClaim(n, taken.holder, "") // two halves of a cluster meet
 	}
 
 	if len(r.names) > 0 {
-		s.failed = 0
-		// If none of them is then believed alive, for instance since it advertises another address, where it does not
-		// answer, to join it again every second would never change that.
-		s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
-		s.dubious++
+		s.noteAnswered(n)
 	} else {
-		if s.failed == 0 {
-			s.failing = n.now
-		}
-		wait := s.wait(n.now)
-		s.nextTry = n.now + wait - n.jitter(wait/4)
-		s.failed++
+		s.noteFailed(n)
 	}
-
-	keepsTrying := func(s seed) bool { return n.retryMax == 0 || s.failed < n.retryMax }
-	if j.joinedAt == 0 && !slices.ContainsFunc(j.seeds, keepsTrying) {
+	if isNewcomer && j.hasGivenUp(n) {
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.retryMax, j.errors(5))
 		return
 	}
 	j.report(n)
 }
 
+// noteAnswered plans the next try after one that was answered.
+func (s *seed) noteAnswered(n *node) {
+	s.failed = 0
+	// If none of those that answered is then believed alive, for instance since it advertises another address,
+	// where it does not answer, to join it again every second would never change that.
+	s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
+	s.dubious++
+}
+
+// noteFailed plans the next try after one that failed.
+func (s *seed) noteFailed(n *node) {
+	if s.failed == 0 {
+		s.failing = n.now
+	}
+	wait := s.wait(n.now)
+	s.nextTry = n.now + wait - n.jitter(wait/4)
+	s.failed++
+}
+
+// wait is how long to wait after a try that failed.
+func (s *seed) wait(now time.Duration) time.Duration {
+	// At first a try a second costs nothing, and clusters start in any order. A seed that has been missing for
+	// long is tried more and more rarely.
+	first := 250 * ms << min(s.failed, 10)
+	later := (now - s.failing - seedsOftenFor) / 2
+	return min(first, max(later, seedsOften), seedsMax)
+}
+
+// hasGivenUp reports whether each seed has failed as often as the user allows.
+func (j *joining) hasGivenUp(n *node) bool {
+	if n.retryMax == 0 {
+		return false
+	}
+	for _, s := range j.seeds {
+		if s.failed < n.retryMax {
+			return false
+		}
+	}
+	return true
+}
+
 // report logs how it stands with the seeds, once each of them has been tried.
 func (j *joining) report(n *node) {
-	answered, dead := "", false
+	var answered string
+	dead := false
 	for _, s := range j.seeds {
 		switch {
 		case !s.tried:
@@ -2860,22 +2877,17 @@ func (j *joining) report(n *node) {
 		}
 	}
 
-	if answered != "" && j.failing {
+	wasFailing := j.failing
+	j.failing = answered == ""
+	if wasFailing && !j.failing {
 		n.logf(levelInfo, "joined through %s", answered)
 	}
-	newlyFailing := answered == "" && !j.failing
-	j.failing = answered == ""
-
-	warn := false
-	if dead {
-		warn = j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
-	}
 	switch {
-	case warn && answered != "":
-		n.logf(levelWarn, "not all seeds answer (%s)", j.errors(5))
-	case warn:
-		n.logf(levelWarn, "no seed answers (%s): trying on, at most every %v", j.errors(5), seedsMax)
-	case newlyFailing && !dead: // one list of seeds for all is usual, and some node is the first on it
+	case dead && !j.failing:
+		n.warnRarely(&j.warned, "not all seeds answer (%s)", j.errors(5))
+	case dead:
+		n.warnRarely(&j.warned, "no seed answers (%s): trying on, at most every %v", j.errors(5), seedsMax)
+	case j.failing && !wasFailing: // one list of seeds for all is usual, and some node is the first on it
 		n.logf(levelInfo, "no seed answers but this node itself (%s)", j.errors(5))
 	}
 }
@@ -2915,63 +2927,86 @@ func nameTaken(by Member, age uint64) error {
 }
 
 func (e *nameTakenError) Error() string {
-	return fmt.Sprintf("the name %q %v: the member at %s has it", e.holder.Member.Name, errNameTaken, e.holder.Member.Addr)
+	holder := e.holder.Member
+	return fmt.Sprintf("the name %q %v: the member at %s has it", holder.Name, errNameTaken, holder.Addr)
 }
 
 func (e *nameTakenError) Is(err error) bool { return err == errNameTaken }
 
-// mayEnter decides whether u, the claim about this node's name of a peer that it has dialled, keeps it out.
+// resolveConflict decides whether u, which a dialled peer claims about this node's name, keeps this node out of
+// the peer's cluster.
 //
-// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told, never
-// times, since a clock may be wrong. So a newcomer never takes a name whose holder the cluster believes alive. It
-// ends if the holder answers it, and waits else, until the cluster has noticed that the holder is gone: one that stalls,
-// or that only the newcomer cannot reach, is not. A member that is told to join another cluster which has its name only
-// fails to. Where two clusters meet by themselves, after a split, the one that came in later gives way; see givesWay.
-func (o *identity) mayEnter(n *node, sync *stateSync, u update, hdr header) error {
-	m := u.Member
-	joined := n.joining.joinedAt != 0
-	own := m.Instance == n.self.Instance || m.Addr == n.self.Addr || m.Status.isDead() // a former self, or one that has gone
-	switch {
-	case own, joined && !o.mayBeRival(n.self.Member, m):
+// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told,
+// never times, since a clock may be wrong.
+func (o *identity) resolveConflict(n *node, sync *stateSync, u update, hdr header) error {
+	if n.joining.joinedAt != 0 {
+		return o.resolveAsMember(n, sync, u, hdr.From)
+	}
+	if !isOtherAgent(n.self.Member, u.Member) {
 		o.handleSelfClaim(n, u, hdr.From)
 		return nil
-	case joined && sync.joins:
-		return nameTaken(m, u.Age)
-	case joined:
-		return nil // the tables say the same
-	case hdr.From != n.self.Name:
-		return o.mayTake(n, sync, u)
+	}
+	if hdr.From != n.self.Name {
+		return o.resolveAsNewcomer(n, sync, u)
 	}
 
 	// The peer itself has the name. If it is a newcomer, too, only one of the two ends.
 	o.noteRival(n, u)
 	if hdr.More || o.givesWay(n) {
-		return nameTaken(m, u.Age)
+		return nameTaken(u.Member, u.Age)
 	}
-	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node", m.Name)
+	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node",
+		u.Member.Name)
 }
 
-// mayTake decides whether a newcomer may take its name although the cluster believes its holder alive.
-func (o *identity) mayTake(n *node, sync *stateSync, u update) error {
-	foundGone := o.former.Instance == u.Member.Instance
-	switch {
-	case sync.conflict != nil && sync.conflict.result == verdictAlive:
-		return nameTaken(u.Member, u.Age)
-	case !foundGone:
-		sync.conflict = n.detector.startProbe(n, u.Member) // or the one that runs
-		// The line to the peer is the only one that a newcomer knows.
-		if sync.conflict != nil {
-			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip)
-		}
-		return errConflictPending
-	case o.heldSince == 0:
-		o.heldSince = n.now
-		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: waiting until the cluster calls it failed", u.Member.Addr)
-	case n.now-o.heldSince > nameHeldTimeout: // the cluster reaches it
+// resolveAsMember decides for a node that is in a cluster and has dialled a peer of perhaps another one.
+func (o *identity) resolveAsMember(n *node, sync *stateSync, u update, via string) error {
+	if !o.mayBeRival(n.self.Member, u.Member) {
+		o.handleSelfClaim(n, u, via)
+		return nil
+	}
+	// A join that a user has asked for fails. Where two clusters meet by themselves, after a split, the tables say
+	// the same as u, and the agent that came in later gives way.
+	if sync.joins {
 		return nameTaken(u.Member, u.Age)
 	}
-	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer", u.Member.Name, errNameHeld, u.Member.Addr)
+	return nil
 }
+
+// resolveAsNewcomer decides for a newcomer whose name has a holder that the cluster believes alive. It never takes
+// the name: it ends if the holder answers, and waits otherwise. The holder may have stalled, or only this node
+// cannot reach it.
+func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
+	holder := u.Member
+	if sync.conflict != nil && sync.conflict.result == verdictAlive {
+		return nameTaken(holder, u.Age)
+	}
+
+	foundGone := o.former.Instance == holder.Instance
+	if !foundGone {
+		sync.conflict = n.detector.startProbe(n, holder) // or the one that runs
+		if sync.conflict != nil {
+			// The line to the peer is the only one that a newcomer knows.
+			sync.conflict.noteRoundTrip(sync.roundTrip)
+		}
+		return errConflictPending
+	}
+
+	if o.heldSince == 0 {
+		o.heldSince = n.now
+		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
+			"waiting until the cluster calls it failed", holder.Addr)
+	}
+	clusterReachesIt := n.now-o.heldSince > nameHeldTimeout
+	if clusterReachesIt {
+		return nameTaken(holder, u.Age)
+	}
+	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer",
+		holder.Name, errNameHeld, holder.Addr)
+}
+
+// noteSeedAnswered is told that a seed has answered.
+func (o *identity) noteSeedAnswered() { o.seedAnswered = true }
 
 // noteRival notes what is known of another living agent of this node's name.
 func (o *identity) noteRival(n *node, u update) {
@@ -2985,25 +3020,28 @@ func (o *identity) noteRival(n *node, u update) {
 	o.rivalMet++
 }
 
-// givesWay reports whether this node leaves its name to the rival: whether it came in later. An age only ever shrinks on
-// its way, so never do both give way. Neither does if they came in at the same time, but for what the way takes. Then,
-// when the one that may know better has had the time to, the higher instance does.
+// givesWay reports whether this node leaves its name to the rival: whether it came in later.
 func (o *identity) givesWay(n *node) bool {
 	later := n.self.since - o.rivalSince
-	atOnce := later > -nameTie && o.rivalMet >= 3
-	return later > 0 || atOnce && n.self.Instance > o.rival.Instance
-}
-
-// warnOfConflict says that two agents have one name: at the holder, and at those who were told of both.
-func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
-	if o.conflictWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
-		n.logf(levelWarn, "two agents are called %q, at %s and at %s: give one of them another name with -node", holder.Name, holder.Addr, other)
+	if later > 0 {
+		return true // an age only ever shrinks on its way, so the two never both give way
 	}
+	// Neither does if they came in at the same time, but for what the way takes. Then, when the one that may know
+	// better has had the time to, the higher instance does.
+	atOnce := later > -nameTie && o.rivalMet >= 3
+	return atOnce && n.self.Instance > o.rival.Instance
 }
 
-// handleSelfClaim handles a claim about this node. Where it may be that of another living agent (a rival), that one is
-// probed. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
-// via, which said so, since a flood stays on its own side of a split.
+// warnOfConflict says that two agents have one name: at the holder, and at those that were told of both.
+func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
+	n.warnRarely(&o.conflictWarned,
+		"two agents are called %q, at %s and at %s: give one of them another name with -node",
+		holder.Name, holder.Addr, other)
+}
+
+// handleSelfClaim handles a claim about this node, which via has made. Where it may be about another living agent
+// (a rival), that one is probed. Any other is false, or a clock went back, and it is refuted with a higher
+// incarnation.
 func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	m := u.Member
 	if o.leaving != 0 || m == n.self.Member {
@@ -3024,37 +3062,45 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	if e == nil || e == n.self {
 		return
 	}
-	// A refutation that was just flooded reaches the watchers. All others are told directly.
-	flooded := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
-	if !flooded {
+	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
+	// stays on its own side of a split.
+	broadcast := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
+	if !broadcast {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
 }
 
-// mayBeRival reports whether m can be another living agent with the name of self.
-func (o *identity) mayBeRival(self, m Member) bool {
-	if m.Instance == self.Instance || m.Addr == self.Addr || m.Status.isDead() {
-		return false
-	}
-	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would claim the
-	// name for ever.
-	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
-	return !foundGone
+// isOtherAgent reports whether m is another agent with the name of self, and not a former self or one that has
+// gone.
+func isOtherAgent(self, m Member) bool {
+	return m.Instance != self.Instance && m.Addr != self.Addr && !m.Status.isDead()
 }
 
-// noteCalledFailed is told that via has called this node failed, which is not yet refuted. Once may be a split that heals.
+// mayBeRival reports whether m can be another living agent with the name of self.
+func (o *identity) mayBeRival(self, m Member) bool {
+	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would
+	// claim the name for ever.
+	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
+	return isOtherAgent(self, m) && !foundGone
+}
+
+// noteCalledFailed is told that via has called this node failed, which is not refuted yet.
 func (o *identity) noteCalledFailed(n *node, m Member, via string) {
 	if m.Status != statusFailed || m.Instance != n.self.Instance {
 		return
 	}
-	if o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1).take() {
+	o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1)
+	if o.calledFailed.has(1) { // once may be a split that heals
+		o.calledFailed.spend(1)
 		return
 	}
+
 	by := via
 	if e := n.table.get(via); e != nil {
 		by = fmt.Sprintf("%s at %s", via, e.Addr)
 	}
-	n.warnOfAddress("this node is called failed again and again, now by %s: not all members reach it at %s, which it advertises", by, n.self.Addr)
+	n.warnOfAddress("this node is called failed again and again, now by %s: "+
+		"not all members reach it at %s, which it advertises", by, n.self.Addr)
 }
 
 // refute takes a higher incarnation and tells everybody.
@@ -3069,7 +3115,8 @@ func (o *identity) refute(n *node, incarnation uint64) {
 func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	switch {
 	case !alive:
-		if o.former = m; m.Incarnation >= n.self.Incarnation {
+		o.former = m
+		if m.Incarnation >= n.self.Incarnation {
 			o.refute(n, m.Incarnation+1)
 		}
 	case n.joining.joinedAt == 0: // only the join that met it fails
@@ -3078,39 +3125,49 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	default:
 		o.warnOfConflict(n, n.self.Member, m.Addr)
 		o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
-		n.sync(m) // it does not count what a stranger sends
+		n.sync(m) // it does not count the datagrams of an instance that it does not know
 	}
 }
 
-// addressChanged is told from which address this node has dialled: what it advertises is no longer (gone) an address
-// of this machine, or was not the way to the first seed that answers. To the others it is a restart.
-func (n *node) addressChanged(ip netip.Addr, gone, joins bool, unixMs uint64) {
-	m := n.self.Member
-	first := joins && !n.identity.seedAnswered && n.joining.joinedAt == 0
-	if n.identity.leaving != 0 || !first && !gone || ip == m.Addr.Addr() {
+// addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
+// address of this machine; joins: it has dialled for a join.
+func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unixMs uint64) {
+	settles := joins && !o.seedAnswered && n.joining.joinedAt == 0 // the way to the first seed that answers
+	if !settles && !gone {
 		return
 	}
-	n.identity.former = m
+	m := n.self.Member
+	if o.leaving != 0 || ip == m.Addr.Addr() {
+		return
+	}
+
+	// To the others this is a restart.
+	o.former = m
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Instance = max(newInstanceID(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Instance
 	n.logf(levelInfo, "this node has the address %s now and advertises it", ip)
+
 	events := n.table.events
-	if e := n.table.apply(n.now, m, n.now-n.self.since); e != nil { // it has been in the cluster all the time
+	age := n.now - n.self.since // it has been in the cluster all the time
+	if e := n.table.apply(n.now, m, age); e != nil {
 		n.broadcast(e)
 	}
 	n.table.events = events // it has neither failed nor joined for itself
 }
 
 // setTags sets the tags in set, then drops those that drop names.
-func (n *node) setTags(set map[string]string, drop []string) error {
+func (o *identity) setTags(n *node, set map[string]string, drop []string) error {
 	kv := n.self.Tags.asMap()
 	maps.Copy(kv, set)
-	maps.DeleteFunc(kv, func(k, _ string) bool { return slices.Contains(drop, k) })
+	for _, key := range drop {
+		delete(kv, key)
+	}
 	tags, err := makeTags(kv)
 	if err != nil || tags == n.self.Tags {
 		return err
 	}
+
 	m := n.self.Member
 	m.Tags = tags
 	m.Incarnation++
@@ -3118,28 +3175,33 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 	return nil
 }
 
-// startLeave tells the watchers that this node leaves; it has left when all of them know, or after
-// leaveTimeout, or three round trips.
-func (n *node) startLeave() {
+// startLeave tells the watchers that this node leaves. It has left when all of them know, or when their time is
+// over.
+func (o *identity) startLeave(n *node) {
 	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
-	n.identity.leaving = cmp.Or(n.identity.leaving, n.now+within)
-	n.requests.removeAll()
+	if o.leaving == 0 {
+		o.leaving = n.now + within
+	}
+	n.requests.removeAll() // the leave waits for nothing but its own
+	left := wire.encode(nil, &update{Member: n.self.with(statusLeft)})
 	for _, w := range n.heartbeats.watchers {
-		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), within)
+		n.sendReliable(w.Member, n.header(msgBroadcast), left, within)
 	}
 }
 
 // forceLeave makes everybody believe that a failed member has left; with prune it also vanishes.
 func (n *node) forceLeave(name string, prune bool) error {
 	e := n.table.get(name)
-	switch {
-	case e == nil || e.displayStatus() == 0:
+	if e == nil || e.displayStatus() == 0 {
 		return fmt.Errorf("no member is called %q", name)
-	case e.displayStatus() == statusAlive:
+	}
+	if e.displayStatus() == statusAlive {
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
-	case !e.Status.isDead():
+	}
+	if !e.Status.isDead() {
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
+
 	status := statusLeft
 	if prune {
 		status = statusPruned
@@ -3150,15 +3212,17 @@ func (n *node) forceLeave(name string, prune bool) error {
 
 // members copies what users see of those whose names follow after, sorted by name: limit of them at most.
 func (n *node) members(after string, limit int) (ms []Member) {
-	at, _ := n.table.index(after + "\x00") // the least name that is greater
-	for ; at < len(n.table.ordered) && len(ms) < limit; at++ {
-		e := n.table.ordered[at]
-		s := e.displayStatus()
-		if e == n.self && n.identity.leaving != 0 {
-			s = statusLeaving
+	first, _ := n.table.index(after + "\x00") // the least name that is greater
+	for _, e := range n.table.ordered[first:] {
+		if len(ms) >= limit {
+			break
 		}
-		if s != 0 {
-			ms = append(ms, e.with(s))
+		status := e.displayStatus()
+		if e == n.self && n.identity.leaving != 0 {
+			status = statusLeaving
+		}
+		if status != 0 {
+			ms = append(ms, e.with(status))
 		}
 	}
 	return ms
@@ -3187,10 +3251,10 @@ func (n *node) info() (facts []string) {
 
 // heartbeats is whom this node watches, and its own watchers.
 //
-// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises the
-// next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is broken,
-// whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then all
-// watchers probed this node at each beat.
+// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises
+// the next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is
+// broken, whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then
+// all watchers probed this node at each beat.
 type heartbeats struct {
 	version  uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
@@ -3199,7 +3263,7 @@ type heartbeats struct {
 	nextBeat time.Duration // on the caller's clock: the watchers' time goes on while this node is stopped
 	early    int           // beats after the next one that come early
 	links    []Member      // the watch links that were asked for last
-	linkAt   time.Duration // when to ask for others; never: they are as they shall be
+	linkAt   time.Duration // when to ask for others; never: they are as they should be
 }
 
 // refresh recomputes whom this node watches, and its watchers, after a change.
@@ -3208,26 +3272,29 @@ func (r *heartbeats) refresh(n *node) {
 		return
 	}
 	// After a mass failure the rings must heal at once, so a newly watched member is due soon. After a join
-	// nothing is broken, and everybody is busy.
+	// nothing is broken, and all members are busy.
 	grace := newWatchGrace
 	if n.table.shrunk > r.version {
 		grace = overdueAfter
 	}
-	watched := r.watched
 	r.version = n.table.version
 	n.broadcasts.noteFormerWatchers(r.watchers)
 	r.watchers = n.table.watchers(n.self)
+
+	formerlyWatched := r.watched
 	r.watched = n.table.watched(n.self)
 	for _, e := range r.watched {
-		if d := e.peer(); d.due == 0 || !slices.Contains(watched, e) {
-			d.due = n.now + max(grace, 2*n.roundTripTo(e.Member)) // it learns of this, and says so
+		peer := e.peer()
+		if peer.due == 0 || !slices.Contains(formerlyWatched, e) {
+			peer.due = n.now + max(grace, 2*n.roundTripTo(e.Member)) // it learns of this, and says so
 		}
 	}
 	r.requeue(n)
 	r.planLinks(n)
 }
 
-// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a heartbeat.
+// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a
+// heartbeat.
 func (r *heartbeats) requeue(n *node) {
 	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
 	if len(r.queue) == 0 {
@@ -3240,8 +3307,8 @@ func (r *heartbeats) requeue(n *node) {
 		}
 	}
 
-	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with those
-	// that were promised an early one; each of them cost half a second more.
+	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with
+	// those that were promised an early one; each of them cost half a second more.
 	isNew := func(w *entry) bool { return !w.peer().greeted } // or another instance
 	if slices.ContainsFunc(r.queue, isNew) {
 		r.early = len(r.queue) - 1
@@ -3259,8 +3326,7 @@ func (r *heartbeats) turn(place int) time.Duration {
 	return r.nextBeat + time.Duration(early)*earlyInterval + time.Duration(place-early)*heartbeatInterval
 }
 
-// sendHeartbeat sends a heartbeat to w, whose place in the queue promises it the next one. A watcher that has not
-// answered yet is asked to: before that it gets no broadcasts, which it does not take if it has not heard of this node.
+// sendHeartbeat sends a heartbeat to w, whose place in the queue promises it the next one.
 func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 	wait := r.turn(place) - n.real
 	hdr := n.header(msgHeartbeat)
@@ -3270,6 +3336,8 @@ func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 		n.send(w.Member, hdr, nil)
 		return
 	}
+	// A watcher that has not answered yet is asked to. Before that it gets no broadcasts, which it does not take
+	// if it has not heard of this node.
 	n.sendReliable(w.Member, hdr, nil, wait)
 	n.noteUnanswered(w)
 }
@@ -3279,13 +3347,17 @@ func (r *heartbeats) step(n *node) {
 		r.beat(n)
 		n.wakeAt(n.now + r.nextBeat - n.real)
 	}
+
+	// A broken promise is no verdict: it starts a probe.
 	for _, e := range r.watched {
-		if due := e.peer().due; n.now < due {
+		due := e.peer().due
+		if n.now < due {
 			n.wakeAt(due)
 		} else {
 			n.detector.startProbe(n, e.Member)
 		}
 	}
+
 	if n.now >= r.linkAt {
 		r.relink(n)
 	}
@@ -3294,8 +3366,8 @@ func (r *heartbeats) step(n *node) {
 
 // beat sends what is due now.
 func (r *heartbeats) beat(n *node) {
-	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each of
-	// them starts a probe.
+	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each
+	// of them starts a probe.
 	if n.real >= r.nextBeat+heartbeatInterval {
 		r.nextBeat = n.real + heartbeatInterval
 		for place, w := range r.queue {
@@ -3313,9 +3385,10 @@ func (r *heartbeats) beat(n *node) {
 	}
 }
 
-// planLinks notes that other watch links may be wanted. While many join, rings change all the time, and links follow a
-// little later; but a missing link is made at once, or a kill in between is not noticed before a heartbeat is overdue.
+// planLinks notes that other watch links may be wanted.
 func (r *heartbeats) planLinks(n *node) {
+	// While many join, rings change all the time, and links follow a little later. But a missing link is made at
+	// once, or a kill in between is not noticed before a heartbeat is overdue.
 	delay := relinkDelay
 	r.links = slices.DeleteFunc(r.links, n.table.ended)
 	if len(r.links) < min(linksWanted, len(r.watchers)) {
@@ -3324,29 +3397,39 @@ func (r *heartbeats) planLinks(n *node) {
 	r.linkAt = min(r.linkAt, n.now+delay)
 }
 
-// relink asks for watch links to the first watchers that have answered. Former links last for a while beside new ones,
-// so that there is no moment without any.
+// relink asks for watch links to the first watchers that have answered.
 func (r *heartbeats) relink(n *node) {
 	r.linkAt = never
-	var links []Member
+	var wanted []Member
 	isNew := false
 	for _, w := range r.watchers {
-		if len(links) < linksWanted && w.peer().validated {
-			links = append(links, w.Member)
+		if len(wanted) < linksWanted && w.peer().validated {
+			wanted = append(wanted, w.Member)
 			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
 		}
 	}
+
+	// Former links last for a while beside new ones, so that there is no moment without any.
 	if isNew {
-		former := slices.DeleteFunc(r.links, func(m Member) bool {
-			return n.table.ended(m) || slices.ContainsFunc(links, m.sameInstance)
-		})
+		former := r.formerLinks(n, wanted)
 		if len(former) > 0 {
-			links = append(links, former[:min(len(former), linksWanted)]...)
+			wanted = append(wanted, former...)
 			r.linkAt = n.now + linkOverlap
 		}
 	}
-	r.links = links
-	n.out.links = append([]Member{}, links...)
+	r.links = wanted
+	n.out.links = append([]Member{}, wanted...)
+}
+
+// formerLinks are the links, linksWanted of them at most, that stand and are not wanted any more.
+func (r *heartbeats) formerLinks(n *node, wanted []Member) (former []Member) {
+	for _, m := range r.links {
+		isWanted := slices.ContainsFunc(wanted, m.sameInstance)
+		if len(former) < linksWanted && !isWanted && !n.table.ended(m) {
+			former = append(former, m)
+		}
+	}
+	return former
 }
 
 // ---- probes ----
@@ -3355,29 +3438,29 @@ func (r *heartbeats) relink(n *node) {
 type detector struct {
 	probes       []*probe
 	lastHeard    time.Duration // last sign of anybody
-	lastResortAt time.Duration // the next last call
+	lastResortAt time.Duration // when to try any member next, while this node hears nobody
 	isolated     bool
 	retry        bucket
 }
 
-// probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
-// asked.
+// probe is an examination of a member: for a verdict of this node, of which a target has one at a time, or for a
+// peer that asked.
 type probe struct {
 	m            Member        // whom, as it was believed
-	e            *entry        // of that name; my own: a conflict of mine, whom no entry describes
-	requester    *entry        // who wants a vote of mine; nil: nobody
+	e            *entry        // of that name; this node's own: a name conflict, whose other side has no entry
+	requester    *entry        // the peer that wants this node's result; nil: none
 	start        time.Duration // of the round
 	deciding     bool          // the target is suspect, and this round decides
-	seq          uint32        // of the checks: mine, or what the asker wrote
-	roundTrip    time.Duration // to the target, or what the asker says
+	seq          uint32        // of the indirect probes: this node's, or what the requester wrote
+	roundTrip    time.Duration // to the target, or what the requester says
 	stage        probeStage    // of the round: what comes next
-	result       verdict
+	result       verdict       // what this node saw
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
-	pending      []*entry       // who has not voted yet
+	pending      []*entry       // helpers that have not answered yet
 	rival        netip.AddrPort // of another agent that wants the target's name
-	unanswered   int            // rounds in which no helper has voted
+	unanswered   int            // rounds in which no helper has answered
 }
 
 // probeStage is a step of a round.
@@ -3387,45 +3470,57 @@ const (
 	stagePing        probeStage = iota
 	stageTCP                    // with the ping, unless the line is long
 	stageHelpers                // a second ping, and the helpers
-	stageHelpersLate            // those that have not voted
+	stageHelpersLate            // those that have not answered
 	stageEnd
 )
 
-// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for at
-// least two round trips; up to shortLine the fixed times do. On a longer line a lost heartbeat shall cost a ping and
-// its answer, so a probe that begins with one asks by ping alone before it dials and asks helpers.
+// nextStageAt is when the next stage of the round is due.
+func (p *probe) nextStageAt(n *node) time.Duration { return p.start + p.schedule(n)[p.stage] }
+
+// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for
+// at least two round trips; up to shortLine the fixed times do.
 func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
 	twice := 2 * p.roundTrip
-	switch {
-	case p.requester != nil:
+	if p.requester != nil {
 		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(helperTimeout, twice)}
-	case p.deciding || p.localOnly(n):
+	}
+	if p.deciding || p.localOnly(n) {
 		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
 	}
 
-	// The helpers' answers take one round trip more than their own looks.
-	const again, end = indirectAgainAfter - indirectAfter, probeTimeout - indirectAfter
-	helpers := max(indirectAfter, twice)
-	due := [...]time.Duration{0, 0, helpers, helpers + max(again, twice), helpers + max(end, twice+p.roundTrip)}
-	long, refused := p.roundTrip > shortLine, p.result == verdictRefused
-	if long && !p.linkEnded && !refused {
-		due[stageTCP] = helpers
+	// The helpers' answers take one round trip more than their own probes.
+	helpersAt := max(indirectAfter, twice)
+	againAt := helpersAt + max(indirectAgainAfter-indirectAfter, twice)
+	endAt := helpersAt + max(probeTimeout-indirectAfter, twice+p.roundTrip)
+	due := [...]time.Duration{0, 0, helpersAt, againAt, endAt}
+
+	// On a long line a lost heartbeat is to cost a ping and its answer, so a probe that begins with one asks by
+	// ping alone before it dials and asks helpers.
+	isLong := p.roundTrip > shortLine
+	refused := p.result == verdictRefused
+	if isLong && !p.linkEnded && !refused {
+		due[stageTCP] = helpersAt
 	}
-	if refused || long && p.linkEnded { // a death, it seems: no time is to be lost
+	seemsDead := refused || isLong && p.linkEnded
+	if seemsDead { // no time is to be lost
 		due[stageHelpers] = 0
 	}
 	return due
 }
 
-// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more. What the first
-// round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host has failed as soon.
+// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more.
 func (p *probe) suspicion(n *node) (whole, round time.Duration) {
+	// What the first round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host
+	// has failed as soon.
 	first := p.schedule(n)[stageEnd]
 	round = max(probeTimeout, 2*p.roundTrip)
 	return max(round, probeTimeout+suspicionTimeout-first), round
 }
 
-// probesOf is all probes of one run of a member.
+// noteRoundTrip is told how long the line to the target may be, as somebody else knows it.
+func (p *probe) noteRoundTrip(took time.Duration) { p.roundTrip = max(p.roundTrip, took) }
+
+// probesOf is all probes of one instance of a member.
 func (d *detector) probesOf(m Member) (ps []*probe) {
 	for _, p := range d.probes {
 		if p.m.sameInstance(m) {
@@ -3435,7 +3530,7 @@ func (d *detector) probesOf(m Member) (ps []*probe) {
 	return ps
 }
 
-// ownProbe is the probe of e for a verdict of mine, or nil.
+// ownProbe is the probe of e for a verdict of this node, or nil.
 func (d *detector) ownProbe(e *entry) *probe {
 	for _, p := range d.probes {
 		if p.e == e && p.requester == nil {
@@ -3447,12 +3542,23 @@ func (d *detector) ownProbe(e *entry) *probe {
 
 func (d *detector) addProbe(n *node, m Member) *probe {
 	n.logf(levelTrace, "probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: n.table.get(m.Name), start: n.now, seq: n.nonce(), roundTrip: n.roundTripTo(m), results: make(map[string]verdict)}
+	p := &probe{
+		m:         m,
+		e:         n.table.get(m.Name),
+		start:     n.now,
+		seq:       n.nonce(),
+		roundTrip: n.roundTripTo(m),
+		results:   make(map[string]verdict),
+	}
 	d.probes = append(d.probes, p)
 	return p
 }
 
-// startProbe probes m for a verdict of mine. Where there are too many probes it has to wait: nil.
+func (d *detector) remove(p *probe) {
+	d.probes = slices.DeleteFunc(d.probes, func(o *probe) bool { return o == p })
+}
+
+// startProbe probes m for a verdict of this node. Where there are too many probes it has to wait: nil.
 func (d *detector) startProbe(n *node, m Member) *probe {
 	p := d.ownProbe(n.table.get(m.Name))
 	if p == nil && len(d.probes) < maxProbes {
@@ -3461,20 +3567,31 @@ func (d *detector) startProbe(n *node, m Member) *probe {
 	return p
 }
 
-// linkEnded is told that a watch link with a run of m has ended (tries 0), or for the how manieth time in a
-// row that none could be had. It is evidence that starts a probe, never a verdict.
-func (n *node) linkEnded(m Member, tries int, refused bool) {
+// probeHolder probes m because another agent, at the address rival, wants its name.
+func (d *detector) probeHolder(n *node, m Member, rival netip.AddrPort) {
+	p := d.startProbe(n, m)
+	if p != nil {
+		p.rival = rival
+	}
+}
+
+// linkEnded is told that a watch link with an instance of m has ended (tries 0), or that for the tries-th time in
+// a row none could be made.
+func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
 	e := n.table.get(m.Name)
-	if n.table.ended(m) || e == n.self || e.failedLocally() || n.identity.leaving != 0 {
+	if n.table.ended(m) || e == n.self || n.identity.leaving != 0 {
 		return
 	}
-	if tries > linkTries {
-		return // a firewall stays, and says nothing about the member
+	if e.failedLocally() || tries > linkTries { // a firewall stays, and says nothing about the member
+		return
 	}
 	if tries == linkTries {
-		n.logf(levelWarn, "no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
+		n.logf(levelWarn, "no TCP connection to %s at %s lasts: is TCP blocked between it and %s?",
+			m.Name, m.Addr, n.self.Addr)
 	}
-	if p := n.detector.startProbe(n, e.Member); p != nil {
+
+	// This is evidence, never a verdict.
+	if p := d.startProbe(n, e.Member); p != nil {
 		p.linkEnded = p.linkEnded || tries == 0
 		if refused {
 			p.record(verdictRefused)
@@ -3493,23 +3610,23 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
+	settled := p.result == verdictAlive || p.result == verdictRefused
 	switch {
-	case p.localOnly(n) && (p.result == verdictAlive || p.result == verdictRefused):
+	case settled && p.localOnly(n):
 		d.conclude(n, p)
 		return
-	case p.e != n.self && (p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.isolated), // that run is over, or cannot be judged
-		p.deciding && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation): // it has refuted
+	case p.obsolete(n):
 		d.remove(p)
 		return
-	case p.linkEnded && p.result <= verdictRefused && p.countOf(verdictRefused) >= 2 && p.countOf(verdictAlive) == 0: // nobody contradicts
+	case p.refusedTwice():
 		d.declareFailed(n, p)
 		return
 	}
-	due := p.schedule(n)
-	for ; n.now >= p.start+due[p.stage]; p.stage++ {
+
+	for n.now >= p.nextStageAt(n) {
 		switch p.stage {
 		case stagePing:
-			p.pending = n.chooseHelpers(p)
+			p.pending = d.chooseHelpers(n, p)
 			n.ping(p.m)
 		case stageTCP:
 			n.tcpProbe(p.m)
@@ -3521,52 +3638,77 @@ func (d *detector) stepProbe(n *node, p *probe) {
 				n.ping(p.m)
 			}
 			d.askHelpers(n, p)
-		default:
+		case stageEnd:
 			d.conclude(n, p)
 			return
 		}
+		p.stage++
 	}
-	n.wakeAt(p.start + due[p.stage])
+	n.wakeAt(p.nextStageAt(n))
 }
 
-// localOnly reports whether what I see is the verdict: a helper asks nobody, and of a conflict nobody else can tell.
+// localOnly reports whether what this node sees is the verdict: a helper asks nobody, and of a conflict no peer
+// can tell.
 func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
 
-// chooseHelpers are the target's other watchers and one random member. Where most hosts are lost at once, those are
-// as dead as the target: after a round without a vote only random members are asked, each time more of them, and first
-// those that have ever answered this node, since what others are sent is limited.
-func (n *node) chooseHelpers(p *probe) []*entry {
+// obsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
+// here, or the suspect has refuted.
+func (p *probe) obsolete(n *node) bool {
+	if p.e != n.self {
+		isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead()
+		if isOver || p.e.isolated {
+			return true
+		}
+	}
+	refuted := p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation
+	return p.deciding && refuted
+}
+
+// refusedTwice reports whether two observers were refused and no other contradicts, after a watch link has ended:
+// TCP did work, so it is no firewall that refuses.
+func (p *probe) refusedTwice() bool {
+	if !p.linkEnded || p.result > verdictRefused {
+		return false
+	}
+	return p.countOf(verdictRefused) >= 2 && p.countOf(verdictAlive) == 0
+}
+
+// chooseHelpers are the target's other watchers and one random member.
+func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
 	if p.localOnly(n) {
 		return nil
 	}
-	var hs []*entry
 	if p.unanswered == 0 {
-		hs = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
+		helpers = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
 	}
-	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }
+	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(helpers, e) }
 	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
 
+	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result
+	// only random members are asked, each time more of them, and first those that have ever answered this node,
+	// since what others are sent is limited.
 	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
 	for i := range random {
-		var r *entry
+		var helper *entry
 		if i > 0 {
-			r = n.randomMember(n.table.ring[0], hasAnswered)
+			helper = n.randomMember(n.table.ring[0], hasAnswered)
 		}
-		if r == nil {
-			r = n.randomMember(n.table.ring[0], canHelp)
+		if helper == nil {
+			helper = n.randomMember(n.table.ring[0], canHelp)
 		}
-		if r == nil {
+		if helper == nil {
 			break
 		}
-		hs = append(hs, r)
+		helpers = append(helpers, helper)
 	}
-	return hs
+	return helpers
 }
 
-// askHelpers asks the helpers that have not voted in this round.
+// askHelpers asks the helpers that have not answered in this round.
 func (d *detector) askHelpers(n *node, p *probe) {
 	hdr := n.header(msgIndirectProbe)
-	hdr.Seq, hdr.Target = p.seq, p.m.Name
+	hdr.Seq = p.seq
+	hdr.Target = p.m.Name
 	if p.roundTrip > shortLine {
 		hdr.Promise = uint32(p.roundTrip / ms)
 	}
@@ -3575,38 +3717,51 @@ func (d *detector) askHelpers(n *node, p *probe) {
 	}
 }
 
-// randomMember picks one of the others in list for which ok holds, or nil; the list holds this node, too. Who
-// follows a row that does not count is picked more often: on a ring, the one that had to watch that row.
+// randomMember picks one of the others in list for which ok holds, or nil; the list holds this node, too. One that
+// follows a row of members that do not count is picked more often: on a ring, it is the one that had to watch that
+// row.
 func (n *node) randomMember(list []*entry, ok func(*entry) bool) *entry {
-	at := n.rng.IntN(len(list))
+	start := n.rng.IntN(len(list))
 	for i := range list {
-		if e := list[(at+i)%len(list)]; e != n.self && ok(e) {
+		e := list[(start+i)%len(list)]
+		if e != n.self && ok(e) {
 			return e
 		}
 	}
 	return nil
 }
 
-// handleIndirectProbe answers the check of by: at once where the answer is known, else within helperTimeout, or two round
-// trips. Only members are looked at, at the address that I know.
+// handleIndirectProbe answers the request of by: at once where the answer is known, otherwise within
+// helperTimeout, or two round trips. Only members are probed, at the address that this node knows.
 func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	e := n.table.get(hdr.Target)
-	again := func(p *probe) bool { return p.requester == by && p.seq == hdr.Seq }
-	switch {
-	case e == nil || e == n.self || by.Status.isDead() || slices.ContainsFunc(d.probes, again):
-	case e.Status.isDead(): // the asker has missed it, and may have nobody else to ask
-		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
-	case len(d.probes) < maxProbes/2 && d.countFor(by) < maxProbesForPeer: // I have my own to look at
-		running := d.probesOf(e.Member)
-		p := d.addProbe(n, e.Member)
-		p.requester, p.seq = by, hdr.Seq
-		// The line from here may not be known, and may be as long.
-		p.roundTrip = max(p.roundTrip, min(time.Duration(hdr.Promise)*ms, longestLine))
-		// One look will do for all, unless it has been answered: the target may have died since.
-		if len(running) > 0 && running[0].stage > stageTCP && running[0].result != verdictAlive {
-			p.stage = stageEnd
-			p.record(running[0].result)
+	if e == nil || e == n.self || by.Status.isDead() {
+		return
+	}
+	for _, p := range d.probes {
+		if p.requester == by && p.seq == hdr.Seq { // asked again
+			return
 		}
+	}
+	if e.Status.isDead() { // the requester has missed it, and may have nobody else to ask
+		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
+		return
+	}
+	// This node needs the other half for probes of its own.
+	if len(d.probes) >= maxProbes/2 || d.countFor(by) >= maxProbesForPeer {
+		return
+	}
+
+	running := d.probesOf(e.Member)
+	p := d.addProbe(n, e.Member)
+	p.requester = by
+	p.seq = hdr.Seq
+	// The line from here may not be known, and may be as long.
+	p.noteRoundTrip(min(time.Duration(hdr.Promise)*ms, longestLine))
+	// One probe serves all, unless it was answered: the target may have died since.
+	if len(running) > 0 && running[0].stage > stageTCP && running[0].result != verdictAlive {
+		p.stage = stageEnd
+		p.record(running[0].result)
 	}
 }
 
@@ -3620,63 +3775,81 @@ func (d *detector) countFor(by *entry) (count int) {
 	return count
 }
 
-// sendProbeResult tells the asker what was seen, and of which run: a helper that knows a newer one would else acquit the old
-// one for ever.
+// sendProbeResult tells the requester what this node saw.
 func (d *detector) sendProbeResult(n *node, p *probe) {
 	hdr := n.header(msgProbeResult)
-	hdr.Seq, hdr.Target, hdr.Verdict = p.seq, p.m.Name, max(p.result, verdictUnreachable)
+	hdr.Seq = p.seq
+	hdr.Target = p.m.Name
+	hdr.Verdict = max(p.result, verdictUnreachable)
+	// It says of which instance: a helper that knows a newer one would otherwise clear the old one for ever.
 	n.send(p.requester.Member, hdr, wire.encode(nil, &update{Member: p.m}))
 }
 
-// handleProbeResult takes a helper's answer, if it is one to a probe that still runs. One about another run is news of that.
+// handleProbeResult takes a helper's answer, if it is one to a probe that still runs.
 func (d *detector) handleProbeResult(n *node, by *entry, hdr header, us []update) {
 	p := d.ownProbe(n.table.get(hdr.Target))
-	switch {
-	case p == nil || p.seq != hdr.Seq || len(us) != 1 || us[0].Member.Name != hdr.Target || by == p.e || by.Status.isDead():
-	case us[0].Member.Instance == p.m.Instance:
+	if p == nil || p.seq != hdr.Seq || len(us) != 1 {
+		return
+	}
+	target := us[0].Member
+	if target.Name != hdr.Target || by == p.e || by.Status.isDead() {
+		return
+	}
+
+	if target.Instance == p.m.Instance {
 		p.recordFrom(by.Name, min(hdr.Verdict, verdictAlive))
-	case !us[0].Member.Status.isDead():
+	} else if !target.Status.isDead() { // news of another instance
 		n.handleUpdate(&us[0], by.Name, nil)
 	}
 }
 
-// recordFrom counts what somebody else saw.
+// recordFrom notes the result of another observer.
 func (p *probe) recordFrom(by string, v verdict) {
 	p.results[by] = v
 	p.pending = slices.DeleteFunc(p.pending, func(w *entry) bool { return w.Name == by })
 }
 
-// countOf counts the observers that saw v, me included.
-func (p *probe) countOf(v verdict) (c int) {
-	for _, o := range append(slices.Collect(maps.Values(p.results)), p.result) {
-		if o == v {
-			c++
+// countOf counts the observers that saw v, this node included.
+func (p *probe) countOf(v verdict) (count int) {
+	if p.result == v {
+		count++
+	}
+	for _, result := range p.results {
+		if result == v {
+			count++
 		}
 	}
-	return c
+	return count
 }
 
 // ---- what is seen, and verdicts ----
 
-// handleTCPProbeResult takes what a look by TCP has seen: first perhaps that the kernel accepts (verdictSilent), then verdictRefused, that it hung
-// up (verdictNone), or verdictAlive and w, the welcome of who is there.
-func (n *node) handleTCPProbeResult(m Member, v verdict, w header) {
-	answered := v == verdictAlive && w.From == m.Name && w.From != n.self.Name
-	if m.Addr != n.self.Addr || answered { // what this machine says of its own port proves nothing
-		n.detector.lastHeard = n.now
+// heardFrom is told that somebody was heard from just now: this node is not cut off.
+func (d *detector) heardFrom(now time.Duration) { d.lastHeard = now }
+
+// handleTCPProbeResult takes what a TCP probe of m has seen: first perhaps that the kernel accepts
+// (verdictSilent), then verdictRefused, that it hung up (verdictNone), or verdictAlive and welcome, the handshake
+// reply of what is there.
+func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome header) {
+	isName := welcome.From == m.Name
+	answered := v == verdictAlive && isName && m.Name != n.self.Name
+	if answered || m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
+		d.heardFrom(n.now)
 	}
-	if v == verdictAlive && (w.From != m.Name || w.born() != m.Instance) {
+	isTarget := isName && welcome.born() == m.Instance
+	if v == verdictAlive && !isTarget {
 		v = verdictRefused // another process lives at its address
 	}
+
 	e := n.table.get(m.Name)
-	isOther := e != nil && e != n.self && e.Instance == m.Instance
-	switch {
-	case isOther && v == verdictAlive:
-		n.noteValidated(e)
-	case isOther && w.From != "" && w.From != m.Name:
-		e.peer().path.occupant = w.From
+	if e != nil && e != n.self && e.Instance == m.Instance {
+		if v == verdictAlive {
+			n.noteValidated(e)
+		} else if welcome.From != "" && !isName {
+			e.peer().path.occupant = welcome.From
+		}
 	}
-	for _, p := range n.detector.probesOf(m) {
+	for _, p := range d.probesOf(m) {
 		p.record(v)
 	}
 }
@@ -3692,7 +3865,8 @@ func (d *detector) handleSignOfLife(n *node, m Member) {
 	}
 }
 
-// record notes what I saw myself. What accepts in silence did not stall when it hangs up then, or has gone.
+// record notes what this node saw itself. What accepts in silence has not stalled if it hangs up then, or has
+// gone.
 func (p *probe) record(v verdict) {
 	if v > p.result || p.result == verdictSilent {
 		p.result = v
@@ -3710,17 +3884,13 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.e == n.self:
 		d.remove(p)
 		n.identity.conflictResolved(n, p.m, p.result == verdictAlive)
-	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have acquitted it
-		deal := p.e.peer()
-		if deal.tcpOnly++; deal.tcpOnly == 2 { // once may be mere loss
-			n.logf(levelWarn, "%s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
-		}
-		n.sync(p.e.Member) // no flood reaches it
+	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have cleared it
+		d.noteOnlyTCP(n, p)
 		d.clear(n, p)
-	case p.countOf(verdictAlive) > 0:
+	case p.countOf(verdictAlive) > 0: // only this node does not reach it
 		n.table.release(n.now, p.e)
 		d.clear(n, p)
-	case p.e.held:
+	case p.e.held: // it is alive by the word of others alone
 		d.remove(p) // until it is probed again, later than this time
 		if n.now-d.lastHeard <= probeTimeout {
 			d.declareFailed(n, p)
@@ -3729,16 +3899,37 @@ func (d *detector) conclude(n *node, p *probe) {
 		d.handleStall(n, p)
 	case p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
 		d.declareFailed(n, p)
-	case p.deciding && n.table.aliveCount() > 2 && n.now-d.lastHeard > probeTimeout:
-		d.restart(n, p, n.now+indirectAfter) // I hear nobody at all: it may be me
+	default:
+		d.concludeUnreachable(n, p)
+	}
+}
+
+// concludeUnreachable gives the verdict where nothing at all has come back.
+func (d *detector) concludeUnreachable(n *node, p *probe) {
+	onlyTwo := n.table.aliveCount() <= 2 // there is nobody else to ask, or to hear
+	hearsNobody := n.now-d.lastHeard > probeTimeout
+	switch {
+	case p.deciding && hearsNobody && !onlyTwo:
+		d.restart(n, p, n.now+indirectAfter) // it may be this node
 	case p.deciding:
 		d.declareFailed(n, p)
-	case len(p.results) > 0, n.table.aliveCount() <= 2: // nobody else reaches it either
+	case onlyTwo || len(p.results) > 0: // no other observer reaches it either
 		d.declareSuspect(n, p)
-	default: // nobody else could say
+	default: // no helper has answered
 		p.unanswered++
 		d.restart(n, p, n.now)
 	}
+}
+
+// noteOnlyTCP is told that the target has answered TCP alone in this round.
+func (d *detector) noteOnlyTCP(n *node, p *probe) {
+	peer := p.e.peer()
+	peer.tcpOnly++
+	if peer.tcpOnly == 2 { // once may be mere loss
+		n.logf(levelWarn, "%s at %s answers TCP but not UDP: is UDP blocked between it and %s?",
+			p.m.Name, p.m.Addr, n.self.Addr)
+	}
+	n.sync(p.e.Member) // no broadcast reaches it
 }
 
 // isStalled reports whether the target accepts connections in silence, and not for too long yet.
@@ -3746,11 +3937,15 @@ func (p *probe) isStalled(now time.Duration) bool {
 	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
 }
 
-// restart looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
+// restart begins another round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
-	p.start, p.stage, p.result, p.linkEnded = start, stagePing, verdictNone, false
+	p.start = start
+	p.stage = stagePing
+	p.result = verdictNone
+	p.linkEnded = false
 	p.roundTrip = n.roundTripTo(p.m)
+	// p.results stays: helpers that answer late would otherwise stay late, round after round.
 }
 
 // clear ends a probe of a member that somebody reached.
@@ -3760,52 +3955,53 @@ func (d *detector) clear(n *node, p *probe) {
 		n.identity.warnOfConflict(n, p.e.Member, p.rival)
 	}
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
-	if deal := p.e.peer(); deal.due <= n.now {
-		n.noteMissingBeat(p.e)
-		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + n.overdueMargin(p.m)
+	peer := p.e.peer()
+	if peer.due <= n.now {
+		d.noteMissingBeat(n, p.e)
+		cycle := min(rings, n.table.aliveCount()-1) + 1
+		peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(p.m)
 	}
 }
 
 // noteMissingBeat is told that e lives although its heartbeat has not come. A few times is loss.
-func (n *node) noteMissingBeat(e *entry) {
-	e.peer().path.missingBeats++
-	if e.peer().path.missingBeats >= tolerableLoss {
-		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
+func (d *detector) noteMissingBeat(n *node, e *entry) {
+	path := &e.peer().path
+	path.missingBeats++
+	if path.missingBeats >= tolerableLoss {
+		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: "+
+			"it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
 	}
 }
 
-// handleStall handles a member whose kernel accepts while the process is silent. Every busy machine stalls for
-// seconds; only ten count as death.
+// handleStall handles a member whose kernel accepts while the process is silent.
 func (d *detector) handleStall(n *node, p *probe) {
 	if p.stalledSince == 0 {
 		n.logf(levelDebug, "%s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
 		p.stalledSince = p.start
 	}
 	end := p.stalledSince + stallTimeout
-	if n.now >= end {
+	if n.now >= end { // every busy machine stalls for some seconds, and is not dead
 		d.declareFailed(n, p)
 		return
 	}
-	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
+	// Each round dials anew: a host that vanishes right after it accepted would otherwise count as stalled.
 	clear(p.results)
-	d.restart(n, p, max(n.now, min(n.now+stallRound, end)-p.schedule(n)[stageEnd]))
+	concludeAt := min(n.now+stallRound, end)
+	d.restart(n, p, max(n.now, concludeAt-p.schedule(n)[stageEnd]))
 }
 
-func (d *detector) remove(p *probe) {
-	d.probes = slices.DeleteFunc(d.probes, func(o *probe) bool { return o == p })
-}
-
-// declareSuspect floods that the target is unreachable, and gives it time to contradict.
+// declareSuspect tells everybody that the target is unreachable, and gives it time to contradict.
 func (d *detector) declareSuspect(n *node, p *probe) {
 	n.logf(levelDebug, "%s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
 	whole, round := p.suspicion(n)
-	p.m, p.deciding = p.e.Member, true
+	p.m = p.e.Member // with all that was said of it meanwhile
+	p.deciding = true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
-	n.sendClaim(p.m, n.claim(p.e))
+	n.sendClaim(p.m, n.claim(p.e)) // a suspect that hears of it refutes, and no broadcast may reach it
 	d.restart(n, p, n.now+whole-round)
 }
 
-// declareFailed is the verdict: the target has failed, and everybody shall know.
+// declareFailed is the verdict: the target has failed, and everybody is told.
 func (d *detector) declareFailed(n *node, p *probe) {
 	d.remove(p)
 	n.applyAndBroadcast(p.e.with(statusFailed))
@@ -3813,81 +4009,105 @@ func (d *detector) declareFailed(n *node, p *probe) {
 
 // ---- isolation ----
 
-// stepIsolation decides whether I am the one who is cut off. What is then believed of the others stays with me.
+// stepIsolation decides whether this node is the one that is cut off.
 func (d *detector) stepIsolation(n *node) {
 	silent := n.now - d.lastHeard
 	if silent < isolatedAfter {
 		n.wakeAt(d.lastHeard + isolatedAfter)
 		return
 	}
-	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() }); {
-	case e == nil:
-	case silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()):
-		d.isolated = true
-		n.logf(levelWarn, "no member answers: this node seems to be cut off, it goes on trying")
-		for _, e := range n.table.ordered {
-			n.table.setIsolated(n.now, e, e.isolated || e != n.self && !e.Status.isDead())
-		}
-	case n.now >= d.lastResortAt:
+	e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() })
+	if e == nil {
+		return
+	}
+	if silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()) {
+		d.isolate(n)
+		return
+	}
+
+	// Until then any member that answers shows that this node is not cut off.
+	if n.now >= d.lastResortAt {
 		d.lastResortAt = n.now + lastResortGap
 		n.ping(e.Member)
 		n.tcpProbe(e.Member)
-		fallthrough
-	default:
-		n.wakeAt(d.lastResortAt)
+	}
+	n.wakeAt(d.lastResortAt)
+}
+
+// isolate notes that this node is cut off. What it then believes of the others stays here, and is told to nobody.
+func (d *detector) isolate(n *node) {
+	d.isolated = true
+	n.logf(levelWarn, "no member answers: this node seems to be cut off, it goes on trying")
+	for _, e := range n.table.ordered {
+		if e != n.self && !e.Status.isDead() {
+			n.table.setIsolated(n.now, e, true)
+		}
+	}
+}
+
+// noteAnswered is told that e answered something just now, wherever: this node is not cut off.
+func (d *detector) noteAnswered(n *node, e *entry) {
+	if d.isolated {
+		d.isolated = false
+		n.logf(levelInfo, "%s answers again", e.Name)
 	}
 }
 
 // stepRetry pings the failed members, so that a split heals by itself.
 func (d *detector) stepRetry(n *node) {
+	// Each node takes its share, so a failed member gets as many pings in a cluster of any size.
 	rate := retryRate * float64(n.table.failed) / float64(n.table.total)
-	if d.retry.fill(n.now, rate, 2).take() {
-		if e := n.randomMember(n.table.ordered, func(e *entry) bool { return e.displayStatus() == statusFailed }); e != nil {
+	d.retry.fill(n.now, rate, 2)
+	if d.retry.has(1) {
+		d.retry.spend(1)
+		isFailed := func(e *entry) bool { return e.displayStatus() == statusFailed }
+		if e := n.randomMember(n.table.ordered, isFailed); e != nil {
 			n.ping(e.Member)
 		}
 	}
 	if rate > 0 {
-		n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
+		wait := time.Duration((1 - d.retry.tokens) / rate * float64(time.Second))
+		n.wakeAt(n.now + max(wait, ms))
 	}
 }
 
-// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others, ever
-// more rarely.
+// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others,
+// ever more rarely.
 func (d *detector) stepHeld(n *node) {
 	for _, e := range slices.Clone(n.table.held) {
-		peer := e.peer()
-		switch {
-		case peer.flap.heldUntil == 0:
-			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
+		flap := &e.peer().flap
+		if flap.heldUntil == 0 { // it is held from now on
+			flap.heldUntil = n.now + flapWait(flap.count)
 			hdr := n.header(msgPing)
 			hdr.Target = e.Name
 			n.sendReliable(e.Member, hdr, nil, requestTimeout)
 			d.warnOfFlap(n, e)
-		case n.now >= peer.flap.heldUntil:
-			peer.flap.count++
-			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
+		} else if n.now >= flap.heldUntil {
+			flap.count++
+			flap.heldUntil = n.now + flapWait(flap.count)
 			if !e.Status.isDead() {
 				d.startProbe(n, e.Member)
 			}
 		}
-		n.wakeAt(peer.flap.heldUntil)
+		n.wakeAt(flap.heldUntil)
 	}
 }
 
 // warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
 func (d *detector) warnOfFlap(n *node, e *entry) {
 	from := ""
-	if source := e.peer().path.source; source.IsValid() && source != e.Addr {
+	source := e.peer().path.source
+	if source.IsValid() && source != e.Addr {
 		from = fmt.Sprintf(", though its datagrams come from %s", source)
 	}
-	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive", e.Name, n.self.Addr, e.Addr, from)
+	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive",
+		e.Name, n.self.Addr, e.Addr, from)
 }
 
 // ---- queries ----
 
-// queries are those of this node that wait for answers, and those of others whose time is not over. A query
-// is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
-// twice or late.
+// queries are those of this node that wait for answers. A query is sent reliably to each member that is asked, and
+// so is each answer, to the asker alone: no member gets a query twice or late.
 type queries struct {
 	open []*query
 }
@@ -3905,10 +4125,11 @@ type heardQuery struct {
 	until time.Duration
 }
 
-// query asks the living members that nodes names; none: all of them. It returns the query's number, which the
-// eventAnswers will bear, and who was asked. The last eventAnswer has replyNone.
-func (n *node) query(name string, payload []byte, nodes []string, within time.Duration) (id uint32, who []string, err error) {
-	qs := &n.queries
+// ask asks the living members that nodes names; none: all of them. It returns the query's number, which the events
+// of its answers bear, and the names of those that were asked. The last of those events has replyNone.
+func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, within time.Duration) (
+	id uint32, names []string, err error) {
+
 	if err := validatePayload("query", name, payload); err != nil {
 		return 0, nil, err
 	}
@@ -3918,32 +4139,51 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if len(qs.open) >= maxQueries || len(n.requests.open) >= maxRequests/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
-	q := &query{id: n.nonce(), until: n.now + within}
-	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: min(n.broadcasts.events.lamport+1, maxCount), Timeout: uint32(within / ms)}
-	hdr, body := n.header(msgQuery), wire.encode(nil, &u)
-	hdr.Query = q.id
-	named := make(map[string]bool)
-	for _, node := range nodes {
-		named[node] = true
+	asked := n.askable(nodes)
+	if len(asked) == 0 {
+		return 0, nil, errNobodyAsked
 	}
-	for _, e := range n.table.ordered {
-		if e.displayStatus() != statusAlive || len(nodes) > 0 && !named[e.Name] {
-			continue
-		}
-		q.waiting, who = append(q.waiting, e.Member), append(who, e.Name)
+
+	q := &query{id: n.nonce(), until: n.now + within}
+	u := update{
+		Member:  Member{Name: n.self.Name},
+		Name:    name,
+		Payload: payload,
+		LTime:   min(n.broadcasts.events.lamport+1, maxCount),
+		Timeout: uint32(within / ms),
+	}
+	hdr := n.header(msgQuery)
+	hdr.Query = q.id
+	body := wire.encode(nil, &u)
+	for _, e := range asked {
+		q.waiting = append(q.waiting, e.Member)
+		names = append(names, e.Name)
 		if e != n.self {
 			n.sendReliable(e.Member, hdr, body, within)
 		}
 	}
-	if len(who) == 0 {
-		return 0, nil, errNobodyAsked
-	}
+
 	qs.open = append(qs.open, q)
-	if slices.ContainsFunc(q.waiting, n.self.sameInstance) {
+	if slices.Contains(asked, n.self) {
 		qs.handleAnswer(n, n.self, header{Query: q.id, Reply: replyAck}, nil)
 		err = qs.handleQuery(n, n.self, hdr, []update{u})
 	}
-	return q.id, who, err
+	return q.id, names, err
+}
+
+// askable are the living members that names has; none: all of them.
+func (n *node) askable(names []string) (asked []*entry) {
+	isNamed := make(map[string]bool)
+	for _, name := range names {
+		isNamed[name] = true
+	}
+	for _, e := range n.table.ordered {
+		wanted := len(names) == 0 || isNamed[e.Name]
+		if wanted && e.displayStatus() == statusAlive {
+			asked = append(asked, e)
+		}
+	}
+	return asked
 }
 
 // handleQuery takes a query of e.
@@ -3952,61 +4192,88 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 		return errors.New("sent a bad query")
 	}
 	u := us[0]
+
+	// It may arrive again: it is sent until it is acknowledged.
 	peer := e.peer()
 	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
 	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
 		return nil
 	}
+	// A peer that asks more than its share has its own oldest queries forgotten.
+	peer.heard = peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):]
+	within := min(time.Duration(u.Timeout)*ms, maxQueryTimeout)
+	peer.heard = append(peer.heard, heardQuery{hdr.Query, n.now + within})
+
 	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
-	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
-	within := min(time.Duration(ev.Timeout)*ms, maxQueryTimeout)
-	// A peer that asks more than its share has its own oldest queries forgotten.
-	peer.heard = append(peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):], heardQuery{ev.id, n.now + within})
+	ev.Member = e.Member
+	ev.Coalesce = false // whatever the peer says: a query takes the place of no other in a queue
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
 
 // sendReply is told what came of ev, an eventQuery.
-func (n *node) sendReply(ev Event, r reply, text []byte) {
-	hdr, u := n.header(msgReply), update{Payload: text}
-	hdr.Query, hdr.Reply = ev.id, r
-	switch e := n.table.get(ev.Member.Name); {
-	case e == nil || e.Instance != ev.Member.Instance:
-	case e == n.self:
-		n.queries.handleAnswer(n, e, hdr, []update{u})
-	default:
-		n.sendReliable(e.Member, hdr, wire.encode(nil, &u), min(time.Duration(ev.Timeout)*ms, replyTimeout))
-	}
-}
-
-// handleAnswer takes what e says of a query of mine.
-func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
-	waits := func(q *query) bool { return q.id == hdr.Query && slices.ContainsFunc(q.waiting, e.sameInstance) }
-	i := slices.IndexFunc(qs.open, waits)
-	if i < 0 || hdr.Reply == replyNone || hdr.Reply > replyFailed {
+func (qs *queries) sendReply(n *node, ev Event, r reply, text []byte) {
+	e := n.table.get(ev.Member.Name)
+	if e == nil || e.Instance != ev.Member.Instance {
 		return
 	}
-	q, ev := qs.open[i], Event{kind: eventAnswer, update: update{Member: e.Member}, id: hdr.Query, reply: hdr.Reply}
+	hdr := n.header(msgReply)
+	hdr.Query = ev.id
+	hdr.Reply = r
+	u := update{Payload: text}
+	if e == n.self {
+		qs.handleAnswer(n, e, hdr, []update{u})
+		return
+	}
+	within := min(time.Duration(ev.Timeout)*ms, replyTimeout)
+	n.sendReliable(e.Member, hdr, wire.encode(nil, &u), within)
+}
+
+// handleAnswer takes what e says of a query of this node.
+func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
+	if hdr.Reply == replyNone || hdr.Reply > replyFailed {
+		return
+	}
+	q := qs.waitingFor(e, hdr.Query)
+	if q == nil {
+		return
+	}
+
 	if hdr.Reply != replyAck {
 		q.waiting = slices.DeleteFunc(q.waiting, e.sameInstance)
 	}
+	ev := Event{kind: eventAnswer, update: update{Member: e.Member}, id: hdr.Query, reply: hdr.Reply}
 	for _, u := range us {
 		ev.Payload = u.Payload[:min(len(u.Payload), maxPayload)]
 	}
 	n.out.events = append(n.out.events, ev)
 }
 
-// step ends queries: when everybody who lives has answered, or their time is over.
-func (qs *queries) step(n *node) {
-	qs.open = slices.DeleteFunc(qs.open, func(q *query) bool {
-		if q.waiting = slices.DeleteFunc(q.waiting, n.table.ended); len(q.waiting) == 0 || n.now >= q.until {
-			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
-			return true
+// waitingFor is the query of that number, if it waits for the answer of e, or nil.
+func (qs *queries) waitingFor(e *entry, id uint32) *query {
+	for _, q := range qs.open {
+		if q.id == id && slices.ContainsFunc(q.waiting, e.sameInstance) {
+			return q
 		}
+	}
+	return nil
+}
+
+// step ends queries: when all that live have answered, or their time is over.
+func (qs *queries) step(n *node) {
+	open := qs.open[:0]
+	for _, q := range qs.open {
+		q.waiting = slices.DeleteFunc(q.waiting, n.table.ended)
+		if len(q.waiting) == 0 || n.now >= q.until {
+			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
+			continue
+		}
+		open = append(open, q)
 		n.wakeAt(q.until)
-		return false
-	})
+	}
+	clear(qs.open[len(open):])
+	qs.open = open
 }
 
 // ---------------------------------------------------------------------------
@@ -4020,7 +4287,8 @@ type gossipConfig struct {
 	bind  netip.AddrPort // UDP and TCP; port 0 takes a free one
 	moves bool           // the address was not chosen by the user: it may change
 	iface string         // it is one of this interface; "": of any
-	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown nobody is joined or let in.
+	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown no member is joined
+	// or let in.
 	awaits string
 	log    logger
 	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
@@ -4035,22 +4303,23 @@ type gossip struct {
 	start    time.Time
 	record   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
 	isolated atomic.Bool
-	inputs   chan func(*node) // what the loop shall do
+	inputs   chan func(*node) // what the loop is to do
 	dropped  atomic.Int64     // datagrams that found inputs full
 	feed     feed             // for commands that read events
-	turns    chan struct{}    // of sessions that have the loop make or take a piece of a table
+	turns    chan struct{}    // of sessions that have the loop make or take a chunk of a table
 	ready    chan struct{}    // closed: the address to advertise is known
 	ended    chan struct{}    // the loop; done: also all that it has started
 	done     chan struct{}    // all has ended: err and last may be read
-	loopState
+	state    loopState
+
+	err  error   // why the loop has ended; nil: it was told to
+	last []Event // what handlers are still to be given then
 }
 
-// loopState is what the loop alone touches until it has ended.
+// loopState is what the loop alone touches.
 type loopState struct {
 	node  *node
 	links map[string]context.CancelFunc
-	err   error   // why it ended; nil: it was told to
-	last  []Event // what handlers shall still hear then
 }
 
 // logClass is whose doing a log line tells of.
@@ -4081,126 +4350,174 @@ var logBounds = [...]struct {
 // sourceSilence is how long one source of refused messages is not named again.
 const sourceSilence = time.Minute
 
-// logLimit bounds the log lines that others can cause. Each class has its own bound, so that a flood of what anybody can
-// forge hides no line of more importance. Safe for concurrent use.
+// logLimit bounds the log lines that others can cause. Each class has its own bound, so that any number of lines
+// about what anybody can forge hides no line of more importance. Safe for concurrent use.
 type logLimit struct {
 	log     logger
 	start   time.Time
 	mu      sync.Mutex
 	classes [len(logBounds)]struct {
-		bucket
+		room    bucket
 		omitted int                      // lines, since the last one that was logged
 		named   map[string]time.Duration // when each source was last named
 	}
 }
 
-func newLogLimit(log logger) *logLimit { return &logLimit{log: log, start: time.Now()} }
+func newLogLimit(log logger) *logLimit {
+	l := &logLimit{log: log, start: time.Now()}
+	for i := range l.classes {
+		l.classes[i].named = make(map[string]time.Duration)
+	}
+	return l
+}
 
-// printf logs a line about source, if the class has room for it and the source was not named for a while. Source "" is
-// that of lines which may follow each other.
+// printf logs a line about source, if the class has room for it and the source was not named for a while. Source
+// "" is that of lines which may follow each other.
 func (l *logLimit) printf(class logClass, source string, level logLevel, format string, a ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c, bound, now := &l.classes[class], logBounds[class], time.Since(l.start)
-	c.fill(now, bound.rate, bound.burst)
+	c := &l.classes[class]
+	bound := logBounds[class]
+	now := time.Since(l.start)
+
 	// Only what is logged is remembered, so the map is as small as the bound.
 	maps.DeleteFunc(c.named, func(_ string, at time.Duration) bool { return now-at >= sourceSilence })
-	_, named := c.named[source]
-	if named || !c.has(1) {
+	_, wasNamed := c.named[source]
+	c.room.fill(now, bound.rate, bound.burst)
+	if wasNamed || !c.room.has(1) {
 		c.omitted++
 		return
 	}
 
-	c.spend(1)
+	c.room.spend(1)
 	if c.omitted > 0 {
 		l.log.printf(levelWarn, "%d lines about %s were left out", c.omitted, bound.what)
 		c.omitted = 0
 	}
 	if source != "" {
-		if c.named == nil {
-			c.named = make(map[string]time.Duration)
-		}
 		c.named[source] = now
 	}
 	l.log.printf(level, format, a...)
 }
 
-// newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
+// newGossip binds the sockets. The loop is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
-	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), turns: make(chan struct{}, maxMerging),
-		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)}}
+	g := &gossip{
+		cfg:      cfg,
+		start:    time.Now(),
+		inputs:   make(chan func(*node), maxInputs),
+		turns:    make(chan struct{}, maxMerging),
+		ready:    make(chan struct{}),
+		ended:    make(chan struct{}),
+		done:     make(chan struct{}),
+		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)},
+	}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
-	self, bound := &cfg.member, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
-	self.Addr = netip.AddrPortFrom(cmp.Or(self.Addr.Addr(), bound.Addr().Unmap()), cmp.Or(self.Addr.Port(), bound.Port()))
-	crand.Read(cfg.random[:])
+
+	bound := g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
+	self := &cfg.member
+	self.Addr = advertisedAddr(self.Addr, bound)
 	self.Instance = newInstanceID(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Instance
-	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
-	g.record.Store(g.node.self.claim)
+	crand.Read(cfg.random[:])
+	g.state = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
+	g.record.Store(g.state.node.self.claim)
 	if cfg.awaits == "" {
 		close(g.ready)
 	}
+
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.accept(g.serve) })
 	return g, nil
 }
 
-// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
-func (g *gossip) listen() (err error) {
-	for range 10 {
-		lc := net.ListenConfig{KeepAlive: -1}
-		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family(g.cfg.bind.Addr()), g.cfg.bind.String()); err != nil {
-			return err
-		}
-		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(g.cfg.bind.Addr(), uint16(g.tcp.Addr().(*net.TCPAddr).Port)))
-		if g.udp, err = net.ListenUDP("udp"+family(g.cfg.bind.Addr()), at); err == nil {
-			return g.udp.SetReadBuffer(1 << 20)
-		}
-		g.tcp.Close()
-		if g.cfg.bind.Port() != 0 {
-			return err
-		}
+// advertisedAddr is what the user chose; what is not chosen is as bound.
+func advertisedAddr(chosen, bound netip.AddrPort) netip.AddrPort {
+	ip := chosen.Addr()
+	if !ip.IsValid() {
+		ip = bound.Addr().Unmap()
 	}
-	return err
+	port := chosen.Port()
+	if port == 0 {
+		port = bound.Port()
+	}
+	return netip.AddrPortFrom(ip, port)
+}
+
+// listen binds UDP and TCP to one port.
+func (g *gossip) listen() error {
+	bind := g.cfg.bind
+	config := net.ListenConfig{KeepAlive: -1}
+	var lastErr error
+	for range 10 {
+		tcp, err := config.Listen(context.Background(), "tcp"+family(bind.Addr()), bind.String())
+		if err != nil {
+			return err
+		}
+		port := uint16(tcp.Addr().(*net.TCPAddr).Port)
+		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(bind.Addr(), port))
+		udp, err := net.ListenUDP("udp"+family(bind.Addr()), at)
+		if err == nil {
+			g.tcp = tcp
+			g.udp = udp
+			return udp.SetReadBuffer(1 << 20)
+		}
+
+		tcp.Close()
+		if bind.Port() != 0 {
+			return err
+		}
+		lastErr = err // another process has taken the free port between the two: another one may do
+	}
+	return lastErr
 }
 
 // loop is the loop: the only goroutine that touches the node.
 func (g *gossip) loop() {
-	for planned := time.Duration(0); g.ctx.Err() == nil; {
+	var planned time.Duration
+	for g.ctx.Err() == nil {
 		select {
 		case input := <-g.inputs:
-			g.node.step(time.Since(g.start), input)
+			g.state.node.step(time.Since(g.start), input)
 		case <-time.After(max(planned-time.Since(g.start), 0)):
 		case <-g.ctx.Done():
 		}
-		// What has arrived meanwhile comes first. Whoever was stopped must hear it before it judges, so the readers
-		// get a moment to hand it over. Peers that never stop sending must not keep the node from ticking.
+		// A process that was stopped must hear what has arrived meanwhile before it judges, so the readers get a
+		// moment to hand it over.
 		if time.Since(g.start)-planned > lateBy {
 			time.Sleep(2 * ms)
 		}
-		for end := time.Since(g.start) + drainFor; time.Since(g.start) < end && len(g.inputs) > 0; {
-			g.node.step(time.Since(g.start), <-g.inputs)
-		}
-		out := g.node.tick(time.Since(g.start))
+		g.drain()
+
+		out := g.state.node.tick(time.Since(g.start))
 		g.perform(out)
 		planned = out.wake
 	}
+
 	close(g.ended)
 	g.udp.Close()
 	g.acceptor.close()
 	close(g.done)
 }
 
+// drain takes the inputs that wait. Peers that never stop sending must not keep the node from ticking.
+func (g *gossip) drain() {
+	end := time.Since(g.start) + drainFor
+	for len(g.inputs) > 0 && time.Since(g.start) < end {
+		input := <-g.inputs
+		g.state.node.step(time.Since(g.start), input)
+	}
+}
+
 // perform does what the node wants done.
 func (g *gossip) perform(out outputs) {
-	g.record.Store(g.node.self.claim)
-	g.isolated.Store(g.node.detector.isolated)
+	g.record.Store(g.state.node.self.claim)
+	g.isolated.Store(g.state.node.detector.isolated)
 	for _, l := range out.logs {
 		g.cfg.log(l)
 	}
@@ -4208,52 +4525,68 @@ func (g *gossip) perform(out outputs) {
 		g.dispatch(ev)
 	}
 	if len(out.packets) > 0 {
-		// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
-		g.udp.SetWriteDeadline(time.Now().Add(writeFor))
-		sealer := g.acceptor.sealer.Load()
-		for _, p := range out.packets {
-			g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to), p.to.Addr)
-		}
-		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
+		g.sendPackets(out.packets)
 	}
+
 	for _, m := range out.tcpProbes {
-		roundTrip := g.node.roundTripTo(m)
+		roundTrip := g.state.node.roundTripTo(m)
 		g.wg.Go(func() { g.tcpProbe(m, roundTrip) })
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
-		sync := &stateSync{roundTrip: g.node.roundTripTo(m)}
+		sync := &stateSync{roundTrip: g.state.node.roundTripTo(m)}
 		g.wg.Go(func() { g.syncWith(m.Addr, sync, false) })
 	}
 	if out.links != nil {
-		g.relink(g.node.self.Member, out.links)
+		g.relink(g.state.node.self.Member, out.links)
 	}
 	for _, i := range out.seeds {
 		g.wg.Go(func() {
 			r := g.joinSeed(g.cfg.seeds[i], false)
-			g.post(func(n *node) { n.handleSeedTried(i, r) })
+			g.post(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 		})
 	}
-	if out.fatal != nil || out.left {
-		if g.err = out.fatal; out.left {
-			g.last = []Event{{kind: eventLeave, update: update{Member: g.node.self.with(statusLeft)}}} // for those that deregister it
-		}
+
+	if out.left {
+		self := g.state.node.self.with(statusLeft)
+		g.last = []Event{{kind: eventLeave, update: update{Member: self}}} // for handlers that deregister it
+	}
+	if out.left || out.fatal != nil {
+		g.err = out.fatal
 		g.quit()
 	}
 }
 
-// dispatch hands an event to the log, to the handlers, and to those who watch.
+func (g *gossip) sendPackets(packets []packet) {
+	// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
+	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+	sealer := g.acceptor.sealer.Load()
+	for _, p := range packets {
+		g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to), p.to.Addr)
+	}
+	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
+}
+
+// dispatch hands an event to the commands that read events, to the log and to the handlers.
 func (g *gossip) dispatch(ev Event) {
 	g.feed.publish(ev)
 	if ev.kind == eventAnswer {
 		return
 	}
+	g.logEvent(ev)
+	g.cfg.events(ev, func(r reply, text []byte) {
+		g.post(func(n *node) { n.queries.sendReply(n, ev, r, text) })
+	})
+}
 
+func (g *gossip) logEvent(ev Event) {
 	m := ev.Member
 	switch ev.kind {
 	case eventUser:
-		g.lines.printf(aboutEvents, "", levelInfo, "user-event: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+		g.lines.printf(aboutEvents, "", levelInfo, "user-event: %s (from %s, %d bytes)",
+			oneLine(ev.Name), m.Name, len(ev.Payload))
 	case eventQuery:
-		g.lines.printf(aboutQueries, "", levelDebug, "query: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+		g.lines.printf(aboutQueries, "", levelDebug, "query: %s (from %s, %d bytes)",
+			oneLine(ev.Name), m.Name, len(ev.Payload))
 	case eventFailed:
 		g.lines.printf(aboutMembers, "", levelWarn, "%s: %s %s", ev.kind, m.Name, m.Addr)
 	case eventUpdate:
@@ -4261,32 +4594,46 @@ func (g *gossip) dispatch(ev Event) {
 	default:
 		g.lines.printf(aboutMembers, "", levelInfo, "%s: %s %s", ev.kind, m.Name, m.Addr)
 	}
-	g.cfg.events(ev, func(r reply, text []byte) { g.post(func(n *node) { n.sendReply(ev, r, text) }) })
 }
 
+// readUDP hands the datagrams that are for this node to the loop.
 func (g *gossip) readUDP() {
-	for buf := make([]byte, maxDatagram+1); ; {
+	buf := make([]byte, maxDatagram+1)
+	for {
 		size, from, err := g.udp.ReadFromUDPAddrPort(buf)
 		if errors.Is(err, net.ErrClosed) {
 			return
-		} else if err != nil {
+		}
+		if err != nil {
 			continue // an ICMP answer to something sent before
 		}
+
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		self := g.record.Load()
-		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Member)
-		if err != nil {
-			if !errors.Is(err, errNotForMe) {
-				g.logRejected(aboutStrangers, from.Addr(), err)
-			}
+		self := g.record.Load().Member
+		data, anyInstance, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self)
+		if errors.Is(err, errNotForMe) {
 			continue
 		}
-		data = slices.Clone(data)
-		select {
-		case g.inputs <- func(n *node) { g.logRejected(aboutStrangers, from.Addr(), n.handleDatagram(from, data, anyRun)) }:
-		default:
-			g.lines.printf(aboutHost, "datagrams", levelWarn, "datagrams are dropped, %d so far: more come in than this host has time for", g.dropped.Add(1))
+		if err != nil {
+			g.logRejected(aboutStrangers, from.Addr(), err)
+			continue
 		}
+		g.takeDatagram(from, slices.Clone(data), anyInstance)
+	}
+}
+
+// takeDatagram has the loop take a datagram, or drops it: the reader of a socket must not wait.
+func (g *gossip) takeDatagram(from netip.AddrPort, data []byte, anyInstance bool) {
+	input := func(n *node) {
+		err := n.handleDatagram(from, data, anyInstance)
+		g.logRejected(aboutStrangers, from.Addr(), err)
+	}
+	select {
+	case g.inputs <- input:
+	default:
+		dropped := g.dropped.Add(1)
+		g.lines.printf(aboutHost, "datagrams", levelWarn,
+			"datagrams are dropped, %d so far: more come in than this host has time for", dropped)
 	}
 }
 
@@ -4311,7 +4658,7 @@ func (g *gossip) run(f func(*node) error) error {
 }
 
 // self returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
-func (g *gossip) self() (m Member, alone bool) { return g.record.Load().Member, g.isolated.Load() }
+func (g *gossip) self() (m Member, isolated bool) { return g.record.Load().Member, g.isolated.Load() }
 
 // setKeys has all that is sent from now on sealed with the first of keys, and opens what any of them has sealed.
 func (g *gossip) setKeys(keys [][]byte) {
@@ -4322,7 +4669,10 @@ func (g *gossip) setKeys(keys [][]byte) {
 
 // leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {
-	err := g.run(func(n *node) error { n.startLeave(); return nil })
+	err := g.run(func(n *node) error {
+		n.identity.startLeave(n)
+		return nil
+	})
 	<-g.done
 	return err
 }

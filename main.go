@@ -1887,7 +1887,7 @@ func (r *runningAgent) reload() error {
 	r.gossip.setKeys(keys)
 	set, remove := tagChanges(r.lastRead.tags, a.tags)
 	r.lastRead = a
-	return r.gossip.run(func(n *node) error { return n.setTags(set, remove) })
+	return r.gossip.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
 }
 
 // tagChanges is what leads from one set of tags to another. What the tags command has changed meanwhile stays.

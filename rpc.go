@@ -564,7 +564,7 @@ func (g *gossip) noteLocalAddr(local netip.Addr, settles bool) {
 		return
 	}
 	if local.IsValid() {
-		g.post(func(n *node) { n.addressChanged(local, gone, settles, uint64(time.Now().UnixMilli())) })
+		g.post(func(n *node) { n.identity.addressChanged(n, local, gone, settles, uint64(time.Now().UnixMilli())) })
 	}
 }
 
@@ -607,7 +607,7 @@ func (g *gossip) isReady() bool {
 
 // addressKnown is told the address to advertise when it was not known at the start.
 func (g *gossip) addressKnown(ip netip.Addr) {
-	g.post(func(n *node) { n.addressChanged(ip, true, false, uint64(time.Now().UnixMilli())) })
+	g.post(func(n *node) { n.identity.addressChanged(n, ip, true, false, uint64(time.Now().UnixMilli())) })
 	close(g.ready)
 }
 
@@ -645,7 +645,7 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	limit, again := tcpProbeTimes(roundTrip)
 	ctx, cancel := context.WithTimeout(g.ctx, limit)
 	defer cancel()
-	tell := func(v verdict, w header) { g.post(func(n *node) { n.handleTCPProbeResult(m, v, w) }) }
+	tell := func(v verdict, w header) { g.post(func(n *node) { n.detector.handleTCPProbeResult(n, m, v, w) }) }
 	for range 4 {
 		c, err := g.connect(ctx, m.Addr, false, sessionTimeout, again, again) // ctx ends it
 		if errors.Is(err, syscall.ECONNREFUSED) {
@@ -671,13 +671,13 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 
 // relink makes the watch links that shall stand, and ends all others.
 func (g *gossip) relink(self Member, links []Member) {
-	old := g.links
-	g.links = make(map[string]context.CancelFunc)
+	old := g.state.links
+	g.state.links = make(map[string]context.CancelFunc)
 	for _, m := range links {
 		key := fmt.Sprint(self.Instance, m.Instance, m.Name)
-		if g.links[key] = old[key]; old[key] == nil {
+		if g.state.links[key] = old[key]; old[key] == nil {
 			ctx, cancel := context.WithCancel(g.ctx)
-			g.links[key] = cancel
+			g.state.links[key] = cancel
 			g.wg.Go(func() { g.keepLink(ctx, m) })
 		}
 		delete(old, key)
@@ -696,7 +696,7 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 			tries = 0
 		}
 		if ctx.Err() == nil {
-			g.post(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
+			g.post(func(n *node) { n.detector.linkEnded(n, m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
 		}
 		wait, cancel := context.WithTimeout(ctx, min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait))
 		<-wait.Done()
@@ -839,7 +839,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 			if quiet && !n.table.ended(m) {
 				return nil
 			}
-			n.linkEnded(m, 0, false) // of a run that is over this is no news
+			n.detector.linkEnded(n, m, 0, false) // of a run that is over this is no news
 			return errHungUp
 		})
 	}
@@ -1110,7 +1110,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "event":
 		err = g.userEvent(req)
 	case "tags":
-		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
+		err = g.run(func(n *node) error { return n.identity.setTags(n, Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
 		s.sendTexts(info(), 3) // group, key, value
 	case "query":
@@ -1155,7 +1155,7 @@ func (g *gossip) streamQuery(s *session, req rpcRequest) error {
 	var f *subscriber
 	var asked []string
 	err := g.run(func(n *node) error {
-		id, names, err := n.query(req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
+		id, names, err := n.queries.ask(n, req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
 		if err != nil {
 			return err
 		}
