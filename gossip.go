@@ -232,7 +232,7 @@ type header struct {
 	Ext     string // for what later versions will say; this one does not look at it
 }
 
-func (hdr *header) born() uint64 { return hdr.Incarnation - hdr.Raised }
+func (hdr *header) instance() uint64 { return hdr.Incarnation - hdr.Raised }
 
 // verdict is what one observer saw of a target, in rising weight as evidence that a process is there.
 type verdict uint8
@@ -636,8 +636,8 @@ type nodeConfig struct {
 
 // node is one member's view of the cluster and all its protocol state.
 type node struct {
-	nodeConfig
 	clock
+	cfg         nodeConfig
 	rng         *rand.Rand
 	table       *table
 	self        *entry
@@ -658,13 +658,13 @@ type node struct {
 
 // newNode makes a node of cfg; now is the caller's clock.
 func newNode(cfg nodeConfig, now time.Duration) *node {
-	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
+	n := &node{cfg: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
 	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
 
 	cfg.member.Status = statusAlive
 	cfg.member.Protocol = protocolVersion
 	n.self = n.table.apply(n.now, cfg.member, 0)
-	n.self.known = now // what a former instance of this name has sent is over
+	n.self.noteFirstHeard(now) // what a former instance of this name has sent is over
 
 	n.heartbeats.linkAt = never
 	n.requests.ofPeer = make(map[string]int)
@@ -806,7 +806,7 @@ func (n *node) header(k msgKind) header {
 }
 
 // inCluster reports whether this node has come into a cluster, or is the one that others come to.
-func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.seeds) == 0 }
+func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.cfg.seeds) == 0 }
 
 // digest covers the table, and how many user events of each member are known.
 func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
@@ -825,11 +825,11 @@ func (n *node) agreesWith(digest uint64) bool {
 	if digest == n.digest() || digest == n.calmDigest() {
 		return true
 	}
-	forgets := n.now - n.reapAfter
+	forgets := n.now - n.cfg.reapAfter
 	return n.table.agreesAround(digest, forgets-2*n.reapInterval(), forgets+2*n.reapInterval())
 }
 
-func (n *node) reapInterval() time.Duration { return min(max(n.reapAfter/10, 100*ms), time.Second) }
+func (n *node) reapInterval() time.Duration { return min(max(n.cfg.reapAfter/10, 100*ms), time.Second) }
 
 // amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members
 // that have answered at their address cost nothing.
@@ -1181,7 +1181,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) e
 	}
 
 	e := n.table.get(hdr.From)
-	if e == n.self && hdr.born() == n.self.Instance {
+	if e == n.self && hdr.instance() == n.self.Instance {
 		return nil // it came from this node, and was sent back
 	}
 	switch hdr.Kind {
@@ -1194,20 +1194,21 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) e
 	}
 
 	// An instance that is not remembered comes in by a state sync.
-	if e == nil || e == n.self || e.Instance != hdr.born() {
+	if e == nil || e == n.self || e.Instance != hdr.instance() {
 		n.handleUnknownHeartbeat(e, hdr)
 		return nil
 	}
-	if e.peer().datagrams.isBehind(hdr.Number) {
+	peer := e.peer()
+	if peer.datagrams.isBehind(hdr.Number) {
 		n.handleBehind(e, hdr)
 		return nil
 	}
-	fresh := e.peer().datagrams.accept(hdr.Number)
+	fresh := peer.datagrams.accept(hdr.Number)
 	if !fresh {
 		return nil
 	}
 	n.detector.heardFrom(n.now)
-	e.peer().path.source = from
+	peer.path.source = from
 	return n.handleMessage(e, from, hdr, len(b), body)
 }
 
@@ -1218,7 +1219,7 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	}
 
 	fresh := false
-	if e != nil && e.Instance == hdr.born() {
+	if e != nil && e.Instance == hdr.instance() {
 		fresh = e.peer().datagrams.accept(hdr.Number)
 	}
 	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and
@@ -1311,7 +1312,7 @@ func (n *node) sendAck(to netip.AddrPort, hdr header, size int) {
 		a.Digest = 0
 	}
 	if len(wire.encode(nil, &a)) <= size {
-		n.send(Member{Name: hdr.From, Addr: to, Instance: hdr.born()}, a, nil)
+		n.send(Member{Name: hdr.From, Addr: to, Instance: hdr.instance()}, a, nil)
 	}
 }
 
@@ -1327,7 +1328,7 @@ func (n *node) handleAck(hdr header) {
 	}
 
 	e := n.table.get(q.m.Name)
-	sameInstance := hdr.born() == q.m.Instance
+	sameInstance := hdr.instance() == q.m.Instance
 	switch {
 	case e == n.self: // a name conflict: the other holder was asked
 		if sameInstance {
@@ -1373,12 +1374,13 @@ func (n *node) noteDeadAnswer(e *entry, hdr header) {
 	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two agents
 	// with this node's name it knows the other one. So it is asked once more, at once: the next ping to one of many that
 	// have failed may be far away, or lost.
-	e.peer().path.deadAnswers++
-	if e.peer().path.deadAnswers == 1 {
+	path := &e.peer().path
+	path.deadAnswers++
+	if path.deadAnswers == 1 {
 		n.pingAtBoundedRate(e)
 		return
 	}
-	e.peer().path.deadAnswers = 0
+	path.deadAnswers = 0
 	n.sync(e.Member)
 }
 
@@ -1831,7 +1833,7 @@ func (n *node) applyAndForward(u *update) {
 	m := u.Member
 	e := n.table.get(m.Name)
 	believedAlive := e != nil && !e.Status.isDead()
-	if m.Status.isDead() && u.age() >= n.reapAfter && !believedAlive {
+	if m.Status.isDead() && u.age() >= n.cfg.reapAfter && !believedAlive {
 		return // members that forget later than this node would bring it back again and again
 	}
 
@@ -1844,9 +1846,7 @@ func (n *node) applyAndForward(u *update) {
 	if applied == nil {
 		return
 	}
-	if applied.known == 0 {
-		applied.known = n.real // user events go by the caller's clock: time asleep counts
-	}
+	applied.noteFirstHeard(n.real) // user events go by the caller's clock: time asleep counts
 	n.broadcast(applied)
 }
 
@@ -1891,7 +1891,7 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 		Number: u.Number, Nonce: u.Nonce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
 	is.Before = n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
-	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
+	ev := heldEvent{is, sent, !is.Before || replay || n.cfg.replay}
 	if u.Number > source.number+1 {
 		if n.noteGap(e, source, u.Number) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
 			n.forwardEvent(ev)
@@ -2198,7 +2198,7 @@ func (f *eventFlow) step(n *node) {
 		f.conclude(n)
 	}
 
-	outside := n.joining.joinedAt == 0 && len(n.seeds) > 0
+	outside := n.joining.joinedAt == 0 && len(n.cfg.seeds) > 0
 	if count-f.settled >= eventWindow/2 && !outside && !n.detector.isolated {
 		f.ask(n, count)
 	}
@@ -2340,7 +2340,7 @@ func (r *antiEntropy) step(n *node) {
 	// Often, since digests differ until all members have forgotten a dead one.
 	if n.now >= r.reapAt {
 		r.reapAt = n.now + n.reapInterval()
-		n.table.reap(n.now, n.reapAfter)
+		n.table.reap(n.now, n.cfg.reapAfter)
 		n.broadcasts.events.trim(n.real - eventMemory)
 	}
 }
@@ -2401,7 +2401,7 @@ func (n *node) handshakeReply(hdr header) (w header, about []update) {
 func (n *node) noteNameConflict(e *entry, hdr header) {
 	at, err := netip.ParseAddrPort(hdr.Target)
 	restarted := err != nil || at == e.Addr
-	if e.Instance == hdr.born() || e.Status.isDead() || restarted {
+	if e.Instance == hdr.instance() || e.Status.isDead() || restarted {
 		return
 	}
 
@@ -2418,11 +2418,11 @@ func (n *node) noteNameConflict(e *entry, hdr header) {
 // errConflictPending means that the name's holder is being probed, and that the caller must call again in a
 // moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
-	if hdr.From == n.self.Name && hdr.born() == n.self.Instance {
+	if hdr.From == n.self.Name && hdr.instance() == n.self.Instance {
 		return errSelf
 	}
 	sync.peer.Name = hdr.From
-	sync.peer.Instance = hdr.born()
+	sync.peer.Instance = hdr.instance()
 	sync.digest = hdr.Digest
 	n.detector.heardFrom(n.now)
 	if err := n.identifyPeer(sync.peer); err != nil {
@@ -2588,10 +2588,10 @@ func (n *node) noteCounts(sync *stateSync, u *update) {
 	if e == nil {
 		return
 	}
-	if u.Number > 0 && e.eventSource(u.Member.Instance) == nil {
+	if u.Number > 0 && e.knownEvents(u.Member.Instance) == nil {
 		e.addFormer(u.Member.Instance)
 	}
-	if u.FormerNumber > 0 && e.eventSource(u.Former) == nil {
+	if u.FormerNumber > 0 && e.knownEvents(u.Former) == nil {
 		e.addFormer(u.Former)
 	}
 }
@@ -2747,7 +2747,7 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 	n.broadcast(n.self)
 	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to
 	// them.
-	if dialled || len(n.seeds) > 0 {
+	if dialled || len(n.cfg.seeds) > 0 {
 		n.resendEvents()
 	}
 }
@@ -2815,7 +2815,7 @@ func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 		s.noteFailed(n)
 	}
 	if isNewcomer && j.hasGivenUp(n) {
-		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.retryMax, j.errors(5))
+		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.cfg.retryMax, j.errors(5))
 		return
 	}
 	j.report(n)
@@ -2851,11 +2851,11 @@ func (s *seed) wait(now time.Duration) time.Duration {
 
 // hasGivenUp reports whether each seed has failed as often as the user allows.
 func (j *joining) hasGivenUp(n *node) bool {
-	if n.retryMax == 0 {
+	if n.cfg.retryMax == 0 {
 		return false
 	}
 	for _, s := range j.seeds {
-		if s.failed < n.retryMax {
+		if s.failed < n.cfg.retryMax {
 			return false
 		}
 	}
@@ -3064,7 +3064,7 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	}
 	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
 	// stays on its own side of a split.
-	broadcast := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
+	broadcast := !missedRefutation && e.isValidated() && slices.Contains(n.heartbeats.watchers, e)
 	if !broadcast {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
@@ -3242,7 +3242,7 @@ func (n *node) info() (facts []string) {
 	add("failed", count[statusFailed])
 	add("left", count[statusLeft])
 	add("members", len(members))
-	add("seeds", strings.Join(n.seeds, ","))
+	add("seeds", strings.Join(n.cfg.seeds, ","))
 	add("seeds_error", n.joining.errors(math.MaxInt))
 	return facts
 }
@@ -3332,7 +3332,7 @@ func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 	hdr := n.header(msgHeartbeat)
 	hdr.Promise = uint32(max(wait, 0)/ms) + 1 // 0 is no promise
 	w.peer().greeted = true
-	if w.peer().validated {
+	if w.isValidated() {
 		n.send(w.Member, hdr, nil)
 		return
 	}
@@ -3403,7 +3403,7 @@ func (r *heartbeats) relink(n *node) {
 	var wanted []Member
 	isNew := false
 	for _, w := range r.watchers {
-		if len(wanted) < linksWanted && w.peer().validated {
+		if len(wanted) < linksWanted && w.isValidated() {
 			wanted = append(wanted, w.Member)
 			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
 		}
@@ -3682,7 +3682,7 @@ func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
 		helpers = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
 	}
 	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(helpers, e) }
-	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
+	hasAnswered := func(e *entry) bool { return e.isValidated() && canHelp(e) }
 
 	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result
 	// only random members are asked, each time more of them, and first those that have ever answered this node,
@@ -3836,7 +3836,7 @@ func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome he
 	if answered || m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
 		d.heardFrom(n.now)
 	}
-	isTarget := isName && welcome.born() == m.Instance
+	isTarget := isName && welcome.instance() == m.Instance
 	if v == verdictAlive && !isTarget {
 		v = verdictRefused // another process lives at its address
 	}

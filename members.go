@@ -338,6 +338,13 @@ func (e *entry) displayStatus() Status {
 // failedLocally reports whether the member failed for this node alone, whatever the record says.
 func (e *entry) failedLocally() bool { return e.isolated || e.held }
 
+// noteFirstHeard notes when the name was first heard of, on the caller's clock.
+func (e *entry) noteFirstHeard(real time.Duration) {
+	if e.known == 0 {
+		e.known = real
+	}
+}
+
 // isSkipped reports whether e is walked over on the rings: it may be gone, and not pass on what it is told.
 func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.failedLocally() }
 
@@ -744,28 +751,31 @@ func (t *table) reap(now, after time.Duration) {
 	})
 }
 
-// agreesAround reports whether digest, with or without events, is the table's but for members that died between from and
-// to: those are about to be forgotten, or just were, and the other side does that a moment earlier or later. They go in the
-// order in which they died, so there are only as many digests that it may have.
+// agreesAround reports whether digest, with or without events, is the table's but for members that died between from
+// and to: those are about to be forgotten, or just were, and the other side does that a moment earlier or later.
 func (t *table) agreesAround(digest uint64, from, to time.Duration) bool {
 	first, _ := t.deadIndex("", from)
 	last, _ := t.deadIndex("", to)
-	claims, all := t.digest, t.digest^t.heard
-	for _, d := range t.dead[first:last] { // as if none of them was forgotten yet
+
+	// It begins as if none of them was forgotten yet.
+	claims := t.digest
+	events := t.heard
+	for _, d := range t.dead[first:last] {
 		if d.e.reaped {
 			claims ^= d.e.digest()
-			all ^= d.e.digest() ^ d.e.eventDigest()
+			events ^= d.e.eventDigest()
 		}
 	}
 
+	// They go in the order in which they died, so there are only as many digests that the other side may have.
 	for _, d := range t.dead[first:last] {
-		if digest == claims || digest == all {
+		if digest == claims || digest == claims^events {
 			return true
 		}
 		claims ^= d.e.digest()
-		all ^= d.e.digest() ^ d.e.eventDigest()
+		events ^= d.e.eventDigest()
 	}
-	return digest == claims || digest == all
+	return digest == claims || digest == claims^events
 }
 
 // aliveCount counts the members on the rings, this node included.
@@ -876,7 +886,8 @@ type heldEvent struct {
 	fresh bool
 }
 
-// eventSource returns what is known of the events of e's instance, or of a former one; nil: nothing.
+// eventSource returns what is known of the events of e's instance, for which it makes room, or of a former one; nil:
+// nothing.
 func (e *entry) eventSource(instance uint64) *eventSource {
 	s := e.knownEvents(instance)
 	if s == nil && instance == e.Instance {
@@ -887,6 +898,7 @@ func (e *entry) eventSource(instance uint64) *eventSource {
 	return s
 }
 
+// knownEvents returns what is known of the events of an instance; nil: nothing.
 func (e *entry) knownEvents(instance uint64) *eventSource {
 	s := e.events
 	for s != nil && s.instance != instance {
@@ -902,9 +914,9 @@ func (s *eventSource) endChain() {
 	}
 }
 
-// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any. What
-// has come of them when the sender ended is all that there will be, and some have less of it than others; so it is
-// compared, too. nil: nothing.
+// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any; nil:
+// nothing. What has come of them when the sender ended is all that there will be, and some members have less of it than
+// others. So it is compared, too.
 func (e *entry) formerEvents() *eventSource {
 	s := e.events
 	for s != nil && (s.instance == e.Instance || s.number == 0) {
@@ -913,16 +925,21 @@ func (e *entry) formerEvents() *eventSource {
 	return s
 }
 
-// addFormer makes room for the events of a former instance of e, which is told to have sent some. False: a later one is
-// known, or there can have been none: of two agents with one name a later one may have been before, but in a lower
-// incarnation.
+// addFormer makes room for the events of a former instance of e, which has sent some by another table. False: a later one
+// is known, or there can have been none.
 func (e *entry) addFormer(instance uint64) bool {
 	known := e.formerEvents()
-	if instance == e.Instance || instance > e.Incarnation || known != nil && known.instance >= instance {
+	if known != nil && known.instance >= instance {
 		return false
 	}
-	current, former := e.eventSource(e.Instance), &eventSource{instance: instance, former: known}
+	// Of two agents with one name a later one may have been before, but in a lower incarnation.
+	if instance == e.Instance || instance > e.Incarnation {
+		return false
+	}
+
+	former := &eventSource{instance: instance, former: known}
 	former.endChain()
+	current := e.eventSource(e.Instance)
 	current.former = former
 	e.events = current
 	return true
@@ -937,8 +954,8 @@ func (e *entry) eventCount() uint64 {
 	return s.number
 }
 
-// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more: what two
-// members cannot tell each other would differ for ever.
+// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more: what
+// two members cannot tell each other would differ for ever.
 func (e *entry) eventDigest() (sum uint64) {
 	if count := e.eventCount(); count > 0 {
 		sum = mix(e.pos[0] ^ mix(e.Instance^mix(count)))
