@@ -9,7 +9,7 @@
 //	constants       the protocol's times and bounds
 //	messages        what travels: header, claims and events
 //	codec           gob, made fit for datagrams
-//	seal            encryption, and for whom a datagram is
+//	seal            encryption, and the receiver of a datagram
 //	replay window   each datagram counts once
 //	awake time      the clock that all deadlines run on, and rates
 //	node            inputs and outputs, the verbs that its parts use
@@ -23,7 +23,7 @@
 //	heartbeats      the watchers and the watched
 //	probes          how a lateness becomes a verdict
 //	isolation       is it this node? and pings to the failed
-//	queries         questions to members, and their answers
+//	queries         what users ask members, and the answers
 //	the loop        the one goroutine that owns all this, with UDP
 
 package main
@@ -122,7 +122,7 @@ const (
 	maxRequestsToPeer = 8 * maxQueries
 	maxProbesForPeer  = maxProbes / 8
 
-	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only
+	// Bystanders whose addresses are forged get, all together, so many queries a second, and at once. Only
 	// this agent's own users make it send queries; of all else the bystanders get a hundredth of that.
 	amplificationRate  = 2000
 	amplificationBurst = 6000
@@ -194,7 +194,7 @@ const (
 	msgSync                   // first frame: a state sync
 	msgHandshakeReply         // answers a first frame
 	msgTable                  // a chunk of the table
-	msgBye                    // this link ends without anybody having died
+	msgBye                    // this link ends, and its member has not died
 	// Later versions have more kinds, and this one takes no notice of them.
 )
 
@@ -232,6 +232,7 @@ type header struct {
 	Ext     string // for what later versions will say; this one does not look at it
 }
 
+// instance is the sender's.
 func (hdr *header) instance() uint64 { return hdr.Incarnation - hdr.Raised }
 
 // verdict is what one observer saw of a target, in rising weight as evidence that a process is there.
@@ -532,8 +533,8 @@ func (w *replayWindow) isBehind(number uint64) bool {
 
 // handleAnswer takes the number of an answer. asked is what the highest was when its request was first sent.
 func (w *replayWindow) handleAnswer(number, asked uint64) {
-	// A sender numbers on from what it has sent before. So a lower number shows that somebody has forged the
-	// highest one. Where nobody can forge (with a key) no answer is lower, however late it comes.
+	// A sender numbers on from what it has sent before. So a lower number shows that the highest one was
+	// forged. Where that cannot be (with a key) no answer is lower, however late it comes.
 	if number < asked {
 		*w = replayWindow{top: number, seen: ^uint64(0)}
 		return
@@ -587,6 +588,15 @@ func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
 
 func (b *bucket) spend(cost float64) { b.tokens -= cost }
 
+// take takes cost tokens, if they are there, and reports whether they were.
+func (b *bucket) take(cost float64) bool {
+	if !b.has(cost) {
+		return false
+	}
+	b.spend(cost)
+	return true
+}
+
 // debt is how long it takes until the tokens are not below 0.
 func (b *bucket) debt(rate float64) time.Duration {
 	return time.Duration(max(0, -b.tokens) / rate * float64(time.Second))
@@ -596,11 +606,7 @@ func (b *bucket) debt(rate float64) time.Duration {
 // one.
 func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
 	b.fill(now, 1/interval.Seconds(), burst)
-	if !b.has(1) {
-		return false
-	}
-	b.spend(1)
-	return true
+	return b.take(1)
 }
 
 // ---- node ----
@@ -831,8 +837,13 @@ func (n *node) agreesWith(digest uint64) bool {
 
 func (n *node) reapInterval() time.Duration { return min(max(n.cfg.reapAfter/10, 100*ms), time.Second) }
 
-// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members
-// that have answered at their address cost nothing.
+// amplify takes what it costs to send m something that it has not asked for, a message of kind k. It reports whether
+// that is allowed.
+func (n *node) amplify(m Member, k msgKind) (allowed bool) {
+	return n.amplification.take(n.amplificationCost(m, k))
+}
+
+// amplificationCost is 0 for members that have answered at their address.
 func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	e := n.table.get(m.Name)
 	if e != nil && e.Addr == m.Addr && e.isValidated() {
@@ -844,21 +855,14 @@ func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	return unaskedCost
 }
 
-// allows reports whether m may be sent a message of kind k; spend notes that it is.
-func (n *node) allows(m Member, k msgKind) bool {
-	return n.amplification.has(n.amplificationCost(m, k))
-}
-
-func (n *node) spend(m Member, k msgKind) { n.amplification.spend(n.amplificationCost(m, k)) }
-
 // send sends a header and a body of updates to one instance of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
 	// An answer is never larger than its request, and so amplifies nothing.
 	if hdr.Kind != msgAck {
-		if !n.allows(to, hdr.Kind) {
+		allowed := n.amplify(to, hdr.Kind)
+		if !allowed {
 			return
 		}
-		n.spend(to, hdr.Kind)
 	}
 
 	e := n.table.get(to.Name)
@@ -904,19 +908,18 @@ func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 
 // tcpProbe has m probed by TCP.
 func (n *node) tcpProbe(m Member) {
-	if !n.allows(m, msgTCPProbe) {
-		return
+	allowed := n.amplify(m, msgTCPProbe)
+	if allowed {
+		n.out.tcpProbes = append(n.out.tcpProbes, m)
 	}
-	n.spend(m, msgTCPProbe)
-	n.out.tcpProbes = append(n.out.tcpProbes, m)
 }
 
 // sync has tables compared with m, by TCP.
 func (n *node) sync(m Member) {
-	if !n.allows(m, msgSync) {
+	allowed := n.amplify(m, msgSync)
+	if !allowed {
 		return
 	}
-	n.spend(m, msgSync)
 	n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
 	n.out.syncs = append(n.out.syncs, m)
 }
@@ -1131,8 +1134,8 @@ func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Dura
 		return
 	}
 
-	// TCP may have sent one of them again, so that a line that was short is not believed to have become long: a ping
-	// shows that.
+	// TCP may have sent one of them again, so that a line that was short is not believed to have become long: a
+	// ping shows that.
 	known := e.roundTrip()
 	isShort := known > 0 && known <= shortLine
 	if isShort && took > known+2*shortLine {
@@ -1336,7 +1339,7 @@ func (n *node) handleAck(hdr header) {
 		}
 	case e == nil || e.Instance != q.m.Instance: // what was asked does not count any more
 	case !sameInstance:
-		if e.Status == statusFailed { // it has restarted, and may know nobody to join
+		if e.Status == statusFailed { // it has restarted, and may know no member to join
 			n.sync(e.Member)
 		}
 	default:
@@ -1371,9 +1374,9 @@ func (n *node) noteDeadAnswer(e *entry, hdr header) {
 		return
 	}
 
-	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two agents
-	// with this node's name it knows the other one. So it is asked once more, at once: the next ping to one of many that
-	// have failed may be far away, or lost.
+	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two
+	// agents with this node's name it knows the other one. So it is asked once more, at once: the next ping to one
+	// of many that have failed may be far away, or lost.
 	path := &e.peer().path
 	path.deadAnswers++
 	if path.deadAnswers == 1 {
@@ -1804,13 +1807,15 @@ func (n *node) noteRevived(e *entry) {
 // needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	if m.Instance == e.Instance {
-		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
+		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old
+		// verdicts.
 		believedAlive := !e.Status.isDead() && !e.failedLocally()
 		return m.Status == statusFailed && believedAlive && m.Incarnation >= e.Incarnation
 	}
 
-	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead the claim
-	// may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared with it.
+	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead
+	// the claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared
+	// with it.
 	otherHolder := e.displayStatus() == statusAlive && m.Addr != e.Addr
 	return otherHolder && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
 }
@@ -2570,7 +2575,8 @@ func (x *stateSync) endTable() {
 	x.tables++
 }
 
-// noteCounts notes how many events of a member the other side knows: of the instance of claim u, and of a former one.
+// noteCounts notes how many events of a member the other side knows: of the instance of claim u, and of a former
+// one.
 func (n *node) noteCounts(sync *stateSync, u *update) {
 	if u.Name != "" {
 		return

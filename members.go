@@ -1,4 +1,4 @@
-// members.go: who is in the cluster and what is believed about each of them.
+// members.go: the members of the cluster, and what is believed about each of them.
 //
 // Here live the member record, what is said of members (update), the one rule that decides between two claims, the
 // table with its digest and its rings, and the events that a change of belief brings. It knows nothing of bytes on
@@ -237,7 +237,7 @@ type update struct {
 	Coalesce bool   // of several that wait in a queue, the last will do
 	Timeout  uint32 // of a query: milliseconds in which it wants answers
 	Number   uint64 // of a user event among its sender's; of a claim in a table: how many of the member's are known
-	Nonce    uint32 // of a user event: nobody can make it up before the event is sent
+	Nonce    uint32 // of a user event: it cannot be made up before the event is sent
 	Before   bool   // a user event that the teller has not delivered: it is older than the teller's membership
 
 	// Of a claim in a table: the instance before this one whose user events are known, and how many they are.
@@ -358,8 +358,8 @@ type table struct {
 	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such an instance
 	// must not count again when it comes back, after a split or a conflict: see apply.
 	forgotten uint64
-	version   uint64   // counts changes of the rings or of who is walked over
-	shrunk    uint64   // the version that last took somebody off
+	version   uint64   // counts changes of the rings, or of what is walked over on them
+	shrunk    uint64   // the version that last took a member off
 	failed    int      // members that may come back, of
 	total     int      // all that have neither left nor been forgotten
 	held      []*entry // those that came back by hearsay alone; see damp
@@ -751,8 +751,9 @@ func (t *table) reap(now, after time.Duration) {
 	})
 }
 
-// agreesAround reports whether digest, with or without events, is the table's but for members that died between from
-// and to: those are about to be forgotten, or just were, and the other side does that a moment earlier or later.
+// agreesAround reports whether digest, with or without events, is the table's but for members that died between
+// from and to: those are about to be forgotten, or just were, and the other side does that a moment earlier or
+// later.
 func (t *table) agreesAround(digest uint64, from, to time.Duration) bool {
 	first, _ := t.deadIndex("", from)
 	last, _ := t.deadIndex("", to)
@@ -886,8 +887,8 @@ type heldEvent struct {
 	fresh bool
 }
 
-// eventSource returns what is known of the events of e's instance, for which it makes room, or of a former one; nil:
-// nothing.
+// eventSource returns what is known of the events of e's instance, for which it makes room, or of a former one;
+// nil: nothing.
 func (e *entry) eventSource(instance uint64) *eventSource {
 	s := e.knownEvents(instance)
 	if s == nil && instance == e.Instance {
@@ -914,9 +915,9 @@ func (s *eventSource) endChain() {
 	}
 }
 
-// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any; nil:
-// nothing. What has come of them when the sender ended is all that there will be, and some members have less of it than
-// others. So it is compared, too.
+// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any;
+// nil: nothing. What has come of them when the sender ended is all that there will be, and some members have less
+// of it than others. So it is compared, too.
 func (e *entry) formerEvents() *eventSource {
 	s := e.events
 	for s != nil && (s.instance == e.Instance || s.number == 0) {
@@ -925,8 +926,8 @@ func (e *entry) formerEvents() *eventSource {
 	return s
 }
 
-// addFormer makes room for the events of a former instance of e, which has sent some by another table. False: a later one
-// is known, or there can have been none.
+// addFormer makes room for the events of a former instance of e, which has sent some by another table. False: a
+// later one is known, or there can have been none.
 func (e *entry) addFormer(instance uint64) bool {
 	known := e.formerEvents()
 	if known != nil && known.instance >= instance {
@@ -954,8 +955,8 @@ func (e *entry) eventCount() uint64 {
 	return s.number
 }
 
-// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more: what
-// two members cannot tell each other would differ for ever.
+// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more:
+// what two members cannot tell each other would differ for ever.
 func (e *entry) eventDigest() (sum uint64) {
 	if count := e.eventCount(); count > 0 {
 		sum = mix(e.pos[0] ^ mix(e.Instance^mix(count)))
