@@ -263,7 +263,7 @@ func TestHeartbeatsComeWhenTheyWerePromised(t *testing.T) {
 				for _, w := range n.heartbeats.watched {
 					w.peer().due = n.now + time.Minute
 				}
-				n.detector.lastHeard = n.now
+				n.detector.heardFrom(n.now)
 				if rng.IntN(4) > 0 {
 					return
 				}

@@ -1527,6 +1527,6 @@ func benchTick(n *node, after time.Duration) outputs {
 	for _, w := range n.heartbeats.watched {
 		w.peer().due = n.now + time.Minute
 	}
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	return n.tick(n.real + after)
 }
