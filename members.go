@@ -1,23 +1,29 @@
 // members.go: the members of the cluster, and what is believed about each of them.
 //
 // Here live the member record, what is said of members (update), the one rule that decides between two claims, the
-// table with its digest and its rings, and the events that a change of belief brings. It knows nothing of bytes on
-// a wire, sockets or clocks.
+// table with its digest and its rings, and the events that a change of belief brings. It knows nothing of bytes on a
+// wire, sockets or clocks. At the end stands how members and events are chosen and shown.
 
 package main
 
 import (
 	"cmp"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"iter"
 	"maps"
 	"math/bits"
 	"net/netip"
+	"regexp"
+	"regexp/syntax"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -1085,4 +1091,284 @@ func (b *eventBuffer) trim(before time.Duration) {
 		old++
 	}
 	b.drop(0, old)
+}
+
+// ---- how members are chosen and listed ----
+
+// memberFilter is what members must match, by field: "name", "status", or a tag as "tag KEY".
+type memberFilter map[string]*regexp.Regexp
+
+// set returns the way to take FIELD=RE, or what is missing of it after a prefix.
+func (f memberFilter) set(prefix string) func(string) error {
+	return func(s string) error {
+		field, re, ok := strings.Cut(prefix+s, "=")
+		if !ok {
+			return errors.New("want KEY=RE, such as role=web")
+		}
+		r, err := regexp.Compile("^(?s:" + re + ")$")
+		if se, ok := errors.AsType[*syntax.Error](err); ok {
+			return fmt.Errorf("%q is not a regular expression: %s", re, se.Code)
+		}
+		f[field] = r
+		return nil
+	}
+}
+
+func (f memberFilter) matches(m Member) bool {
+	fields := map[string]string{"name": m.Name, "status": m.Status.String()}
+	for k, v := range m.Tags.asMap() {
+		fields["tag "+k] = v
+	}
+	for field, re := range f {
+		if v, ok := fields[field]; !ok || !re.MatchString(v) {
+			return false
+		}
+	}
+	return true
+}
+
+// memberStatus is a member, and for how long it has had its status.
+type memberStatus struct {
+	Member
+	since time.Duration
+}
+
+func aliveNames(members []memberStatus) (names []string) {
+	for _, m := range members {
+		if m.Status == statusAlive {
+			names = append(names, m.Name)
+		}
+	}
+	return names
+}
+
+// compareNames orders names as people count: host-8 before host-79. Of equal numbers, the one with fewer zeros is
+// first.
+func compareNames(a, b string) int {
+	if order := strings.Compare(countingKey(a), countingKey(b)); order != 0 {
+		return order
+	}
+	return len(a) - len(b)
+}
+
+// countingKey is a text that sorts as its name should: each number in it begins with the count of its digits.
+func countingKey(name string) string {
+	key := make([]byte, 0, len(name)+16)
+	for name != "" {
+		digits := name[:len(name)-len(strings.TrimLeft(name, "0123456789"))]
+		if digits == "" {
+			key = append(key, name[0])
+			name = name[1:]
+			continue
+		}
+		number := strings.TrimLeft(digits, "0")
+		// '0', so that a number stands among other characters as a digit does
+		key = append(key, '0', byte(len(number)))
+		key = append(key, number...)
+		name = name[len(digits):]
+	}
+	return string(key)
+}
+
+// membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
+// stay in place when a member fails.
+func membersText(members []memberStatus, detailed bool) string {
+	var rows [][]string
+	for _, m := range members {
+		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
+		if detailed {
+			row = append(row, "for "+m.since.Round(time.Second).String(),
+				"version "+printable(m.Version, ""), fmt.Sprint("protocol ", m.Protocol))
+		}
+		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
+	}
+	return columns(rows)
+}
+
+// columns lays rows out at least four blanks apart, without trailing blanks.
+func columns(rows [][]string) string {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], displayWidth(cell))
+		}
+	}
+
+	var b strings.Builder
+	for _, row := range rows {
+		line := ""
+		for i, cell := range row {
+			line += cell + strings.Repeat(" ", widths[i]-displayWidth(cell)+4)
+		}
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	return b.String()
+}
+
+// displayWidth is how many places s takes on a terminal: East Asian characters and emoji take two, marks that combine
+// none (Unicode Standard Annex 11, in coarse ranges).
+func displayWidth(s string) (width int) {
+	for _, r := range s {
+		switch {
+		case unicode.In(r, unicode.Mn, unicode.Me):
+		case r >= 0x1100 && isWide(r):
+			width += 2
+		default:
+			width++
+		}
+	}
+	return width
+}
+
+func isWide(r rune) bool {
+	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
+		return true
+	}
+	for _, wide := range [][2]rune{
+		{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff},
+	} {
+		if r >= wide[0] && r <= wide[1] {
+			return true
+		}
+	}
+	return false
+}
+
+// memberJSON is a member as Serf shows it; what follows the status is of -detailed.
+type memberJSON struct {
+	Name     string            `json:"name"`
+	Addr     string            `json:"addr"`
+	Port     uint16            `json:"port"`
+	Tags     map[string]string `json:"tags"`
+	Status   string            `json:"status"`
+	For      string            `json:"for,omitempty"`
+	Version  string            `json:"version,omitempty"`
+	Protocol uint8             `json:"protocol,omitempty"`
+}
+
+func membersJSON(members []memberStatus, detailed bool) string {
+	var list []memberJSON // null where there is none, as Serf has it
+	for _, m := range members {
+		shown := memberJSON{
+			Name:   m.Name,
+			Addr:   m.Addr.String(),
+			Port:   m.Addr.Port(),
+			Tags:   m.Tags.asMap(),
+			Status: m.Status.String(),
+		}
+		if detailed {
+			shown.For = m.since.Round(time.Second).String()
+			shown.Version = m.Version
+			shown.Protocol = m.Protocol
+		}
+		list = append(list, shown)
+	}
+	return toJSON(struct {
+		Members []memberJSON `json:"members"`
+	}{list})
+}
+
+// ---- text and JSON that are safe to show ----
+
+// printable makes text from elsewhere safe to show: whatever is not graphic (escape sequences, bidi marks, broken
+// UTF-8) is shown as in Go source, except for the characters in keep.
+func printable(s, keep string) string {
+	undo := []string{`\"`, `"`, `\\`, `\`}
+	for _, r := range keep {
+		undo = append(undo, strings.Trim(strconv.QuoteRune(r), "'"), string(r))
+	}
+	q := strconv.QuoteToGraphic(s)
+	return strings.NewReplacer(undo...).Replace(q[1 : len(q)-1])
+}
+
+// toJSON lays v out as Serf does, indented by two blanks.
+func toJSON(v any) string { return marshal(v, "  ") }
+
+// toJSONLine lays v out on one line.
+func toJSONLine(v any) string {
+	// Newlines and tabs inside strings are escaped, so these stand between values.
+	lines := strings.ReplaceAll(marshal(v, "\t"), "\t", "")
+	return strings.NewReplacer(",\n", ", ", "\n", "").Replace(lines) + "\n"
+}
+
+func marshal(v any, indent string) string {
+	var b strings.Builder
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", indent)
+	if err := enc.Encode(v); err != nil {
+		panic(err) // strings, numbers and maps of them always encode
+	}
+
+	// A terminal obeys DEL and the C1 controls, and bidi marks hide things. They stand inside strings only.
+	var safe strings.Builder
+	for _, r := range b.String() {
+		if unicode.IsGraphic(r) || r == '\n' || r == '\t' {
+			safe.WriteRune(r)
+			continue
+		}
+		for _, u := range utf16.AppendRune(nil, r) {
+			fmt.Fprintf(&safe, `\u%04x`, u)
+		}
+	}
+	return safe.String()
+}
+
+// ---- how events are shown ----
+
+// watchLine shows an event as a line of 'watch'.
+func watchLine(at time.Time, ev Event, asJSON bool) string {
+	if asJSON {
+		return watchJSON(at, ev)
+	}
+	m := ev.Member
+	what := fmt.Sprintf("%s %s (from %s)", ev.Name, ev.Payload, m.Name)
+	if ev.kind < eventUser {
+		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
+	}
+	if ev.kind == eventUpdate {
+		what += fmt.Sprintf(" (%s)", ev.changed)
+	}
+	line := fmt.Sprintf("%s %s: %s", at.Format(logTime), ev.kind, printable(what, ""))
+	return strings.TrimRight(line, " ") + "\n"
+}
+
+func watchJSON(at time.Time, ev Event) string {
+	when := at.Format(time.RFC3339Nano)
+	m := ev.Member
+	if ev.kind < eventUser {
+		return toJSONLine(struct {
+			Time   string            `json:"time"`
+			Event  string            `json:"event"`
+			Name   string            `json:"name"`
+			Addr   string            `json:"addr"`
+			Tags   map[string]string `json:"tags"`
+			Status string            `json:"status"`
+			Change string            `json:"changed,omitempty"`
+		}{when, ev.kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String(), ev.changed})
+	}
+	return toJSONLine(struct {
+		Time    string `json:"time"`
+		Event   string `json:"event"`
+		Name    string `json:"name"`
+		Payload string `json:"payload"`
+		LTime   uint64 `json:"ltime"`
+		From    string `json:"from"`
+	}{when, ev.kind.String(), ev.Name, string(ev.Payload), ev.LTime, m.Name})
+}
+
+// droppedLine says that the reader of 'watch' was too slow for that many lines.
+func droppedLine(dropped int, asJSON bool) string {
+	if dropped <= 0 {
+		return ""
+	}
+	if asJSON {
+		return toJSONLine(struct {
+			Lost int `json:"lost"`
+		}{dropped})
+	}
+	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", dropped)
 }

@@ -487,10 +487,11 @@ func (a *agent) waitStatus(name, status string) {
 // view is what the agent's members command shows, in short.
 func (a *agent) view() string {
 	var v []string
-	for _, m := range a.members() {
+	members := a.members()
+	slices.SortFunc(members, func(a, b member) int { return strings.Compare(a.Name, b.Name) })
+	for _, m := range members {
 		v = append(v, m.Name+":"+m.Status)
 	}
-	slices.Sort(v)
 	return strings.Join(v, " ")
 }
 
