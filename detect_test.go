@@ -118,7 +118,7 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 		l.after(50 * ms)
 		if k, ok := l.looks["b"]; ok {
 			delete(l.looks, "b")
-			l.tell("", func(n *node) { n.handleTCPProbeResult(k, verdictSilent, header{}) })
+			l.tell("", func(n *node) { n.detector.handleTCPProbeResult(n, k, verdictSilent, header{}) })
 		}
 		if l.n.table.get("b").Status == statusFailed {
 			died = l.now
@@ -263,7 +263,7 @@ func TestHeartbeatsComeWhenTheyWerePromised(t *testing.T) {
 				for _, w := range n.heartbeats.watched {
 					w.peer().due = n.now + time.Minute
 				}
-				n.detector.lastHeard = n.now
+				n.detector.heardFrom(n.now)
 				if rng.IntN(4) > 0 {
 					return
 				}

@@ -9,7 +9,7 @@
 //	constants       the protocol's times and bounds
 //	messages        what travels: header, claims and events
 //	codec           gob, made fit for datagrams
-//	seal            encryption, and for whom a datagram is
+//	seal            encryption, and the receiver of a datagram
 //	replay window   each datagram counts once
 //	awake time      the clock that all deadlines run on, and rates
 //	node            inputs and outputs, the verbs that its parts use
@@ -23,14 +23,13 @@
 //	heartbeats      the watchers and the watched
 //	probes          how a lateness becomes a verdict
 //	isolation       is it this node? and pings to the failed
-//	queries         questions to members, and their answers
+//	queries         what users ask members, and the answers
 //	the loop        the one goroutine that owns all this, with UDP
 
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -62,62 +61,74 @@ const (
 	never = time.Duration(math.MaxInt64)
 )
 
-// The protocol's times and bounds. They were settled in simulation: the
-// scenarios in sim_test.go are the measurements.
+// The protocol's times and bounds. They were settled in simulation: the scenarios in sim_test.go are the
+// measurements.
 const (
-	broadcastBatch, broadcastRate = 2 * ms, 200      // packets a second
-	eventRate                     = 4000             // the same of user events: their senders are slowed down when it is not enough
-	eventsCalm                    = 200 * ms         // after which events that differ were missed, and are not under way
-	eventBurst                    = 64               // packets in one go: the watchers' sockets must hold those of four
-	eventRepairEvery              = 40 * ms          // floods that overtake each other need less
-	eventRepairTries              = 5                // by UDP, before tables are compared
-	eventAwayTries                = 12               // while the sender is not there to ask
-	eventRepairPackets            = 8                // in answer to one request
-	eventRepairRate               = 20               // of requests that are answered to one peer, a second
-	eventGapTimeout               = 5 * time.Second  // then an event that did not come is given up
-	eventAwayTimeout              = time.Minute      // the same while its sender is not there to ask: a split may end
-	eventMemory                   = 10 * time.Minute // for how long more than the last few events are remembered
-	eventCheckTimeout             = 2 * time.Second  // for so long an agent waits for a member that does not keep up
-	syncInterval                  = time.Second
-	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
-	claimInterval                 = 200 * ms
-	resendAfter                   = 50 * ms         // the first time, or two round trips; each wait is twice as long
-	requestTimeout                = 3 * time.Second // a question's answer counts for so long
-	leaveTimeout                  = time.Second
-	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
-	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
-	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
+	broadcastBatch     = 2 * ms
+	broadcastRate      = 200              // packets a second
+	eventRate          = 4000             // the same of user events: senders are slowed down when it is not enough
+	eventsCalm         = 200 * ms         // after which events that differ were missed, and are not under way
+	eventBurst         = 64               // packets in one go: the watchers' sockets must hold those of four
+	eventRepairEvery   = 40 * ms          // broadcasts that overtake each other need less
+	eventRepairTries   = 5                // by UDP, before tables are compared
+	eventAwayTries     = 12               // while the sender is not there to ask
+	eventRepairPackets = 8                // in answer to one request
+	eventRepairRate    = 20               // of requests that are answered to one peer, a second
+	eventGapTimeout    = 5 * time.Second  // then an event that did not come is given up
+	eventAwayTimeout   = time.Minute      // the same while its sender is not there to ask: a split may end
+	eventMemory        = 10 * time.Minute // for how long more than the last few events are remembered
+	eventCheckTimeout  = 2 * time.Second  // for so long an agent waits for a member that does not keep up
 
-	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer than
-	// that, and a line is measured once; a longer one at times, since it may have been a stall.
+	syncInterval   = time.Second
+	syncBurst      = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
+	claimInterval  = 200 * ms
+	resendAfter    = 50 * ms         // the first time, or two round trips; each wait is twice as long
+	requestTimeout = 3 * time.Second // for so long the answer to a ping counts
+	leaveTimeout   = time.Second
+	lateBy         = 100 * ms // how much later than planned a wake-up may count
+
+	// A late seed must not be waited for longer than it is late.
+	seedsOften    = time.Second
+	seedsOftenFor = time.Minute
+	seedsMax      = 30 * time.Second
+	warnEvery     = 10 * time.Minute // at first; each wait is twice as long
+	maxWarnWait   = 24 * time.Hour
+
+	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer
+	// than that, and a line is measured once; a longer one at times, since it may have been a stall.
 	shortLine      = 50 * ms
 	longestLine    = 2500 * ms
 	remeasureAfter = 2 * time.Minute
 
-	maxDatagram, maxFrame       = 1400, 32 << 10
-	maxQueue                    = 4096 // claims and events that wait to be flooded
-	maxRecent, maxJoined        = 64, 16
-	recentFor                   = 3 * time.Second
-	maxRequests                 = 2 * maxMembers
-	maxQueries                  = 64          // of one's own at a time
-	replyTimeout                = time.Minute // a reply is sent again for so long at most
-	maxQueryTimeout             = time.Hour   // a query that arrives again is known for so long at most
-	reliableRate, reliableBurst = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
-	replayedPingRate            = 1000        // answers a second to pings that may be recordings
-	maxInputs                   = 1024        // that wait for the loop; more datagrams are lost
-	drainFor                    = 20 * ms     // inputs may keep the loop from its tick
-	writeFor                    = 20 * ms     // what the socket does not take by then is lost, as UDP may be
+	maxDatagram      = 1400
+	maxFrame         = 32 << 10
+	maxQueue         = 4096 // claims and events that wait to be broadcast
+	maxRecent        = 64
+	maxJoined        = 16
+	recentFor        = 3 * time.Second
+	maxRequests      = 2 * maxMembers
+	maxQueries       = 64          // of one's own at a time
+	replyTimeout     = time.Minute // a reply is sent again for so long at most
+	maxQueryTimeout  = time.Hour   // a query that arrives again is known for so long at most
+	reliableRate     = 64000       // reliable sends a second
+	reliableBurst    = 64          // and in one go: a thousand at once would be lost
+	replayedPingRate = 1000        // answers a second to pings that may be recordings
+	maxInputs        = 1024        // that wait for the loop; more datagrams are lost
+	drainFor         = 20 * ms     // inputs may keep the loop from its tick
+	writeFor         = 20 * ms     // what the socket does not take by then is lost, as UDP may be
 
-	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries queries
-	// under way, and a few probes.
+	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries
+	// queries under way, and a few probes.
 	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
 	maxRequestsToPeer = 8 * maxQueries
 	maxProbesForPeer  = maxProbes / 8
 
-	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only this
-	// agent's own users make it ask; of all else they get a hundredth of that.
-	amplificationRate, amplificationBurst = 2000, 6000
-	queryCost, unaskedCost                = 1, 100
+	// Bystanders whose addresses are forged get, all together, so many queries a second, and at once. Only
+	// this agent's own users make it send queries; of all else the bystanders get a hundredth of that.
+	amplificationRate  = 2000
+	amplificationBurst = 6000
+	queryCost          = 1
+	unaskedCost        = 100
 )
 
 var (
@@ -136,7 +147,7 @@ const (
 	heartbeatInterval = 500 * ms                        // one heartbeat, to one watcher at a time
 	earlyInterval     = 125 * ms                        // while there are new watchers
 	overdueAfter      = 100 * ms                        // past its promise
-	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle, which a first heartbeat may be put behind
+	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle; a first heartbeat may come after it
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
@@ -144,8 +155,8 @@ const (
 	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
-	indirectAgainAfter = 300 * ms // more: those that have not voted
-	helperTimeout      = 350 * ms // a helper's vote
+	indirectAgainAfter = 300 * ms // more: those whose result has not come
+	helperTimeout      = 350 * ms // a helper's result
 	probeTimeout       = 600 * ms // the end of a round
 	suspicionTimeout   = 1500 * ms
 	stallTimeout       = 10 * time.Second
@@ -170,21 +181,21 @@ type msgKind uint8
 
 const (
 	msgHeartbeat      msgKind = iota
-	msgPing                   // Target: answer me
-	msgAck                    // I answer; Seq is the question's
-	msgIndirectProbe          // look at Target for me
-	msgProbeResult            // what I saw of Target
+	msgPing                   // wants a sign of life of Target
+	msgAck                    // answers a request; Seq is the request's
+	msgIndirectProbe          // asks a helper to probe Target
+	msgProbeResult            // a helper's result
 	msgBroadcast              // carries claims and user events
-	msgQuery                  // carries a query: answer it if you can
+	msgQuery                  // carries a query
 	msgReply                  // to a msgQuery
-	msgEventCheck             // tell me when you have my user events up to this one
-	msgEventRequest           // send me what comes after this user event of its sender
-	msgTCPProbe               // first frame of a session: who are you
-	msgLink                   // first frame: an idle link that tells of my death
-	msgSync                   // first frame: let us compare tables
-	msgHandshakeReply         // answer to a first frame
-	msgTable                  // a piece of the table
-	msgBye                    // this link ends without anybody having died
+	msgEventCheck             // wants an answer once the sender's user events up to this one have come
+	msgEventRequest           // wants what comes after this user event of its sender
+	msgTCPProbe               // first frame of a session: who answers there?
+	msgLink                   // first frame: an idle link whose end tells that the member has died
+	msgSync                   // first frame: a state sync
+	msgHandshakeReply         // answers a first frame
+	msgTable                  // a chunk of the table
+	msgBye                    // this link ends, and its member has not died
 	// Later versions have more kinds, and this one takes no notice of them.
 )
 
@@ -199,27 +210,33 @@ const (
 	replyFailed               // the same, and it failed: the first line says how
 )
 
-// header opens every datagram and every frame between agents. gob leaves out zeros, so one struct serves all kinds.
+// header opens every datagram and every frame between agents. gob leaves out zeros, so one struct serves all
+// kinds.
 type header struct {
 	Kind        msgKind
 	From        string
 	Incarnation uint64
-	Raised      uint64 // Incarnation minus Born; 0 until the member raised it
-	Number      uint64 // of this datagram among all of the sender's run
+	Raised      uint64 // Incarnation minus the instance; 0 until the member raised it
+	Number      uint64 // of this datagram among all of the sender's instance
 	Digest      uint64
-	Promise     uint32 // heartbeat: milliseconds until the next one to you; check: the asker's round trip to the target, if long
-	Seq         uint32 // of a question (any but a check wants a msgAck), and of its answer
-	Query       uint32 // the asker's number of a query
-	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing; a first frame: the dialler's address
-	Verdict     verdict
-	Reply       reply
-	More        bool   // msgTable: another piece follows; msgHandshakeReply: the node is in a cluster
-	Ext         string // for what later versions will say; this one does not look at it
+	// Promise is, in milliseconds, of a heartbeat: when the next one to the same receiver comes; of an indirect
+	// probe: the requester's round trip to the target, if that is long.
+	Promise uint32
+	Seq     uint32 // of a request (any but an indirect probe wants a msgAck), and of its answer
+	Query   uint32 // the asker's number of a query
+	// Target is whom a ping, an indirect probe or its result is about; of a chunk of a table, where it ends, and
+	// of the last one nothing; of a first frame, the dialler's address.
+	Target  string
+	Verdict verdict
+	Reply   reply
+	More    bool   // msgTable: another chunk follows; msgHandshakeReply: the node is in a cluster
+	Ext     string // for what later versions will say; this one does not look at it
 }
 
-func (hdr *header) born() uint64 { return hdr.Incarnation - hdr.Raised }
+// instance is the sender's.
+func (hdr *header) instance() uint64 { return hdr.Incarnation - hdr.Raised }
 
-// verdict is what one observer saw of a target, in rising weight as evidence that somebody is there.
+// verdict is what one observer saw of a target, in rising weight as evidence that a process is there.
 type verdict uint8
 
 const (
@@ -249,9 +266,11 @@ var wire = newCodec(&header{}, &update{}, &rpcRequest{}, &rpcResponse{})
 
 func newCodec(messages ...any) *codec {
 	c := &codec{ids: make(map[reflect.Type][]byte)}
-	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
+	c.enc = gob.NewEncoder(&c.buf)
+	c.dec = gob.NewDecoder(&c.in)
 	for _, m := range messages {
-		c.in.Reset(c.encode(nil, m)) // the first time with the type's definition
+		// The first message of a type brings the type's definition with it, all others do not.
+		c.in.Reset(c.encode(nil, m))
 		c.dec.Decode(m)
 		c.ids[reflect.TypeOf(m)] = c.encode(nil, m)[1:3] // length, then id
 	}
@@ -262,20 +281,23 @@ func newCodec(messages ...any) *codec {
 func (c *codec) encode(dst []byte, m any, us ...update) []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+
 	c.buf.Reset()
-	err := c.enc.Encode(m)
+	c.write(m)
 	for i := range us {
-		err = cmp.Or(err, c.enc.Encode(&us[i]))
-	}
-	if err != nil {
-		panic(err) // flat structs always encode
+		c.write(&us[i])
 	}
 	return append(dst, c.buf.Bytes()...)
 }
 
-// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
-// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
-// definitions, which could grow the decoder without bound, do not get in.
+func (c *codec) write(m any) {
+	err := c.enc.Encode(m)
+	if err != nil {
+		panic(err) // flat structs always encode
+	}
+}
+
+// decode decodes the message that opens b into m, which must be fresh, and returns what follows it.
 func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -284,39 +306,53 @@ func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 			err = fmt.Errorf("%w: %v", errMalformed, r)
 		}
 	}()
-	size, n := 0, 0 // n: of the length itself, as gob writes it
-	switch {
-	case len(b) > 0 && b[0] < 128:
-		size, n = int(b[0]), 1
-	case len(b) > 1 && b[0] == 0xff:
-		size, n = int(b[1]), 2
-	case len(b) > 2 && b[0] == 0xfe: // more than a frame holds
-		size, n = int(binary.BigEndian.Uint16(b[1:])), 3
-	}
-	if n == 0 || size > len(b)-n || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
+
+	// gob gets only what it can do no harm with: a message of the wanted type, of a length that is there. New
+	// definitions, which could grow the decoder without bound, do not get in.
+	size, prefix := messageSize(b)
+	if prefix == 0 || size > len(b)-prefix || !bytes.HasPrefix(b[prefix:], c.ids[reflect.TypeOf(m)]) {
 		return nil, errMalformed
 	}
-	c.in.Reset(b[:n+size])
+
+	c.in.Reset(b[:prefix+size])
 	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
 		return nil, errMalformed
 	}
-	return b[n+size:], nil
+	return b[prefix+size:], nil
+}
+
+// messageSize reads the length of the message that opens b; prefix is how many bytes gob takes for the length
+// itself. 0: there is none, or it is more than a frame holds.
+func messageSize(b []byte) (size, prefix int) {
+	switch {
+	case len(b) > 0 && b[0] < 128:
+		return int(b[0]), 1
+	case len(b) > 1 && b[0] == 0xff:
+		return int(b[1]), 2
+	case len(b) > 2 && b[0] == 0xfe:
+		return int(binary.BigEndian.Uint16(b[1:])), 3
+	}
+	return 0, 0
 }
 
 // decodeAll decodes updates up to the end of b.
 func (c *codec) decodeAll(b []byte) (us []update, err error) {
-	for len(b) > 0 && err == nil {
+	for len(b) > 0 {
 		var u update
 		b, err = c.decode(b, &u)
+		if err != nil {
+			return nil, err
+		}
 		us = append(us, u)
 	}
-	return us, err
+	return us, nil
 }
 
 // ---- seal ----
 
-// sealer closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
-// is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
+// sealer seals and opens what travels between ports of one kind. With keys everything is authenticated before
+// anything is decoded, together with its receiver, so that what was said to one instance cannot be replayed to
+// another.
 type sealer struct {
 	cluster   string
 	keys      [][]byte // of 16, 24 or 32 bytes: the first one seals, any opens; see noKey
@@ -324,13 +360,14 @@ type sealer struct {
 	otherPort uint16 // the agent's port of the other kind
 }
 
-// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is first.
-// So a cluster that runs gets its first key in three rounds, as it gets another one.
+// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is
+// first. So a running cluster gets its first key in three rounds, as it gets another one.
 var noKey = []byte{}
 
-// sealsWithKey reports whether what is sent is encrypted, opensInClear whether what is not is taken.
+// sealsWithKey reports whether what is sent is encrypted.
 func (d *sealer) sealsWithKey() bool { return len(d.keys) > 0 && len(d.keys[0]) > 0 }
 
+// opensInClear reports whether what is not encrypted is taken.
 func (d *sealer) opensInClear() bool {
 	return len(d.keys) == 0 || slices.ContainsFunc(d.keys, func(key []byte) bool { return len(key) == 0 })
 }
@@ -344,65 +381,69 @@ func fingerprint(key []byte) string {
 	return fmt.Sprintf("%x", sum[:4])
 }
 
-// receiverHash tells in clear for whom something is, by a hash.
-func (d *sealer) receiverHash(whom string) []byte {
+// receiverHash tells the receiver, in clear, by a hash.
+func (d *sealer) receiverHash(receiver string) []byte {
 	h := fnv.New32a()
-	io.WriteString(h, d.cluster+"\x00"+whom)
+	io.WriteString(h, d.cluster+"\x00"+receiver)
 	return h.Sum(nil)
 }
 
-// blockFor is AES under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-func (d *sealer) blockFor(key []byte, whom string) cipher.Block {
-	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
+// blockFor is AES under a key that is derived from key for the receiver alone (HKDF-Expand, RFC 5869), in this
+// cluster.
+func (d *sealer) blockFor(key []byte, receiver string) cipher.Block {
+	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+receiver, len(key))
 	block, _ := aes.NewCipher(derived)
 	return block
 }
 
-// aead is AES-GCM under the key for whom.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, or the pings to one name, get fewer. For anybody else than whom it does not open.
-func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
-	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, whom))
+// aead is AES-GCM under the receiver's key. For another receiver it does not open.
+func (d *sealer) aead(key []byte, receiver string) cipher.AEAD {
+	// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3):
+	// one instance, or the pings to one name, get fewer.
+	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, receiver))
 	return a
 }
 
-// seal appends to dst what data becomes for whom; open undoes that.
-func (d *sealer) seal(dst, data []byte, whom string) []byte {
-	dst = append(dst, d.receiverHash(whom)...)
+// seal appends data, sealed for the receiver, to dst.
+func (d *sealer) seal(dst, data []byte, receiver string) []byte {
+	dst = append(dst, d.receiverHash(receiver)...)
 	if !d.sealsWithKey() {
 		return append(dst, data...)
 	}
-	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
+	return d.aead(d.keys[0], receiver).Seal(dst, nil, data, nil)
 }
 
-func (d *sealer) open(b []byte, whom string) ([]byte, error) {
-	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(whom)) {
+// open returns the data that was sealed for the receiver.
+func (d *sealer) open(b []byte, receiver string) ([]byte, error) {
+	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(receiver)) {
 		return nil, errNotForMe
 	}
-	b = b[4:]
+
+	sealed := b[4:]
 	for _, key := range d.keys {
 		if len(key) == 0 {
 			continue
 		}
-		if data, err := d.aead(key, whom).Open(nil, nil, b, nil); err == nil {
+		data, err := d.aead(key, receiver).Open(nil, nil, sealed, nil)
+		if err == nil {
 			return data, nil
 		}
 	}
 	if d.opensInClear() {
-		return b, nil
+		return sealed, nil
 	}
 	return nil, errOtherKey
 }
 
-// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and what is
-// sent to a member is of the highest that both understand. Those before 5 are nobody's.
+// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and
+// what is sent to a member is of the highest that both understand. Those before 5 are not spoken any more.
 const (
 	protocolVersion = 5
-	maxProtocol     = 32 // of which is heard at all: what claims a higher one is noise
+	maxProtocol     = 32 // what claims a higher one is noise
 	protocolOldest  = max(protocolVersion-1, 5)
 )
 
-// spokenWith is the protocol in which a member is told something; theirs is the highest that it understands, 0: unknown.
+// spokenWith is the protocol for a member that understands theirs at most; 0: that is not known.
 func spokenWith(theirs uint8) uint8 {
 	if theirs == 0 {
 		return protocolOldest
@@ -415,35 +456,39 @@ func checkProtocol(theirs uint8) error {
 	if theirs < protocolOldest && theirs < 5 {
 		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
 	}
-	if theirs < protocolOldest {
-		return fmt.Errorf("%w %d, this agent %d: upgrade that one, one protocol at a time", errVersion, theirs, protocolVersion)
+	tooOld := "this"
+	switch {
+	case theirs < protocolOldest:
+		tooOld = "that"
+	case theirs <= protocolVersion+1:
+		return nil
 	}
-	if theirs > protocolVersion+1 {
-		return fmt.Errorf("%w %d, this agent %d: upgrade this one, one protocol at a time", errVersion, theirs, protocolVersion)
-	}
-	return nil
+	return fmt.Errorf("%w %d, this agent %d: upgrade %s one, one protocol at a time",
+		errVersion, theirs, protocolVersion, tooOld)
 }
 
-// datagramFor is for whom a datagram is: a run of name, or (born 0) any.
-func datagramFor(name string, born uint64) string {
-	return "datagram " + strconv.FormatUint(born, 36) + " " + name
+// datagramFor names the receiver of a datagram: an instance of name, or (0) any of them.
+func datagramFor(name string, instance uint64) string {
+	return "datagram " + strconv.FormatUint(instance, 36) + " " + name
 }
 
-// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a ping is.
+// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a
+// ping is.
 func (d *sealer) sealDatagram(data []byte, to Member) []byte {
 	b := append(make([]byte, 0, 64+len(data)), spokenWith(to.Protocol))
 	return d.seal(b, data, datagramFor(to.Name, to.Instance))
 }
 
-// openDatagram opens one for self; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, err error) {
+// openDatagram opens one for self; anyInstance: it was for any instance of the name. errNotForMe: it is of another
+// cluster, for the former owner of the address, or for a former instance.
+func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyInstance bool, err error) {
 	if len(b) == 0 {
 		return nil, false, errMalformed
 	}
 	if protocol := b[0]; protocol < protocolOldest || protocol > protocolVersion {
 		err := checkProtocol(protocol)
 		if err == nil || protocol > maxProtocol {
-			err = errMalformed // a later one speaks this one to this agent
+			err = errMalformed // a later version speaks this protocol to this agent
 		}
 		return nil, false, err
 	}
@@ -452,30 +497,34 @@ func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, 
 	}
 
 	data, err = d.open(b[1:], datagramFor(self.Name, self.Instance))
-	if errors.Is(err, errNotForMe) {
-		data, err = d.open(b[1:], datagramFor(self.Name, 0))
-		anyRun = true
+	if !errors.Is(err, errNotForMe) {
+		return data, false, err
 	}
-	return data, anyRun, err
+	data, err = d.open(b[1:], datagramFor(self.Name, 0))
+	return data, true, err
 }
 
 // ---- replay window ----
 
-// replayWindow tells which of the numbers that a run gives its datagrams have counted: none counts twice (RFC 4303,
-// section 3.4.3). What is windowSize behind the highest counts for nothing.
+// replayWindow tells which of the numbers that an instance gives its datagrams have counted: none counts twice
+// (RFC 4303, section 3.4.3). What is windowSize behind the highest does not count at all.
 type replayWindow struct {
 	top  uint64
 	seen uint64 // a bit for each number, from top down
 }
 
+// accept reports whether number counts, and notes that it has.
 func (w *replayWindow) accept(number uint64) bool {
 	if number > w.top {
-		w.seen, w.top = w.seen<<(number-w.top), number
+		w.seen <<= number - w.top
+		w.top = number
 	}
 	bit := uint64(1) << (w.top - number) // 0 when it is too far behind
-	fresh := number > 0 && bit > 0 && w.seen&bit == 0
+	if number == 0 || bit == 0 || w.seen&bit != 0 {
+		return false
+	}
 	w.seen |= bit
-	return fresh
+	return true
 }
 
 // isBehind reports whether number is too far below the highest to count.
@@ -483,10 +532,10 @@ func (w *replayWindow) isBehind(number uint64) bool {
 	return w.top >= windowSize && number <= w.top-windowSize
 }
 
-// handleAnswer takes the number of an answer. asked is what the highest was when its question was first sent: a sender
-// numbers on from what it has sent before, so that an answer below it shows that somebody has forged that highest
-// number. Where nobody can forge (with a key) no answer is below, however late it comes.
+// handleAnswer takes the number of an answer. asked is what the highest was when its request was first sent.
 func (w *replayWindow) handleAnswer(number, asked uint64) {
+	// A sender numbers on from what it has sent before. So a lower number shows that the highest one was
+	// forged. Where that cannot be (with a key) no answer is lower, however late it comes.
 	if number < asked {
 		*w = replayWindow{top: number, seen: ^uint64(0)}
 		return
@@ -506,12 +555,16 @@ type clock struct {
 	planned time.Duration // for how long nothing falls due
 }
 
-// advance runs the awake clock. A process that was stopped would blame everybody else for its own silence, so
-// a gap counts for no more than the planned wait and a little.
+// advance runs the awake clock.
 func (c *clock) advance(now time.Duration) {
+	// A process that was stopped would blame all others for its own silence. So a gap counts for no more than the
+	// planned wait and a little.
 	c.now += max(min(now-c.real, c.planned+lateBy), 0)
 	c.real = now
 }
+
+// planAnew forgets what was planned: nothing is due before longest is over.
+func (c *clock) planAnew(longest time.Duration) { c.planned = longest }
 
 // wakeAt asks to be woken at awake time t.
 func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
@@ -523,12 +576,12 @@ type bucket struct {
 }
 
 // fill lets rate tokens a second run in, and burst of them lie.
-func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
+func (b *bucket) fill(now time.Duration, rate, burst float64) {
 	if b.at == 0 {
 		b.tokens = burst
 	}
-	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
-	return b
+	b.tokens = min(b.tokens+rate*(now-b.at).Seconds(), burst)
+	b.at = now
 }
 
 // has reports whether cost tokens are there; spend takes them.
@@ -536,27 +589,39 @@ func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
 
 func (b *bucket) spend(cost float64) { b.tokens -= cost }
 
-// take takes a token, if there is one.
-func (b *bucket) take() bool {
-	if b.tokens < 1 {
+// take takes cost tokens, if they are there, and reports whether they were.
+func (b *bucket) take(cost float64) bool {
+	if !b.has(cost) {
 		return false
 	}
-	b.tokens--
+	b.spend(cost)
 	return true
+}
+
+// debt is how long it takes until the tokens are not below 0.
+func (b *bucket) debt(rate float64) time.Duration {
+	return time.Duration(max(0, -b.tokens) / rate * float64(time.Second))
+}
+
+// takeEvery takes a token, of which one comes in each interval, and burst may lie. It reports whether there was
+// one.
+func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
+	b.fill(now, 1/interval.Seconds(), burst)
+	return b.take(1)
 }
 
 // ---- node ----
 
 type packet struct {
-	to   Member // that run, or (Born 0) any of that name
+	to   Member // that instance, or (Instance 0) any of that name
 	data []byte
 }
 
 // outputs is all that a node wants done, in order.
 type outputs struct {
 	packets   []packet
-	tcpProbes []Member // look at these by TCP
-	links     []Member // all watch links that shall stand; nil: no change
+	tcpProbes []Member // probe these by TCP
+	links     []Member // all watch links that are wanted; nil: no change
 	syncs     []Member // compare tables with these
 	events    []Event
 	logs      []logLine
@@ -566,9 +631,9 @@ type outputs struct {
 	fatal     error         // the node must not go on
 }
 
-// nodeConfig is what a node is born with.
+// nodeConfig is what a node starts with.
 type nodeConfig struct {
-	member    Member // its Incarnation is its Born: see birth
+	member    Member // its Incarnation is its Instance: see newInstanceID
 	seeds     []string
 	retryMax  int // failed tries of each seed; 0: for ever
 	reapAfter time.Duration
@@ -578,8 +643,8 @@ type nodeConfig struct {
 
 // node is one member's view of the cluster and all its protocol state.
 type node struct {
-	nodeConfig
 	clock
+	cfg         nodeConfig
 	rng         *rand.Rand
 	table       *table
 	self        *entry
@@ -594,21 +659,23 @@ type node struct {
 	identity    identity
 	queries     queries
 
-	amplification bucket // what those get who have never answered
+	amplification bucket // what is sent to those that have never answered
 	replayedPings bucket // answers to these, and to unknown senders
 }
 
 // newNode makes a node of cfg; now is the caller's clock.
 func newNode(cfg nodeConfig, now time.Duration) *node {
-	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
+	n := &node{cfg: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
 	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
+
 	cfg.member.Status = statusAlive
 	cfg.member.Protocol = protocolVersion
 	n.self = n.table.apply(n.now, cfg.member, 0)
-	n.self.known = now // what a former run of this name has sent is over
+	n.self.noteFirstHeard(now) // what a former instance of this name has sent is over
+
 	n.heartbeats.linkAt = never
 	n.requests.ofPeer = make(map[string]int)
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
 	return n
@@ -626,37 +693,81 @@ func (n *node) advance(now time.Duration) {
 }
 
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
-// that had arrived before (a queued heartbeat acquits its sender).
+// that had arrived before (a queued heartbeat clears its sender).
 func (n *node) tick(now time.Duration) outputs {
 	n.advance(now)
-	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
+	n.planAnew(time.Second) // an isolated node has no heartbeats to wake it, and dead members to forget
+
 	n.requests.step(n)
 	if n.identity.leaving == 0 {
-		n.heartbeats.refresh(n)
-		n.heartbeats.step(n)
-		n.detector.step(n)
-		n.antiEntropy.step(n)
-		n.joining.step(n)
-		n.queries.step(n)
-		if n.heartbeats.version != n.table.version {
-			n.heartbeats.refresh(n)
-			n.wakeAt(n.now) // retries follow the new ring in the next tick
-		}
-	} else if n.wakeAt(n.identity.leaving); len(n.requests.open) == 0 || n.now >= n.identity.leaving {
-		n.out.left = true
+		n.stepMember()
+	} else {
+		n.stepLeave()
 	}
 	n.broadcasts.step(n)
+
 	o := n.out
-	o.events = append(o.events, n.table.events...)
+	n.out = outputs{}
+	o.events = append(o.events, n.table.takeEvents()...)
 	o.wake = n.real + n.planned
-	n.out, n.table.events = outputs{}, nil
 	return o
 }
 
+// stepMember does what is due in the parts of a node that is not leaving.
+func (n *node) stepMember() {
+	n.heartbeats.refresh(n)
+	n.heartbeats.step(n)
+	n.detector.step(n)
+	n.antiEntropy.step(n)
+	n.joining.step(n)
+	n.queries.step(n)
+
+	if n.heartbeats.version != n.table.version {
+		n.heartbeats.refresh(n)
+		n.wakeAt(n.now) // retries follow the new ring in the next tick
+	}
+}
+
+// stepLeave ends the leave when all that were told have acknowledged it, or its time is over.
+func (n *node) stepLeave() {
+	acknowledged := len(n.requests.open) == 0
+	if acknowledged || n.now >= n.identity.leaving {
+		n.out.left = true
+	}
+	n.wakeAt(n.identity.leaving)
+}
+
+// jitter is a random part of d, so that members do not act in step.
 func (n *node) jitter(d time.Duration) time.Duration { return time.Duration(n.rng.Int64N(int64(d))) }
 
 func (n *node) logf(level logLevel, format string, a ...any) {
 	n.out.logs = append(n.out.logs, logLine{level, fmt.Sprintf(format, a...)})
+}
+
+// warnRarely warns of what goes on: at once, and again after warnEvery, and then ever more rarely.
+func (n *node) warnRarely(w *rareWarning, format string, a ...any) {
+	if w.isDue(n.now) {
+		w.given(n.now)
+		n.logf(levelWarn, format, a...)
+	}
+}
+
+// rareWarning is when a warning was given last, and for how long it is not given again.
+type rareWarning struct {
+	last time.Duration
+	wait time.Duration
+}
+
+func (w *rareWarning) isDue(now time.Duration) bool { return w.last == 0 || now-w.last >= w.wait }
+
+func (w *rareWarning) given(now time.Duration) {
+	// What has long been over begins anew.
+	if w.last == 0 || now-w.last >= 3*w.wait {
+		w.wait = warnEvery
+	} else {
+		w.wait = min(2*w.wait, maxWarnWait)
+	}
+	w.last = now
 }
 
 // logLevel says how much a log line matters.
@@ -688,40 +799,45 @@ func (l logger) printf(level logLevel, format string, a ...any) {
 	l(logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// isPlausible is the rule about Lamport times from outside: none is far above all that is known, or one forged datagram
-// with the highest number of all would end events for good. About incarnations see isPlausibleClaim.
-// What is known at the start may be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
+// isPlausible is the rule about Lamport times from outside: none is far above all that is known. About
+// incarnations see isPlausibleClaim.
 func (n *node) isPlausible(number, known uint64) bool {
-	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
+	// One forged datagram with the highest number of all would end events for good. What is known at the start may
+	// be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
+	const floor, room = 1 << 56, 1 << 48 // as times of starts: the year 2109, 198 days
 	return number <= max(known, floor)+room+uint64(n.now/ms)<<instanceRandomBits
 }
 
 // ---- the verbs ----
 
+// header is the header of a message of kind k from this node.
 func (n *node) header(k msgKind) header {
-	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation, Raised: n.self.Incarnation - n.self.Instance}
+	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation}
+	hdr.Raised = n.self.Incarnation - n.self.Instance
+
 	switch k {
-	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for that of the answer, which is never larger
+	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for the answer's, which is never larger than its ping
 		hdr.Digest = n.calmDigest()
-	case msgSync, msgHandshakeReply:
-		hdr.Digest = n.digest()
-	}
-	switch k {
-	case msgSync, msgTCPProbe: // another holder of the name can then say where this node lives
+	case msgTCPProbe:
 		hdr.Target = n.self.Addr.String()
+	case msgSync:
+		hdr.Digest = n.digest()
+		hdr.Target = n.self.Addr.String() // another holder of the name can then say where this node lives
 	case msgHandshakeReply:
+		hdr.Digest = n.digest()
 		hdr.More = n.inCluster()
 	}
 	return hdr
 }
 
 // inCluster reports whether this node has come into a cluster, or is the one that others come to.
-func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.seeds) == 0 }
+func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.cfg.seeds) == 0 }
 
 // digest covers the table, and how many user events of each member are known.
 func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
 
-// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the same.
+// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the
+// same.
 func (n *node) calmDigest() uint64 {
 	if n.now-n.broadcasts.heardAt < eventsCalm {
 		return n.table.digest
@@ -734,17 +850,22 @@ func (n *node) agreesWith(digest uint64) bool {
 	if digest == n.digest() || digest == n.calmDigest() {
 		return true
 	}
-	forgets := n.now - n.reapAfter
+	forgets := n.now - n.cfg.reapAfter
 	return n.table.agreesAround(digest, forgets-2*n.reapInterval(), forgets+2*n.reapInterval())
 }
 
-func (n *node) reapInterval() time.Duration { return min(max(n.reapAfter/10, 100*ms), time.Second) }
+func (n *node) reapInterval() time.Duration { return min(max(n.cfg.reapAfter/10, 100*ms), time.Second) }
 
-// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members that
-// have answered at their address cost nothing.
+// amplify takes what it costs to send m something that it has not asked for, a message of kind k. It reports whether
+// that is allowed.
+func (n *node) amplify(m Member, k msgKind) (allowed bool) {
+	return n.amplification.take(n.amplificationCost(m, k))
+}
+
+// amplificationCost is 0 for members that have answered at their address.
 func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	e := n.table.get(m.Name)
-	if e != nil && e.Addr == m.Addr && e.peer().validated {
+	if e != nil && e.Addr == m.Addr && e.isValidated() {
 		return 0
 	}
 	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
@@ -753,47 +874,46 @@ func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	return unaskedCost
 }
 
-// allows reports whether m may be sent a message of kind k; spend notes that it is.
-func (n *node) allows(m Member, k msgKind) bool {
-	return n.amplification.has(n.amplificationCost(m, k))
-}
-
-func (n *node) spend(m Member, k msgKind) { n.amplification.spend(n.amplificationCost(m, k)) }
-
-// send sends h and a body of updates to one run of a member.
+// send sends a header and a body of updates to one instance of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
-	if hdr.Kind != msgAck { // which is never larger than what was asked
-		if !n.allows(to, hdr.Kind) {
+	// An answer is never larger than its request, and so amplifies nothing.
+	if hdr.Kind != msgAck {
+		allowed := n.amplify(to, hdr.Kind)
+		if !allowed {
 			return
 		}
-		n.spend(to, hdr.Kind)
 	}
 
-	if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
+	e := n.table.get(to.Name)
+	if to.Protocol == 0 && e != nil {
 		to.Protocol = e.Protocol
 	}
+
 	n.number++
 	hdr.Number = n.number
-	n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
+	data := append(wire.encode(nil, &hdr), body...)
+	n.out.packets = append(n.out.packets, packet{to, data})
 }
 
-// ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
+// ping asks the member for a sign of life: any instance of m.Name at m.Addr, to find one that has restarted.
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
-	hdr.Target, hdr.Seq = m.Name, n.nonce()
+	hdr.Target = m.Name
+	hdr.Seq = n.nonce()
 	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never, sent: n.now})
+
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
 
-// sendReliable sends m a letter.
+// sendReliable sends m a datagram until it is acknowledged.
 func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Duration) {
 	hdr.Seq = n.nonce()
 	n.addRequest(request{m: m, h: hdr, body: body, until: n.now + within})
 	n.wakeAt(n.now)
 }
 
-// addRequest notes a question.
+// addRequest opens a request.
 func (n *node) addRequest(q request) {
 	e := n.table.get(q.m.Name)
 	if e != nil && e.Instance == q.m.Instance {
@@ -802,30 +922,31 @@ func (n *node) addRequest(q request) {
 	n.requests.add(q)
 }
 
-// nonce is a number that nobody can guess.
+// nonce is a number that cannot be guessed.
 func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 
-// tcpProbe has TCP look at m.
+// tcpProbe has m probed by TCP.
 func (n *node) tcpProbe(m Member) {
-	if n.allows(m, msgTCPProbe) {
-		n.spend(m, msgTCPProbe)
+	allowed := n.amplify(m, msgTCPProbe)
+	if allowed {
 		n.out.tcpProbes = append(n.out.tcpProbes, m)
 	}
 }
 
-// sync has TCP compare tables with m.
+// sync has tables compared with m, by TCP.
 func (n *node) sync(m Member) {
-	if n.allows(m, msgSync) {
-		n.spend(m, msgSync)
-		n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
-		n.out.syncs = append(n.out.syncs, m)
+	allowed := n.amplify(m, msgSync)
+	if !allowed {
+		return
 	}
+	n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
+	n.out.syncs = append(n.out.syncs, m)
 }
 
-// sendClaim tells m one claim, directly: a flood stays on its own side of a split.
+// sendClaim tells m one claim, directly: a broadcast stays on its own side of a split.
 func (n *node) sendClaim(m Member, u update) { n.send(m, n.header(msgBroadcast), wire.encode(nil, &u)) }
 
-// applyAndBroadcast believes m and tells everybody.
+// applyAndBroadcast believes m and tells all members.
 func (n *node) applyAndBroadcast(m Member) {
 	if e := n.table.apply(n.now, m, 0); e != nil {
 		n.broadcast(e)
@@ -842,23 +963,23 @@ func (u *update) age() time.Duration { return time.Duration(min(u.Age, 1<<40)) *
 
 // ---- requests ----
 
-// request is a datagram that wants an answer: a ping, or a letter, which is sent again, less and less often,
-// until its time is over or the run that it is for is gone. It counts for one answer: a recorded one proves nothing.
+// request is a datagram that wants an answer: a ping, or a reliable send. It counts for one answer: a recorded one
+// proves nothing.
 type request struct {
-	m     Member // the run that is asked
+	m     Member // the instance that is asked
 	h     header
 	asked uint64 // the highest number of its datagrams, before
 	body  []byte
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
 	wait  time.Duration // how long that is after the last time
-	sent  time.Duration // when it was, if once only: an answer to what was sent again measures nothing (Karn's algorithm)
+	sent  time.Duration // when it was, if once only: otherwise an answer measures nothing (Karn's algorithm)
 }
 
 type requests struct {
 	open   []*request
 	ofPeer map[string]int // how many of them each name has
-	rate   bucket         // of letters
+	rate   bucket         // of reliable sends
 }
 
 func (qs *requests) add(q request) {
@@ -869,7 +990,7 @@ func (qs *requests) add(q request) {
 	qs.ofPeer[q.m.Name]++
 }
 
-// removed is told that q is not open any more.
+// removed notes that q is not open any more.
 func (qs *requests) removed(q *request) {
 	qs.ofPeer[q.m.Name]--
 	if qs.ofPeer[q.m.Name] == 0 {
@@ -882,43 +1003,69 @@ func (qs *requests) removeAll() {
 	clear(qs.ofPeer)
 }
 
+// takeAnswered removes the request of name that carries seq, and returns it; nil: there is none.
+func (qs *requests) takeAnswered(name string, seq uint32) *request {
+	i := slices.IndexFunc(qs.open, func(q *request) bool { return q.h.Seq == seq && q.m.Name == name })
+	if i < 0 {
+		return nil
+	}
+	q := qs.open[i]
+	qs.open = slices.Delete(qs.open, i, i+1)
+	qs.removed(q)
+	return q
+}
+
+// step sends what is due, and drops the requests whose time is over or whose receiver is gone.
 func (qs *requests) step(n *node) {
 	qs.rate.fill(n.now, reliableRate, reliableBurst)
-	qs.open = slices.DeleteFunc(qs.open, func(q *request) bool {
-		due := n.now >= q.at && n.now < q.until && qs.rate.take()
-		if n.now >= q.until || due && n.table.ended(q.m) {
+	open := qs.open[:0]
+	for _, q := range qs.open {
+		if n.now >= q.until {
 			qs.removed(q)
-			return true
+			continue
 		}
-		if due {
-			twice := 2 * n.roundTripTo(q.m)
-			q.sent = 0
-			if q.wait == 0 {
-				q.sent = n.now
+
+		if n.now >= q.at && qs.rate.has(1) {
+			qs.rate.spend(1)
+			if n.table.ended(q.m) {
+				qs.removed(q)
+				continue
 			}
-			q.wait = max(min(2*q.wait, time.Second), resendAfter, twice)
-			q.at = n.now + q.wait
-			n.send(q.m, q.h, q.body)
+			q.send(n)
 		}
 		n.wakeAt(max(q.at, n.now+ms))
-		return false
-	})
+		open = append(open, q)
+	}
+	clear(qs.open[len(open):])
+	qs.open = open
+}
+
+// send sends a request once more, or for the first time, and plans the next time: less and less often.
+func (q *request) send(n *node) {
+	first := q.wait == 0
+	q.sent = 0
+	if first {
+		q.sent = n.now
+	}
+	q.wait = max(min(2*q.wait, time.Second), resendAfter, 2*n.roundTripTo(q.m))
+	q.at = n.now + q.wait
+	n.send(q.m, q.h, q.body)
 }
 
 // ---- datagrams in ----
 
-// dealings is what the protocol has had to do with one run of a member.
+// peerState is what the protocol knows of one instance of a member.
 type peerState struct {
 	datagrams     replayWindow
 	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
-	validated     bool          // it has answered: somebody lives at its address
+	validated     bool          // it has answered: a process lives at its address
 	greeted       bool          // it watches this node and has been sent a heartbeat
-	due           time.Duration // when it is overdue, if I watch it
+	due           time.Duration // when it is overdue, if this node watches it
 	claimRate     bucket        // with what is believed of it
 	eventRate     bucket        // with user events that it has missed
 	pingRate      bucket        // with pings that others bring about
 	tcpOnly       int           // probes in a row that only TCP answered
-	syncedDigests uint64        // both digests after the last comparison of tables
+	syncedDigests uint64        // both digests after the last state sync
 	newsRate      bucket        // with news that it may have missed
 	line          line
 	heard         []heardQuery // its queries whose time is not over
@@ -934,16 +1081,17 @@ type peerPath struct {
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
-	deadAnswers     int            // since tables were last compared because it answers and is believed to have failed
+	deadAnswers     int            // since the last state sync because it answers and is believed to have failed
 }
 
 // flapState is how a member came back; see damp.
 type flapState struct {
 	cameBack  time.Duration // when it was last shown alive again after it had failed; 0: never
-	count     int           // how often in a row it failed again soon after that, or did not answer when it was held
+	count     int           // how often in a row it failed soon after that, or did not answer while held
 	heldUntil time.Duration // when the held one is probed again; 0: not yet planned
 }
 
+// peer is the state of e, for what writes it: it is made when it is not there.
 func (e *entry) peer() *peerState {
 	if e.state == nil {
 		e.state = &peerState{}
@@ -951,8 +1099,19 @@ func (e *entry) peer() *peerState {
 	return e.state
 }
 
-// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer is
-// known at once, and a peer that stalled once is soon forgiven.
+// isValidated reports whether e has answered at its address.
+func (e *entry) isValidated() bool { return e.state != nil && e.state.validated }
+
+// roundTrip is how long an answer of e takes; 0: that is not known.
+func (e *entry) roundTrip() time.Duration {
+	if e.state == nil {
+		return 0
+	}
+	return e.state.line.roundTrip()
+}
+
+// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer
+// is known at once, and a peer that stalled once is soon forgiven.
 type line struct {
 	roundTrips  [2]time.Duration // the last one first; 0: not measured
 	remeasureAt time.Duration
@@ -962,11 +1121,19 @@ func (l *line) roundTrip() time.Duration { return max(l.roundTrips[0], l.roundTr
 
 // isSettled reports whether the line needs no measurement: it is short, or its last two agree and are not old.
 func (l *line) isSettled(now time.Duration) bool {
-	longer, shorter := l.roundTrip(), min(l.roundTrips[0], l.roundTrips[1])
+	longer := l.roundTrip()
 	if longer <= shortLine {
 		return longer > 0
 	}
+	shorter := min(l.roundTrips[0], l.roundTrips[1])
 	return longer < 3*shorter+shortLine && now < l.remeasureAt
+}
+
+// note takes a measured round trip; the line is measured again at remeasureAt.
+func (l *line) note(took, remeasureAt time.Duration) {
+	l.roundTrips[1] = l.roundTrips[0]
+	l.roundTrips[0] = min(max(took, 1), longestLine)
+	l.remeasureAt = remeasureAt
 }
 
 // noteRoundTrip notes how long an answer of that instance of name took.
@@ -975,21 +1142,20 @@ func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
 	if e == nil || e == n.self || e.Instance != instance {
 		return
 	}
-	l := &e.peer().line
-	l.roundTrips[1] = l.roundTrips[0]
-	l.roundTrips[0] = min(max(took, 1), longestLine)
-	l.remeasureAt = n.now + remeasureAfter + n.jitter(remeasureAfter) // or all would be measured in the same moments
+	// The jitter keeps all lines from being measured in the same moments.
+	e.peer().line.note(took, n.now+remeasureAfter+n.jitter(remeasureAfter))
 }
 
-// noteSessionRoundTrip notes how long a hello and its answer took. TCP may have sent one of them again, so that a line that
-// was short is not believed to have become long: a ping shows that.
+// noteSessionRoundTrip notes how long a hello and its answer took.
 func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
 	e := n.table.get(name)
 	if e == nil || e == n.self || e.Instance != instance {
 		return
 	}
 
-	known := e.peer().line.roundTrip()
+	// TCP may have sent one of them again, so that a line that was short is not believed to have become long: a
+	// ping shows that.
+	known := e.roundTrip()
 	isShort := known > 0 && known <= shortLine
 	if isShort && took > known+2*shortLine {
 		n.pingAtBoundedRate(e)
@@ -998,21 +1164,22 @@ func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Dura
 	n.noteRoundTrip(name, instance, took)
 }
 
-// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the longest
-// to those that this node watches, or that watch it.
+// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the
+// longest to those that this node watches, or that watch it.
 func (n *node) roundTripTo(m Member) time.Duration {
 	e := n.table.get(m.Name)
-	if e != nil && e.Instance == m.Instance && e.state != nil && e.state.line.roundTrip() > 0 {
-		return e.state.line.roundTrip()
+	if e != nil && e.Instance == m.Instance && e.roundTrip() > 0 {
+		return e.roundTrip()
 	}
 	return n.longestRoundTrip()
 }
 
 func (n *node) longestRoundTrip() (longest time.Duration) {
-	for _, es := range [][]*entry{n.heartbeats.watchers, n.heartbeats.watched} {
-		for _, e := range es {
-			longest = max(longest, e.peer().line.roundTrip())
-		}
+	for _, e := range n.heartbeats.watchers {
+		longest = max(longest, e.roundTrip())
+	}
+	for _, e := range n.heartbeats.watched {
+		longest = max(longest, e.roundTrip())
 	}
 	return longest
 }
@@ -1020,106 +1187,133 @@ func (n *node) longestRoundTrip() (longest time.Duration) {
 // overdueMargin is how much later than promised a heartbeat of m may come: a longer line varies by more.
 func (n *node) overdueMargin(m Member) time.Duration { return max(overdueAfter, n.roundTripTo(m)/4) }
 
-// handleDatagram takes one datagram, already opened; anyRun: it was not for this run alone.
-func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error {
+// handleDatagram takes one datagram, already opened; anyInstance: it was for any instance of this node's name.
+func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) error {
 	var hdr header
 	body, err := wire.decode(b, &hdr)
 	if err != nil {
 		return err
 	}
-	e := n.table.get(hdr.From)
-	switch {
-	case hdr.Raised > hdr.Incarnation:
+	if hdr.Raised > hdr.Incarnation {
 		return errMalformed
-	case hdr.Kind > msgEventRequest && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
-		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
-	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
-	case hdr.Kind == msgPing:
-		n.handlePing(e, from, hdr, len(b))
-	case hdr.Kind == msgAck:
-		n.handleAck(hdr)
-	case e == nil || e == n.self || e.Instance != hdr.born(): // a run that is not remembered comes in by an exchange
-		n.handleUnknownHeartbeat(e, hdr)
-	case e.peer().datagrams.isBehind(hdr.Number):
-		n.handleBehind(e, hdr)
-	default:
-		fresh := e.peer().datagrams.accept(hdr.Number)
-		if fresh {
-			n.detector.lastHeard = n.now
-			e.peer().path.source = from
-			return n.handleMessage(e, from, hdr, len(b), body)
-		}
 	}
-	return nil
+	framesOnly := hdr.Kind > msgEventRequest && hdr.Kind <= msgBye
+	if framesOnly || anyInstance && hdr.Kind != msgPing {
+		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
+	}
+
+	e := n.table.get(hdr.From)
+	if e == n.self && hdr.instance() == n.self.Instance {
+		return nil // it came from this node, and was sent back
+	}
+	switch hdr.Kind {
+	case msgPing:
+		n.handlePing(e, from, hdr, len(b))
+		return nil
+	case msgAck:
+		n.handleAck(hdr)
+		return nil
+	}
+
+	// An instance that is not remembered comes in by a state sync.
+	if e == nil || e == n.self || e.Instance != hdr.instance() {
+		n.handleUnknownHeartbeat(e, hdr)
+		return nil
+	}
+	peer := e.peer()
+	if peer.datagrams.isBehind(hdr.Number) {
+		n.handleBehind(e, hdr)
+		return nil
+	}
+	fresh := peer.datagrams.accept(hdr.Number)
+	if !fresh {
+		return nil
+	}
+	n.detector.heardFrom(n.now)
+	peer.path.source = from
+	return n.handleMessage(e, from, hdr, len(b), body)
 }
 
-// handlePing answers a ping. Anybody can play a recorded one again and again, also without a key: those that have come
-// before, and those of a sender that is not remembered, get so many answers a second, all together.
+// handlePing answers a ping.
 func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	if hdr.Target != n.self.Name {
 		return // it was meant for a former owner of this address
 	}
+
 	fresh := false
-	if e != nil && e.Instance == hdr.born() {
+	if e != nil && e.Instance == hdr.instance() {
 		fresh = e.peer().datagrams.accept(hdr.Number)
 	}
+	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and
+	// those of a sender that is not remembered, get so many answers a second, all together.
 	if !fresh {
-		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
-		if !n.replayedPings.has(1) {
+		allowed := n.replayedPings.takeEvery(time.Second/replayedPingRate, replayedPingRate, n.now)
+		if !allowed {
 			return
 		}
-		n.replayedPings.spend(1)
 	}
 	n.sendAck(from, hdr, size)
 }
 
-// handleBehind handles what is far below the highest number of e. It does not count. But without a key, somebody may have
-// forged that highest number; so, if e waits for an answer, it is pinged, and what it answers shows where it is.
+// handleBehind handles what is far below the highest number of e. It does not count. But without a key, that
+// highest number may be forged; so, if e waits for an answer, it is pinged, and its own answer shows which number
+// it has reached.
 func (n *node) handleBehind(e *entry, hdr header) {
 	if hdr.Seq != 0 {
 		n.pingAtBoundedRate(e)
 	}
 }
 
-// pingAtBoundedRate pings e, since somebody said something that only e can settle.
+// pingAtBoundedRate pings e about something that only e can settle.
 func (n *node) pingAtBoundedRate(e *entry) {
-	rate := &e.peer().pingRate
-	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
-	if rate.has(1) {
-		rate.spend(1)
+	allowed := e.peer().pingRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
 		n.ping(e.Member)
 	}
 }
 
 // handleMessage takes what counts: e has sent it just now.
 func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int, body []byte) error {
-	if hdr.Seq != 0 && hdr.Kind != msgIndirectProbe && hdr.Kind != msgProbeResult && hdr.Kind != msgEventCheck {
+	if hdr.wantsAck() {
 		n.sendAck(from, hdr, size)
 	}
 	n.noteContact(e, hdr)
+
 	us, err := wire.decodeAll(body)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case hdr.Kind == msgIndirectProbe:
+	}
+	switch hdr.Kind {
+	case msgIndirectProbe:
 		n.detector.handleIndirectProbe(n, e, hdr)
-	case hdr.Kind == msgProbeResult:
+	case msgProbeResult:
 		n.detector.handleProbeResult(n, e, hdr, us)
-	case hdr.Kind == msgQuery:
+	case msgQuery:
 		return n.queries.handleQuery(n, e, hdr, us)
-	case hdr.Kind == msgReply:
+	case msgReply:
 		n.queries.handleAnswer(n, e, hdr, us)
-	case hdr.Kind == msgEventCheck:
+	case msgEventCheck:
 		return n.handleEventCheck(e, from, hdr, size, us)
-	case hdr.Kind == msgEventRequest:
+	case msgEventRequest:
 		return n.handleEventRequest(e, us)
-	case hdr.Kind == msgBroadcast:
+	case msgBroadcast:
 		return n.handleBroadcast(e, us)
 	}
 	return nil
 }
 
-// handleBroadcast takes what by has flooded. One bad update costs that update; the first is returned as an error.
+// wantsAck reports whether the datagram is to be acknowledged at once. An indirect probe is answered by its
+// result, and an event check when the events are there.
+func (hdr *header) wantsAck() bool {
+	switch hdr.Kind {
+	case msgIndirectProbe, msgProbeResult, msgEventCheck:
+		return false
+	}
+	return hdr.Seq != 0
+}
+
+// handleBroadcast takes what the member has broadcast. One bad update costs that update; the first is returned as
+// an error.
 func (n *node) handleBroadcast(by *entry, us []update) error {
 	var first error
 	for i := range us {
@@ -1131,96 +1325,100 @@ func (n *node) handleBroadcast(by *entry, us []update) error {
 	return first
 }
 
-// sendAck acknowledges a datagram of size bytes. It is never larger, since the source may be forged.
+// sendAck acknowledges a datagram of size bytes. The answer is never larger, since the source may be forged.
 func (n *node) sendAck(to netip.AddrPort, hdr header, size int) {
 	a := n.header(msgAck)
-	a.Seq, a.Number = hdr.Seq, n.number+1
+	a.Seq = hdr.Seq
+	a.Number = n.number + 1
 	if len(wire.encode(nil, &a)) > size {
 		a.Digest = 0
 	}
 	if len(wire.encode(nil, &a)) <= size {
-		n.send(Member{Name: hdr.From, Addr: to, Instance: hdr.born()}, a, nil)
+		n.send(Member{Name: hdr.From, Addr: to, Instance: hdr.instance()}, a, nil)
 	}
 }
 
-// handleAck takes the answer to a question of mine.
+// handleAck takes the answer to a request of this node.
 func (n *node) handleAck(hdr header) {
-	qs := &n.requests
-	i := slices.IndexFunc(qs.open, func(q *request) bool { return q.h.Seq == hdr.Seq && q.m.Name == hdr.From })
-	if i < 0 {
+	q := n.requests.takeAnswered(hdr.From, hdr.Seq)
+	if q == nil {
 		return
 	}
-	q := qs.open[i]
-	qs.open = slices.Delete(qs.open, i, i+1)
-	qs.removed(q)
-	if q.m.Addr != n.self.Addr || q.m.Name != n.self.Name {
-		n.detector.lastHeard = n.now
+	askedItself := q.m.Addr == n.self.Addr && q.m.Name == n.self.Name
+	if !askedItself {
+		n.detector.heardFrom(n.now)
 	}
+
 	e := n.table.get(q.m.Name)
+	sameInstance := hdr.instance() == q.m.Instance
 	switch {
-	case e == n.self && hdr.born() == q.m.Instance: // a conflict
-		n.detector.handleSignOfLife(n, q.m)
-	case e == nil || e.Instance != q.m.Instance:
-	case hdr.born() != q.m.Instance:
-		if e.Status == statusFailed { // it has restarted, and may know nobody to join
+	case e == n.self: // a name conflict: the other holder was asked
+		if sameInstance {
+			n.detector.handleSignOfLife(n, q.m)
+		}
+	case e == nil || e.Instance != q.m.Instance: // what was asked does not count any more
+	case !sameInstance:
+		if e.Status == statusFailed { // it has restarted, and may know no member to join
 			n.sync(e.Member)
 		}
 	default:
-		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
-		n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
-		if q.sent > 0 {
-			n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
-		}
-		if q.h.Kind == msgEventCheck {
-			n.broadcasts.flow.checked(e)
-		}
-		if q.h.Kind == msgQuery {
-			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
-		}
-		n.noteValidated(e)
-		n.detector.handleSignOfLife(n, q.m)
-		n.noteContact(e, hdr)
-		n.noteDeadAnswer(e, hdr)
+		n.noteAck(q, e, hdr)
 	}
 }
 
-// noteDeadAnswer looks whether e has answered that is believed to have failed. It has just been told so, and refutes that.
-// If it does not it may not count what this node sends: of two agents with this node's name it knows the other one. So it
-// is asked once more, at once: the next ping to one of many that have failed may be far away, or lost.
+// noteAck notes that e, the instance that was asked, has answered request q at its address.
+func (n *node) noteAck(q *request, e *entry, hdr header) {
+	e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
+	n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
+	if q.sent > 0 {
+		n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+	}
+
+	switch q.h.Kind {
+	case msgEventCheck:
+		n.broadcasts.flow.checked(e)
+	case msgQuery:
+		n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
+	}
+
+	n.noteValidated(e)
+	n.detector.handleSignOfLife(n, q.m)
+	n.noteContact(e, hdr)
+	n.noteDeadAnswer(e, hdr)
+}
+
+// noteDeadAnswer looks whether e has answered that is believed to have failed.
 func (n *node) noteDeadAnswer(e *entry, hdr header) {
 	if e.Status != statusFailed || hdr.Incarnation > e.Incarnation {
 		return
 	}
 
-	e.peer().path.deadAnswers++
-	if e.peer().path.deadAnswers == 1 {
+	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two
+	// agents with this node's name it knows the other one. So it is asked once more, at once: the next ping to one
+	// of many that have failed may be far away, or lost.
+	path := &e.peer().path
+	path.deadAnswers++
+	if path.deadAnswers == 1 {
 		n.pingAtBoundedRate(e)
 		return
 	}
-	e.peer().path.deadAnswers = 0
+	path.deadAnswers = 0
 	n.sync(e.Member)
 }
 
 // noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
 func (n *node) noteHostValidated(e *entry) {
-	if !e.peer().validated {
-		e.peer().validated = true
-		n.heartbeats.planLinks(n) // if it watches this node
+	if e.isValidated() {
+		return
 	}
-}
-
-// noteAnswered notes that e answered something just now, wherever: this node is not cut off.
-func (n *node) noteAnswered(e *entry) {
-	if n.detector.isolated {
-		n.detector.isolated = false
-		n.logf(levelInfo, "%s answers again", e.Name)
-	}
+	e.peer().validated = true
+	n.heartbeats.planLinks(n) // if it watches this node
 }
 
 // noteValidated notes that e answered something just now at its address.
 func (n *node) noteValidated(e *entry) {
 	n.noteHostValidated(e)
-	n.noteAnswered(e)
+	n.detector.noteAnswered(n, e)
 	if e.isolated {
 		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
@@ -1228,66 +1426,85 @@ func (n *node) noteValidated(e *entry) {
 	n.table.release(n.now, e)
 }
 
-// noteUnanswered is told that w, a watcher, is sent a heartbeat and has never answered one. If it is heard all the same, the
-// address that it advertises is not its own, or does not lead here: it counts as alive, and what is sent to it is lost.
+// noteUnanswered notes that w, a watcher, is sent a heartbeat and has never answered one.
 func (n *node) noteUnanswered(w *entry) {
-	peer := w.peer()
-	switch {
-	case !peer.path.source.IsValid():
+	path := &w.peer().path
+	if !path.source.IsValid() {
 		return
-	case peer.path.unansweredSince == 0:
-		peer.path.unansweredSince = n.now
+	}
+	if path.unansweredSince == 0 {
+		path.unansweredSince = n.now
 		n.tcpProbe(w.Member) // UDP may be what is blocked
-	case n.now-peer.path.unansweredSince > unansweredFor:
-		where := w.Addr.String()
-		if peer.path.occupant != "" {
-			where += fmt.Sprintf(" (%s does)", peer.path.occupant)
-		}
-		n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: what is sent to it from here, %s, is lost",
-			w.Name, peer.path.source, where, n.self.Addr)
+		return
 	}
+	if n.now-path.unansweredSince <= unansweredFor {
+		return
+	}
+
+	// It is heard all the same, so the address that it advertises is not its own, or does not lead there from this
+	// host. It counts as alive, and what is sent to it is lost.
+	where := w.Addr.String()
+	if path.occupant != "" {
+		where += fmt.Sprintf(" (%s does)", path.occupant)
+	}
+	n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: "+
+		"what is sent to it from here, %s, is lost", w.Name, path.source, where, n.self.Addr)
 }
 
-// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
+// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it
+// goes on.
 func (n *node) warnOfAddress(format string, a ...any) {
-	if n.identity.addressWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
-		n.logf(levelWarn, ""+format+". Each agent must advertise an address at which all others reach it: see -advertise", a...)
-	}
+	const remedy = ". Each agent must advertise an address at which all others reach it: see -advertise"
+	n.warnRarely(&n.identity.addressWarned, format+remedy, a...)
 }
 
-// noteContact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
+// noteContact looks whether e, which has just said something, needs to be told something: that it is believed to
+// be dead, or that the tables differ.
 func (n *node) noteContact(e *entry, hdr header) {
 	if e.Status != statusAlive || hdr.Incarnation != e.Incarnation {
-		if e.peer().claimRate.fill(n.now, 1/claimInterval.Seconds(), 1).take() {
-			n.sendClaim(e.Member, n.claim(e)) // it refutes, or tells the news of itself that I have missed
-		}
+		n.sendOwnClaim(e)
 		return
 	}
 	e.peer().tcpOnly = 0
 	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
-		e.peer().path.missingBeats = 0
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + n.overdueMargin(e.Member)
-		n.detector.handleSignOfLife(n, e.Member)
+		n.noteHeartbeat(e, hdr.Promise)
 	}
+
 	if e.isolated {
-		n.ping(e.Member) // I hear it; does it hear me?
+		n.ping(e.Member) // it is heard; does it hear this node?
 		return
 	}
 	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
 	}
 	if hdr.Digest != 0 && !n.agreesWith(hdr.Digest) {
-		if e.peer().validated {
+		if e.isValidated() {
 			n.broadcasts.sendRecent(n, e)
 		}
 		n.antiEntropy.requestSync(n, e, hdr.Digest)
 	}
 }
 
+// sendOwnClaim tells e what is believed of it. It refutes that, or answers with the news of itself that this node
+// has missed.
+func (n *node) sendOwnClaim(e *entry) {
+	allowed := e.peer().claimRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
+		n.sendClaim(e.Member, n.claim(e))
+	}
+}
+
+// noteHeartbeat notes a heartbeat of e, which promises the next one within so many milliseconds.
+func (n *node) noteHeartbeat(e *entry, promise uint32) {
+	e.peer().path.missingBeats = 0
+	e.peer().due = n.now + min(time.Duration(promise)*ms, maxPromise) + n.overdueMargin(e.Member)
+	n.detector.handleSignOfLife(n, e.Member)
+}
+
 // ---- broadcasts ----
 
-// broadcasts is what is to be flooded, and the user events that are remembered.
+// broadcasts is what is to be broadcast, and the user events that are remembered.
 type broadcasts struct {
 	claims  broadcastQueue
 	news    broadcastQueue // user events, which are sent faster: acknowledgements bound their number
@@ -1314,26 +1531,47 @@ type recentEntry struct {
 	at time.Duration
 }
 
-// broadcast has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
+// appendBounded appends item to list, which loses its oldest one for it when there are limit of them.
+func appendBounded[T any](list []T, limit int, item T) []T {
+	return append(list[max(0, len(list)-limit+1):], item)
+}
+
+// broadcast has all members told of e.
 func (n *node) broadcast(e *entry) {
 	if n.joining.joinedAt == 0 {
-		return
+		return // all that a node knows before it has come in is what a table just told it
 	}
 	u := n.claim(e)
 	n.broadcasts.claims.add(&u)
-
-	s := &n.broadcasts
-	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return r.e == e })
-	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], recentEntry{e, n.now})
+	n.broadcasts.noteRecent(e, n.now)
 }
 
-// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long line,
-// each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to compare
-// tables takes four round trips, and this one.
+// noteRecent notes that e's claim is being broadcast.
+func (s *broadcasts) noteRecent(e *entry, now time.Duration) {
+	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return r.e == e })
+	s.recent = appendBounded(s.recent, maxRecent, recentEntry{e, now})
+}
+
+// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long
+// line, each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to
+// compare tables takes four round trips, and this one.
 func (s *broadcasts) sendRecent(n *node, to *entry) {
-	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return n.now-r.at > recentFor })
-	var body []byte
+	body := s.recentClaims(n, to)
+	if len(body) == 0 {
+		return
+	}
+	allowed := to.peer().newsRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
+		n.send(to.Member, n.header(msgBroadcast), body)
+	}
+}
+
+// recentClaims are the latest claims about others than to, as many as fit into a datagram.
+func (s *broadcasts) recentClaims(n *node, to *entry) (body []byte) {
 	for _, r := range slices.Backward(s.recent) {
+		if n.now-r.at > recentFor {
+			break // and all others are older
+		}
 		if r.e == to || r.e.reaped {
 			continue
 		}
@@ -1344,17 +1582,12 @@ func (s *broadcasts) sendRecent(n *node, to *entry) {
 		}
 		body = longer
 	}
-
-	rate := &to.peer().newsRate
-	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
-	if len(body) > 0 && rate.has(1) {
-		rate.spend(1)
-		n.send(to.Member, n.header(msgBroadcast), body)
-	}
+	return body
 }
 
+// add queues an update. What overflows is left to anti-entropy.
 func (q *broadcastQueue) add(u *update) {
-	q.queue = append(q.queue[max(0, len(q.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
+	q.queue = appendBounded(q.queue, maxQueue, wire.encode(nil, u))
 }
 
 func (s *broadcasts) step(n *node) {
@@ -1364,80 +1597,96 @@ func (s *broadcasts) step(n *node) {
 	s.news.flush(n, eventRate, eventBurst)
 }
 
-// flush sends the queue to all watchers: at once when the line was idle, else in batches, rate packets a second.
+// flush sends the queue to its receivers: at once when the line was idle, else in batches, rate packets a second.
 func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 	q.rate.fill(n.now, rate, burst)
-	if len(q.queue) > 0 && n.now >= q.flushAt {
-		for len(q.queue) > 0 && q.rate.tokens >= 0 {
-			var one []byte // as much as fits into a datagram
-			for len(q.queue) > 0 && (len(one) == 0 || len(one)+len(q.queue[0]) <= maxDatagram-256) {
-				one = append(one, q.queue[0]...)
-				q.queue = q.queue[1:]
-			}
-			for _, e := range n.broadcasts.receivers(n) {
-				n.send(e.Member, n.header(msgBroadcast), one)
-				q.rate.tokens--
-			}
-		}
-		q.flushAt = n.now + broadcastBatch + time.Duration(max(0, -q.rate.tokens)/rate*float64(time.Second))
+	if len(q.queue) == 0 {
+		return
 	}
+	if n.now < q.flushAt {
+		n.wakeAt(q.flushAt)
+		return
+	}
+
+	n.broadcasts.dropStandIns(n)
+	receivers := n.broadcasts.receivers(n)
+	for len(q.queue) > 0 && q.rate.has(0) {
+		body := q.takeBody()
+		for _, e := range receivers {
+			n.send(e.Member, n.header(msgBroadcast), body)
+			q.rate.spend(1)
+		}
+	}
+
+	q.flushAt = n.now + broadcastBatch + q.rate.debt(rate)
 	if len(q.queue) > 0 {
 		n.wakeAt(q.flushAt)
 	}
 }
 
-// receivers are the watchers that have answered, and those who have just joined through this node: over a long line
-// they know nobody else for a while. Until all watchers have answered the former ones stand in for them, or members
-// between newcomers from far away would hear of nothing for so long.
-func (s *broadcasts) receivers(n *node) []*entry {
-	var es []*entry
-	add := func(e *entry) {
+// takeBody takes as many updates off the queue as fit into a datagram.
+func (q *broadcastQueue) takeBody() (body []byte) {
+	for len(q.queue) > 0 {
+		next := q.queue[0]
+		if len(body) > 0 && len(body)+len(next) > maxDatagram-256 {
+			break
+		}
+		body = append(body, next...)
+		q.queue = q.queue[1:]
+	}
+	return body
+}
+
+// receivers are the watchers that have answered, and those that stand in for others: until all watchers have
+// answered, the former ones, or members between newcomers from far away would hear of nothing for so long; and
+// those that have just joined through this node, which know no other over a long line for a while.
+func (s *broadcasts) receivers(n *node) (es []*entry) {
+	candidates := slices.Clone(n.heartbeats.watchers)
+	candidates = slices.DeleteFunc(candidates, func(w *entry) bool { return !w.isValidated() })
+	candidates = append(candidates, s.former...)
+	for _, j := range s.joined {
+		candidates = append(candidates, j.e)
+	}
+
+	for _, e := range candidates {
 		if !e.Status.isDead() && !slices.Contains(es, e) {
 			es = append(es, e)
 		}
 	}
-	for _, w := range n.heartbeats.watchers {
-		if w.peer().validated {
-			add(w)
-		}
-	}
-
-	if len(es) == len(n.heartbeats.watchers) {
-		s.former = nil
-	}
-	for _, w := range s.former {
-		add(w)
-	}
-
-	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
-	for _, j := range s.joined {
-		add(j.e)
-	}
 	return es
 }
 
-// noteFormerWatchers is told who watched this node before others do.
+// dropStandIns drops the receivers that are not needed any more beside the watchers.
+func (s *broadcasts) dropStandIns(n *node) {
+	missing := func(w *entry) bool { return !w.isValidated() || w.Status.isDead() }
+	if !slices.ContainsFunc(n.heartbeats.watchers, missing) {
+		s.former = nil
+	}
+	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
+}
+
+// noteFormerWatchers notes who watched this node before others do.
 func (s *broadcasts) noteFormerWatchers(former []*entry) {
 	for _, w := range former {
-		if w.peer().validated && !slices.Contains(s.former, w) {
-			s.former = append(s.former[max(0, len(s.former)-rings+1):], w)
+		if w.isValidated() && !slices.Contains(s.former, w) {
+			s.former = appendBounded(s.former, rings, w)
 		}
 	}
 }
 
-// noteJoined is told that e has joined through this node.
+// noteJoined notes that e has joined through this node.
 func (s *broadcasts) noteJoined(e *entry, now time.Duration) {
 	s.heardFrom(e)
-	s.joined = append(s.joined[max(0, len(s.joined)-maxJoined+1):], recentEntry{e, now})
+	s.joined = appendBounded(s.joined, maxJoined, recentEntry{e, now})
 }
 
-// heardFrom is told of a datagram of e.
+// heardFrom notes a datagram of e.
 func (s *broadcasts) heardFrom(e *entry) {
 	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
 }
 
-// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
-// length.
+// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim is kept: the rest may
+// be of any length.
 func (n *node) sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
@@ -1445,45 +1694,52 @@ func (n *node) sanitizeClaim(u *update) error {
 	if !m.isValid() {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
-	if e := n.table.get(m.Name); e != nil && n.movesInstance(*m, e) {
-		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance", m.Name, e.Addr, m.Addr)
+
+	e := n.table.get(m.Name)
+	if e != nil && n.movesInstance(*m, e) {
+		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance",
+			m.Name, e.Addr, m.Addr)
 	}
 	return nil
 }
 
-// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
-// of all would make its member irrefutable for good. Hearsay leads no further than a little above what the member
-// itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it. Where the limit
-// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off whoever had missed one.
+// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest
+// number of all would make its member irrefutable for good. Hearsay leads no further than a little above what the
+// member itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it.
+// Where the limit grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off a
+// member that had missed one.
 const (
 	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
-	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former run before it has joined
+	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former instance at a join
 	firstHandLimit  = 1<<64 - 1<<21 // nearly none
 	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
 )
 
 // isPlausibleClaim reports whether the incarnation of m, a claim about e that came as sync says, can be believed.
 func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
-	limit, known := uint64(hearsayLimit), uint64(0)
-	if e != nil {
-		known = e.proven
-	}
-	if e == n.self {
-		known = e.Incarnation
-	}
+	limit := uint64(hearsayLimit)
 	switch {
 	case n.isFirstHand(m, e, sync):
 		limit = firstHandLimit
 	case sync != nil && e == n.self && n.joining.joinedAt == 0:
 		limit = formerRunLimit
 	}
+
+	known := uint64(0)
+	switch {
+	case e == n.self:
+		known = e.Incarnation
+	case e != nil:
+		known = e.proven
+	}
 	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
 }
 
-// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled it; or
-// what a seed believes when this node comes in, which then counts as known.
+// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled
+// it; or what a seed believes when this node comes in, which then counts as known.
 func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
-	if sync == nil || !sync.peer.Addr.IsValid() { // nobody was dialled
+	dialled := sync != nil && sync.peer.Addr.IsValid()
+	if !dialled {
 		return false
 	}
 	ownWord := m.sameInstance(sync.peer) && m.Addr == sync.peer.Addr
@@ -1491,13 +1747,16 @@ func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
 	return n.joining.joinedAt == 0 || ownWord && !moved
 }
 
-// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
-// only others were told of it. So the member is asked.
+// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have
+// refuted what only others were told of it. So the member is asked.
 func (n *node) handleImplausible(m Member, e *entry) error {
+	believedAlive := e != nil && !e.Status.isDead()
 	switch {
-	case e == n.self, m.Status.isDead() && (e == nil || e.Status.isDead()):
+	case e == n.self:
 	case m.Status.isDead():
-		n.detector.startProbe(n, e.Member)
+		if believedAlive {
+			n.detector.startProbe(n, e.Member)
+		}
 	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
 		n.pingAtBoundedRate(e)
 	default:
@@ -1506,14 +1765,15 @@ func (n *node) handleImplausible(m Member, e *entry) error {
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
 
-// movesInstance reports whether m says that the instance of e lives elsewhere. An agent whose address changes is a new
-// instance, so m is false, and what is known of this address, that it has answered, must not pass on to another one. If
-// nobody answers at the known address, it may be that one that was false.
+// movesInstance reports whether m says that the instance of e lives elsewhere.
 func (n *node) movesInstance(m Member, e *entry) bool {
 	if m.Instance != e.Instance || sameEndpoint(m.Addr, e.Addr) {
 		return false
 	}
-	return e == n.self || e.peer().validated || !e.Status.isDead()
+	// An agent whose address changes is a new instance, so m is false, and what is known of this address, that it
+	// has answered, must not pass on to another one. If nothing answers at the known address, that one may have
+	// been false.
+	return e == n.self || e.isValidated() || !e.Status.isDead()
 }
 
 // sameEndpoint compares without the zone, which means something else on each machine.
@@ -1521,7 +1781,7 @@ func sameEndpoint(a, b netip.AddrPort) bool {
 	return a.Port() == b.Port() && a.Addr().WithZone("") == b.Addr().WithZone("")
 }
 
-// handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
+// handleUpdate takes one update of via, which it has broadcast or, with sync, told in a table. News is passed on.
 func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
 		return n.handleUserEvent(u, via, sync != nil && sync.replay)
@@ -1529,29 +1789,24 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if err := n.sanitizeClaim(u); err != nil {
 		return err
 	}
-	m, e := u.Member, n.table.get(u.Member.Name)
+	m := u.Member
+	e := n.table.get(m.Name)
 	if !n.isPlausibleClaim(m, e, sync) {
 		return n.handleImplausible(m, e)
 	}
-	firstHand := n.isFirstHand(m, e, sync)
+
+	firstHand := n.isFirstHand(m, e, sync) // before the claim is applied
 	switch {
 	case e == n.self:
 		n.identity.handleSelfClaim(n, *u, via)
 	case sync != nil && e != nil && n.needsProbe(sync, m, e):
-		n.sendClaim(e.Member, *u) // so that it can refute that, or settle it, at once
-		p := n.detector.startProbe(n, e.Member)
-		switch {
-		case p == nil:
-		case m.Instance == e.Instance:
-			p.recordFrom(via, verdictUnreachable)
-		default:
-			p.rival = m.Addr
-		}
+		n.probeClaimed(e, u, via)
 	default:
-		revived := sync == nil && e != nil && e.Status == statusFailed && m.Name == via
+		hadFailed := e != nil && e.Status == statusFailed
 		n.applyAndForward(u)
-		if revived && e.Status == statusAlive && n.table.failed > 0 {
-			n.sync(e.Member) // a split has ended: it knows of many more
+		ownWord := sync == nil && m.Name == via
+		if hadFailed && ownWord {
+			n.noteRevived(e)
 		}
 	}
 	if firstHand {
@@ -1560,30 +1815,63 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	return nil
 }
 
-// needsProbe reports whether m, which another table claims, is not to be believed of e: e is told, and looked at.
+// noteRevived looks whether a split has ended: e, which had failed, has said that it is alive, and knows of many
+// more.
+func (n *node) noteRevived(e *entry) {
+	if e.Status == statusAlive && n.table.failed > 0 {
+		n.sync(e.Member)
+	}
+}
+
+// needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	if m.Instance == e.Instance {
-		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
-		return m.Status == statusFailed && !e.Status.isDead() && !e.failedLocally() && m.Incarnation >= e.Incarnation
+		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old
+		// verdicts.
+		believedAlive := !e.Status.isDead() && !e.failedLocally()
+		return m.Status == statusFailed && believedAlive && m.Incarnation >= e.Incarnation
 	}
-	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
-	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
-	return e.displayStatus() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+
+	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead
+	// the claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared
+	// with it.
+	otherHolder := e.displayStatus() == statusAlive && m.Addr != e.Addr
+	return otherHolder && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+}
+
+// probeClaimed probes e, of which another table claims u. It is also told, so that it can refute that, or settle
+// it, at once.
+func (n *node) probeClaimed(e *entry, u *update, via string) {
+	n.sendClaim(e.Member, *u)
+	if u.Member.Instance != e.Instance {
+		n.detector.probeHolder(n, e.Member, u.Member.Addr)
+		return
+	}
+	if p := n.detector.startProbe(n, e.Member); p != nil {
+		p.recordFrom(via, verdictUnreachable)
+	}
 }
 
 // applyAndForward believes a claim, if it wins, and passes it on.
 func (n *node) applyAndForward(u *update) {
-	m, e, age := u.Member, n.table.get(u.Member.Name), u.age()
-	if m.Status.isDead() && age >= n.reapAfter && (e == nil || e.Status.isDead()) {
-		return // whoever forgets later than I do would bring it back again and again
+	m := u.Member
+	e := n.table.get(m.Name)
+	believedAlive := e != nil && !e.Status.isDead()
+	if m.Status.isDead() && u.age() >= n.cfg.reapAfter && !believedAlive {
+		return // members that forget later than this node would bring it back again and again
 	}
-	if e != nil && !e.Status.isDead() && m.Instance != e.Instance && m.Addr != e.Addr && m.supersedes(e.Member) {
+
+	otherHolder := believedAlive && m.Instance != e.Instance && m.Addr != e.Addr
+	if otherHolder && m.supersedes(e.Member) {
 		n.sendClaim(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
-	if is := n.table.apply(n.now, m, age); is != nil {
-		is.known = cmp.Or(is.known, n.real) // user events go by the caller's clock: time asleep counts
-		n.broadcast(is)
+
+	applied := n.table.apply(n.now, m, u.age())
+	if applied == nil {
+		return
 	}
+	applied.noteFirstHeard(n.real) // user events go by the caller's clock: time asleep counts
+	n.broadcast(applied)
 }
 
 // ---- user events ----
@@ -1627,7 +1915,7 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 		Number: u.Number, Nonce: u.Nonce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
 	is.Before = n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
-	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
+	ev := heldEvent{is, sent, !is.Before || replay || n.cfg.replay}
 	if u.Number > source.number+1 {
 		if n.noteGap(e, source, u.Number) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
 			n.forwardEvent(ev)
@@ -1805,7 +2093,8 @@ func (n *node) handleEventRequest(e *entry, us []update) error {
 	if len(us) != 1 || validName(us[0].Member.Name) != nil {
 		return errors.New("sent a bad request for events")
 	}
-	if !e.peer().eventRate.fill(n.now, eventRepairRate, 2).take() {
+	allowed := e.peer().eventRate.takeEvery(time.Second/eventRepairRate, 2, n.now)
+	if !allowed {
 		return nil
 	}
 	var body []byte
@@ -1933,7 +2222,7 @@ func (f *eventFlow) step(n *node) {
 		f.conclude(n)
 	}
 
-	outside := n.joining.joinedAt == 0 && len(n.seeds) > 0
+	outside := n.joining.joinedAt == 0 && len(n.cfg.seeds) > 0
 	if count-f.settled >= eventWindow/2 && !outside && !n.detector.isolated {
 		f.ask(n, count)
 	}
@@ -2001,85 +2290,109 @@ func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size 
 
 // antiEntropy compares tables with a peer whose digest differs, and forgets the dead.
 type antiEntropy struct {
-	peer   *entry // whom; nil: nobody
+	peer   *entry // with which the next state sync is planned; nil: none is
 	at     time.Duration
 	digest uint64 // that differed
 	rate   bucket
 	reapAt time.Duration
 }
 
-// requestSync plans an exchange. The random wait lets a flood that is under way arrive first. What the last
-// comparison left different stays so: two who forget the dead after different times would else compare tables
-// for ever.
+// requestSync plans a state sync with e, whose digest differs.
 func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.peer == nil && e.peer().syncedDigests != digest^n.digest() && r.rate.take() {
-		r.peer, r.digest = e, digest
-		r.at = n.now + 20*ms + n.jitter(100*ms)
+	// What the last state sync left different stays so: two that forget the dead after different times would
+	// compare tables for ever.
+	if r.peer != nil || e.peer().syncedDigests == digest^n.digest() {
+		return
 	}
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if !allowed {
+		return
+	}
+	// The random wait lets a broadcast that is under way arrive first.
+	r.plan(e, digest, n.now+20*ms+n.jitter(100*ms))
 }
 
-// requestEvents plans an exchange with e, which has user events that have not come.
+// requestEvents plans a state sync with e, which has user events that have not come.
 func (r *antiEntropy) requestEvents(n *node, e *entry) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.peer == nil && !e.isSkipped() && e != n.self && r.rate.has(1) {
-		r.rate.spend(1)
-		r.peer = e
-		r.digest = 0
-		r.at = n.now
+	if r.peer != nil || e.isSkipped() || e == n.self {
+		return
+	}
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if allowed {
+		r.plan(e, 0, n.now)
 	}
 }
 
-// askFirstHand compares tables with m now, as often as comparisons may be made.
+func (r *antiEntropy) plan(e *entry, digest uint64, at time.Duration) {
+	r.peer = e
+	r.digest = digest
+	r.at = at
+}
+
+// askFirstHand compares tables with m now, as often as tables may be compared.
 func (r *antiEntropy) askFirstHand(n *node, m Member) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.rate.has(1) {
-		r.rate.spend(1)
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if allowed {
 		n.sync(m)
 	}
 }
 
-// handleUnknownHeartbeat is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
-// watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
-// of them for long: as nothing of theirs counts, they never meet me, and flood nothing to me. Of a hundred who joined
-// within moments some then took 0.4 s, and 0.2 s with this.
+// handleUnknownHeartbeat handles a heartbeat that does not count, since its sender is not remembered.
 func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
-	if hdr.Kind != msgHeartbeat || e == n.self || e != nil && hdr.Incarnation <= e.Incarnation {
+	if hdr.Kind != msgHeartbeat || e == n.self {
 		return
 	}
-	if o := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isSkipped() && e.peer().validated }); o != nil {
-		n.antiEntropy.requestSync(n, o, hdr.Digest)
+	former := e != nil && hdr.Incarnation <= e.Incarnation
+	if former {
+		return
+	}
+
+	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass
+	// such news on are as new, it would hear of none of them for long: as nothing of theirs counts, they are never
+	// validated, and broadcast nothing to this node. Of a hundred who joined within moments some then took 0.4 s,
+	// and 0.2 s with this.
+	inTouch := func(e *entry) bool { return !e.isSkipped() && e.isValidated() }
+	if other := n.randomMember(n.table.ring[0], inTouch); other != nil {
+		n.antiEntropy.requestSync(n, other, hdr.Digest)
 	}
 }
 
 func (r *antiEntropy) step(n *node) {
-	if r.peer != nil && n.now >= r.at {
-		if !r.peer.Status.isDead() && !n.agreesWith(r.digest) {
-			n.sync(r.peer.Member)
-		}
-		r.peer = nil
-	} else if r.peer != nil {
-		n.wakeAt(r.at)
+	if r.peer != nil {
+		r.stepSync(n)
 	}
-	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
+	// Often, since digests differ until all members have forgotten a dead one.
+	if n.now >= r.reapAt {
 		r.reapAt = n.now + n.reapInterval()
-		n.table.reap(n.now, n.reapAfter)
+		n.table.reap(n.now, n.cfg.reapAfter)
 		n.broadcasts.events.trim(n.real - eventMemory)
 	}
 }
 
+// stepSync starts the planned state sync when it is due, if the tables still differ.
+func (r *antiEntropy) stepSync(n *node) {
+	if n.now < r.at {
+		n.wakeAt(r.at)
+		return
+	}
+	if !r.peer.Status.isDead() && !n.agreesWith(r.digest) {
+		n.sync(r.peer.Member)
+	}
+	r.peer = nil
+}
+
 // stateSync is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
-// A table goes in pieces, in the order of keys, so that none stalls the loop.
+// A table goes in chunks, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer      Member        // who answered or dialled, once known; its Addr is the one that was dialled
+	peer      Member        // that answered or dialled, once known; its Addr is the one that was dialled
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
-	conflict  *probe        // of the holder of this newcomer's name; the exchange waits for it
+	conflict  *probe        // of the holder of this newcomer's name; the state sync waits for it
 	joins     bool          // it was dialled to join, by a command or as a seed
 	replay    bool
-	lastKey   string // the next piece begins after this key
+	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
-	tables    int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
+	tables    int    // done, of three: the dialler's, the acceptor's, and events that only the dialler has
 	counts    []eventCount
 	known     map[lifetime]uint64 // the same, by instance
 }
@@ -2096,22 +2409,23 @@ type eventCount struct {
 	number uint64
 }
 
-// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A newcomer whose
-// name is taken must learn it before it says more.
+// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A
+// newcomer whose name is taken must learn it before it says more.
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
-	if e := n.table.get(hdr.From); e != nil && !e.reaped {
+	e := n.table.get(hdr.From)
+	if e != nil && !e.reaped {
 		n.noteNameConflict(e, hdr)
 		about = append(about, n.claim(e))
 	}
 	return n.header(msgHandshakeReply), about
 }
 
-// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is kept
-// out, so it is found out at once whether e is still there.
+// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is
+// kept out, so it is found out at once whether e is still there.
 func (n *node) noteNameConflict(e *entry, hdr header) {
 	at, err := netip.ParseAddrPort(hdr.Target)
 	restarted := err != nil || at == e.Addr
-	if e.Instance == hdr.born() || e.Status.isDead() || restarted {
+	if e.Instance == hdr.instance() || e.Status.isDead() || restarted {
 		return
 	}
 
@@ -2120,42 +2434,43 @@ func (n *node) noteNameConflict(e *entry, hdr header) {
 		return
 	}
 	if hdr.Kind == msgSync {
-		if p := n.detector.startProbe(n, e.Member); p != nil {
-			p.rival = at
-		}
+		n.detector.probeHolder(n, e.Member, at)
 	}
 }
 
 // handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
-// errConflictPending means that the name's holder is being probed, and that the caller shall call again in a moment.
+// errConflictPending means that the name's holder is being probed, and that the caller must call again in a
+// moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
-	if hdr.From == n.self.Name && hdr.born() == n.self.Instance {
+	if hdr.From == n.self.Name && hdr.instance() == n.self.Instance {
 		return errSelf
 	}
 	sync.peer.Name = hdr.From
-	sync.peer.Instance = hdr.born()
+	sync.peer.Instance = hdr.instance()
 	sync.digest = hdr.Digest
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	if err := n.identifyPeer(sync.peer); err != nil {
 		return err
 	}
 
 	for i := range about {
 		u := &about[i]
-		if hdr.From == n.self.Name { // the peer is the other holder: it lives where it answers, whatever it claims
-			u.Member.Addr = sync.peer.Addr
+		if hdr.From == n.self.Name {
+			u.Member.Addr = sync.peer.Addr // the peer is the other holder: it lives where it answers
 		}
-		if n.sanitizeClaim(u) != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
+		err := n.sanitizeClaim(u)
+		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
 			continue
 		}
-		if err := n.identity.mayEnter(n, sync, *u, hdr); err != nil {
+		if err := n.identity.resolveConflict(n, sync, *u, hdr); err != nil {
 			return err
 		}
 	}
+
 	if n.joining.joinedAt == 0 {
-		n.self.since = n.now // here it comes in
+		n.self.since = n.now // this is when the node comes in
 	}
-	n.identity.seedAnswered = true
+	n.identity.noteSeedAnswered()
 	return nil
 }
 
@@ -2166,7 +2481,7 @@ func (n *node) identifyPeer(peer Member) error {
 		return nil
 	}
 	if e.Instance == peer.Instance {
-		n.noteAnswered(e)
+		n.detector.noteAnswered(n, e)
 		if e.Addr == peer.Addr { // one that answers elsewhere is still to answer where it says that it lives
 			n.noteValidated(e)
 		}
@@ -2174,82 +2489,113 @@ func (n *node) identifyPeer(peer Member) error {
 	}
 	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
 		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
-		if p := n.detector.startProbe(n, e.Member); p != nil {
-			p.rival = peer.Addr
-		}
+		n.detector.probeHolder(n, e.Member, peer.Addr)
 		return errors.New(nameTaken(e.Member, 0).Error())
 	}
 	return nil
 }
 
-// tableChunk is the next frame of my table, members first: an empty one, if the other side had just what I have now. The
-// dialler does not know yet which events the other side has, and sends them when it has heard that.
+// tableChunk is the next frame of this node's table, members first: an empty one, if the tables are the same by
+// now.
 func (n *node) tableChunk(sync *stateSync) (frame []byte, more bool) {
 	hdr := n.header(msgTable)
-	if sync.digest == n.digest() {
-		sync.endTable() // the news may have come between two pieces
+	if sync.digest == n.digest() { // the news may have come between two chunks
+		sync.endTable()
 		return wire.encode(nil, &hdr), false
 	}
-	var body []byte
-	add := func(u update, key string) {
-		b := wire.encode(body, &u)
-		hdr.More = len(b) > maxFrame-512
-		if !hdr.More {
-			body = b
-			sync.lastKey = key
-		}
+
+	c := chunk{lastKey: sync.lastKey}
+	if sync.tables < 2 {
+		n.addMembers(&c)
 	}
-	at, _ := n.table.index(sync.lastKey + "\x00") // the least name that is greater
-	if sync.tables == 2 {
-		at = len(n.table.ordered)
-	}
-	for ; at < len(n.table.ordered) && !hdr.More; at++ {
-		if e := n.table.ordered[at]; !e.reaped && (e != n.self || n.detector.ownProbe(n.self) == nil) {
-			u := n.claim(e)
-			u.Number = e.eventCount()
-			if s := e.formerEvents(); s != nil {
-				u.Former = s.instance
-				u.FormerNumber = s.number
-			}
-			add(u, u.Member.Name)
-		}
-	}
+	// The dialler does not know yet which events the other side has, and sends them when it has heard that.
 	if sync.tables > 0 {
-		for i, ev := range n.broadcasts.events.recent {
-			key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
-			if hdr.More || key <= sync.lastKey || !sync.wantsEvent(&ev, len(n.broadcasts.events.recent)-i) {
-				continue
-			}
-			u := ev.update
-			u.Age = uint64((n.real - ev.sent) / ms)
-			add(u, key)
-		}
+		n.addEvents(&c, sync)
 	}
-	hdr.Target = sync.lastKey
-	if !hdr.More {
-		hdr.Target = ""
+
+	if c.full {
+		sync.lastKey = c.lastKey
+		hdr.Target = c.lastKey
+		hdr.More = true
+	} else {
 		sync.endTable()
 	}
-	return append(wire.encode(nil, &hdr), body...), hdr.More
+	return append(wire.encode(nil, &hdr), c.body...), c.full
 }
 
-// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it. Whoever does
-// not know the sender was not there, and gets what all remember.
+// chunk is a part of a table on its way into one frame.
+type chunk struct {
+	body    []byte
+	lastKey string // of what is in it, or was in the chunks before
+	full    bool   // something has found no room
+}
+
+func (c *chunk) add(u update, key string) {
+	longer := wire.encode(c.body, &u)
+	if len(longer) > maxFrame-512 {
+		c.full = true
+		return
+	}
+	c.body = longer
+	c.lastKey = key
+}
+
+// addMembers adds the claims about the members after the last key.
+func (n *node) addMembers(c *chunk) {
+	at, _ := n.table.index(c.lastKey + "\x00") // the least name that is greater
+	for _, e := range n.table.ordered[at:] {
+		if c.full {
+			return
+		}
+		contested := e == n.self && n.detector.ownProbe(n.self) != nil
+		if e.reaped || contested {
+			continue
+		}
+		u := n.claim(e)
+		u.Number = e.eventCount()
+		if former := e.formerEvents(); former != nil {
+			u.Former = former.instance
+			u.FormerNumber = former.number
+		}
+		c.add(u, u.Member.Name)
+	}
+}
+
+// addEvents adds the remembered events after the last key that the other side lacks.
+func (n *node) addEvents(c *chunk, sync *stateSync) {
+	recent := n.broadcasts.events.recent
+	for i := range recent {
+		if c.full {
+			return
+		}
+		ev := &recent[i]
+		key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
+		if key <= c.lastKey || !sync.wantsEvent(ev, len(recent)-i) {
+			continue
+		}
+		u := ev.update
+		u.Age = uint64((n.real - ev.sent) / ms)
+		c.add(u, key)
+	}
+}
+
+// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it.
 func (x *stateSync) wantsEvent(ev *bufferedEvent, age int) bool {
 	known, ok := x.known[lifetime{ev.Member.Name, ev.Member.Instance}]
 	if !ok {
-		return age <= keptEvents
+		return age <= keptEvents // it does not know the sender, and so was not there: it gets what all remember
 	}
 	return ev.Number > known
 }
 
-// endTable is told that a table has gone, or has come, whole.
+// endTable notes that a table has gone, or has come, whole.
 func (x *stateSync) endTable() {
 	x.lastKey = ""
 	x.tables++
 }
 
-// noteCounts is told how many events of a member the other side knows: of the instance of claim u, and of a former one.
+// noteCounts notes how many events of a member the other side knows: of the instance of claim u, and of a former
+// one.
 func (n *node) noteCounts(sync *stateSync, u *update) {
 	if u.Name != "" {
 		return
@@ -2267,10 +2613,10 @@ func (n *node) noteCounts(sync *stateSync, u *update) {
 	if e == nil {
 		return
 	}
-	if u.Number > 0 && e.eventSource(u.Member.Instance) == nil {
+	if u.Number > 0 && e.knownEvents(u.Member.Instance) == nil {
 		e.addFormer(u.Member.Instance)
 	}
-	if u.FormerNumber > 0 && e.eventSource(u.Former) == nil {
+	if u.FormerNumber > 0 && e.knownEvents(u.Former) == nil {
 		e.addFormer(u.Former)
 	}
 }
@@ -2280,7 +2626,7 @@ func (x *stateSync) noteCount(l lifetime, number uint64) {
 	x.counts = append(x.counts, eventCount{l, number})
 }
 
-// mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
+// mergeChunk takes a chunk of the other side's table; more says that others follow. One bad record costs that
 // record; bad is how many there were.
 func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, bad int, err error) {
 	if hdr.Kind != msgTable {
@@ -2291,15 +2637,17 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 		return false, 0, errMalformed
 	}
 
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	for _, u := range us {
-		count := u
-		if n.handleUpdate(&u, sync.peer.Name, sync) != nil {
+		claim := u // what is handled loses all that does not belong to a claim
+		err := n.handleUpdate(&claim, sync.peer.Name, sync)
+		if err != nil {
 			bad++
 			continue
 		}
-		n.noteCounts(sync, &count)
+		n.noteCounts(sync, &u)
 	}
+
 	sync.lastKey = hdr.Target
 	if !hdr.More {
 		sync.endTable()
@@ -2310,30 +2658,33 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	return hdr.More, bad, nil
 }
 
-// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first. One that
-// has dialled may be far away, and know nobody else yet: it is asked for its digest, which tells what it has missed.
+// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first.
+// One that has dialled may be far away, and know no other yet: it is asked for its digest, which tells what it has
+// missed.
 func (n *node) noteSynced(sync *stateSync) {
 	e := n.table.get(sync.peer.Name)
 	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
 		return
 	}
-
 	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
 		return
 	}
-	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated: what it
-	// advertises may lead to nobody, or to another one.
-	if e.Addr.Addr() == sync.from {
-		n.noteHostValidated(e)
-		if !e.peer().line.isSettled(n.now) {
-			n.pingAtBoundedRate(e)
-			n.broadcasts.noteJoined(e, n.now)
-		}
+	if e.Addr.Addr() != sync.from {
+		return
+	}
+
+	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated:
+	// what it advertises may lead to nobody, or to another one.
+	n.noteHostValidated(e)
+	if !e.peer().line.isSettled(n.now) {
+		n.pingAtBoundedRate(e)
+		n.broadcasts.noteJoined(e, n.now)
 	}
 }
 
-// takeCounts is told how many events of each member the other side knows, when all that it remembers of them has come.
+// takeCounts takes how many events of each member the other side knows, when all that it remembers of them has
+// come.
 func (n *node) takeCounts(sync *stateSync) {
 	if sync.tables == 1 {
 		return // the acceptor gets the dialler's events at the end
@@ -2360,35 +2711,38 @@ func (n *node) takeCounts(sync *stateSync) {
 	}
 }
 
-// syncDone ends a comparison of tables, of mine, that went well.
+// syncDone notes that a state sync that this node has dialled went well.
 func (n *node) syncDone(sync *stateSync) {
 	n.joining.noteJoined(n, true)
 	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(n.now, e, false) // the other side would have said so
 	}
-	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
-		e.peer().syncedDigests = sync.digest ^ n.digest()
-		if e.peer().line.roundTrip() == 0 { // it was not known before
-			n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
-		}
-		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
-		if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
-			e.peer().path.reachedAt = sync.peer.Addr
-			n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
-		}
+
+	e := n.table.get(sync.peer.Name)
+	if e == nil || e == n.self {
+		return
+	}
+	e.peer().syncedDigests = sync.digest ^ n.digest()
+	if e.roundTrip() == 0 {
+		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
+	}
+	reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
+	if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
+		e.peer().path.reachedAt = sync.peer.Addr
+		n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 	}
 }
 
 // ---- joining ----
 
-// joining is when to try the seeds. To try one is to look it up and to sync with its addresses. Each seed is tried on
-// its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
+// joining is when to try the seeds. To try one is to look it up and to sync with its addresses. Each seed is tried
+// on its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
 type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	seeds    []seed        // in the order of nodeConfig.seeds
 	failing  bool          // it was reported that no seed answers
-	warned   bucket
+	warned   rareWarning
 }
 
 // seed is what is known of one seed.
@@ -2416,20 +2770,23 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 	}
 	j.joinedAt = max(n.real, 1)
 	n.broadcast(n.self)
-	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to them.
-	if dialled || len(n.seeds) > 0 {
+	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to
+	// them.
+	if dialled || len(n.cfg.seeds) > 0 {
 		n.resendEvents()
 	}
 }
 
-// step tries as long as no seed is an alive member. Otherwise two halves of a cluster might stay apart for ever.
+// step tries the seeds that are due, unless one of them is an alive member.
 func (j *joining) step(n *node) {
-	if slices.ContainsFunc(j.seeds, func(s seed) bool { return s.isMember(n) }) {
-		for i := range j.seeds {
-			j.seeds[i].dubious = 0
+	for _, s := range j.seeds {
+		if s.isMember(n) {
+			j.clearDubious()
+			return
 		}
-		return
 	}
+
+	// This goes on for ever, or two halves of a cluster might stay apart.
 	for i := range j.seeds {
 		s := &j.seeds[i]
 		if n.now >= s.nextTry {
@@ -2440,66 +2797,100 @@ func (j *joining) step(n *node) {
 	}
 }
 
-// wait is how long to wait after a try that failed. At first a try a second costs nothing, and clusters start in any
-// order; a seed that is missing for long is tried more and more rarely.
-func (s seed) wait(now time.Duration) time.Duration {
-	first := 250 * ms << min(s.failed, 10)
-	later := (now - s.failing - seedsOftenFor) / 2
-	return min(first, max(later, seedsOften), seedsMax)
+func (j *joining) clearDubious() {
+	for i := range j.seeds {
+		j.seeds[i].dubious = 0
+	}
 }
 
 // isMember reports whether an alive member has answered at the seed.
 func (s seed) isMember(n *node) bool {
-	return slices.ContainsFunc(s.last.names, func(name string) bool {
+	for _, name := range s.last.names {
 		e := n.table.get(name)
-		return e != nil && e != n.self && e.displayStatus() == statusAlive
-	})
+		if e != nil && e != n.self && e.displayStatus() == statusAlive {
+			return true
+		}
+	}
+	return false
 }
 
 // handleSeedTried takes the result of trying the seed with index i.
-func (n *node) handleSeedTried(i int, r seedResult) {
-	j := &n.joining
+func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 	s := &j.seeds[i]
 	s.last = r
 	s.tried = true
-	taken, isTaken := errors.AsType[*nameTakenError](r.taken)
-	switch {
-	case errors.Is(r.taken, errNameHeld) && j.joinedAt == 0: // once the cluster has noticed, it is free
+
+	isNewcomer := j.joinedAt == 0
+	if isNewcomer && errors.Is(r.taken, errNameHeld) {
+		// The name is free as soon as the cluster has noticed that its holder is gone.
 		s.nextTry = n.now + nameRetry
 		return
-	case isTaken && j.joinedAt == 0:
-		n.out.fatal = r.taken
-		return
-	case isTaken: // two halves of a cluster meet
-		n.identity.handleSelfClaim(n, taken.holder, "")
+	}
+	if taken, isTaken := errors.AsType[*nameTakenError](r.taken); isTaken {
+		if isNewcomer {
+			n.out.fatal = r.taken
+			return
+		}
+		n.identity.handleSelfClaim(n, taken.holder, "") // two halves of a cluster meet
 	}
 
 	if len(r.names) > 0 {
-		s.failed = 0
-		// If none of them is then believed alive, for instance since it advertises another address, where it does not
-		// answer, to join it again every second would never change that.
-		s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
-		s.dubious++
+		s.noteAnswered(n)
 	} else {
-		if s.failed == 0 {
-			s.failing = n.now
-		}
-		wait := s.wait(n.now)
-		s.nextTry = n.now + wait - n.jitter(wait/4)
-		s.failed++
+		s.noteFailed(n)
 	}
-
-	keepsTrying := func(s seed) bool { return n.retryMax == 0 || s.failed < n.retryMax }
-	if j.joinedAt == 0 && !slices.ContainsFunc(j.seeds, keepsTrying) {
-		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.retryMax, j.errors(5))
+	if isNewcomer && j.hasGivenUp(n) {
+		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.cfg.retryMax, j.errors(5))
 		return
 	}
 	j.report(n)
 }
 
+// noteAnswered plans the next try after one that was answered.
+func (s *seed) noteAnswered(n *node) {
+	s.failed = 0
+	// If none of those that answered is then believed alive, for instance since it advertises another address,
+	// where it does not answer, to join it again every second would never change that.
+	s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
+	s.dubious++
+}
+
+// noteFailed plans the next try after one that failed.
+func (s *seed) noteFailed(n *node) {
+	if s.failed == 0 {
+		s.failing = n.now
+	}
+	wait := s.wait(n.now)
+	s.nextTry = n.now + wait - n.jitter(wait/4)
+	s.failed++
+}
+
+// wait is how long to wait after a try that failed.
+func (s *seed) wait(now time.Duration) time.Duration {
+	// At first a try a second costs nothing, and clusters start in any order. A seed that has been missing for
+	// long is tried more and more rarely.
+	first := 250 * ms << min(s.failed, 10)
+	later := (now - s.failing - seedsOftenFor) / 2
+	return min(first, max(later, seedsOften), seedsMax)
+}
+
+// hasGivenUp reports whether each seed has failed as often as the user allows.
+func (j *joining) hasGivenUp(n *node) bool {
+	if n.cfg.retryMax == 0 {
+		return false
+	}
+	for _, s := range j.seeds {
+		if s.failed < n.cfg.retryMax {
+			return false
+		}
+	}
+	return true
+}
+
 // report logs how it stands with the seeds, once each of them has been tried.
 func (j *joining) report(n *node) {
-	answered, dead := "", false
+	var answered string
+	dead := false
 	for _, s := range j.seeds {
 		switch {
 		case !s.tried:
@@ -2511,22 +2902,17 @@ func (j *joining) report(n *node) {
 		}
 	}
 
-	if answered != "" && j.failing {
+	wasFailing := j.failing
+	j.failing = answered == ""
+	if wasFailing && !j.failing {
 		n.logf(levelInfo, "joined through %s", answered)
 	}
-	newlyFailing := answered == "" && !j.failing
-	j.failing = answered == ""
-
-	warn := false
-	if dead {
-		warn = j.warned.fill(n.now, 1/warnEvery.Seconds(), 1).take()
-	}
 	switch {
-	case warn && answered != "":
-		n.logf(levelWarn, "not all seeds answer (%s)", j.errors(5))
-	case warn:
-		n.logf(levelWarn, "no seed answers (%s): trying on, at most every %v", j.errors(5), seedsMax)
-	case newlyFailing && !dead: // one list of seeds for all is usual, and some node is the first on it
+	case dead && !j.failing:
+		n.warnRarely(&j.warned, "not all seeds answer (%s)", j.errors(5))
+	case dead:
+		n.warnRarely(&j.warned, "no seed answers (%s): trying on, at most every %v", j.errors(5), seedsMax)
+	case j.failing && !wasFailing: // one list of seeds for all is usual, and some node is the first on it
 		n.logf(levelInfo, "no seed answers but this node itself (%s)", j.errors(5))
 	}
 }
@@ -2553,9 +2939,9 @@ type identity struct {
 	rivalMet   int           // how often
 	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
 
-	addressWarned  bucket // see warnOfAddress
-	calledFailed   bucket // by others
-	conflictWarned bucket
+	addressWarned  rareWarning // see warnOfAddress
+	calledFailed   bucket      // by others
+	conflictWarned rareWarning
 }
 
 // nameTakenError says that a living member has this node's name.
@@ -2566,63 +2952,86 @@ func nameTaken(by Member, age uint64) error {
 }
 
 func (e *nameTakenError) Error() string {
-	return fmt.Sprintf("the name %q %v: the member at %s has it", e.holder.Member.Name, errNameTaken, e.holder.Member.Addr)
+	holder := e.holder.Member
+	return fmt.Sprintf("the name %q %v: the member at %s has it", holder.Name, errNameTaken, holder.Addr)
 }
 
 func (e *nameTakenError) Is(err error) bool { return err == errNameTaken }
 
-// mayEnter decides whether u, the claim about this node's name of a peer that it has dialled, keeps it out.
+// resolveConflict decides whether u, which a dialled peer claims about this node's name, keeps this node out of
+// the peer's cluster.
 //
-// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told, never
-// times, since a clock may be wrong. So a newcomer never takes a name whose holder the cluster believes alive. It
-// ends if the holder answers it, and waits else, until the cluster has noticed that the holder is gone: one that stalls,
-// or that only the newcomer cannot reach, is not. A member that is told to join another cluster which has its name only
-// fails to. Where two clusters meet by themselves, after a split, the one that came in later gives way; see givesWay.
-func (o *identity) mayEnter(n *node, sync *stateSync, u update, hdr header) error {
-	m := u.Member
-	joined := n.joining.joinedAt != 0
-	own := m.Instance == n.self.Instance || m.Addr == n.self.Addr || m.Status.isDead() // a former self, or one that has gone
-	switch {
-	case own, joined && !o.mayBeRival(n.self.Member, m):
+// A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told,
+// never times, since a clock may be wrong.
+func (o *identity) resolveConflict(n *node, sync *stateSync, u update, hdr header) error {
+	if n.joining.joinedAt != 0 {
+		return o.resolveAsMember(n, sync, u, hdr.From)
+	}
+	if !isOtherAgent(n.self.Member, u.Member) {
 		o.handleSelfClaim(n, u, hdr.From)
 		return nil
-	case joined && sync.joins:
-		return nameTaken(m, u.Age)
-	case joined:
-		return nil // the tables say the same
-	case hdr.From != n.self.Name:
-		return o.mayTake(n, sync, u)
+	}
+	if hdr.From != n.self.Name {
+		return o.resolveAsNewcomer(n, sync, u)
 	}
 
 	// The peer itself has the name. If it is a newcomer, too, only one of the two ends.
 	o.noteRival(n, u)
 	if hdr.More || o.givesWay(n) {
-		return nameTaken(m, u.Age)
+		return nameTaken(u.Member, u.Age)
 	}
-	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node", m.Name)
+	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node",
+		u.Member.Name)
 }
 
-// mayTake decides whether a newcomer may take its name although the cluster believes its holder alive.
-func (o *identity) mayTake(n *node, sync *stateSync, u update) error {
-	foundGone := o.former.Instance == u.Member.Instance
-	switch {
-	case sync.conflict != nil && sync.conflict.result == verdictAlive:
-		return nameTaken(u.Member, u.Age)
-	case !foundGone:
-		sync.conflict = n.detector.startProbe(n, u.Member) // or the one that runs
-		// The line to the peer is the only one that a newcomer knows.
-		if sync.conflict != nil {
-			sync.conflict.roundTrip = max(sync.conflict.roundTrip, sync.roundTrip)
-		}
-		return errConflictPending
-	case o.heldSince == 0:
-		o.heldSince = n.now
-		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: waiting until the cluster calls it failed", u.Member.Addr)
-	case n.now-o.heldSince > nameHeldTimeout: // the cluster reaches it
+// resolveAsMember decides for a node that is in a cluster and has dialled a peer of perhaps another one.
+func (o *identity) resolveAsMember(n *node, sync *stateSync, u update, via string) error {
+	if !o.mayBeRival(n.self.Member, u.Member) {
+		o.handleSelfClaim(n, u, via)
+		return nil
+	}
+	// A join that a user has asked for fails. Where two clusters meet by themselves, after a split, the tables say
+	// the same as u, and the agent that came in later gives way.
+	if sync.joins {
 		return nameTaken(u.Member, u.Age)
 	}
-	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer", u.Member.Name, errNameHeld, u.Member.Addr)
+	return nil
 }
+
+// resolveAsNewcomer decides for a newcomer whose name has a holder that the cluster believes alive. It never takes
+// the name: it ends if the holder answers, and waits otherwise. The holder may have stalled, or only this node
+// cannot reach it.
+func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
+	holder := u.Member
+	if sync.conflict != nil && sync.conflict.result == verdictAlive {
+		return nameTaken(holder, u.Age)
+	}
+
+	foundGone := o.former.Instance == holder.Instance
+	if !foundGone {
+		sync.conflict = n.detector.startProbe(n, holder) // or the one that runs
+		if sync.conflict != nil {
+			// The line to the peer is the only one that a newcomer knows.
+			sync.conflict.noteRoundTrip(sync.roundTrip)
+		}
+		return errConflictPending
+	}
+
+	if o.heldSince == 0 {
+		o.heldSince = n.now
+		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
+			"waiting until the cluster calls it failed", holder.Addr)
+	}
+	clusterReachesIt := n.now-o.heldSince > nameHeldTimeout
+	if clusterReachesIt {
+		return nameTaken(holder, u.Age)
+	}
+	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer",
+		holder.Name, errNameHeld, holder.Addr)
+}
+
+// noteSeedAnswered is told that a seed has answered.
+func (o *identity) noteSeedAnswered() { o.seedAnswered = true }
 
 // noteRival notes what is known of another living agent of this node's name.
 func (o *identity) noteRival(n *node, u update) {
@@ -2636,25 +3045,28 @@ func (o *identity) noteRival(n *node, u update) {
 	o.rivalMet++
 }
 
-// givesWay reports whether this node leaves its name to the rival: whether it came in later. An age only ever shrinks on
-// its way, so never do both give way. Neither does if they came in at the same time, but for what the way takes. Then,
-// when the one that may know better has had the time to, the higher instance does.
+// givesWay reports whether this node leaves its name to the rival: whether it came in later.
 func (o *identity) givesWay(n *node) bool {
 	later := n.self.since - o.rivalSince
-	atOnce := later > -nameTie && o.rivalMet >= 3
-	return later > 0 || atOnce && n.self.Instance > o.rival.Instance
-}
-
-// warnOfConflict says that two agents have one name: at the holder, and at those who were told of both.
-func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
-	if o.conflictWarned.fill(n.now, 1/warnEvery.Seconds(), 1).take() {
-		n.logf(levelWarn, "two agents are called %q, at %s and at %s: give one of them another name with -node", holder.Name, holder.Addr, other)
+	if later > 0 {
+		return true // an age only ever shrinks on its way, so the two never both give way
 	}
+	// Neither does if they came in at the same time, but for what the way takes. Then, when the one that may know
+	// better has had the time to, the higher instance does.
+	atOnce := later > -nameTie && o.rivalMet >= 3
+	return atOnce && n.self.Instance > o.rival.Instance
 }
 
-// handleSelfClaim handles a claim about this node. Where it may be that of another living agent (a rival), that one is
-// probed. Any other is false, or a clock went back, and it is refuted with a higher incarnation: to everybody, and to
-// via, which said so, since a flood stays on its own side of a split.
+// warnOfConflict says that two agents have one name: at the holder, and at those that were told of both.
+func (o *identity) warnOfConflict(n *node, holder Member, other netip.AddrPort) {
+	n.warnRarely(&o.conflictWarned,
+		"two agents are called %q, at %s and at %s: give one of them another name with -node",
+		holder.Name, holder.Addr, other)
+}
+
+// handleSelfClaim handles a claim about this node, which via has made. Where it may be about another living agent
+// (a rival), that one is probed. Any other is false, or a clock went back, and it is refuted with a higher
+// incarnation.
 func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	m := u.Member
 	if o.leaving != 0 || m == n.self.Member {
@@ -2675,37 +3087,45 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	if e == nil || e == n.self {
 		return
 	}
-	// A refutation that was just flooded reaches the watchers. All others are told directly.
-	flooded := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
-	if !flooded {
+	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
+	// stays on its own side of a split.
+	broadcast := !missedRefutation && e.isValidated() && slices.Contains(n.heartbeats.watchers, e)
+	if !broadcast {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
 }
 
-// mayBeRival reports whether m can be another living agent with the name of self.
-func (o *identity) mayBeRival(self, m Member) bool {
-	if m.Instance == self.Instance || m.Addr == self.Addr || m.Status.isDead() {
-		return false
-	}
-	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would claim the
-	// name for ever.
-	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
-	return !foundGone
+// isOtherAgent reports whether m is another agent with the name of self, and not a former self or one that has
+// gone.
+func isOtherAgent(self, m Member) bool {
+	return m.Instance != self.Instance && m.Addr != self.Addr && !m.Status.isDead()
 }
 
-// noteCalledFailed is told that via has called this node failed, which is not yet refuted. Once may be a split that heals.
+// mayBeRival reports whether m can be another living agent with the name of self.
+func (o *identity) mayBeRival(self, m Member) bool {
+	// One that was found gone and has raised its incarnation since then was only stopped or cut off: two would
+	// claim the name for ever.
+	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
+	return isOtherAgent(self, m) && !foundGone
+}
+
+// noteCalledFailed is told that via has called this node failed, which is not refuted yet.
 func (o *identity) noteCalledFailed(n *node, m Member, via string) {
 	if m.Status != statusFailed || m.Instance != n.self.Instance {
 		return
 	}
-	if o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1).take() {
+	o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1)
+	if o.calledFailed.has(1) { // once may be a split that heals
+		o.calledFailed.spend(1)
 		return
 	}
+
 	by := via
 	if e := n.table.get(via); e != nil {
 		by = fmt.Sprintf("%s at %s", via, e.Addr)
 	}
-	n.warnOfAddress("this node is called failed again and again, now by %s: not all members reach it at %s, which it advertises", by, n.self.Addr)
+	n.warnOfAddress("this node is called failed again and again, now by %s: "+
+		"not all members reach it at %s, which it advertises", by, n.self.Addr)
 }
 
 // refute takes a higher incarnation and tells everybody.
@@ -2720,7 +3140,8 @@ func (o *identity) refute(n *node, incarnation uint64) {
 func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	switch {
 	case !alive:
-		if o.former = m; m.Incarnation >= n.self.Incarnation {
+		o.former = m
+		if m.Incarnation >= n.self.Incarnation {
 			o.refute(n, m.Incarnation+1)
 		}
 	case n.joining.joinedAt == 0: // only the join that met it fails
@@ -2729,39 +3150,49 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	default:
 		o.warnOfConflict(n, n.self.Member, m.Addr)
 		o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
-		n.sync(m) // it does not count what a stranger sends
+		n.sync(m) // it does not count the datagrams of an instance that it does not know
 	}
 }
 
-// addressChanged is told from which address this node has dialled: what it advertises is no longer (gone) an address
-// of this machine, or was not the way to the first seed that answers. To the others it is a restart.
-func (n *node) addressChanged(ip netip.Addr, gone, joins bool, unixMs uint64) {
-	m := n.self.Member
-	first := joins && !n.identity.seedAnswered && n.joining.joinedAt == 0
-	if n.identity.leaving != 0 || !first && !gone || ip == m.Addr.Addr() {
+// addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
+// address of this machine; joins: it has dialled for a join.
+func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unixMs uint64) {
+	settles := joins && !o.seedAnswered && n.joining.joinedAt == 0 // the way to the first seed that answers
+	if !settles && !gone {
 		return
 	}
-	n.identity.former = m
+	m := n.self.Member
+	if o.leaving != 0 || ip == m.Addr.Addr() {
+		return
+	}
+
+	// To the others this is a restart.
+	o.former = m
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Instance = max(newInstanceID(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Instance
 	n.logf(levelInfo, "this node has the address %s now and advertises it", ip)
+
 	events := n.table.events
-	if e := n.table.apply(n.now, m, n.now-n.self.since); e != nil { // it has been in the cluster all the time
+	age := n.now - n.self.since // it has been in the cluster all the time
+	if e := n.table.apply(n.now, m, age); e != nil {
 		n.broadcast(e)
 	}
 	n.table.events = events // it has neither failed nor joined for itself
 }
 
 // setTags sets the tags in set, then drops those that drop names.
-func (n *node) setTags(set map[string]string, drop []string) error {
+func (o *identity) setTags(n *node, set map[string]string, drop []string) error {
 	kv := n.self.Tags.asMap()
 	maps.Copy(kv, set)
-	maps.DeleteFunc(kv, func(k, _ string) bool { return slices.Contains(drop, k) })
+	for _, key := range drop {
+		delete(kv, key)
+	}
 	tags, err := makeTags(kv)
 	if err != nil || tags == n.self.Tags {
 		return err
 	}
+
 	m := n.self.Member
 	m.Tags = tags
 	m.Incarnation++
@@ -2769,28 +3200,33 @@ func (n *node) setTags(set map[string]string, drop []string) error {
 	return nil
 }
 
-// startLeave tells the watchers that this node leaves; it has left when all of them know, or after
-// leaveTimeout, or three round trips.
-func (n *node) startLeave() {
+// startLeave tells the watchers that this node leaves. It has left when all of them know, or when their time is
+// over.
+func (o *identity) startLeave(n *node) {
 	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
-	n.identity.leaving = cmp.Or(n.identity.leaving, n.now+within)
-	n.requests.removeAll()
+	if o.leaving == 0 {
+		o.leaving = n.now + within
+	}
+	n.requests.removeAll() // the leave waits for nothing but its own
+	left := wire.encode(nil, &update{Member: n.self.with(statusLeft)})
 	for _, w := range n.heartbeats.watchers {
-		n.sendReliable(w.Member, n.header(msgBroadcast), wire.encode(nil, &update{Member: n.self.with(statusLeft)}), within)
+		n.sendReliable(w.Member, n.header(msgBroadcast), left, within)
 	}
 }
 
 // forceLeave makes everybody believe that a failed member has left; with prune it also vanishes.
 func (n *node) forceLeave(name string, prune bool) error {
 	e := n.table.get(name)
-	switch {
-	case e == nil || e.displayStatus() == 0:
+	if e == nil || e.displayStatus() == 0 {
 		return fmt.Errorf("no member is called %q", name)
-	case e.displayStatus() == statusAlive:
+	}
+	if e.displayStatus() == statusAlive {
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
-	case !e.Status.isDead():
+	}
+	if !e.Status.isDead() {
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
+
 	status := statusLeft
 	if prune {
 		status = statusPruned
@@ -2801,15 +3237,17 @@ func (n *node) forceLeave(name string, prune bool) error {
 
 // members copies what users see of those whose names follow after, sorted by name: limit of them at most.
 func (n *node) members(after string, limit int) (ms []Member) {
-	at, _ := n.table.index(after + "\x00") // the least name that is greater
-	for ; at < len(n.table.ordered) && len(ms) < limit; at++ {
-		e := n.table.ordered[at]
-		s := e.displayStatus()
-		if e == n.self && n.identity.leaving != 0 {
-			s = statusLeaving
+	first, _ := n.table.index(after + "\x00") // the least name that is greater
+	for _, e := range n.table.ordered[first:] {
+		if len(ms) >= limit {
+			break
 		}
-		if s != 0 {
-			ms = append(ms, e.with(s))
+		status := e.displayStatus()
+		if e == n.self && n.identity.leaving != 0 {
+			status = statusLeaving
+		}
+		if status != 0 {
+			ms = append(ms, e.with(status))
 		}
 	}
 	return ms
@@ -2829,7 +3267,7 @@ func (n *node) info() (facts []string) {
 	add("failed", count[statusFailed])
 	add("left", count[statusLeft])
 	add("members", len(members))
-	add("seeds", strings.Join(n.seeds, ","))
+	add("seeds", strings.Join(n.cfg.seeds, ","))
 	add("seeds_error", n.joining.errors(math.MaxInt))
 	return facts
 }
@@ -2838,10 +3276,10 @@ func (n *node) info() (facts []string) {
 
 // heartbeats is whom this node watches, and its own watchers.
 //
-// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises the
-// next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is broken,
-// whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then all
-// watchers probed this node at each beat.
+// The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises
+// the next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is
+// broken, whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then
+// all watchers probed this node at each beat.
 type heartbeats struct {
 	version  uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
@@ -2850,7 +3288,7 @@ type heartbeats struct {
 	nextBeat time.Duration // on the caller's clock: the watchers' time goes on while this node is stopped
 	early    int           // beats after the next one that come early
 	links    []Member      // the watch links that were asked for last
-	linkAt   time.Duration // when to ask for others; never: they are as they shall be
+	linkAt   time.Duration // when to ask for others; never: they are as they should be
 }
 
 // refresh recomputes whom this node watches, and its watchers, after a change.
@@ -2859,26 +3297,29 @@ func (r *heartbeats) refresh(n *node) {
 		return
 	}
 	// After a mass failure the rings must heal at once, so a newly watched member is due soon. After a join
-	// nothing is broken, and everybody is busy.
+	// nothing is broken, and all members are busy.
 	grace := newWatchGrace
 	if n.table.shrunk > r.version {
 		grace = overdueAfter
 	}
-	watched := r.watched
 	r.version = n.table.version
 	n.broadcasts.noteFormerWatchers(r.watchers)
 	r.watchers = n.table.watchers(n.self)
+
+	formerlyWatched := r.watched
 	r.watched = n.table.watched(n.self)
 	for _, e := range r.watched {
-		if d := e.peer(); d.due == 0 || !slices.Contains(watched, e) {
-			d.due = n.now + max(grace, 2*n.roundTripTo(e.Member)) // it learns of this, and says so
+		peer := e.peer()
+		if peer.due == 0 || !slices.Contains(formerlyWatched, e) {
+			peer.due = n.now + max(grace, 2*n.roundTripTo(e.Member)) // it learns of this, and says so
 		}
 	}
 	r.requeue(n)
 	r.planLinks(n)
 }
 
-// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a heartbeat.
+// requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a
+// heartbeat.
 func (r *heartbeats) requeue(n *node) {
 	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
 	if len(r.queue) == 0 {
@@ -2891,8 +3332,8 @@ func (r *heartbeats) requeue(n *node) {
 		}
 	}
 
-	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with those
-	// that were promised an early one; each of them cost half a second more.
+	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with
+	// those that were promised an early one; each of them cost half a second more.
 	isNew := func(w *entry) bool { return !w.peer().greeted } // or another instance
 	if slices.ContainsFunc(r.queue, isNew) {
 		r.early = len(r.queue) - 1
@@ -2910,17 +3351,18 @@ func (r *heartbeats) turn(place int) time.Duration {
 	return r.nextBeat + time.Duration(early)*earlyInterval + time.Duration(place-early)*heartbeatInterval
 }
 
-// sendHeartbeat sends a heartbeat to w, whose place in the queue promises it the next one. A watcher that has not
-// answered yet is asked to: before that it gets no broadcasts, which it does not take if it has not heard of this node.
+// sendHeartbeat sends a heartbeat to w, whose place in the queue promises it the next one.
 func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 	wait := r.turn(place) - n.real
 	hdr := n.header(msgHeartbeat)
 	hdr.Promise = uint32(max(wait, 0)/ms) + 1 // 0 is no promise
 	w.peer().greeted = true
-	if w.peer().validated {
+	if w.isValidated() {
 		n.send(w.Member, hdr, nil)
 		return
 	}
+	// A watcher that has not answered yet is asked to. Before that it gets no broadcasts, which it does not take
+	// if it has not heard of this node.
 	n.sendReliable(w.Member, hdr, nil, wait)
 	n.noteUnanswered(w)
 }
@@ -2930,13 +3372,17 @@ func (r *heartbeats) step(n *node) {
 		r.beat(n)
 		n.wakeAt(n.now + r.nextBeat - n.real)
 	}
+
+	// A broken promise is no verdict: it starts a probe.
 	for _, e := range r.watched {
-		if due := e.peer().due; n.now < due {
+		due := e.peer().due
+		if n.now < due {
 			n.wakeAt(due)
 		} else {
 			n.detector.startProbe(n, e.Member)
 		}
 	}
+
 	if n.now >= r.linkAt {
 		r.relink(n)
 	}
@@ -2945,8 +3391,8 @@ func (r *heartbeats) step(n *node) {
 
 // beat sends what is due now.
 func (r *heartbeats) beat(n *node) {
-	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each of
-	// them starts a probe.
+	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each
+	// of them starts a probe.
 	if n.real >= r.nextBeat+heartbeatInterval {
 		r.nextBeat = n.real + heartbeatInterval
 		for place, w := range r.queue {
@@ -2964,9 +3410,10 @@ func (r *heartbeats) beat(n *node) {
 	}
 }
 
-// planLinks notes that other watch links may be wanted. While many join, rings change all the time, and links follow a
-// little later; but a missing link is made at once, or a kill in between is not noticed before a heartbeat is overdue.
+// planLinks notes that other watch links may be wanted.
 func (r *heartbeats) planLinks(n *node) {
+	// While many join, rings change all the time, and links follow a little later. But a missing link is made at
+	// once, or a kill in between is not noticed before a heartbeat is overdue.
 	delay := relinkDelay
 	r.links = slices.DeleteFunc(r.links, n.table.ended)
 	if len(r.links) < min(linksWanted, len(r.watchers)) {
@@ -2975,29 +3422,39 @@ func (r *heartbeats) planLinks(n *node) {
 	r.linkAt = min(r.linkAt, n.now+delay)
 }
 
-// relink asks for watch links to the first watchers that have answered. Former links last for a while beside new ones,
-// so that there is no moment without any.
+// relink asks for watch links to the first watchers that have answered.
 func (r *heartbeats) relink(n *node) {
 	r.linkAt = never
-	var links []Member
+	var wanted []Member
 	isNew := false
 	for _, w := range r.watchers {
-		if len(links) < linksWanted && w.peer().validated {
-			links = append(links, w.Member)
+		if len(wanted) < linksWanted && w.isValidated() {
+			wanted = append(wanted, w.Member)
 			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
 		}
 	}
+
+	// Former links last for a while beside new ones, so that there is no moment without any.
 	if isNew {
-		former := slices.DeleteFunc(r.links, func(m Member) bool {
-			return n.table.ended(m) || slices.ContainsFunc(links, m.sameInstance)
-		})
+		former := r.formerLinks(n, wanted)
 		if len(former) > 0 {
-			links = append(links, former[:min(len(former), linksWanted)]...)
+			wanted = append(wanted, former...)
 			r.linkAt = n.now + linkOverlap
 		}
 	}
-	r.links = links
-	n.out.links = append([]Member{}, links...)
+	r.links = wanted
+	n.out.links = append([]Member{}, wanted...)
+}
+
+// formerLinks are the links, linksWanted of them at most, that stand and are not wanted any more.
+func (r *heartbeats) formerLinks(n *node, wanted []Member) (former []Member) {
+	for _, m := range r.links {
+		isWanted := slices.ContainsFunc(wanted, m.sameInstance)
+		if len(former) < linksWanted && !isWanted && !n.table.ended(m) {
+			former = append(former, m)
+		}
+	}
+	return former
 }
 
 // ---- probes ----
@@ -3006,29 +3463,29 @@ func (r *heartbeats) relink(n *node) {
 type detector struct {
 	probes       []*probe
 	lastHeard    time.Duration // last sign of anybody
-	lastResortAt time.Duration // the next last call
+	lastResortAt time.Duration // when to try any member next, while this node hears nobody
 	isolated     bool
 	retry        bucket
 }
 
-// probe is one look at a member: for a verdict of mine, of which a target has one at a time, or for somebody who
-// asked.
+// probe is an examination of a member: for a verdict of this node, of which a target has one at a time, or for a
+// peer that asked.
 type probe struct {
 	m            Member        // whom, as it was believed
-	e            *entry        // of that name; my own: a conflict of mine, whom no entry describes
-	requester    *entry        // who wants a vote of mine; nil: nobody
+	e            *entry        // of that name; this node's own: a name conflict, whose other side has no entry
+	requester    *entry        // the peer that wants this node's result; nil: none
 	start        time.Duration // of the round
 	deciding     bool          // the target is suspect, and this round decides
-	seq          uint32        // of the checks: mine, or what the asker wrote
-	roundTrip    time.Duration // to the target, or what the asker says
+	seq          uint32        // of the indirect probes: this node's, or what the requester wrote
+	roundTrip    time.Duration // to the target, or what the requester says
 	stage        probeStage    // of the round: what comes next
-	result       verdict
+	result       verdict       // what this node saw
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
-	pending      []*entry       // who has not voted yet
+	pending      []*entry       // helpers that have not answered yet
 	rival        netip.AddrPort // of another agent that wants the target's name
-	unanswered   int            // rounds in which no helper has voted
+	unanswered   int            // rounds in which no helper has answered
 }
 
 // probeStage is a step of a round.
@@ -3038,45 +3495,57 @@ const (
 	stagePing        probeStage = iota
 	stageTCP                    // with the ping, unless the line is long
 	stageHelpers                // a second ping, and the helpers
-	stageHelpersLate            // those that have not voted
+	stageHelpersLate            // those that have not answered
 	stageEnd
 )
 
-// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for at
-// least two round trips; up to shortLine the fixed times do. On a longer line a lost heartbeat shall cost a ping and
-// its answer, so a probe that begins with one asks by ping alone before it dials and asks helpers.
+// nextStageAt is when the next stage of the round is due.
+func (p *probe) nextStageAt(n *node) time.Duration { return p.start + p.schedule(n)[p.stage] }
+
+// schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for
+// at least two round trips; up to shortLine the fixed times do.
 func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
 	twice := 2 * p.roundTrip
-	switch {
-	case p.requester != nil:
+	if p.requester != nil {
 		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(helperTimeout, twice)}
-	case p.deciding || p.localOnly(n):
+	}
+	if p.deciding || p.localOnly(n) {
 		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
 	}
 
-	// The helpers' answers take one round trip more than their own looks.
-	const again, end = indirectAgainAfter - indirectAfter, probeTimeout - indirectAfter
-	helpers := max(indirectAfter, twice)
-	due := [...]time.Duration{0, 0, helpers, helpers + max(again, twice), helpers + max(end, twice+p.roundTrip)}
-	long, refused := p.roundTrip > shortLine, p.result == verdictRefused
-	if long && !p.linkEnded && !refused {
-		due[stageTCP] = helpers
+	// The helpers' answers take one round trip more than their own probes.
+	helpersAt := max(indirectAfter, twice)
+	againAt := helpersAt + max(indirectAgainAfter-indirectAfter, twice)
+	endAt := helpersAt + max(probeTimeout-indirectAfter, twice+p.roundTrip)
+	due := [...]time.Duration{0, 0, helpersAt, againAt, endAt}
+
+	// On a long line a lost heartbeat is to cost a ping and its answer, so a probe that begins with one asks by
+	// ping alone before it dials and asks helpers.
+	isLong := p.roundTrip > shortLine
+	refused := p.result == verdictRefused
+	if isLong && !p.linkEnded && !refused {
+		due[stageTCP] = helpersAt
 	}
-	if refused || long && p.linkEnded { // a death, it seems: no time is to be lost
+	seemsDead := refused || isLong && p.linkEnded
+	if seemsDead { // no time is to be lost
 		due[stageHelpers] = 0
 	}
 	return due
 }
 
-// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more. What the first
-// round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host has failed as soon.
+// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more.
 func (p *probe) suspicion(n *node) (whole, round time.Duration) {
+	// What the first round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host
+	// has failed as soon.
 	first := p.schedule(n)[stageEnd]
 	round = max(probeTimeout, 2*p.roundTrip)
 	return max(round, probeTimeout+suspicionTimeout-first), round
 }
 
-// probesOf is all probes of one run of a member.
+// noteRoundTrip is told how long the line to the target may be, as somebody else knows it.
+func (p *probe) noteRoundTrip(took time.Duration) { p.roundTrip = max(p.roundTrip, took) }
+
+// probesOf is all probes of one instance of a member.
 func (d *detector) probesOf(m Member) (ps []*probe) {
 	for _, p := range d.probes {
 		if p.m.sameInstance(m) {
@@ -3086,7 +3555,7 @@ func (d *detector) probesOf(m Member) (ps []*probe) {
 	return ps
 }
 
-// ownProbe is the probe of e for a verdict of mine, or nil.
+// ownProbe is the probe of e for a verdict of this node, or nil.
 func (d *detector) ownProbe(e *entry) *probe {
 	for _, p := range d.probes {
 		if p.e == e && p.requester == nil {
@@ -3098,12 +3567,23 @@ func (d *detector) ownProbe(e *entry) *probe {
 
 func (d *detector) addProbe(n *node, m Member) *probe {
 	n.logf(levelTrace, "probing %s at %s", m.Name, m.Addr)
-	p := &probe{m: m, e: n.table.get(m.Name), start: n.now, seq: n.nonce(), roundTrip: n.roundTripTo(m), results: make(map[string]verdict)}
+	p := &probe{
+		m:         m,
+		e:         n.table.get(m.Name),
+		start:     n.now,
+		seq:       n.nonce(),
+		roundTrip: n.roundTripTo(m),
+		results:   make(map[string]verdict),
+	}
 	d.probes = append(d.probes, p)
 	return p
 }
 
-// startProbe probes m for a verdict of mine. Where there are too many probes it has to wait: nil.
+func (d *detector) remove(p *probe) {
+	d.probes = slices.DeleteFunc(d.probes, func(o *probe) bool { return o == p })
+}
+
+// startProbe probes m for a verdict of this node. Where there are too many probes it has to wait: nil.
 func (d *detector) startProbe(n *node, m Member) *probe {
 	p := d.ownProbe(n.table.get(m.Name))
 	if p == nil && len(d.probes) < maxProbes {
@@ -3112,20 +3592,31 @@ func (d *detector) startProbe(n *node, m Member) *probe {
 	return p
 }
 
-// linkEnded is told that a watch link with a run of m has ended (tries 0), or for the how manieth time in a
-// row that none could be had. It is evidence that starts a probe, never a verdict.
-func (n *node) linkEnded(m Member, tries int, refused bool) {
+// probeHolder probes m because another agent, at the address rival, wants its name.
+func (d *detector) probeHolder(n *node, m Member, rival netip.AddrPort) {
+	p := d.startProbe(n, m)
+	if p != nil {
+		p.rival = rival
+	}
+}
+
+// linkEnded is told that a watch link with an instance of m has ended (tries 0), or that for the tries-th time in
+// a row none could be made.
+func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
 	e := n.table.get(m.Name)
-	if n.table.ended(m) || e == n.self || e.failedLocally() || n.identity.leaving != 0 {
+	if n.table.ended(m) || e == n.self || n.identity.leaving != 0 {
 		return
 	}
-	if tries > linkTries {
-		return // a firewall stays, and says nothing about the member
+	if e.failedLocally() || tries > linkTries { // a firewall stays, and says nothing about the member
+		return
 	}
 	if tries == linkTries {
-		n.logf(levelWarn, "no TCP connection to %s at %s lasts: is TCP blocked between it and %s?", m.Name, m.Addr, n.self.Addr)
+		n.logf(levelWarn, "no TCP connection to %s at %s lasts: is TCP blocked between it and %s?",
+			m.Name, m.Addr, n.self.Addr)
 	}
-	if p := n.detector.startProbe(n, e.Member); p != nil {
+
+	// This is evidence, never a verdict.
+	if p := d.startProbe(n, e.Member); p != nil {
 		p.linkEnded = p.linkEnded || tries == 0
 		if refused {
 			p.record(verdictRefused)
@@ -3144,23 +3635,23 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
+	settled := p.result == verdictAlive || p.result == verdictRefused
 	switch {
-	case p.localOnly(n) && (p.result == verdictAlive || p.result == verdictRefused):
+	case settled && p.localOnly(n):
 		d.conclude(n, p)
 		return
-	case p.e != n.self && (p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.isolated), // that run is over, or cannot be judged
-		p.deciding && (p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation): // it has refuted
+	case p.obsolete(n):
 		d.remove(p)
 		return
-	case p.linkEnded && p.result <= verdictRefused && p.countOf(verdictRefused) >= 2 && p.countOf(verdictAlive) == 0: // nobody contradicts
+	case p.refusedTwice():
 		d.declareFailed(n, p)
 		return
 	}
-	due := p.schedule(n)
-	for ; n.now >= p.start+due[p.stage]; p.stage++ {
+
+	for n.now >= p.nextStageAt(n) {
 		switch p.stage {
 		case stagePing:
-			p.pending = n.chooseHelpers(p)
+			p.pending = d.chooseHelpers(n, p)
 			n.ping(p.m)
 		case stageTCP:
 			n.tcpProbe(p.m)
@@ -3172,52 +3663,77 @@ func (d *detector) stepProbe(n *node, p *probe) {
 				n.ping(p.m)
 			}
 			d.askHelpers(n, p)
-		default:
+		case stageEnd:
 			d.conclude(n, p)
 			return
 		}
+		p.stage++
 	}
-	n.wakeAt(p.start + due[p.stage])
+	n.wakeAt(p.nextStageAt(n))
 }
 
-// localOnly reports whether what I see is the verdict: a helper asks nobody, and of a conflict nobody else can tell.
+// localOnly reports whether what this node sees is the verdict: a helper asks nobody, and of a conflict no peer
+// can tell.
 func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
 
-// chooseHelpers are the target's other watchers and one random member. Where most hosts are lost at once, those are
-// as dead as the target: after a round without a vote only random members are asked, each time more of them, and first
-// those that have ever answered this node, since what others are sent is limited.
-func (n *node) chooseHelpers(p *probe) []*entry {
+// obsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
+// here, or the suspect has refuted.
+func (p *probe) obsolete(n *node) bool {
+	if p.e != n.self {
+		isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead()
+		if isOver || p.e.isolated {
+			return true
+		}
+	}
+	refuted := p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation
+	return p.deciding && refuted
+}
+
+// refusedTwice reports whether two observers were refused and no other contradicts, after a watch link has ended:
+// TCP did work, so it is no firewall that refuses.
+func (p *probe) refusedTwice() bool {
+	if !p.linkEnded || p.result > verdictRefused {
+		return false
+	}
+	return p.countOf(verdictRefused) >= 2 && p.countOf(verdictAlive) == 0
+}
+
+// chooseHelpers are the target's other watchers and one random member.
+func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
 	if p.localOnly(n) {
 		return nil
 	}
-	var hs []*entry
 	if p.unanswered == 0 {
-		hs = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
+		helpers = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
 	}
-	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(hs, e) }
-	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
+	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(helpers, e) }
+	hasAnswered := func(e *entry) bool { return e.isValidated() && canHelp(e) }
 
+	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result
+	// only random members are asked, each time more of them, and first those that have ever answered this node,
+	// since what others are sent is limited.
 	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
 	for i := range random {
-		var r *entry
+		var helper *entry
 		if i > 0 {
-			r = n.randomMember(n.table.ring[0], hasAnswered)
+			helper = n.randomMember(n.table.ring[0], hasAnswered)
 		}
-		if r == nil {
-			r = n.randomMember(n.table.ring[0], canHelp)
+		if helper == nil {
+			helper = n.randomMember(n.table.ring[0], canHelp)
 		}
-		if r == nil {
+		if helper == nil {
 			break
 		}
-		hs = append(hs, r)
+		helpers = append(helpers, helper)
 	}
-	return hs
+	return helpers
 }
 
-// askHelpers asks the helpers that have not voted in this round.
+// askHelpers asks the helpers that have not answered in this round.
 func (d *detector) askHelpers(n *node, p *probe) {
 	hdr := n.header(msgIndirectProbe)
-	hdr.Seq, hdr.Target = p.seq, p.m.Name
+	hdr.Seq = p.seq
+	hdr.Target = p.m.Name
 	if p.roundTrip > shortLine {
 		hdr.Promise = uint32(p.roundTrip / ms)
 	}
@@ -3226,38 +3742,51 @@ func (d *detector) askHelpers(n *node, p *probe) {
 	}
 }
 
-// randomMember picks one of the others in list for which ok holds, or nil; the list holds this node, too. Who
-// follows a row that does not count is picked more often: on a ring, the one that had to watch that row.
+// randomMember picks one of the others in list for which ok holds, or nil; the list holds this node, too. One that
+// follows a row of members that do not count is picked more often: on a ring, it is the one that had to watch that
+// row.
 func (n *node) randomMember(list []*entry, ok func(*entry) bool) *entry {
-	at := n.rng.IntN(len(list))
+	start := n.rng.IntN(len(list))
 	for i := range list {
-		if e := list[(at+i)%len(list)]; e != n.self && ok(e) {
+		e := list[(start+i)%len(list)]
+		if e != n.self && ok(e) {
 			return e
 		}
 	}
 	return nil
 }
 
-// handleIndirectProbe answers the check of by: at once where the answer is known, else within helperTimeout, or two round
-// trips. Only members are looked at, at the address that I know.
+// handleIndirectProbe answers the request of by: at once where the answer is known, otherwise within
+// helperTimeout, or two round trips. Only members are probed, at the address that this node knows.
 func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	e := n.table.get(hdr.Target)
-	again := func(p *probe) bool { return p.requester == by && p.seq == hdr.Seq }
-	switch {
-	case e == nil || e == n.self || by.Status.isDead() || slices.ContainsFunc(d.probes, again):
-	case e.Status.isDead(): // the asker has missed it, and may have nobody else to ask
-		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
-	case len(d.probes) < maxProbes/2 && d.countFor(by) < maxProbesForPeer: // I have my own to look at
-		running := d.probesOf(e.Member)
-		p := d.addProbe(n, e.Member)
-		p.requester, p.seq = by, hdr.Seq
-		// The line from here may not be known, and may be as long.
-		p.roundTrip = max(p.roundTrip, min(time.Duration(hdr.Promise)*ms, longestLine))
-		// One look will do for all, unless it has been answered: the target may have died since.
-		if len(running) > 0 && running[0].stage > stageTCP && running[0].result != verdictAlive {
-			p.stage = stageEnd
-			p.record(running[0].result)
+	if e == nil || e == n.self || by.Status.isDead() {
+		return
+	}
+	for _, p := range d.probes {
+		if p.requester == by && p.seq == hdr.Seq { // asked again
+			return
 		}
+	}
+	if e.Status.isDead() { // the requester has missed it, and may have nobody else to ask
+		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
+		return
+	}
+	// This node needs the other half for probes of its own.
+	if len(d.probes) >= maxProbes/2 || d.countFor(by) >= maxProbesForPeer {
+		return
+	}
+
+	running := d.probesOf(e.Member)
+	p := d.addProbe(n, e.Member)
+	p.requester = by
+	p.seq = hdr.Seq
+	// The line from here may not be known, and may be as long.
+	p.noteRoundTrip(min(time.Duration(hdr.Promise)*ms, longestLine))
+	// One probe serves all, unless it was answered: the target may have died since.
+	if len(running) > 0 && running[0].stage > stageTCP && running[0].result != verdictAlive {
+		p.stage = stageEnd
+		p.record(running[0].result)
 	}
 }
 
@@ -3271,63 +3800,81 @@ func (d *detector) countFor(by *entry) (count int) {
 	return count
 }
 
-// sendProbeResult tells the asker what was seen, and of which run: a helper that knows a newer one would else acquit the old
-// one for ever.
+// sendProbeResult tells the requester what this node saw.
 func (d *detector) sendProbeResult(n *node, p *probe) {
 	hdr := n.header(msgProbeResult)
-	hdr.Seq, hdr.Target, hdr.Verdict = p.seq, p.m.Name, max(p.result, verdictUnreachable)
+	hdr.Seq = p.seq
+	hdr.Target = p.m.Name
+	hdr.Verdict = max(p.result, verdictUnreachable)
+	// It says of which instance: a helper that knows a newer one would otherwise clear the old one for ever.
 	n.send(p.requester.Member, hdr, wire.encode(nil, &update{Member: p.m}))
 }
 
-// handleProbeResult takes a helper's answer, if it is one to a probe that still runs. One about another run is news of that.
+// handleProbeResult takes a helper's answer, if it is one to a probe that still runs.
 func (d *detector) handleProbeResult(n *node, by *entry, hdr header, us []update) {
 	p := d.ownProbe(n.table.get(hdr.Target))
-	switch {
-	case p == nil || p.seq != hdr.Seq || len(us) != 1 || us[0].Member.Name != hdr.Target || by == p.e || by.Status.isDead():
-	case us[0].Member.Instance == p.m.Instance:
+	if p == nil || p.seq != hdr.Seq || len(us) != 1 {
+		return
+	}
+	target := us[0].Member
+	if target.Name != hdr.Target || by == p.e || by.Status.isDead() {
+		return
+	}
+
+	if target.Instance == p.m.Instance {
 		p.recordFrom(by.Name, min(hdr.Verdict, verdictAlive))
-	case !us[0].Member.Status.isDead():
+	} else if !target.Status.isDead() { // news of another instance
 		n.handleUpdate(&us[0], by.Name, nil)
 	}
 }
 
-// recordFrom counts what somebody else saw.
+// recordFrom notes the result of another observer.
 func (p *probe) recordFrom(by string, v verdict) {
 	p.results[by] = v
 	p.pending = slices.DeleteFunc(p.pending, func(w *entry) bool { return w.Name == by })
 }
 
-// countOf counts the observers that saw v, me included.
-func (p *probe) countOf(v verdict) (c int) {
-	for _, o := range append(slices.Collect(maps.Values(p.results)), p.result) {
-		if o == v {
-			c++
+// countOf counts the observers that saw v, this node included.
+func (p *probe) countOf(v verdict) (count int) {
+	if p.result == v {
+		count++
+	}
+	for _, result := range p.results {
+		if result == v {
+			count++
 		}
 	}
-	return c
+	return count
 }
 
 // ---- what is seen, and verdicts ----
 
-// handleTCPProbeResult takes what a look by TCP has seen: first perhaps that the kernel accepts (verdictSilent), then verdictRefused, that it hung
-// up (verdictNone), or verdictAlive and w, the welcome of who is there.
-func (n *node) handleTCPProbeResult(m Member, v verdict, w header) {
-	answered := v == verdictAlive && w.From == m.Name && w.From != n.self.Name
-	if m.Addr != n.self.Addr || answered { // what this machine says of its own port proves nothing
-		n.detector.lastHeard = n.now
+// heardFrom is told that somebody was heard from just now: this node is not cut off.
+func (d *detector) heardFrom(now time.Duration) { d.lastHeard = now }
+
+// handleTCPProbeResult takes what a TCP probe of m has seen: first perhaps that the kernel accepts
+// (verdictSilent), then verdictRefused, that it hung up (verdictNone), or verdictAlive and welcome, the handshake
+// reply of what is there.
+func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome header) {
+	isName := welcome.From == m.Name
+	answered := v == verdictAlive && isName && m.Name != n.self.Name
+	if answered || m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
+		d.heardFrom(n.now)
 	}
-	if v == verdictAlive && (w.From != m.Name || w.born() != m.Instance) {
+	isTarget := isName && welcome.instance() == m.Instance
+	if v == verdictAlive && !isTarget {
 		v = verdictRefused // another process lives at its address
 	}
+
 	e := n.table.get(m.Name)
-	isOther := e != nil && e != n.self && e.Instance == m.Instance
-	switch {
-	case isOther && v == verdictAlive:
-		n.noteValidated(e)
-	case isOther && w.From != "" && w.From != m.Name:
-		e.peer().path.occupant = w.From
+	if e != nil && e != n.self && e.Instance == m.Instance {
+		if v == verdictAlive {
+			n.noteValidated(e)
+		} else if welcome.From != "" && !isName {
+			e.peer().path.occupant = welcome.From
+		}
 	}
-	for _, p := range n.detector.probesOf(m) {
+	for _, p := range d.probesOf(m) {
 		p.record(v)
 	}
 }
@@ -3343,7 +3890,8 @@ func (d *detector) handleSignOfLife(n *node, m Member) {
 	}
 }
 
-// record notes what I saw myself. What accepts in silence did not stall when it hangs up then, or has gone.
+// record notes what this node saw itself. What accepts in silence has not stalled if it hangs up then, or has
+// gone.
 func (p *probe) record(v verdict) {
 	if v > p.result || p.result == verdictSilent {
 		p.result = v
@@ -3361,17 +3909,13 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.e == n.self:
 		d.remove(p)
 		n.identity.conflictResolved(n, p.m, p.result == verdictAlive)
-	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have acquitted it
-		deal := p.e.peer()
-		if deal.tcpOnly++; deal.tcpOnly == 2 { // once may be mere loss
-			n.logf(levelWarn, "%s at %s answers TCP but not UDP: is UDP blocked between it and %s?", p.m.Name, p.m.Addr, n.self.Addr)
-		}
-		n.sync(p.e.Member) // no flood reaches it
+	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have cleared it
+		d.noteOnlyTCP(n, p)
 		d.clear(n, p)
-	case p.countOf(verdictAlive) > 0:
+	case p.countOf(verdictAlive) > 0: // only this node does not reach it
 		n.table.release(n.now, p.e)
 		d.clear(n, p)
-	case p.e.held:
+	case p.e.held: // it is alive by the word of others alone
 		d.remove(p) // until it is probed again, later than this time
 		if n.now-d.lastHeard <= probeTimeout {
 			d.declareFailed(n, p)
@@ -3380,16 +3924,37 @@ func (d *detector) conclude(n *node, p *probe) {
 		d.handleStall(n, p)
 	case p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
 		d.declareFailed(n, p)
-	case p.deciding && n.table.aliveCount() > 2 && n.now-d.lastHeard > probeTimeout:
-		d.restart(n, p, n.now+indirectAfter) // I hear nobody at all: it may be me
+	default:
+		d.concludeUnreachable(n, p)
+	}
+}
+
+// concludeUnreachable gives the verdict where nothing at all has come back.
+func (d *detector) concludeUnreachable(n *node, p *probe) {
+	onlyTwo := n.table.aliveCount() <= 2 // there is nobody else to ask, or to hear
+	hearsNobody := n.now-d.lastHeard > probeTimeout
+	switch {
+	case p.deciding && hearsNobody && !onlyTwo:
+		d.restart(n, p, n.now+indirectAfter) // it may be this node
 	case p.deciding:
 		d.declareFailed(n, p)
-	case len(p.results) > 0, n.table.aliveCount() <= 2: // nobody else reaches it either
+	case onlyTwo || len(p.results) > 0: // no other observer reaches it either
 		d.declareSuspect(n, p)
-	default: // nobody else could say
+	default: // no helper has answered
 		p.unanswered++
 		d.restart(n, p, n.now)
 	}
+}
+
+// noteOnlyTCP is told that the target has answered TCP alone in this round.
+func (d *detector) noteOnlyTCP(n *node, p *probe) {
+	peer := p.e.peer()
+	peer.tcpOnly++
+	if peer.tcpOnly == 2 { // once may be mere loss
+		n.logf(levelWarn, "%s at %s answers TCP but not UDP: is UDP blocked between it and %s?",
+			p.m.Name, p.m.Addr, n.self.Addr)
+	}
+	n.sync(p.e.Member) // no broadcast reaches it
 }
 
 // isStalled reports whether the target accepts connections in silence, and not for too long yet.
@@ -3397,11 +3962,15 @@ func (p *probe) isStalled(now time.Duration) bool {
 	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
 }
 
-// restart looks anew. Votes survive: helpers that answer late would otherwise stay late, round after round.
+// restart begins another round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
-	p.start, p.stage, p.result, p.linkEnded = start, stagePing, verdictNone, false
+	p.start = start
+	p.stage = stagePing
+	p.result = verdictNone
+	p.linkEnded = false
 	p.roundTrip = n.roundTripTo(p.m)
+	// p.results stays: helpers that answer late would otherwise stay late, round after round.
 }
 
 // clear ends a probe of a member that somebody reached.
@@ -3411,52 +3980,53 @@ func (d *detector) clear(n *node, p *probe) {
 		n.identity.warnOfConflict(n, p.e.Member, p.rival)
 	}
 	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
-	if deal := p.e.peer(); deal.due <= n.now {
-		n.noteMissingBeat(p.e)
-		deal.due = n.now + time.Duration(min(rings, n.table.aliveCount()-1)+1)*heartbeatInterval + n.overdueMargin(p.m)
+	peer := p.e.peer()
+	if peer.due <= n.now {
+		d.noteMissingBeat(n, p.e)
+		cycle := min(rings, n.table.aliveCount()-1) + 1
+		peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(p.m)
 	}
 }
 
 // noteMissingBeat is told that e lives although its heartbeat has not come. A few times is loss.
-func (n *node) noteMissingBeat(e *entry) {
-	e.peer().path.missingBeats++
-	if e.peer().path.missingBeats >= tolerableLoss {
-		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
+func (d *detector) noteMissingBeat(n *node, e *entry) {
+	path := &e.peer().path
+	path.missingBeats++
+	if path.missingBeats >= tolerableLoss {
+		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: "+
+			"it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
 	}
 }
 
-// handleStall handles a member whose kernel accepts while the process is silent. Every busy machine stalls for
-// seconds; only ten count as death.
+// handleStall handles a member whose kernel accepts while the process is silent.
 func (d *detector) handleStall(n *node, p *probe) {
 	if p.stalledSince == 0 {
 		n.logf(levelDebug, "%s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
 		p.stalledSince = p.start
 	}
 	end := p.stalledSince + stallTimeout
-	if n.now >= end {
+	if n.now >= end { // every busy machine stalls for some seconds, and is not dead
 		d.declareFailed(n, p)
 		return
 	}
-	// Each round dials anew: a host that vanishes right after it accepted would else count as stalled.
+	// Each round dials anew: a host that vanishes right after it accepted would otherwise count as stalled.
 	clear(p.results)
-	d.restart(n, p, max(n.now, min(n.now+stallRound, end)-p.schedule(n)[stageEnd]))
+	concludeAt := min(n.now+stallRound, end)
+	d.restart(n, p, max(n.now, concludeAt-p.schedule(n)[stageEnd]))
 }
 
-func (d *detector) remove(p *probe) {
-	d.probes = slices.DeleteFunc(d.probes, func(o *probe) bool { return o == p })
-}
-
-// declareSuspect floods that the target is unreachable, and gives it time to contradict.
+// declareSuspect tells everybody that the target is unreachable, and gives it time to contradict.
 func (d *detector) declareSuspect(n *node, p *probe) {
 	n.logf(levelDebug, "%s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
 	whole, round := p.suspicion(n)
-	p.m, p.deciding = p.e.Member, true
+	p.m = p.e.Member // with all that was said of it meanwhile
+	p.deciding = true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
-	n.sendClaim(p.m, n.claim(p.e))
+	n.sendClaim(p.m, n.claim(p.e)) // a suspect that hears of it refutes, and no broadcast may reach it
 	d.restart(n, p, n.now+whole-round)
 }
 
-// declareFailed is the verdict: the target has failed, and everybody shall know.
+// declareFailed is the verdict: the target has failed, and everybody is told.
 func (d *detector) declareFailed(n *node, p *probe) {
 	d.remove(p)
 	n.applyAndBroadcast(p.e.with(statusFailed))
@@ -3464,81 +4034,105 @@ func (d *detector) declareFailed(n *node, p *probe) {
 
 // ---- isolation ----
 
-// stepIsolation decides whether I am the one who is cut off. What is then believed of the others stays with me.
+// stepIsolation decides whether this node is the one that is cut off.
 func (d *detector) stepIsolation(n *node) {
 	silent := n.now - d.lastHeard
 	if silent < isolatedAfter {
 		n.wakeAt(d.lastHeard + isolatedAfter)
 		return
 	}
-	switch e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() }); {
-	case e == nil:
-	case silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()):
-		d.isolated = true
-		n.logf(levelWarn, "no member answers: this node seems to be cut off, it goes on trying")
-		for _, e := range n.table.ordered {
-			n.table.setIsolated(n.now, e, e.isolated || e != n.self && !e.Status.isDead())
-		}
-	case n.now >= d.lastResortAt:
+	e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() })
+	if e == nil {
+		return
+	}
+	if silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()) {
+		d.isolate(n)
+		return
+	}
+
+	// Until then any member that answers shows that this node is not cut off.
+	if n.now >= d.lastResortAt {
 		d.lastResortAt = n.now + lastResortGap
 		n.ping(e.Member)
 		n.tcpProbe(e.Member)
-		fallthrough
-	default:
-		n.wakeAt(d.lastResortAt)
+	}
+	n.wakeAt(d.lastResortAt)
+}
+
+// isolate notes that this node is cut off. What it then believes of the others stays here, and is told to nobody.
+func (d *detector) isolate(n *node) {
+	d.isolated = true
+	n.logf(levelWarn, "no member answers: this node seems to be cut off, it goes on trying")
+	for _, e := range n.table.ordered {
+		if e != n.self && !e.Status.isDead() {
+			n.table.setIsolated(n.now, e, true)
+		}
+	}
+}
+
+// noteAnswered is told that e answered something just now, wherever: this node is not cut off.
+func (d *detector) noteAnswered(n *node, e *entry) {
+	if d.isolated {
+		d.isolated = false
+		n.logf(levelInfo, "%s answers again", e.Name)
 	}
 }
 
 // stepRetry pings the failed members, so that a split heals by itself.
 func (d *detector) stepRetry(n *node) {
+	// Each node takes its share, so a failed member gets as many pings in a cluster of any size.
 	rate := retryRate * float64(n.table.failed) / float64(n.table.total)
-	if d.retry.fill(n.now, rate, 2).take() {
-		if e := n.randomMember(n.table.ordered, func(e *entry) bool { return e.displayStatus() == statusFailed }); e != nil {
+	d.retry.fill(n.now, rate, 2)
+	if d.retry.has(1) {
+		d.retry.spend(1)
+		isFailed := func(e *entry) bool { return e.displayStatus() == statusFailed }
+		if e := n.randomMember(n.table.ordered, isFailed); e != nil {
 			n.ping(e.Member)
 		}
 	}
 	if rate > 0 {
-		n.wakeAt(n.now + max(time.Duration((1-d.retry.tokens)/rate*float64(time.Second)), ms))
+		wait := time.Duration((1 - d.retry.tokens) / rate * float64(time.Second))
+		n.wakeAt(n.now + max(wait, ms))
 	}
 }
 
-// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others, ever
-// more rarely.
+// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others,
+// ever more rarely.
 func (d *detector) stepHeld(n *node) {
 	for _, e := range slices.Clone(n.table.held) {
-		peer := e.peer()
-		switch {
-		case peer.flap.heldUntil == 0:
-			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
+		flap := &e.peer().flap
+		if flap.heldUntil == 0 { // it is held from now on
+			flap.heldUntil = n.now + flapWait(flap.count)
 			hdr := n.header(msgPing)
 			hdr.Target = e.Name
 			n.sendReliable(e.Member, hdr, nil, requestTimeout)
 			d.warnOfFlap(n, e)
-		case n.now >= peer.flap.heldUntil:
-			peer.flap.count++
-			peer.flap.heldUntil = n.now + flapWait(peer.flap.count)
+		} else if n.now >= flap.heldUntil {
+			flap.count++
+			flap.heldUntil = n.now + flapWait(flap.count)
 			if !e.Status.isDead() {
 				d.startProbe(n, e.Member)
 			}
 		}
-		n.wakeAt(peer.flap.heldUntil)
+		n.wakeAt(flap.heldUntil)
 	}
 }
 
 // warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
 func (d *detector) warnOfFlap(n *node, e *entry) {
 	from := ""
-	if source := e.peer().path.source; source.IsValid() && source != e.Addr {
+	source := e.peer().path.source
+	if source.IsValid() && source != e.Addr {
 		from = fmt.Sprintf(", though its datagrams come from %s", source)
 	}
-	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive", e.Name, n.self.Addr, e.Addr, from)
+	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive",
+		e.Name, n.self.Addr, e.Addr, from)
 }
 
 // ---- queries ----
 
-// queries are those of this node that wait for answers, and those of others whose time is not over. A query
-// is a letter to each member that is asked, and so is each answer, to the asker alone: nobody hears a query
-// twice or late.
+// queries are those of this node that wait for answers. A query is sent reliably to each member that is asked, and
+// so is each answer, to the asker alone: no member gets a query twice or late.
 type queries struct {
 	open []*query
 }
@@ -3556,10 +4150,11 @@ type heardQuery struct {
 	until time.Duration
 }
 
-// query asks the living members that nodes names; none: all of them. It returns the query's number, which the
-// eventAnswers will bear, and who was asked. The last eventAnswer has replyNone.
-func (n *node) query(name string, payload []byte, nodes []string, within time.Duration) (id uint32, who []string, err error) {
-	qs := &n.queries
+// ask asks the living members that nodes names; none: all of them. It returns the query's number, which the events
+// of its answers bear, and the names of those that were asked. The last of those events has replyNone.
+func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, within time.Duration) (
+	id uint32, names []string, err error) {
+
 	if err := validatePayload("query", name, payload); err != nil {
 		return 0, nil, err
 	}
@@ -3569,32 +4164,51 @@ func (n *node) query(name string, payload []byte, nodes []string, within time.Du
 	if len(qs.open) >= maxQueries || len(n.requests.open) >= maxRequests/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
-	q := &query{id: n.nonce(), until: n.now + within}
-	u := update{Member: Member{Name: n.self.Name}, Name: name, Payload: payload, LTime: min(n.broadcasts.events.lamport+1, maxCount), Timeout: uint32(within / ms)}
-	hdr, body := n.header(msgQuery), wire.encode(nil, &u)
-	hdr.Query = q.id
-	named := make(map[string]bool)
-	for _, node := range nodes {
-		named[node] = true
+	asked := n.askable(nodes)
+	if len(asked) == 0 {
+		return 0, nil, errNobodyAsked
 	}
-	for _, e := range n.table.ordered {
-		if e.displayStatus() != statusAlive || len(nodes) > 0 && !named[e.Name] {
-			continue
-		}
-		q.waiting, who = append(q.waiting, e.Member), append(who, e.Name)
+
+	q := &query{id: n.nonce(), until: n.now + within}
+	u := update{
+		Member:  Member{Name: n.self.Name},
+		Name:    name,
+		Payload: payload,
+		LTime:   min(n.broadcasts.events.lamport+1, maxCount),
+		Timeout: uint32(within / ms),
+	}
+	hdr := n.header(msgQuery)
+	hdr.Query = q.id
+	body := wire.encode(nil, &u)
+	for _, e := range asked {
+		q.waiting = append(q.waiting, e.Member)
+		names = append(names, e.Name)
 		if e != n.self {
 			n.sendReliable(e.Member, hdr, body, within)
 		}
 	}
-	if len(who) == 0 {
-		return 0, nil, errNobodyAsked
-	}
+
 	qs.open = append(qs.open, q)
-	if slices.ContainsFunc(q.waiting, n.self.sameInstance) {
+	if slices.Contains(asked, n.self) {
 		qs.handleAnswer(n, n.self, header{Query: q.id, Reply: replyAck}, nil)
 		err = qs.handleQuery(n, n.self, hdr, []update{u})
 	}
-	return q.id, who, err
+	return q.id, names, err
+}
+
+// askable are the living members that names has; none: all of them.
+func (n *node) askable(names []string) (asked []*entry) {
+	isNamed := make(map[string]bool)
+	for _, name := range names {
+		isNamed[name] = true
+	}
+	for _, e := range n.table.ordered {
+		wanted := len(names) == 0 || isNamed[e.Name]
+		if wanted && e.displayStatus() == statusAlive {
+			asked = append(asked, e)
+		}
+	}
+	return asked
 }
 
 // handleQuery takes a query of e.
@@ -3603,61 +4217,88 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 		return errors.New("sent a bad query")
 	}
 	u := us[0]
+
+	// It may arrive again: it is sent until it is acknowledged.
 	peer := e.peer()
 	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
 	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
 		return nil
 	}
+	// A peer that asks more than its share has its own oldest queries forgotten.
+	peer.heard = peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):]
+	within := min(time.Duration(u.Timeout)*ms, maxQueryTimeout)
+	peer.heard = append(peer.heard, heardQuery{hdr.Query, n.now + within})
+
 	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
-	ev.Member, ev.Coalesce = e.Member, false // whatever it says: a query takes nobody's place in a queue
-	within := min(time.Duration(ev.Timeout)*ms, maxQueryTimeout)
-	// A peer that asks more than its share has its own oldest queries forgotten.
-	peer.heard = append(peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):], heardQuery{ev.id, n.now + within})
+	ev.Member = e.Member
+	ev.Coalesce = false // whatever the peer says: a query takes the place of no other in a queue
 	n.out.events = append(n.out.events, ev)
 	return nil
 }
 
 // sendReply is told what came of ev, an eventQuery.
-func (n *node) sendReply(ev Event, r reply, text []byte) {
-	hdr, u := n.header(msgReply), update{Payload: text}
-	hdr.Query, hdr.Reply = ev.id, r
-	switch e := n.table.get(ev.Member.Name); {
-	case e == nil || e.Instance != ev.Member.Instance:
-	case e == n.self:
-		n.queries.handleAnswer(n, e, hdr, []update{u})
-	default:
-		n.sendReliable(e.Member, hdr, wire.encode(nil, &u), min(time.Duration(ev.Timeout)*ms, replyTimeout))
-	}
-}
-
-// handleAnswer takes what e says of a query of mine.
-func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
-	waits := func(q *query) bool { return q.id == hdr.Query && slices.ContainsFunc(q.waiting, e.sameInstance) }
-	i := slices.IndexFunc(qs.open, waits)
-	if i < 0 || hdr.Reply == replyNone || hdr.Reply > replyFailed {
+func (qs *queries) sendReply(n *node, ev Event, r reply, text []byte) {
+	e := n.table.get(ev.Member.Name)
+	if e == nil || e.Instance != ev.Member.Instance {
 		return
 	}
-	q, ev := qs.open[i], Event{kind: eventAnswer, update: update{Member: e.Member}, id: hdr.Query, reply: hdr.Reply}
+	hdr := n.header(msgReply)
+	hdr.Query = ev.id
+	hdr.Reply = r
+	u := update{Payload: text}
+	if e == n.self {
+		qs.handleAnswer(n, e, hdr, []update{u})
+		return
+	}
+	within := min(time.Duration(ev.Timeout)*ms, replyTimeout)
+	n.sendReliable(e.Member, hdr, wire.encode(nil, &u), within)
+}
+
+// handleAnswer takes what e says of a query of this node.
+func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
+	if hdr.Reply == replyNone || hdr.Reply > replyFailed {
+		return
+	}
+	q := qs.waitingFor(e, hdr.Query)
+	if q == nil {
+		return
+	}
+
 	if hdr.Reply != replyAck {
 		q.waiting = slices.DeleteFunc(q.waiting, e.sameInstance)
 	}
+	ev := Event{kind: eventAnswer, update: update{Member: e.Member}, id: hdr.Query, reply: hdr.Reply}
 	for _, u := range us {
 		ev.Payload = u.Payload[:min(len(u.Payload), maxPayload)]
 	}
 	n.out.events = append(n.out.events, ev)
 }
 
-// step ends queries: when everybody who lives has answered, or their time is over.
-func (qs *queries) step(n *node) {
-	qs.open = slices.DeleteFunc(qs.open, func(q *query) bool {
-		if q.waiting = slices.DeleteFunc(q.waiting, n.table.ended); len(q.waiting) == 0 || n.now >= q.until {
-			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
-			return true
+// waitingFor is the query of that number, if it waits for the answer of e, or nil.
+func (qs *queries) waitingFor(e *entry, id uint32) *query {
+	for _, q := range qs.open {
+		if q.id == id && slices.ContainsFunc(q.waiting, e.sameInstance) {
+			return q
 		}
+	}
+	return nil
+}
+
+// step ends queries: when all that live have answered, or their time is over.
+func (qs *queries) step(n *node) {
+	open := qs.open[:0]
+	for _, q := range qs.open {
+		q.waiting = slices.DeleteFunc(q.waiting, n.table.ended)
+		if len(q.waiting) == 0 || n.now >= q.until {
+			n.out.events = append(n.out.events, Event{kind: eventAnswer, id: q.id})
+			continue
+		}
+		open = append(open, q)
 		n.wakeAt(q.until)
-		return false
-	})
+	}
+	clear(qs.open[len(open):])
+	qs.open = open
 }
 
 // ---------------------------------------------------------------------------
@@ -3671,7 +4312,8 @@ type gossipConfig struct {
 	bind  netip.AddrPort // UDP and TCP; port 0 takes a free one
 	moves bool           // the address was not chosen by the user: it may change
 	iface string         // it is one of this interface; "": of any
-	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown nobody is joined or let in.
+	// awaits is why the address to advertise is not known yet, "": it is. Until addressKnown no member is joined
+	// or let in.
 	awaits string
 	log    logger
 	// events is called from the loop with each event, and with what takes a query's answer: it must not block.
@@ -3686,22 +4328,23 @@ type gossip struct {
 	start    time.Time
 	record   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
 	isolated atomic.Bool
-	inputs   chan func(*node) // what the loop shall do
+	inputs   chan func(*node) // what the loop is to do
 	dropped  atomic.Int64     // datagrams that found inputs full
 	feed     feed             // for commands that read events
-	turns    chan struct{}    // of sessions that have the loop make or take a piece of a table
+	turns    chan struct{}    // of sessions that have the loop make or take a chunk of a table
 	ready    chan struct{}    // closed: the address to advertise is known
 	ended    chan struct{}    // the loop; done: also all that it has started
 	done     chan struct{}    // all has ended: err and last may be read
-	loopState
+	state    loopState
+
+	err  error   // why the loop has ended; nil: it was told to
+	last []Event // what handlers are still to be given then
 }
 
-// loopState is what the loop alone touches until it has ended.
+// loopState is what the loop alone touches.
 type loopState struct {
 	node  *node
 	links map[string]context.CancelFunc
-	err   error   // why it ended; nil: it was told to
-	last  []Event // what handlers shall still hear then
 }
 
 // logClass is whose doing a log line tells of.
@@ -3732,126 +4375,174 @@ var logBounds = [...]struct {
 // sourceSilence is how long one source of refused messages is not named again.
 const sourceSilence = time.Minute
 
-// logLimit bounds the log lines that others can cause. Each class has its own bound, so that a flood of what anybody can
-// forge hides no line of more importance. Safe for concurrent use.
+// logLimit bounds the log lines that others can cause. Each class has its own bound, so that any number of lines
+// about what anybody can forge hides no line of more importance. Safe for concurrent use.
 type logLimit struct {
 	log     logger
 	start   time.Time
 	mu      sync.Mutex
 	classes [len(logBounds)]struct {
-		bucket
+		room    bucket
 		omitted int                      // lines, since the last one that was logged
 		named   map[string]time.Duration // when each source was last named
 	}
 }
 
-func newLogLimit(log logger) *logLimit { return &logLimit{log: log, start: time.Now()} }
+func newLogLimit(log logger) *logLimit {
+	l := &logLimit{log: log, start: time.Now()}
+	for i := range l.classes {
+		l.classes[i].named = make(map[string]time.Duration)
+	}
+	return l
+}
 
-// printf logs a line about source, if the class has room for it and the source was not named for a while. Source "" is
-// that of lines which may follow each other.
+// printf logs a line about source, if the class has room for it and the source was not named for a while. Source
+// "" is that of lines which may follow each other.
 func (l *logLimit) printf(class logClass, source string, level logLevel, format string, a ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c, bound, now := &l.classes[class], logBounds[class], time.Since(l.start)
-	c.fill(now, bound.rate, bound.burst)
+	c := &l.classes[class]
+	bound := logBounds[class]
+	now := time.Since(l.start)
+
 	// Only what is logged is remembered, so the map is as small as the bound.
 	maps.DeleteFunc(c.named, func(_ string, at time.Duration) bool { return now-at >= sourceSilence })
-	_, named := c.named[source]
-	if named || !c.has(1) {
+	_, wasNamed := c.named[source]
+	c.room.fill(now, bound.rate, bound.burst)
+	if wasNamed || !c.room.has(1) {
 		c.omitted++
 		return
 	}
 
-	c.spend(1)
+	c.room.spend(1)
 	if c.omitted > 0 {
 		l.log.printf(levelWarn, "%d lines about %s were left out", c.omitted, bound.what)
 		c.omitted = 0
 	}
 	if source != "" {
-		if c.named == nil {
-			c.named = make(map[string]time.Duration)
-		}
 		c.named[source] = now
 	}
 	l.log.printf(level, format, a...)
 }
 
-// newGossip binds the sockets. The loop, run, is still to be started: it begins to join the seeds.
+// newGossip binds the sockets. The loop is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
-	g := &gossip{cfg: cfg, start: time.Now(), inputs: make(chan func(*node), maxInputs), turns: make(chan struct{}, maxMerging),
-		ready: make(chan struct{}), ended: make(chan struct{}), done: make(chan struct{}),
-		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)}}
+	g := &gossip{
+		cfg:      cfg,
+		start:    time.Now(),
+		inputs:   make(chan func(*node), maxInputs),
+		turns:    make(chan struct{}, maxMerging),
+		ready:    make(chan struct{}),
+		ended:    make(chan struct{}),
+		done:     make(chan struct{}),
+		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)},
+	}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
 		return nil, err
 	}
-	self, bound := &cfg.member, g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
-	self.Addr = netip.AddrPortFrom(cmp.Or(self.Addr.Addr(), bound.Addr().Unmap()), cmp.Or(self.Addr.Port(), bound.Port()))
-	crand.Read(cfg.random[:])
+
+	bound := g.udp.LocalAddr().(*net.UDPAddr).AddrPort()
+	self := &cfg.member
+	self.Addr = advertisedAddr(self.Addr, bound)
 	self.Instance = newInstanceID(uint64(g.start.UnixMilli()), rand.Uint64())
 	self.Incarnation = self.Instance
-	g.loopState = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
-	g.record.Store(g.node.self.claim)
+	crand.Read(cfg.random[:])
+	g.state = loopState{node: newNode(cfg.nodeConfig, 0), links: make(map[string]context.CancelFunc)}
+	g.record.Store(g.state.node.self.claim)
 	if cfg.awaits == "" {
 		close(g.ready)
 	}
+
 	g.ctx, g.quit = context.WithCancel(context.Background())
 	g.wg.Go(g.readUDP)
 	g.wg.Go(func() { g.accept(g.serve) })
 	return g, nil
 }
 
-// listen binds UDP and TCP to one port. Somebody may take a free one between the two, so 0 is tried again.
-func (g *gossip) listen() (err error) {
-	for range 10 {
-		lc := net.ListenConfig{KeepAlive: -1}
-		if g.tcp, err = lc.Listen(context.Background(), "tcp"+family(g.cfg.bind.Addr()), g.cfg.bind.String()); err != nil {
-			return err
-		}
-		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(g.cfg.bind.Addr(), uint16(g.tcp.Addr().(*net.TCPAddr).Port)))
-		if g.udp, err = net.ListenUDP("udp"+family(g.cfg.bind.Addr()), at); err == nil {
-			return g.udp.SetReadBuffer(1 << 20)
-		}
-		g.tcp.Close()
-		if g.cfg.bind.Port() != 0 {
-			return err
-		}
+// advertisedAddr is what the user chose; what is not chosen is as bound.
+func advertisedAddr(chosen, bound netip.AddrPort) netip.AddrPort {
+	ip := chosen.Addr()
+	if !ip.IsValid() {
+		ip = bound.Addr().Unmap()
 	}
-	return err
+	port := chosen.Port()
+	if port == 0 {
+		port = bound.Port()
+	}
+	return netip.AddrPortFrom(ip, port)
+}
+
+// listen binds UDP and TCP to one port.
+func (g *gossip) listen() error {
+	bind := g.cfg.bind
+	config := net.ListenConfig{KeepAlive: -1}
+	var lastErr error
+	for range 10 {
+		tcp, err := config.Listen(context.Background(), "tcp"+family(bind.Addr()), bind.String())
+		if err != nil {
+			return err
+		}
+		port := uint16(tcp.Addr().(*net.TCPAddr).Port)
+		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(bind.Addr(), port))
+		udp, err := net.ListenUDP("udp"+family(bind.Addr()), at)
+		if err == nil {
+			g.tcp = tcp
+			g.udp = udp
+			return udp.SetReadBuffer(1 << 20)
+		}
+
+		tcp.Close()
+		if bind.Port() != 0 {
+			return err
+		}
+		lastErr = err // another process has taken the free port between the two: another one may do
+	}
+	return lastErr
 }
 
 // loop is the loop: the only goroutine that touches the node.
 func (g *gossip) loop() {
-	for planned := time.Duration(0); g.ctx.Err() == nil; {
+	var planned time.Duration
+	for g.ctx.Err() == nil {
 		select {
 		case input := <-g.inputs:
-			g.node.step(time.Since(g.start), input)
+			g.state.node.step(time.Since(g.start), input)
 		case <-time.After(max(planned-time.Since(g.start), 0)):
 		case <-g.ctx.Done():
 		}
-		// What has arrived meanwhile comes first. Whoever was stopped must hear it before it judges, so the readers
-		// get a moment to hand it over. Peers that never stop sending must not keep the node from ticking.
+		// A process that was stopped must hear what has arrived meanwhile before it judges, so the readers get a
+		// moment to hand it over.
 		if time.Since(g.start)-planned > lateBy {
 			time.Sleep(2 * ms)
 		}
-		for end := time.Since(g.start) + drainFor; time.Since(g.start) < end && len(g.inputs) > 0; {
-			g.node.step(time.Since(g.start), <-g.inputs)
-		}
-		out := g.node.tick(time.Since(g.start))
+		g.drain()
+
+		out := g.state.node.tick(time.Since(g.start))
 		g.perform(out)
 		planned = out.wake
 	}
+
 	close(g.ended)
 	g.udp.Close()
 	g.acceptor.close()
 	close(g.done)
 }
 
+// drain takes the inputs that wait. Peers that never stop sending must not keep the node from ticking.
+func (g *gossip) drain() {
+	end := time.Since(g.start) + drainFor
+	for len(g.inputs) > 0 && time.Since(g.start) < end {
+		input := <-g.inputs
+		g.state.node.step(time.Since(g.start), input)
+	}
+}
+
 // perform does what the node wants done.
 func (g *gossip) perform(out outputs) {
-	g.record.Store(g.node.self.claim)
-	g.isolated.Store(g.node.detector.isolated)
+	g.record.Store(g.state.node.self.claim)
+	g.isolated.Store(g.state.node.detector.isolated)
 	for _, l := range out.logs {
 		g.cfg.log(l)
 	}
@@ -3859,52 +4550,68 @@ func (g *gossip) perform(out outputs) {
 		g.dispatch(ev)
 	}
 	if len(out.packets) > 0 {
-		// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
-		g.udp.SetWriteDeadline(time.Now().Add(writeFor))
-		sealer := g.acceptor.sealer.Load()
-		for _, p := range out.packets {
-			g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to), p.to.Addr)
-		}
-		g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
+		g.sendPackets(out.packets)
 	}
+
 	for _, m := range out.tcpProbes {
-		roundTrip := g.node.roundTripTo(m)
+		roundTrip := g.state.node.roundTripTo(m)
 		g.wg.Go(func() { g.tcpProbe(m, roundTrip) })
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
-		sync := &stateSync{roundTrip: g.node.roundTripTo(m)}
+		sync := &stateSync{roundTrip: g.state.node.roundTripTo(m)}
 		g.wg.Go(func() { g.syncWith(m.Addr, sync, false) })
 	}
 	if out.links != nil {
-		g.relink(g.node.self.Member, out.links)
+		g.relink(g.state.node.self.Member, out.links)
 	}
 	for _, i := range out.seeds {
 		g.wg.Go(func() {
 			r := g.joinSeed(g.cfg.seeds[i], false)
-			g.post(func(n *node) { n.handleSeedTried(i, r) })
+			g.post(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 		})
 	}
-	if out.fatal != nil || out.left {
-		if g.err = out.fatal; out.left {
-			g.last = []Event{{kind: eventLeave, update: update{Member: g.node.self.with(statusLeft)}}} // for those that deregister it
-		}
+
+	if out.left {
+		self := g.state.node.self.with(statusLeft)
+		g.last = []Event{{kind: eventLeave, update: update{Member: self}}} // for handlers that deregister it
+	}
+	if out.left || out.fatal != nil {
+		g.err = out.fatal
 		g.quit()
 	}
 }
 
-// dispatch hands an event to the log, to the handlers, and to those who watch.
+func (g *gossip) sendPackets(packets []packet) {
+	// At a deadline of 1 ms, a process that had to wait for its processor lost whole batches.
+	g.udp.SetWriteDeadline(time.Now().Add(writeFor))
+	sealer := g.acceptor.sealer.Load()
+	for _, p := range packets {
+		g.udp.WriteToUDPAddrPort(sealer.sealDatagram(p.data, p.to), p.to.Addr)
+	}
+	g.udp.SetWriteDeadline(time.Time{}) // or its timer would wake the process
+}
+
+// dispatch hands an event to the commands that read events, to the log and to the handlers.
 func (g *gossip) dispatch(ev Event) {
 	g.feed.publish(ev)
 	if ev.kind == eventAnswer {
 		return
 	}
+	g.logEvent(ev)
+	g.cfg.events(ev, func(r reply, text []byte) {
+		g.post(func(n *node) { n.queries.sendReply(n, ev, r, text) })
+	})
+}
 
+func (g *gossip) logEvent(ev Event) {
 	m := ev.Member
 	switch ev.kind {
 	case eventUser:
-		g.lines.printf(aboutEvents, "", levelInfo, "user-event: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+		g.lines.printf(aboutEvents, "", levelInfo, "user-event: %s (from %s, %d bytes)",
+			oneLine(ev.Name), m.Name, len(ev.Payload))
 	case eventQuery:
-		g.lines.printf(aboutQueries, "", levelDebug, "query: %s (from %s, %d bytes)", oneLine(ev.Name), m.Name, len(ev.Payload))
+		g.lines.printf(aboutQueries, "", levelDebug, "query: %s (from %s, %d bytes)",
+			oneLine(ev.Name), m.Name, len(ev.Payload))
 	case eventFailed:
 		g.lines.printf(aboutMembers, "", levelWarn, "%s: %s %s", ev.kind, m.Name, m.Addr)
 	case eventUpdate:
@@ -3912,32 +4619,46 @@ func (g *gossip) dispatch(ev Event) {
 	default:
 		g.lines.printf(aboutMembers, "", levelInfo, "%s: %s %s", ev.kind, m.Name, m.Addr)
 	}
-	g.cfg.events(ev, func(r reply, text []byte) { g.post(func(n *node) { n.sendReply(ev, r, text) }) })
 }
 
+// readUDP hands the datagrams that are for this node to the loop.
 func (g *gossip) readUDP() {
-	for buf := make([]byte, maxDatagram+1); ; {
+	buf := make([]byte, maxDatagram+1)
+	for {
 		size, from, err := g.udp.ReadFromUDPAddrPort(buf)
 		if errors.Is(err, net.ErrClosed) {
 			return
-		} else if err != nil {
+		}
+		if err != nil {
 			continue // an ICMP answer to something sent before
 		}
+
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		self := g.record.Load()
-		data, anyRun, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self.Member)
-		if err != nil {
-			if !errors.Is(err, errNotForMe) {
-				g.logRejected(aboutStrangers, from.Addr(), err)
-			}
+		self := g.record.Load().Member
+		data, anyInstance, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self)
+		if errors.Is(err, errNotForMe) {
 			continue
 		}
-		data = slices.Clone(data)
-		select {
-		case g.inputs <- func(n *node) { g.logRejected(aboutStrangers, from.Addr(), n.handleDatagram(from, data, anyRun)) }:
-		default:
-			g.lines.printf(aboutHost, "datagrams", levelWarn, "datagrams are dropped, %d so far: more come in than this host has time for", g.dropped.Add(1))
+		if err != nil {
+			g.logRejected(aboutStrangers, from.Addr(), err)
+			continue
 		}
+		g.takeDatagram(from, slices.Clone(data), anyInstance)
+	}
+}
+
+// takeDatagram has the loop take a datagram, or drops it: the reader of a socket must not wait.
+func (g *gossip) takeDatagram(from netip.AddrPort, data []byte, anyInstance bool) {
+	input := func(n *node) {
+		err := n.handleDatagram(from, data, anyInstance)
+		g.logRejected(aboutStrangers, from.Addr(), err)
+	}
+	select {
+	case g.inputs <- input:
+	default:
+		dropped := g.dropped.Add(1)
+		g.lines.printf(aboutHost, "datagrams", levelWarn,
+			"datagrams are dropped, %d so far: more come in than this host has time for", dropped)
 	}
 }
 
@@ -3962,7 +4683,7 @@ func (g *gossip) run(f func(*node) error) error {
 }
 
 // self returns this node's own record, whose Addr is the advertised one, and whether it is cut off.
-func (g *gossip) self() (m Member, alone bool) { return g.record.Load().Member, g.isolated.Load() }
+func (g *gossip) self() (m Member, isolated bool) { return g.record.Load().Member, g.isolated.Load() }
 
 // setKeys has all that is sent from now on sealed with the first of keys, and opens what any of them has sealed.
 func (g *gossip) setKeys(keys [][]byte) {
@@ -3973,7 +4694,10 @@ func (g *gossip) setKeys(keys [][]byte) {
 
 // leave tells everybody that this node leaves, waits at most a second for that, and stops the loop.
 func (g *gossip) leave() error {
-	err := g.run(func(n *node) error { n.startLeave(); return nil })
+	err := g.run(func(n *node) error {
+		n.identity.startLeave(n)
+		return nil
+	})
 	<-g.done
 	return err
 }

@@ -107,7 +107,7 @@ func (l *lab) raw(from int, b []byte) {
 func (l *lab) sees(whom int, v verdict) {
 	m := labMember(whom)
 	w := header{From: m.Name, Incarnation: m.Instance}
-	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.handleTCPProbeResult(l.looks[m.Name], v, w) })
+	l.tell(fmt.Sprintf("look at %s: %s", m.Name, verdictWords[v]), func(n *node) { n.detector.handleTCPProbeResult(n, l.looks[m.Name], v, w) })
 }
 
 // check is the number of the checks that the node has sent about a member.
@@ -115,7 +115,7 @@ func (l *lab) check(name string) uint32 { return l.n.detector.ownProbe(l.n.table
 
 // breaks ends the watch link with a member, as its death would.
 func (l *lab) breaks(with int) {
-	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.linkEnded(labMember(with), 0, false) })
+	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.detector.linkEnded(n, labMember(with), 0, false) })
 }
 
 var kindWords = map[msgKind]string{msgHeartbeat: "heartbeat", msgPing: "ping", msgAck: "ack", msgIndirectProbe: "check", msgProbeResult: "vote", msgBroadcast: "flood", msgQuery: "query", msgReply: "reply", msgEventCheck: "event check", msgEventRequest: "event request"}
@@ -893,13 +893,13 @@ func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 	l := newLab(t, 4)
 	var id uint32
-	l.tell("query", func(n *node) { id, _, _ = n.query("load", []byte("?"), nil, time.Second) })
+	l.tell("query", func(n *node) { id, _, _ = n.queries.ask(n, "load", []byte("?"), nil, time.Second) })
 	l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
 	l.udp(1, header{Kind: msgReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
 	l.udp(1, header{Kind: msgReply, Seq: 5, Query: id, Reply: replyDone}, update{Payload: []byte("0.5")})
 	l.udp(2, header{Kind: msgReply, Seq: 6, Query: id, Reply: replyNothing}, update{})
 	l.tell("handler", func(n *node) {
-		n.sendReply(Event{update: update{Member: n.self.Member}, id: id}, replyDone, []byte("1"))
+		n.queries.sendReply(n, Event{update: update{Member: n.self.Member}, id: id}, replyDone, []byte("1"))
 	})
 	l.udp(1, header{Kind: msgBroadcast}, claimed(labMember(3), statusFailed))
 	l.want(`
@@ -936,7 +936,7 @@ func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 	l.udp(1, header{Kind: msgQuery, Query: 8, Seq: 1}, q)
 	l.udp(1, header{Kind: msgQuery, Query: 8, Seq: 1}, q)
 	l.tell("handler", func(n *node) {
-		n.sendReply(Event{update: update{Member: labMember(1), Timeout: 1000}, id: 8}, replyDone, []byte("x"))
+		n.queries.sendReply(n, Event{update: update{Member: labMember(1), Timeout: 1000}, id: 8}, replyDone, []byte("x"))
 	})
 	l.after(60 * ms)
 	l.udp(1, header{Kind: msgAck, Seq: l.seqs["b"]})
@@ -956,21 +956,21 @@ func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 
 func TestNobodyToAskAndTooManyQueriesAreErrors(t *testing.T) {
 	l := newLab(t, 2)
-	if _, _, err := l.n.query("load", nil, []string{"nobody"}, time.Second); err == nil {
+	if _, _, err := l.n.queries.ask(l.n, "load", nil, []string{"nobody"}, time.Second); err == nil {
 		t.Error("nobody is asked, and that is no error")
 	}
-	if _, _, err := l.n.query("", nil, nil, time.Second); err == nil {
+	if _, _, err := l.n.queries.ask(l.n, "", nil, nil, time.Second); err == nil {
 		t.Error("a query without a name")
 	}
-	if _, _, err := l.n.query("load", make([]byte, maxPayload-3), nil, time.Second); err == nil || !strings.Contains(err.Error(), "1025") {
+	if _, _, err := l.n.queries.ask(l.n, "load", make([]byte, maxPayload-3), nil, time.Second); err == nil || !strings.Contains(err.Error(), "1025") {
 		t.Errorf("a query that is too long: %v", err)
 	}
 	for range maxQueries {
-		if _, _, err := l.n.query("load", nil, []string{"b"}, time.Second); err != nil {
+		if _, _, err := l.n.queries.ask(l.n, "load", nil, []string{"b"}, time.Second); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, _, err := l.n.query("load", nil, []string{"b"}, time.Second); err == nil {
+	if _, _, err := l.n.queries.ask(l.n, "load", nil, []string{"b"}, time.Second); err == nil {
 		t.Error("one more than may be under way")
 	}
 }
@@ -978,13 +978,13 @@ func TestNobodyToAskAndTooManyQueriesAreErrors(t *testing.T) {
 func TestChangedTagsRaiseTheIncarnationAndAreFlooded(t *testing.T) {
 	l := newLab(t, 2)
 	l.tell("tags", func(n *node) {
-		if err := n.setTags(map[string]string{"state": "drain", "x": "1"}, []string{"x"}); err != nil {
+		if err := n.identity.setTags(n, map[string]string{"state": "drain", "x": "1"}, []string{"x"}); err != nil {
 			t.Error(err)
 		}
 	})
-	l.tell("the same tags", func(n *node) { n.setTags(map[string]string{"state": "drain"}, nil) })
+	l.tell("the same tags", func(n *node) { n.identity.setTags(n, map[string]string{"state": "drain"}, nil) })
 	l.tell("too long", func(n *node) {
-		if err := n.setTags(map[string]string{"k": strings.Repeat("v", maxTags)}, []string{"state"}); err == nil {
+		if err := n.identity.setTags(n, map[string]string{"k": strings.Repeat("v", maxTags)}, []string{"state"}); err == nil {
 			t.Error("no error")
 		}
 	})
@@ -1003,7 +1003,7 @@ func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
 	l := newLab(t, 1)
 	n, own := l.n, labMember(0).Addr.Addr().String()
 	moved := func(ip string, gone, joins bool) string {
-		n.addressChanged(netip.MustParseAddr(ip), gone, joins, 20)
+		n.identity.addressChanged(n, netip.MustParseAddr(ip), gone, joins, 20)
 		return n.self.Addr.Addr().String()
 	}
 	if got := moved("10.66.0.1", false, true); got != own { // others know the address
@@ -1044,7 +1044,7 @@ func TestSeedThatIsSlowHoldsUpNoOther(t *testing.T) {
 		}
 	}
 	tried := func(i int, err string) {
-		n.step(now, func(n *node) { n.handleSeedTried(i, seedResult{errs: []string{err}}) })
+		n.step(now, func(n *node) { n.joining.handleSeedTried(n, i, seedResult{errs: []string{err}}) })
 	}
 	pass()
 	if !slices.Equal(all.seeds, []int{0, 1}) {
@@ -1094,7 +1094,7 @@ func TestSeedNeedsOneAddressThatAnswers(t *testing.T) {
 		var r seedResult
 		r.add(at, "", syscall.ECONNREFUSED)
 		r.add(labMember(1).Addr, "b", tt.other)
-		n.step(2*ms, func(n *node) { n.handleSeedTried(0, r) })
+		n.step(2*ms, func(n *node) { n.joining.handleSeedTried(n, 0, r) })
 		if logs := n.tick(2 * ms).logs; len(logs) != tt.logs || tt.logs > 0 && !strings.Contains(logs[0].String(), tt.text) {
 			t.Errorf("the other address: %v: it logs %q", tt.other, logs)
 		}
@@ -1527,6 +1527,26 @@ func benchTick(n *node, after time.Duration) outputs {
 	for _, w := range n.heartbeats.watched {
 		w.peer().due = n.now + time.Minute
 	}
-	n.detector.lastHeard = n.now
+	n.detector.heardFrom(n.now)
 	return n.tick(n.real + after)
+}
+
+func TestWarningOfWhatGoesOnComesEverMoreRarely(t *testing.T) {
+	n := newNode(nodeConfig{member: labMember(0)}, 0)
+	var w rareWarning
+	var at []string
+	for n.now = time.Second; n.now < 10*24*time.Hour; n.now += time.Minute {
+		if n.now > 3*24*time.Hour && n.now < 7*24*time.Hour {
+			continue // for a while there is nothing to warn of
+		}
+		n.warnRarely(&w, "x")
+		if len(n.out.logs) > 0 {
+			at = append(at, n.now.Round(time.Minute).String())
+			n.out.logs = nil
+		}
+	}
+	want := "0s 10m0s 30m0s 1h10m0s 2h30m0s 5h10m0s 10h30m0s 21h10m0s 42h30m0s 66h30m0s 168h0m0s 168h10m0s"
+	if got := strings.Join(at, " "); !strings.HasPrefix(got, want) {
+		t.Errorf("warned at %s, want %s", got, want)
+	}
 }

@@ -612,3 +612,11 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 	}
 	return env
 }
+
+// waitAtMost reports whether wait returned within d.
+func waitAtMost(d time.Duration, wait func()) bool {
+	ctx, done := context.WithTimeout(context.Background(), d)
+	go func() { wait(); done() }()
+	<-ctx.Done()
+	return errors.Is(ctx.Err(), context.Canceled)
+}

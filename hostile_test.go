@@ -295,13 +295,13 @@ func (r *rig) step() {
 	case 8: // a link ends
 		name, tries, refused := r.name(), r.pick(6), r.byte()&1 > 0
 		if e := r.n.table.get(name); e != nil {
-			r.tell(func(n *node) { n.linkEnded(e.Member, tries, refused) })
+			r.tell(func(n *node) { n.detector.linkEnded(n, e.Member, tries, refused) })
 		}
 	case 9:
 		if len(r.looks) > 0 {
 			m, v := r.looks[r.pick(len(r.looks))], []verdict{verdictNone, verdictRefused, verdictSilent, verdictAlive}[r.pick(4)]
 			w := header{From: r.name(), Incarnation: 1000}
-			r.tell(func(n *node) { n.handleTCPProbeResult(m, v, w) })
+			r.tell(func(n *node) { n.detector.handleTCPProbeResult(n, m, v, w) })
 		}
 	case 10:
 		r.mode[1+r.pick(rigPeers-1)] = peerMode(r.byte() % 4)
@@ -314,14 +314,14 @@ func (r *rig) step() {
 		if r.trying {
 			r.trying = false
 			errs, names := []string{fmt.Sprint(addrs)}, []string{r.name()}
-			r.tell(func(n *node) { n.handleSeedTried(0, seedResult{names: names[:len(addrs)%2], errs: errs}) })
+			r.tell(func(n *node) { n.joining.handleSeedTried(n, 0, seedResult{names: names[:len(addrs)%2], errs: errs}) })
 		}
 	case 12:
 		size, how := r.pick(256), r.byte()
 		for i := range 1 + int(how>>2) {
 			name := "deploy" + strconv.Itoa(i%int(1+how&2))
 			if how&1 > 0 {
-				r.tell(func(n *node) { n.query("load", make([]byte, 6*size), nil, time.Second) })
+				r.tell(func(n *node) { n.queries.ask(n, "load", make([]byte, 6*size), nil, time.Second) })
 				break
 			}
 			r.tell(func(n *node) { n.userEvent(name, make([]byte, 6*size), how&2 > 0) })
@@ -346,7 +346,7 @@ func (r *rig) step() {
 		}
 	case 15:
 		if r.byte()%8 == 0 {
-			r.tell((*node).startLeave)
+			r.tell(func(n *node) { n.identity.startLeave(n) })
 		} else { // the process is stopped for a while
 			r.now += time.Duration(r.byte()) * 100 * ms
 		}
@@ -374,7 +374,7 @@ func (r *rig) datagram(from netip.AddrPort, b []byte) {
 	r.got[from] += len(b)
 	var hdr header
 	if rest, err := wire.decode(b, &hdr); err == nil {
-		if e := r.n.table.get(hdr.From); e != nil && e.Instance == hdr.born() {
+		if e := r.n.table.get(hdr.From); e != nil && e.Instance == hdr.instance() {
 			r.claims(wire.decodeAll(rest))
 		}
 	}
@@ -522,12 +522,12 @@ func (r *rig) react(o outputs) {
 			continue
 		}
 		r.todo = append(r.todo, func() {
-			r.tell(func(n *node) { n.handleTCPProbeResult(l, v, header{From: l.Name, Incarnation: l.Instance}) })
+			r.tell(func(n *node) { n.detector.handleTCPProbeResult(n, l, v, header{From: l.Name, Incarnation: l.Instance}) })
 		})
 	}
 	for _, ev := range o.events {
 		if ev.kind == eventQuery && r.byte()&1 > 0 {
-			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.sendReply(ev, replyDone, make([]byte, maxPayload)) }) })
+			r.todo = append(r.todo, func() { r.tell(func(n *node) { n.queries.sendReply(n, ev, replyDone, make([]byte, maxPayload)) }) })
 		}
 	}
 }
@@ -831,7 +831,7 @@ func TestTheSumsAreRightWhenAMemberComesBackThatWasForgotten(t *testing.T) {
 	m := r.n.table.get("a").Member
 	m.Status = statusFailed
 	r.n.applyAndForward(&update{Member: m})
-	r.pass(r.n.reapAfter + 3*time.Second)
+	r.pass(r.n.cfg.reapAfter + 3*time.Second)
 	if !r.n.table.get("a").reaped {
 		t.Fatal("a is not forgotten yet")
 	}
@@ -873,7 +873,7 @@ func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
 	dead.Status = statusFailed
 	r.flood(update{Member: dead})
 	r.mode[2] = peerAbsent
-	r.pass(2*r.n.reapAfter + 3*time.Second)
+	r.pass(2*r.n.cfg.reapAfter + 3*time.Second)
 	if r.n.table.get("b") != nil {
 		t.Fatal("b is not forgotten")
 	}
@@ -1149,7 +1149,7 @@ func TestRequestsOfOnePeerLeaveRoomForOthers(t *testing.T) {
 	ev := Event{update: update{Member: labMember(2), Timeout: 1 << 31}}
 	for i := range 4 * maxRequestsToPeer {
 		ev.id = uint32(i)
-		l.n.step(l.now, func(n *node) { n.sendReply(ev, replyDone, make([]byte, maxPayload)) })
+		l.n.step(l.now, func(n *node) { n.queries.sendReply(n, ev, replyDone, make([]byte, maxPayload)) })
 	}
 	if open := len(l.n.requests.open); open > maxRequestsToPeer {
 		t.Errorf("%d replies to one peer wait", open)

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/rand"
 	_ "embed"
@@ -16,14 +15,12 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math"
 	"net"
 	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"regexp/syntax"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -34,7 +31,6 @@ import (
 	"syscall"
 	"time"
 	"unicode"
-	"unicode/utf16"
 )
 
 const version = "0.2.0"
@@ -54,7 +50,9 @@ const (
 	rpcTimeout     = 5 * time.Second
 	slowTimeout    = 20 * time.Second // a join or a leave takes the agent itself up to fifteen
 	startPatience  = time.Second      // how long the banner waits for the name of -advertise
+	handlerGrace   = 3 * time.Second  // what handlers have to end in when the agent stops
 	addressPoll    = 500 * ms         // between looks whether there is an address to advertise now
+	logTime        = "2006/01/02 15:04:05"
 	// One Ctrl-C arrives twice when a wrapper such as timeout or sudo passes it on.
 	sameSignal = 200 * ms
 )
@@ -76,6 +74,11 @@ func failf(hint, format string, args ...any) error {
 
 func usagef(hint, format string, args ...any) error {
 	return &failure{msg: fmt.Sprintf(format, args...), hint: hint, code: 2}
+}
+
+// notYetf makes a failure of what may come right by itself.
+func notYetf(format string, args ...any) error {
+	return &failure{msg: fmt.Sprintf(format, args...), code: 1, retriable: true}
 }
 
 func main() {
@@ -141,8 +144,8 @@ func execute(name string, args []string) error {
 
 // ---- commands and options ----
 
-// command is one command. Its define declares the options on fs, and returns what runs the command once they are set,
-// with its arguments.
+// command is one command. Its define declares the options on fs, and returns what runs the command with its
+// arguments, once the options are set.
 type command struct {
 	name     string
 	args     string // what follows the options: WORD, [WORD] or WORD...
@@ -156,7 +159,7 @@ func commands() []command {
 	return []command{
 		{"agent", "", "runs a node until it is told to stop", agentExamples, agentCommand},
 		{"members", "", "lists the members of the cluster", membersExamples, membersCommand},
-		{"watch", "", "shows the members, and then what happens, as it happens", watchExamples, watchCommand},
+		{"watch", "", "lists the members, then shows events as they happen", watchExamples, watchCommand},
 		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", queryExamples, queryCommand},
 		{"info", "", "shows what the agent knows of itself", infoExamples, infoCommand},
 		{"tags", "", "changes the tags of the running agent", tagsExamples, tagsCommand},
@@ -185,7 +188,8 @@ func (c command) execute(args []string) error {
 	}
 
 	for _, name := range ignored {
-		fmt.Fprint(os.Stderr, formatLine(logLine{levelWarn, fmt.Sprintf("-%s has no effect: %s", name, serfIgnored[name])}, underJournal()))
+		warning := logLine{levelWarn, fmt.Sprintf("-%s has no effect: %s", name, serfIgnored[name])}
+		fmt.Fprint(os.Stderr, formatLine(warning, underJournal()))
 	}
 	if c.name != "agent" { // which has its own way with signals
 		quit := make(chan os.Signal, 1)
@@ -198,26 +202,27 @@ func (c command) execute(args []string) error {
 	return run(operands)
 }
 
-// parseArgs sets options wherever they stand, and returns all other arguments. Behind an argument, what looks like an
-// option and is none is an argument, too: a payload may be "-5". After "--" nothing is an option. It names the options of
-// Serf that have no effect here.
+// parseArgs sets options wherever they stand, and returns all other arguments. It also names the options of Serf that
+// have no effect here.
 func parseArgs(fs *flag.FlagSet, args []string) (operands, ignored []string, err error) {
 	for len(args) > 0 {
 		arg := args[0]
 		args = args[1:]
-		if arg == "--" {
+		if arg == "--" { // after which nothing is an option
 			return append(operands, args...), ignored, nil
 		}
+
+		// Behind an argument, what looks like an option and is none is an argument, too: a payload may be "-5".
 		name, value, hasValue := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
 		option := fs.Lookup(name)
-		_, serfs := serfIgnored[name]
+		_, isSerfs := serfIgnored[name]
+		isKnown := option != nil || isSerfs
 		looksLikeOption := len(arg) > 1 && arg[0] == '-'
-		isPayload := option == nil && !serfs && len(operands) > 0
-		if !looksLikeOption || isPayload {
+		if !looksLikeOption || !isKnown && len(operands) > 0 {
 			operands = append(operands, arg)
 			continue
 		}
-		if option == nil && !serfs {
+		if !isKnown {
 			return nil, nil, unknownOption(fs, name)
 		}
 
@@ -234,7 +239,7 @@ func parseArgs(fs *flag.FlagSet, args []string) (operands, ignored []string, err
 			ignored = append(ignored, name)
 			continue
 		}
-		if err := setOption(fs, name, value); err != nil {
+		if err := setOption(fs, "-"+name, name, value); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -250,16 +255,37 @@ func isSwitch(name string, option *flag.Flag) bool {
 	return ok && b.IsBoolFlag()
 }
 
-// setOption sets an option of fs, and says what is wrong with its value.
-func setOption(fs *flag.FlagSet, name, value string) error {
+// setOption sets an option of fs to a value that came from source: a flag, a variable or a key of a file.
+func setOption(fs *flag.FlagSet, source, name, value string) error {
 	err := fs.Set(name, value)
 	if err != nil && isSwitch(name, fs.Lookup(name)) {
 		err = errors.New("want true or false")
 	}
 	if err != nil {
-		return fmt.Errorf("invalid value %q for -%s: %w", value, name, err)
+		return fmt.Errorf("invalid value %q for %s: %w", value, source, err)
 	}
 	return nil
+}
+
+// setValues sets an option to each of several values. Without any, an option that is there to keep others out is
+// refused as if it were empty.
+func setValues(fs *flag.FlagSet, source, name string, values []string) error {
+	if len(values) == 0 && keepsOthersOut(name) {
+		values = []string{""}
+	}
+	for _, value := range values {
+		if err := setOption(fs, source, name, value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// givenOptions are the names of the options of fs that are set.
+func givenOptions(fs *flag.FlagSet) map[string]bool {
+	given := make(map[string]bool)
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	return given
 }
 
 func unknownOption(fs *flag.FlagSet, name string) error {
@@ -300,8 +326,8 @@ func wrongUsage(command string, err error) error {
 	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %v", command, err)
 }
 
-// nearest is the word of a list that was probably meant by word, which is not in it: at most two letters differ, and
-// fewer than half. It is "" where none is near.
+// nearest is the word of a list that was probably meant by word, which is not in it: at most two letters differ,
+// and fewer than half. It is "" where none is near.
 func nearest(word string, list []string) string {
 	best := ""
 	least := min(2, (len(word)-1)/2)
@@ -313,8 +339,8 @@ func nearest(word string, list []string) string {
 	return best
 }
 
-// editDistance counts the letters to insert, delete, change or swap with the next one that lead from a to b (Damerau and
-// Levenshtein, the restricted form).
+// editDistance counts the letters to insert, delete, change or swap with the next one that lead from a to b (the
+// restricted form of the distance of Damerau and Levenshtein).
 func editDistance(a, b string) int {
 	d := make([][]int, len(a)+1)
 	for i := range d {
@@ -340,8 +366,8 @@ func editDistance(a, b string) int {
 	return d[len(a)][len(b)]
 }
 
-// serfIgnored are the options of Serf that could only tune what needs no tuning here, with what happens instead. They are
-// taken, so that no start command has to change for them.
+// serfIgnored are the options of Serf that could only tune what needs no tuning here, with what happens instead.
+// They are taken, so that no start command has to change for them.
 var serfIgnored = map[string]string{
 	"broadcast-timeout":   "news goes out at once",
 	"disable-compression": "nothing is compressed",
@@ -446,6 +472,14 @@ func numberOption(fs *flag.FlagSet, n *int, name, usage string) {
 	})
 }
 
+// listOption defines an option that adds to a list.
+func listOption(fs *flag.FlagSet, list *[]string, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
+		*list = append(*list, s)
+		return nil
+	})
+}
+
 // durationOption defines an option that takes a duration above 0.
 func durationOption(fs *flag.FlagSet, d *time.Duration, name, usage string) {
 	fs.Func(name, usage, func(s string) error {
@@ -504,57 +538,7 @@ func reason(err error) error {
 	return err
 }
 
-// printable makes text from elsewhere safe to show: whatever is not graphic (escape sequences, bidi marks, broken
-// UTF-8) is shown as in Go source, except for the characters in keep.
-func printable(s, keep string) string {
-	undo := []string{`\"`, `"`, `\\`, `\`}
-	for _, r := range keep {
-		undo = append(undo, strings.Trim(strconv.QuoteRune(r), "'"), string(r))
-	}
-	q := strconv.QuoteToGraphic(s)
-	return strings.NewReplacer(undo...).Replace(q[1 : len(q)-1])
-}
-
-// toJSON lays v out as Serf does, indented by two blanks.
-func toJSON(v any) string { return marshal(v, "  ") }
-
-// toJSONLine lays v out on one line.
-func toJSONLine(v any) string {
-	// Newlines and tabs inside strings are escaped, so these stand between values.
-	lines := strings.ReplaceAll(marshal(v, "\t"), "\t", "")
-	return strings.NewReplacer(",\n", ", ", "\n", "").Replace(lines) + "\n"
-}
-
-func marshal(v any, indent string) string {
-	var b strings.Builder
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", indent)
-	if err := enc.Encode(v); err != nil {
-		panic(err) // strings, numbers and maps of them always encode
-	}
-
-	// A terminal obeys DEL and the C1 controls, and bidi marks hide things. They stand inside strings only.
-	var safe strings.Builder
-	for _, r := range b.String() {
-		if unicode.IsGraphic(r) || r == '\n' || r == '\t' {
-			safe.WriteRune(r)
-			continue
-		}
-		for _, u := range utf16.AppendRune(nil, r) {
-			fmt.Fprintf(&safe, `\u%04x`, u)
-		}
-	}
-	return safe.String()
-}
-
 // ---- the commands that ask a running agent ----
-
-// client is how a command reaches its agent.
-type client struct {
-	addr  string // of the agent's RPC
-	token string
-}
 
 // rpcOptions defines the options that say where the agent is.
 func rpcOptions(fs *flag.FlagSet) *client {
@@ -575,20 +559,6 @@ func rpcVariable(name string) string {
 		return value
 	}
 	return os.Getenv("HAMLET_RPC_" + name)
-}
-
-// call asks the agent and calls each with each response; see callRPC.
-func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
-	addr, err := rpcAddr(c.addr)
-	if err != nil {
-		return err
-	}
-	return callRPC(addr, c.token, req, timeout, each)
-}
-
-// tell has the agent do something, and then prints that it is done.
-func (c *client) tell(req rpcRequest, timeout time.Duration, done string) error {
-	return c.call(req, timeout, func(rpcResponse, []update) error { return output(done) })
 }
 
 // argument is the i-th of the arguments, or "".
@@ -808,7 +778,7 @@ func commit() string {
 // ---- members ----
 
 const membersExamples = `  {} members                                list all members
-  {} members -status alive -tag role=web    the living ones with a tag
+  {} members -status alive -tag role=web    alive members with a tag
   {} members -name 'db[0-9]+' -format json
   {} members -wait 3 -timeout 20s           wait until three are alive
 `
@@ -825,7 +795,7 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 	fs.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
 	detailed := fs.Bool("detailed", false, "show each one's version and protocol, and for how long it has had its\n"+
 		"status")
-	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, even for the agent to start;\n"+
+	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, and for the agent to start;\n"+
 		"exit status 1 if it took too long")
 	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait (default: for ever)")
 
@@ -835,7 +805,7 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 		}
 		status := filter["status"]
 		if wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
-			return usagef("", "-wait counts the living, and -status leaves them out")
+			return usagef("", "-wait counts members that are alive, and -status leaves them out")
 		}
 		members, err := agent.waitForMembers(filter, wait, timeout)
 		if err != nil {
@@ -846,231 +816,6 @@ func membersCommand(fs *flag.FlagSet) func([]string) error {
 		}
 		return output(membersText(members, *detailed))
 	}
-}
-
-// memberStatus is a member, and for how long it has had its status.
-type memberStatus struct {
-	Member
-	since time.Duration
-}
-
-// members asks for the members that match filter.
-func (c *client) members(filter memberFilter, timeout time.Duration) (members []memberStatus, err error) {
-	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
-		for _, u := range us {
-			if filter.matches(u.Member) {
-				members = append(members, memberStatus{u.Member, time.Duration(min(u.Age, uint64(math.MaxInt64/ms))) * ms})
-			}
-		}
-		return nil
-	})
-	slices.SortStableFunc(members, func(a, b memberStatus) int { return compareNames(a.Name, b.Name) })
-	return members, err
-}
-
-// compareNames orders names as people count: host-8 before host-79. Of numbers alike, the one with fewer zeros is first.
-func compareNames(a, b string) int {
-	x, y := a, b
-	for x != "" && y != "" {
-		digitsX, digitsY := leadingDigits(x), leadingDigits(y)
-		if digitsX == "" || digitsY == "" {
-			if x[0] != y[0] {
-				return strings.Compare(x, y)
-			}
-			x = x[1:]
-			y = y[1:]
-			continue
-		}
-		numberX, numberY := strings.TrimLeft(digitsX, "0"), strings.TrimLeft(digitsY, "0")
-		if len(numberX) != len(numberY) {
-			return len(numberX) - len(numberY)
-		}
-		if numberX != numberY {
-			return strings.Compare(numberX, numberY)
-		}
-		x = x[len(digitsX):]
-		y = y[len(digitsY):]
-	}
-	if x == y {
-		return len(a) - len(b)
-	}
-	return len(x) - len(y)
-}
-
-func leadingDigits(s string) string {
-	return s[:len(s)-len(strings.TrimLeft(s, "0123456789"))]
-}
-
-// waitForMembers asks for the members that match filter until wait of them are alive, or timeout (0: none) is over.
-func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]memberStatus, error) {
-	const pause = 100 * ms
-	if timeout == 0 {
-		timeout = math.MaxInt64
-	}
-	deadline := time.Now().Add(timeout)
-	var tooFew error // what the last answer lacked
-	for {
-		members, err := c.members(filter, min(rpcTimeout, max(time.Until(deadline), pause)))
-		living := aliveNames(members)
-		if err == nil && len(living) >= wait {
-			return members, nil
-		}
-		if wait == 0 {
-			return nil, err
-		}
-		if f, ok := errors.AsType[*failure](err); err != nil && !(ok && f.retriable) {
-			return nil, err
-		}
-
-		if err == nil {
-			names := "none"
-			if len(living) > 0 {
-				names = strings.Join(living, ", ")
-			}
-			tooFew = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
-		}
-		if time.Until(deadline) <= pause && tooFew != nil {
-			return nil, tooFew
-		}
-		if time.Until(deadline) <= pause {
-			return nil, err
-		}
-		time.Sleep(pause)
-	}
-}
-
-func aliveNames(members []memberStatus) (names []string) {
-	for _, m := range members {
-		if m.Status == statusAlive {
-			names = append(names, m.Name)
-		}
-	}
-	return names
-}
-
-// memberFilter is what members must match, by field: "name", "status", or a tag as "tag KEY".
-type memberFilter map[string]*regexp.Regexp
-
-// set returns the way to take FIELD=RE, or what is missing of it after a prefix.
-func (f memberFilter) set(prefix string) func(string) error {
-	return func(s string) error {
-		field, re, ok := strings.Cut(prefix+s, "=")
-		if !ok {
-			return errors.New("want KEY=RE, such as role=web")
-		}
-		r, err := regexp.Compile("^(?s:" + re + ")$")
-		if se, ok := errors.AsType[*syntax.Error](err); ok {
-			return fmt.Errorf("%q is not a regular expression: %s", re, se.Code)
-		}
-		f[field] = r
-		return nil
-	}
-}
-
-func (f memberFilter) matches(m Member) bool {
-	fields := map[string]string{"name": m.Name, "status": m.Status.String()}
-	for k, v := range m.Tags.asMap() {
-		fields["tag "+k] = v
-	}
-	for field, re := range f {
-		if v, ok := fields[field]; !ok || !re.MatchString(v) {
-			return false
-		}
-	}
-	return true
-}
-
-// membersText makes columns at least four blanks apart. The third is never narrower than "failed", so that tags
-// stay in place when a member fails.
-func membersText(members []memberStatus, detailed bool) string {
-	var rows [][]string
-	for _, m := range members {
-		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
-		if detailed {
-			row = append(row, "for "+m.since.Round(time.Second).String(), "version "+printable(m.Version, ""),
-				fmt.Sprint("protocol ", m.Protocol))
-		}
-		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
-	}
-	return columns(rows)
-}
-
-// columns lays rows out at least four blanks apart, without trailing blanks.
-func columns(rows [][]string) string {
-	var widths []int
-	for _, row := range rows {
-		for i, cell := range row {
-			if i == len(widths) {
-				widths = append(widths, 0)
-			}
-			widths[i] = max(widths[i], displayWidth(cell))
-		}
-	}
-
-	var b strings.Builder
-	for _, row := range rows {
-		line := ""
-		for i, cell := range row {
-			line += cell + strings.Repeat(" ", widths[i]-displayWidth(cell)+4)
-		}
-		b.WriteString(strings.TrimRight(line, " ") + "\n")
-	}
-	return b.String()
-}
-
-// displayWidth is how many places s takes on a terminal: East Asian characters and emoji take two, marks that combine
-// none (Unicode Standard Annex 11, in coarse ranges).
-func displayWidth(s string) (width int) {
-	for _, r := range s {
-		switch {
-		case unicode.In(r, unicode.Mn, unicode.Me):
-		case r >= 0x1100 && isWide(r):
-			width += 2
-		default:
-			width++
-		}
-	}
-	return width
-}
-
-func isWide(r rune) bool {
-	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
-		return true
-	}
-	for _, wide := range [][2]rune{{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff}} {
-		if r >= wide[0] && r <= wide[1] {
-			return true
-		}
-	}
-	return false
-}
-
-// memberJSON is a member as Serf shows it; what follows the status is of -detailed.
-type memberJSON struct {
-	Name     string            `json:"name"`
-	Addr     string            `json:"addr"`
-	Port     uint16            `json:"port"`
-	Tags     map[string]string `json:"tags"`
-	Status   string            `json:"status"`
-	For      string            `json:"for,omitempty"`
-	Version  string            `json:"version,omitempty"`
-	Protocol uint8             `json:"protocol,omitempty"`
-}
-
-func membersJSON(members []memberStatus, detailed bool) string {
-	var list []memberJSON // null where there is none, as Serf has it
-	for _, m := range members {
-		shown := memberJSON{Name: m.Name, Addr: m.Addr.String(), Port: m.Addr.Port(), Tags: m.Tags.asMap(), Status: m.Status.String()}
-		if detailed {
-			shown.For = m.since.Round(time.Second).String()
-			shown.Version = m.Version
-			shown.Protocol = m.Protocol
-		}
-		list = append(list, shown)
-	}
-	return toJSON(struct {
-		Members []memberJSON `json:"members"`
-	}{list})
 }
 
 // ---- watch ----
@@ -1085,10 +830,10 @@ func watchCommand(fs *flag.FlagSet) func([]string) error {
 	agent := rpcOptions(fs)
 	asJSON := formatOption(fs)
 	events := fs.String("event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-		"each one known at the start")
+		"each member that is there at the start")
 	var count int
 	var timeout time.Duration
-	numberOption(fs, &count, "n", "end after `N` events, not counting those known at first")
+	numberOption(fs, &count, "n", "end after `N` events, not counting the members at the start")
 	durationOption(fs, &timeout, "timeout", "with -n: exit status 1 if it takes longer, a `DURATION`")
 
 	return func([]string) error {
@@ -1107,7 +852,7 @@ func watchCommand(fs *flag.FlagSet) func([]string) error {
 				if !matches(kinds, a.Kind, u.Name) {
 					continue
 				}
-				text += watchLine(a, u, *asJSON)
+				text += watchLine(time.Unix(0, a.At), Event{kind: a.Kind, update: u, changed: a.Text}, *asJSON)
 				if a.Kind != 0 { // a member that was there at the start is no event
 					seen++
 				}
@@ -1129,8 +874,8 @@ func watchCommand(fs *flag.FlagSet) func([]string) error {
 
 // checkWatch says what is wrong with the options of watch.
 func checkWatch(kinds []string, count int, timeout time.Duration) error {
-	there := eventNames[0]
-	onlyEvents := slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == there })
+	atStart := eventNames[0]
+	onlyEvents := slices.DeleteFunc(slices.Clone(kinds), func(ev string) bool { return ev == atStart })
 	if err := checkEvents(onlyEvents); err != nil {
 		return usagef(fmt.Sprintf("'%s help watch' shows some", prog), "-event: %v", err)
 	}
@@ -1138,63 +883,9 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 		return usagef("for example: -n 1 -timeout 60s", "-timeout needs -n N")
 	}
 	if count > 0 && len(onlyEvents) == 0 {
-		return usagef("", "-n counts events, and %q is none: it is each one known at the start", there)
+		return usagef("", "-n counts events, and %q is none: it stands for each member at the start", atStart)
 	}
 	return nil
-}
-
-// droppedLine says that this reader was too slow for that many lines.
-func droppedLine(dropped int, asJSON bool) string {
-	if dropped <= 0 {
-		return ""
-	}
-	if asJSON {
-		return toJSONLine(struct {
-			Lost int `json:"lost"`
-		}{dropped})
-	}
-	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", dropped)
-}
-
-// watchLine shows one event.
-func watchLine(a rpcResponse, u update, asJSON bool) string {
-	if asJSON {
-		return watchJSON(a, u)
-	}
-	m := u.Member
-	what := fmt.Sprintf("%s %s (from %s)", u.Name, u.Payload, m.Name)
-	if a.Kind < eventUser {
-		what = fmt.Sprintf("%s %s %s %s", m.Name, m.Addr, m.Status, strings.Join(splitNUL(m.Tags), ","))
-	}
-	if a.Kind == eventUpdate {
-		what += fmt.Sprintf(" (%s)", a.Text)
-	}
-	at := time.Unix(0, a.At).Format("2006/01/02 15:04:05")
-	return strings.TrimRight(fmt.Sprintf("%s %s: %s", at, a.Kind, printable(what, "")), " ") + "\n"
-}
-
-func watchJSON(a rpcResponse, u update) string {
-	m := u.Member
-	at := time.Unix(0, a.At).Format(time.RFC3339Nano)
-	if a.Kind < eventUser {
-		return toJSONLine(struct {
-			Time   string            `json:"time"`
-			Event  string            `json:"event"`
-			Name   string            `json:"name"`
-			Addr   string            `json:"addr"`
-			Tags   map[string]string `json:"tags"`
-			Status string            `json:"status"`
-			Change string            `json:"changed,omitempty"`
-		}{at, a.Kind.String(), m.Name, m.Addr.String(), m.Tags.asMap(), m.Status.String(), a.Text})
-	}
-	return toJSONLine(struct {
-		Time    string `json:"time"`
-		Event   string `json:"event"`
-		Name    string `json:"name"`
-		Payload string `json:"payload"`
-		LTime   uint64 `json:"ltime"`
-		From    string `json:"from"`
-	}{at, a.Kind.String(), u.Name, string(u.Payload), u.LTime, m.Name})
 }
 
 // ---- query ----
@@ -1212,17 +903,17 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 	var nodes []string
 	fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
 		nodes = append(nodes, name)
-		return validName(name) // an empty one would be nobody, and so ask all
+		return validName(name) // an empty one would ask all
 	})
 	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
 	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait for the slowest (default 15s)")
-	noAck := fs.Bool("no-ack", false, "do not show who has the query")
+	noAck := fs.Bool("no-ack", false, "do not show which members have received the query")
 
 	return func(args []string) error {
 		if timeout > maxQueryTimeout {
 			return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, timeout)
 		}
-		result := &queryResult{Responses: make(map[string]string), acked: make(map[string]bool), waiting: make(map[string]bool), noAck: *noAck}
+		result := newQueryResult(*noAck)
 		show := func(text string) error { return output(printable(text, "\n\t")) }
 		if *asJSON {
 			show = func(string) error { return nil } // programs get all at the end
@@ -1245,89 +936,6 @@ func queryCommand(fs *flag.FlagSet) func([]string) error {
 		}
 		return nil
 	}
-}
-
-// query asks the members that nodes and filter name (with neither, all of them), and shows what comes of it as it comes.
-func (c *client) query(req rpcRequest, nodes []string, filter memberFilter, result *queryResult, show func(string) error) error {
-	if len(filter) > 0 {
-		members, err := c.members(filter, rpcTimeout)
-		if err != nil {
-			return err
-		}
-		living := aliveNames(members)
-		if len(nodes) > 0 {
-			living = slices.DeleteFunc(living, func(name string) bool { return !slices.Contains(nodes, name) })
-		}
-		if len(living) == 0 {
-			return nil // everybody who was asked has answered
-		}
-		nodes = living
-	}
-
-	for _, name := range nodes { // a member that was named and is not there does not answer
-		result.waiting[name] = true
-	}
-	req.Args = strings.Join(nodes, "\x00")
-	dispatched := false
-	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
-		text := ""
-		if a.Text != "" && !dispatched {
-			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
-			dispatched = true
-		}
-		for _, name := range splitNUL(a.Text) { // the members that are asked
-			result.waiting[name] = true
-		}
-		for _, u := range us {
-			text += result.add(u.Member.Name, a.Reply, string(u.Payload))
-		}
-		return show(text)
-	})
-}
-
-// queryResult is what has come of a query; as JSON it has the two keys of Serf's.
-type queryResult struct {
-	Acks      []string
-	Responses map[string]string // the output of handlers that did well
-	Failures  map[string]string `json:",omitempty"` // and of those that failed
-	acked     map[string]bool   // those in Acks
-	waiting   map[string]bool   // asked, and no answer yet
-	noAck     bool
-}
-
-// add takes in what from says, and returns the lines to show for it.
-func (r *queryResult) add(from string, reply reply, said string) string {
-	text := ""
-	if !r.noAck && !r.acked[from] { // a reply may overtake the acknowledgement
-		r.acked[from] = true
-		r.Acks = append(r.Acks, from)
-		text = fmt.Sprintf("Ack from '%s'\n", from)
-	}
-	if reply == replyAck {
-		return text
-	}
-
-	delete(r.waiting, from)
-	switch reply {
-	case replyDone:
-		r.Responses[from] = said
-		text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
-	case replyFailed:
-		if r.Failures == nil {
-			r.Failures = make(map[string]string)
-		}
-		r.Failures[from] = said
-		text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
-	}
-	return text
-}
-
-func (r *queryResult) totals() string {
-	text := ""
-	if !r.noAck {
-		text = fmt.Sprintf("Total Acks: %d\n", len(r.Acks))
-	}
-	return text + fmt.Sprintf("Total Responses: %d\n", len(r.Responses))
 }
 
 // ---- the agent ----
@@ -1392,6 +1000,7 @@ type agentSource struct {
 // newAgent defines the agent's options on fs.
 func newAgent(fs *flag.FlagSet) *agent {
 	a := &agent{tags: make(map[string]string)}
+	a.handlers.grace = handlerGrace
 	a.options(fs)
 	return a
 }
@@ -1408,20 +1017,20 @@ func (src agentSource) read() (*agent, error) {
 		return nil, wrongUsage("agent", err)
 	}
 	if len(unknown) > 0 {
-		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: not looked at", strings.Join(unknown, ", ")))
+		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: ignored", strings.Join(unknown, ", ")))
 	}
 	if err := a.readFiles(fs); err != nil {
 		return nil, err
 	}
 	if logLevelOf(a.logLevel) < 0 {
-		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, strings.ToLower(strings.Join(levelNames, ", ")))
+		names := strings.ToLower(strings.Join(levelNames, ", "))
+		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, names)
 	}
 	return a, nil
 }
 
 func (a *agent) options(fs *flag.FlagSet) {
-	g, h := &a.gossip, &a.handlers
-	g.reapAfter, h.timeout, h.grace = 24*time.Hour, 10*time.Minute, 3*time.Second
+	g := &a.gossip
 	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
 	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
 	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
@@ -1433,34 +1042,30 @@ func (a *agent) options(fs *flag.FlagSet) {
 		"it changes")
 	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
 	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
-	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\nseparated by commas", a.seed)
+	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\n"+
+		"separated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
 	numberOption(fs, &g.retryMax, "retry-max", "give up when every seed has failed `N` times: 10 take some 7 s,\n"+
 		"70 some 80 s, each further one up to 30 s (default: never)")
-	fs.BoolVar(&g.replay, "replay", false, "run handlers for the remembered events of before its time, too")
+	fs.BoolVar(&g.replay, "replay", false, "also run handlers for remembered events from before this node joined")
 	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
 		"repeatable, or separated by commas: the first seals, all can open;\n"+
 		"'none' among them stands for no encryption, while keys are introduced.\n"+
-		"Others can see arguments: better set HAMLET_ENCRYPT", secret(func(s string) {
-		a.keys = append(a.keys, strings.Split(s, ",")...)
-	}))
+		"Others can see arguments: better set HAMLET_ENCRYPT",
+		secret(func(s string) { a.keys = append(a.keys, strings.Split(s, ",")...) }))
+	g.reapAfter = 24 * time.Hour
 	durationOption(fs, &g.reapAfter, "reap-after", "forget failed and left members after `DURATION` (default 24h)")
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
-	fs.Func("event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
+	listOption(fs, &a.handlers.specs, "event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
 		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
 		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
-		"query:NAME or * (all of them)", func(s string) error { h.specs = append(h.specs, s); return nil })
-	durationOption(fs, &h.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
+		"query:NAME or * (all of them)")
+	a.handlers.timeout = 10 * time.Minute
+	durationOption(fs, &a.handlers.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
 	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
-	fs.Func("config-file", "read options from the JSON of `FILE`, as Serf's; repeatable", func(s string) error {
-		a.files = append(a.files, s)
-		return nil
-	})
-	fs.Func("config-dir", "read those of all *.json files in `DIR`; repeatable", func(s string) error {
-		a.folders = append(a.folders, s)
-		return nil
-	})
+	listOption(fs, &a.files, "config-file", "read options from `FILE`, in the JSON of Serf; repeatable")
+	listOption(fs, &a.folders, "config-dir", "read options from all *.json files in `DIR`; repeatable")
 }
 
 func (a *agent) seed(s string) error {
@@ -1471,29 +1076,30 @@ func (a *agent) seed(s string) error {
 
 // setFromEnvironment sets the options that were not given from their variables, and names the variables of none.
 func setFromEnvironment(fs *flag.FlagSet, environ []string) (unknown []string, err error) {
-	given := make(map[string]bool)
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	given := givenOptions(fs)
 	for _, kv := range environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
-		if !ours {
+		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
+		if !ours || given[name] {
 			continue
 		}
-
-		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
 		if fs.Lookup(name) == nil {
 			if !isServiceLink(variable, text) {
 				unknown = append(unknown, variable)
 			}
 			continue
 		}
+
 		// Templates set all variables, also those that have no value. But an empty secret is one that is missing.
-		meant := text != "" || keepsOthersOut(name)
-		if meant && !given[name] && err == nil {
-			err = setFromVariable(fs, variable, text, name)
+		if text == "" && !keepsOthersOut(name) {
+			continue
+		}
+		if err := setFromVariable(fs, variable, text, name); err != nil {
+			return nil, err
 		}
 	}
-	return unknown, err
+	return unknown, nil
 }
 
 // keepsOthersOut reports whether the option of that name is there to keep others out. Without a value that would
@@ -1527,28 +1133,32 @@ func isServiceLink(variable, text string) bool {
 	return is
 }
 
-// setFromVariable sets an option to the text of a variable, or to each item of it where the option is repeatable.
+// setFromVariable sets an option to the text of a variable, or to each item of it where that is a list.
 func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
-	items, note := []string{text}, ""
-	if slices.Contains([]string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}, name) {
-		items = splitList(text)
+	lists := []string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}
+	if !slices.Contains(lists, name) {
+		return setOption(fs, variable, name, text)
 	}
-	if len(items) == 0 && keepsOthersOut(name) {
-		items = []string{""} // which it refuses
+	items := splitList(text)
+	err := setValues(fs, variable, name, items)
+	if len(items) < 2 || strings.Contains(text, "\n") || keepsOthersOut(name) { // no error may show a key
+		return err
 	}
-	if len(items) > 1 && name != "encrypt" && !strings.Contains(text, "\n") { // no error may show a key
-		note = "; it is split at its commas: end it with a newline to have it split at newlines only"
+
+	// Commas that belong to one item have split it: what is left of it is no item, or breaks off inside quotes.
+	broken := slices.IndexFunc(items, breaksOff)
+	if err == nil && broken >= 0 {
+		err = fmt.Errorf("invalid value %q for %s: it breaks off inside quotes", items[broken], variable)
 	}
-	for _, item := range items {
-		err := fs.Set(name, item)
-		if note != "" && (strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0) {
-			err = errors.New("it breaks off inside quotes")
-		}
-		if err != nil {
-			return fmt.Errorf("invalid value %q for %s: %w%s", item, variable, err, note)
-		}
+	if err != nil {
+		err = fmt.Errorf("%w; it is split at its commas: end it with a newline to have it split at newlines only", err)
 	}
-	return nil
+	return err
+}
+
+// breaksOff reports whether text ends inside quotes.
+func breaksOff(text string) bool {
+	return strings.Count(text, `"`)%2 > 0 || strings.Count(text, "'")%2 > 0
 }
 
 // splitList takes a list apart at its commas, or at its newlines if there are any. The events in
@@ -1558,20 +1168,27 @@ func splitList(text string) (items []string) {
 	if strings.Contains(text, "\n") {
 		sep = "\n"
 	}
+	events := "" // that wait for their script
 	for item := range strings.SplitSeq(text, sep) {
-		last := len(items) - 1
-		switch item = strings.TrimSpace(item); {
-		case item == "":
-		case last >= 0 && !strings.Contains(items[last], "=") && checkEvents(strings.Split(items[last], ",")) == nil:
-			items[last] += "," + item
-		default:
-			items = append(items, item)
+		item = strings.TrimSpace(item)
+		if item == "" {
+			continue
 		}
+		item = events + item
+		events = ""
+		if !strings.Contains(item, "=") && checkEvents(strings.Split(item, ",")) == nil {
+			events = item + ","
+			continue
+		}
+		items = append(items, item)
+	}
+	if events != "" {
+		items = append(items, strings.TrimSuffix(events, ","))
 	}
 	return items
 }
 
-// serfKeys are the keys of Serf's configuration files whose option is called otherwise than the key with '-' for '_'.
+// serfKeys are the keys of Serf's configuration files whose option has another name than the key with '-' for '_'.
 var serfKeys = map[string]string{
 	"node_name":          "node",
 	"interface":          "iface",
@@ -1589,11 +1206,10 @@ var serfKeys = map[string]string{
 	"enable_compression": "disable-compression",
 }
 
-// readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers are
-// added to those.
+// readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers
+// are added to those.
 func (a *agent) readFiles(fs *flag.FlagSet) error {
-	given := make(map[string]bool)
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	given := givenOptions(fs)
 	for _, list := range []string{"tag", "role", "join", "retry-join", "event-handler"} {
 		delete(given, list)
 	}
@@ -1624,15 +1240,9 @@ func (a *agent) readFiles(fs *flag.FlagSet) error {
 
 // setFromJSON sets options from one file. What an earlier file has set and is no list is set anew.
 func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string, text []byte) error {
-	var object map[string]any
-	decoder := json.NewDecoder(bytes.NewReader(text))
-	decoder.UseNumber() // which keeps the text of a number
-	if err := decoder.Decode(&object); err != nil {
-		line := 1 + bytes.Count(text[:decoder.InputOffset()], []byte("\n"))
-		if se, ok := errors.AsType[*json.SyntaxError](err); ok {
-			line = 1 + bytes.Count(text[:min(int(se.Offset), len(text))], []byte("\n"))
-		}
-		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: line %d: this is not JSON: %v", file, line, err)
+	object, err := decodeObject(text)
+	if err != nil {
+		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: %v", file, err)
 	}
 
 	for _, key := range slices.Sorted(maps.Keys(object)) {
@@ -1647,20 +1257,33 @@ func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string
 			a.notes = append(a.notes, unknownKey(file, key, name))
 			continue
 		}
-		values := optionTexts(object[key])
-		if len(values) == 0 && keepsOthersOut(name) {
-			values = []string{""} // which it refuses
+		if given[name] {
+			continue
 		}
-		for _, value := range values {
-			if given[name] || a.hasTag(name, value) {
-				continue
-			}
-			if err := setOption(fs, name, value); err != nil {
-				return failf("", "%s: %s: %v", file, key, err)
-			}
+
+		isSet := func(value string) bool { return a.hasTag(name, value) }
+		values := slices.DeleteFunc(optionTexts(object[key]), isSet)
+		if err := setValues(fs, "-"+name, name, values); err != nil {
+			return failf("", "%s: %s: %v", file, key, err)
 		}
 	}
 	return nil
+}
+
+// decodeObject decodes a JSON object. The error names the line.
+func decodeObject(text []byte) (object map[string]any, err error) {
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.UseNumber() // which keeps the text of a number
+	err = decoder.Decode(&object)
+	if err == nil {
+		return object, nil
+	}
+
+	at := decoder.InputOffset()
+	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
+		at = min(syntax.Offset, int64(len(text)))
+	}
+	return nil, fmt.Errorf("line %d: this is not JSON: %w", 1+bytes.Count(text[:at], []byte("\n")), err)
 }
 
 // optionTexts is a JSON value as options take it: each item of a list, KEY=VALUE for each item of an object.
@@ -1683,10 +1306,13 @@ func optionTexts(value any) (texts []string) {
 
 // hasTag reports whether a flag or the environment has set the tag that this option is about.
 func (a *agent) hasTag(option, value string) bool {
-	key := "role"
-	if option == "tag" {
+	var key string
+	switch option {
+	case "role":
+		key = "role"
+	case "tag":
 		key, _, _ = strings.Cut(value, "=")
-	} else if option != "role" {
+	default:
 		return false
 	}
 	_, ok := a.tags[key]
@@ -1701,7 +1327,7 @@ func unknownKey(file, key, option string) string {
 	if advice := serfAdvice("-" + option); advice != "" {
 		return fmt.Sprintf("%s: hamlet has no %q: %s", file, key, advice)
 	}
-	return fmt.Sprintf("%s: there is no option %q: it is not looked at", file, key)
+	return fmt.Sprintf("%s: there is no option %q: ignored", file, key)
 }
 
 // check completes the configuration and returns the reason for the advertised address.
@@ -1713,15 +1339,18 @@ func (a *agent) check() (why string, err error) {
 	if err := validName(cfg.member.Name); err != nil {
 		return "", usagef("choose a name with -node", "%v", err)
 	}
-	if cfg.member.Tags, err = makeTags(a.tags); err != nil {
+	cfg.member.Tags, err = makeTags(a.tags)
+	if err != nil {
 		return "", usagef("", "-tag: %v", err)
 	}
+	cfg.keys, err = parseKeys(a.keys)
+	if err != nil {
+		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
+	}
+
 	cfg.bind, err = a.bindAddress()
 	if err != nil {
 		return "", err
-	}
-	if cfg.keys, err = parseKeys(a.keys); err != nil {
-		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
 	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == ""
 	cfg.iface = a.iface
@@ -1730,14 +1359,15 @@ func (a *agent) check() (why string, err error) {
 
 // chooseAddress chooses the address to advertise. Where it may become known later, a stopgap is taken until then.
 func (a *agent) chooseAddress() (why string, err error) {
-	cfg := &a.gossip
 	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
 	defer cancel()
+	cfg := &a.gossip
 	cfg.member.Addr, why, err = a.advertised(ctx)
 	f, _ := errors.AsType[*failure](err)
 	if f == nil || !f.retriable {
 		return why, err
 	}
+
 	cfg.awaits = f.msg
 	_, port, _ := hostPort(a.advertise, fmt.Sprint(cfg.bind.Port()))
 	cfg.member.Addr = netip.MustParseAddrPort(net.JoinHostPort("127.0.0.1", port))
@@ -1788,6 +1418,7 @@ type runningAgent struct {
 	gossip   *gossip
 	handlers *handlers
 	logs     *logWriter
+	log      logger        // which logs writes
 	ended    chan struct{} // closed when all has ended
 }
 
@@ -1799,19 +1430,20 @@ func (src agentSource) run() error {
 	}
 	logs := newLogWriter(logLevelOf(a.logLevel))
 	a.gossip.member.Version = version
-	a.handlers.log = logs.log
 	a.gossip.log = logs.log
+	a.handlers.log = logs.log
 	started := *a // check completes what was read
 	why, err := a.check()
 	if err != nil {
 		return err
 	}
 
+	// Until here a signal ends the process, however long a resolver takes.
 	ln, err := a.listenRPC()
 	if err != nil {
 		return err
 	}
-	signals := prepareProcess() // only now: until here a signal ends the process, however long a resolver takes
+	signals := prepareProcess()
 	handlers, err := newHandlers(a.handlers)
 	if err != nil {
 		return usagef(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
@@ -1826,16 +1458,17 @@ func (src agentSource) run() error {
 		self, alone := g.self()
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
-	r := &runningAgent{src, started, &started, g, handlers, logs, make(chan struct{})}
+	r := &runningAgent{
+		source: src, started: started, lastRead: &started,
+		gossip: g, handlers: handlers, logs: logs, log: logs.log, ended: make(chan struct{}),
+	}
 
 	go g.loop()
 	a.banner(g, why, ln.Addr())
 	if a.gossip.awaits != "" {
 		go a.awaitAddress(g)
 	}
-	for _, note := range a.notes {
-		logger(logs.log).printf(levelWarn, "%s", note)
-	}
+	r.logNotes(a.notes)
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
@@ -1846,6 +1479,12 @@ func (src agentSource) run() error {
 		close(r.ended)
 	}()
 	return r.wait(signals)
+}
+
+func (r *runningAgent) logNotes(notes []string) {
+	for _, note := range notes {
+		r.log.printf(levelWarn, "%s", note)
+	}
 }
 
 func (a *agent) listenRPC() (net.Listener, error) {
@@ -1878,29 +1517,25 @@ func (r *runningAgent) reload() error {
 		return err
 	}
 
-	for _, note := range a.notes {
-		if !slices.Contains(r.lastRead.notes, note) {
-			logger(r.logs.log).printf(levelWarn, "%s", note)
-		}
-	}
+	wasTold := func(note string) bool { return slices.Contains(r.lastRead.notes, note) }
+	r.logNotes(slices.DeleteFunc(slices.Clone(a.notes), wasTold))
 	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
-		logger(r.logs.log).printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
+		r.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
 	}
 	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
 	r.gossip.setKeys(keys)
 	set, remove := tagChanges(r.lastRead.tags, a.tags)
 	r.lastRead = a
-	return r.gossip.run(func(n *node) error { return n.setTags(set, remove) })
+	return r.gossip.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
 }
 
 // tagChanges is what leads from one set of tags to another. What the tags command has changed meanwhile stays.
 func tagChanges(was, is map[string]string) (set map[string]string, remove []string) {
-	set = make(map[string]string)
-	for key, value := range is {
-		if old, ok := was[key]; !ok || old != value {
-			set[key] = value
-		}
-	}
+	set = maps.Clone(is)
+	maps.DeleteFunc(set, func(key, value string) bool {
+		old, ok := was[key]
+		return ok && old == value
+	})
 	for key := range was {
 		if _, ok := is[key]; !ok {
 			remove = append(remove, key)
@@ -1911,32 +1546,40 @@ func tagChanges(was, is map[string]string) (set map[string]string, remove []stri
 
 // fixedChanges names the options that differ in b, and cannot change while the agent runs.
 func (a *agent) fixedChanges(b *agent) (names []string) {
-	for _, option := range []struct{ name, a, b string }{
-		{"advertise", a.advertise, b.advertise},
-		{"bind", a.bind, b.bind},
-		{"cluster", a.gossip.cluster, b.gossip.cluster},
-		{"iface", a.iface, b.iface},
-		{"join", strings.Join(a.gossip.seeds, ","), strings.Join(b.gossip.seeds, ",")},
-		{"leave-on-terminate", fmt.Sprint(a.leaveOnTerminate), fmt.Sprint(b.leaveOnTerminate)},
-		{"node", a.gossip.member.Name, b.gossip.member.Name},
-		{"reap-after", a.gossip.reapAfter.String(), b.gossip.reapAfter.String()},
-		{"replay", fmt.Sprint(a.gossip.replay), fmt.Sprint(b.gossip.replay)},
-		{"retry-max", fmt.Sprint(a.gossip.retryMax), fmt.Sprint(b.gossip.retryMax)},
-		{"rpc-addr", a.rpcAddr, b.rpcAddr},
-		{"rpc-auth", a.rpcAuth, b.rpcAuth},
-	} {
-		if option.a != option.b {
-			names = append(names, option.name)
+	values := b.fixed()
+	for name, value := range a.fixed() {
+		if value != values[name] {
+			names = append(names, name)
 		}
 	}
+	slices.Sort(names)
 	return names
+}
+
+// fixed are the options that cannot change while the agent runs.
+func (a *agent) fixed() map[string]any {
+	return map[string]any{
+		"advertise":          a.advertise,
+		"bind":               a.bind,
+		"cluster":            a.gossip.cluster,
+		"iface":              a.iface,
+		"join":               strings.Join(a.gossip.seeds, ","),
+		"leave-on-terminate": a.leaveOnTerminate,
+		"node":               a.gossip.member.Name,
+		"reap-after":         a.gossip.reapAfter,
+		"replay":             a.gossip.replay,
+		"retry-max":          a.gossip.retryMax,
+		"rpc-addr":           a.rpcAddr,
+		"rpc-auth":           a.rpcAuth,
+	}
 }
 
 // prepareProcess fits the process to an agent, and returns the signals that it gets.
 func prepareProcess() <-chan os.Signal {
 	os.Unsetenv("HAMLET_ENCRYPT") // handlers have no use for it
-	debug.SetTraceback("crash")   // a panic ends with SIGABRT, and never with 2, after which systemd would not start it again
-	runtime.GOMAXPROCS(1)         // an agent mostly sleeps: a second processor costs a third more to wake up
+	// A panic ends with SIGABRT, and never with status 2, after which systemd would not start the agent again.
+	debug.SetTraceback("crash")
+	runtime.GOMAXPROCS(1) // an agent mostly sleeps: a second processor costs a third more to wake up
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
 	}
@@ -1948,16 +1591,19 @@ func prepareProcess() <-chan os.Signal {
 
 // startFailure explains why a port could not be opened.
 func startFailure(what, option, addr string, err error) error {
-	no, _ := errors.AsType[syscall.Errno](err)
-	hint := map[syscall.Errno]string{
-		syscall.EADDRINUSE:    "is an agent running there already? choose another address with " + option,
-		syscall.EADDRNOTAVAIL: "this machine has no such address; choose another with " + option,
-		syscall.EACCES:        "ports below 1024 need root; choose another with " + option,
-	}[no]
+	hint := ""
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		hint = "is an agent running there already? choose another address with " + option
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		hint = "this machine has no such address; choose another with " + option
+	case errors.Is(err, syscall.EACCES):
+		hint = "ports below 1024 need root; choose another with " + option
+	}
 	return failf(hint, "cannot listen on %s for %s: %v", addr, what, reason(err))
 }
 
-// banner tells how the agent can be reached, and warns of what is hardly meant.
+// banner tells how the agent can be reached, and warns of settings that are hardly meant.
 func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
 	self, _ := g.self()
 	fmt.Printf(`==> Starting hamlet agent...
@@ -1969,21 +1615,31 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
      RPC addr: '%s'
     Encrypted: %v
 `, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, a.gossip.sealsWithKey())
-	switch ip := self.Addr.Addr(); {
-	case a.gossip.awaits != "": // which is told
-	case ip.IsLoopback() && a.gossip.moves: // the user did not choose it
-		remedy := "-advertise sets one"
-		if ips, _ := addressesOf(""); !bestAddress(ips, netip.IPv6Unspecified()).Is4() && a.gossip.bind.Addr().Is4() {
-			remedy = fmt.Sprintf("-bind [::]:%d takes IPv6 as well", a.gossip.bind.Port())
-		}
-		a.gossip.log.printf(levelWarn, "advertising %s, which other machines cannot reach: %s (%s)", self.Addr, why, remedy)
-	case !a.gossip.sealsWithKey() && !isPrivate(ip):
-		a.gossip.log.printf(levelWarn, "%s is a public address, and there is no key: "+
-			"anybody that reaches it can join and lie (-encrypt sets one)", self.Addr)
+
+	if a.gossip.awaits == "" {
+		a.warnOfAddress(self.Addr, why)
 	}
-	if ip := rpc.(*net.TCPAddr).IP; !ip.IsLoopback() && a.rpcAuth == "" {
-		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: anybody that reaches it controls this agent "+
-			"(-rpc-auth sets one)", rpc)
+	if !rpc.(*net.TCPAddr).IP.IsLoopback() && a.rpcAuth == "" {
+		a.gossip.log.printf(levelWarn, "the RPC listens on %s without a token: "+
+			"anyone who can reach it controls this agent (-rpc-auth sets one)", rpc)
+	}
+}
+
+// warnOfAddress warns of an advertised address that no other machine can reach, or any.
+func (a *agent) warnOfAddress(addr netip.AddrPort, why string) {
+	bind := a.gossip.bind
+	ip := addr.Addr()
+	if ip.IsLoopback() && a.gossip.moves { // the user did not choose it
+		remedy := "-advertise sets one"
+		ips, _ := addressesOf("")
+		if bind.Addr().Is4() && !bestAddress(ips, netip.IPv6Unspecified()).Is4() {
+			remedy = fmt.Sprintf("-bind [::]:%d takes IPv6 as well", bind.Port())
+		}
+		a.gossip.log.printf(levelWarn, "advertising %s, which other machines cannot reach: %s (%s)", addr, why, remedy)
+	}
+	if !a.gossip.sealsWithKey() && !isPrivate(ip) {
+		a.gossip.log.printf(levelWarn, "%s is a public address, and there is no key: "+
+			"anyone who can reach it can join and lie (-encrypt sets one)", addr)
 	}
 }
 
@@ -2037,16 +1693,14 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 			}
 			return r.gossip.err
 		case s := <-signals:
-			if s == syscall.SIGHUP {
+			switch {
+			case s == syscall.SIGHUP:
 				r.hangUp()
-				continue
-			}
-			if !told.IsZero() && time.Since(told) > sameSignal {
-				return failf("", "%v while stopping: ended at once", s)
-			}
-			if told.IsZero() {
+			case told.IsZero():
 				told = time.Now()
 				r.stop(s)
+			case time.Since(told) > sameSignal:
+				return failf("", "%v while stopping: ended at once", s)
 			}
 		}
 	}
@@ -2054,20 +1708,20 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 
 func (r *runningAgent) hangUp() {
 	if err := r.reload(); err != nil {
-		logger(r.logs.log).printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
+		r.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
 		return
 	}
-	logger(r.logs.log).printf(levelInfo, "hangup: read the options again")
+	r.log.printf(levelInfo, "hangup: read the options again")
 }
 
 // stop begins to end the agent, in the way that the signal asks for.
 func (r *runningAgent) stop(s os.Signal) {
 	if s == os.Interrupt || s == syscall.SIGTERM && r.started.leaveOnTerminate {
-		logger(r.logs.log).printf(levelInfo, "%v: leaving the cluster, a second signal ends at once", s)
+		r.log.printf(levelInfo, "%v: leaving the cluster, a second signal ends at once", s)
 		go r.gossip.leave()
 		return
 	}
-	logger(r.logs.log).printf(levelInfo, "%v: ending without leaving", s)
+	r.log.printf(levelInfo, "%v: ending without leaving", s)
 	go r.gossip.close() // peers notice at once; handlers get their grace
 }
 
@@ -2077,8 +1731,10 @@ func (r *runningAgent) stop(s os.Signal) {
 func runAsInit() (exit int) {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
-	exe, _ := os.Executable()
-	exe = cmp.Or(exe, os.Args[0])
+	exe, err := os.Executable()
+	if err != nil {
+		exe = os.Args[0]
+	}
 	// In a group of its own, so that ^C at a terminal arrives once: from here.
 	child, err := syscall.ForkExec(exe, os.Args, &syscall.ProcAttr{
 		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setpgid: true},
@@ -2087,152 +1743,31 @@ func runAsInit() (exit int) {
 		fmt.Fprintf(os.Stderr, "hamlet: error: cannot start %s: %v\n", exe, err)
 		return 1
 	}
+
 	go func() {
 		for s := range signals {
 			syscall.Kill(child, s.(syscall.Signal))
 		}
 	}()
 	for {
-		var ws syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &ws, 0, nil)
-		switch {
-		case err != nil && err != syscall.EINTR:
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, 0, nil)
+		if err != nil && err != syscall.EINTR {
 			return 1
-		case pid == child && ws.Exited():
-			return ws.ExitStatus()
-		case pid == child && ws.Signaled():
-			return 128 + int(ws.Signal())
+		}
+		if pid != child {
+			continue
+		}
+		if status.Exited() {
+			return status.ExitStatus()
+		}
+		if status.Signaled() {
+			return 128 + int(status.Signal())
 		}
 	}
-}
-
-// waitAtMost reports whether wait returned within d.
-func waitAtMost(d time.Duration, wait func()) bool {
-	ctx, done := context.WithTimeout(context.Background(), d)
-	go func() { wait(); done() }()
-	<-ctx.Done()
-	return errors.Is(ctx.Err(), context.Canceled)
 }
 
 // ---- addresses ----
-
-// hostPort splits HOST, HOST:PORT, IP, [IPv6] or [IPv6]:PORT; port stands in for a missing one.
-func hostPort(s, port string) (string, string, error) {
-	if _, err := netip.ParseAddr(s); err == nil {
-		return s, port, nil
-	}
-	h, p, err := net.SplitHostPort(s)
-	if err != nil {
-		h, p, err = net.SplitHostPort(s + ":" + port)
-	}
-	_, perr := strconv.ParseUint(p, 10, 16)
-	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
-	if err != nil || perr != nil || strings.HasPrefix(h, "-") || strings.ContainsFunc(h, odd) {
-		return "", "", fmt.Errorf("%q is not an address", s)
-	}
-	return h, p, nil
-}
-
-func checkAddrs(addrs []string) error {
-	for _, s := range addrs {
-		if host, port, err := hostPort(s, defaultPort); err != nil || host == "" || port == "0" {
-			return fmt.Errorf("%q is not HOST or HOST:PORT, such as 10.0.2.15:7946 or [2001:db8::7]:7946", s)
-		}
-	}
-	return nil
-}
-
-// rpcAddr completes the address of an RPC.
-func rpcAddr(s string) (string, error) {
-	host, port, err := hostPort(s, defaultRPCPort)
-	if err != nil {
-		err = usagef("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
-	}
-	return net.JoinHostPort(host, port), err
-}
-
-// lookup is an answer of the system's resolver.
-type lookup struct {
-	addrs []netip.AddrPort
-	err   error
-}
-
-// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and each
-// answer comes as soon as it is there. The resolver takes as long as it takes: only ctx ends it. After the last answer
-// the channel is closed.
-func lookUp(ctx context.Context, s, port string) <-chan lookup {
-	answers := make(chan lookup, 2)
-	host, port, err := hostPort(s, port)
-	if err != nil {
-		answers <- lookup{err: err}
-		close(answers)
-		return answers
-	}
-	complete := func(ip netip.Addr) netip.AddrPort {
-		return netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
-	}
-	if ip, err := netip.ParseAddr(host); err == nil {
-		answers <- lookup{addrs: []netip.AddrPort{complete(ip)}}
-		close(answers)
-		return answers
-	}
-
-	var both sync.WaitGroup
-	for _, family := range []string{"ip4", "ip6"} {
-		both.Go(func() {
-			ips, err := net.DefaultResolver.LookupNetIP(ctx, family, host)
-			l := lookup{err: lookupError(err)}
-			for _, ip := range ips {
-				l.addrs = append(l.addrs, complete(ip))
-			}
-			answers <- l
-		})
-	}
-	go func() {
-		both.Wait()
-		close(answers)
-	}()
-	return answers
-}
-
-// lookupError says in plain words why a name has no address.
-func lookupError(err error) error {
-	dns, _ := errors.AsType[*net.DNSError](err)
-	switch {
-	case dns == nil || errors.Is(err, context.Canceled):
-		return err
-	case dns.IsNotFound:
-		return errors.New("no such host")
-	case dns.Server != "":
-		return fmt.Errorf("no usable answer from the name server %s", dns.Server)
-	}
-	return errors.New("the name cannot be looked up")
-}
-
-// lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
-func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) (addr netip.AddrPort, err error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	err = errors.New("it has no address that fits")
-	for l := range lookUp(ctx, s, port) {
-		if l.err != nil && !addr.IsValid() {
-			err = l.err
-		}
-		for _, found := range l.addrs {
-			better := !addr.IsValid() || found.Addr().Is4() && !addr.Addr().Is4()
-			if better && fits(found.Addr()) {
-				addr = found
-			}
-		}
-		if addr.Addr().Is4() {
-			break
-		}
-	}
-	if addr.IsValid() {
-		return addr, nil
-	}
-	return addr, err
-}
 
 // bindAddress returns the address to listen on.
 func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
@@ -2268,7 +1803,8 @@ func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
 	return bind, err
 }
 
-// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or has no other.
+// needsIPv6 reports whether an agent that may listen anywhere has to listen on IPv6: it is told an IPv6 address, or
+// has no other.
 func (a *agent) needsIPv6() bool {
 	for _, s := range append(slices.Clone(a.gossip.seeds), a.advertise) {
 		host, _, _ := hostPort(s, defaultPort)
@@ -2282,8 +1818,8 @@ func (a *agent) needsIPv6() bool {
 	return !slices.ContainsFunc(own, is4) && slices.ContainsFunc(all, netip.Addr.Is6)
 }
 
-// advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if that
-// is asked for or if there is nothing else. An error whose failure is retriable may come right by itself.
+// advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if
+// that is asked for or if there is nothing else. An error whose failure is retriable may come right by itself.
 func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
 	switch {
@@ -2303,21 +1839,23 @@ func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string
 // namedAddress is the address of -advertise.
 func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
-	host, _, err := hostPort(a.advertise, fmt.Sprint(bind.Port()))
+	port := fmt.Sprint(bind.Port())
+	host, _, err := hostPort(a.advertise, port)
 	if err != nil {
 		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise: %v", err)
 	}
-	addr, err = lookUpOne(ctx, a.advertise, fmt.Sprint(bind.Port()), func(ip netip.Addr) bool {
+	addr, err = lookUpOne(ctx, a.advertise, port, func(ip netip.Addr) bool {
 		return !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr())
 	})
 	if err == nil {
 		return addr, "set with -advertise", nil
 	}
+
 	if _, notIP := netip.ParseAddr(host); notIP == nil {
 		return addr, "", usagef("-advertise takes HOST or HOST:PORT; -bind [::]:7946 takes IPv4 and IPv6",
 			"-advertise %q: no address at which others could reach %s", a.advertise, bind)
 	}
-	return addr, "", &failure{msg: fmt.Sprintf("-advertise %q: %v", a.advertise, err), code: 1, retriable: true}
+	return addr, "", notYetf("-advertise %q: %v", a.advertise, err)
 }
 
 // interfaceAddress is the address of -iface.
@@ -2327,23 +1865,23 @@ func (a *agent) interfaceAddress() (addr netip.AddrPort, why string, err error) 
 	if err != nil {
 		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", a.iface)
 	}
-	if !bind.Addr().IsUnspecified() {
-		if !slices.Contains(ips, bind.Addr()) {
-			return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
-				"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
-		}
+	if slices.Contains(ips, bind.Addr()) {
 		return bind, "the bound address, of " + a.iface, nil
 	}
+	if !bind.Addr().IsUnspecified() {
+		return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
+			"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
+	}
+
 	ip := bestAddress(ips, bind.Addr())
 	if !ip.IsValid() {
-		return addr, "", &failure{msg: fmt.Sprintf("-iface: %s has no address yet at which others could reach %s", a.iface, bind),
-			code: 1, retriable: true}
+		return addr, "", notYetf("-iface: %s has no address yet at which others could reach %s", a.iface, bind)
 	}
 	return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
 }
 
-// routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then to
-// the rest of the world. Names are not looked up here: the first seed that answers settles it.
+// routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then
+// to the rest of the world. Names are not looked up here: the first seed that answers settles it.
 func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 	for _, s := range seeds {
 		host, _, _ := hostPort(s, defaultPort)
@@ -2372,104 +1910,25 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 		}
 	}
 
-	var linkLocal netip.Addr // others on its network can be reached by it, but any other address is better
+	// There is no route. Machines on some network of this one may be peers all the same.
+	var ips []netip.Addr
+	interfaceOf := make(map[netip.Addr]string)
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
 		if ifc.Flags&net.FlagUp == 0 {
 			continue
 		}
 		addrs, _ := ifc.Addrs()
-		ip := bestAddress(ipsOf(addrs), bind)
-		if usable(ip, bind) {
-			return ip, "address of " + ifc.Name
-		}
-		if ip.IsValid() && !linkLocal.IsValid() {
-			linkLocal = ip
-			why = "address of " + ifc.Name
+		for _, ip := range ipsOf(addrs) {
+			ips = append(ips, ip)
+			interfaceOf[ip] = ifc.Name
 		}
 	}
-	if linkLocal.IsValid() {
-		return linkLocal, why
+	ip = bestAddress(ips, bind)
+	if ip.IsValid() {
+		return ip, "address of " + interfaceOf[ip]
 	}
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1}), "no other address was found" // which [::] takes as well
-}
-
-// sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
-func sourceTo(ip netip.Addr) netip.Addr {
-	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(ip, 9)))
-	if err != nil {
-		return netip.Addr{}
-	}
-	defer conn.Close()
-	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
-}
-
-// addressesOf are the addresses of an interface; of all for "".
-func addressesOf(iface string) (ips []netip.Addr, err error) {
-	if iface == "" {
-		addrs, err := net.InterfaceAddrs()
-		return ipsOf(addrs), err
-	}
-	ifc, err := net.InterfaceByName(iface)
-	if err != nil {
-		return nil, err
-	}
-	addrs, err := ifc.Addrs()
-	return ipsOf(addrs), err
-}
-
-// ipsOf drops from addresses of interfaces the length of their network.
-func ipsOf(addrs []net.Addr) (ips []netip.Addr) {
-	for _, a := range addrs {
-		prefix, _ := netip.ParsePrefix(a.String())
-		ips = append(ips, prefix.Addr().Unmap())
-	}
-	return ips
-}
-
-// bestAddress is the address among ips to tell others; the zero one if there is none.
-func bestAddress(ips []netip.Addr, bind netip.Addr) netip.Addr {
-	for _, fits := range []func(ip, bind netip.Addr) bool{usable, isReachable} {
-		for _, ip := range ips {
-			if fits(ip, bind) {
-				return ip
-			}
-		}
-	}
-	return netip.Addr{}
-}
-
-// followInterface is the address to advertise of an interface: own as long as it has that.
-func followInterface(iface string, own, bind netip.Addr) netip.Addr {
-	ips, _ := addressesOf(iface)
-	if slices.Contains(ips, own) {
-		return own
-	}
-	return bestAddress(ips, bind)
-}
-
-// onOneInterface reports whether both are addresses of the same interface.
-func onOneInterface(x, y netip.Addr) bool {
-	if x == y {
-		return true
-	}
-	ifcs, _ := net.Interfaces()
-	return slices.ContainsFunc(ifcs, func(ifc net.Interface) bool {
-		addrs, _ := ifc.Addrs()
-		ips := ipsOf(addrs)
-		return slices.Contains(ips, x) && slices.Contains(ips, y)
-	})
-}
-
-// usable reports whether other machines may reach ip at a socket bound to bind.
-func usable(ip, bind netip.Addr) bool {
-	return ip.IsGlobalUnicast() && ip.Zone() == "" && sameFamily(ip, bind)
-}
-
-// isReachable reports whether the machines of some network may reach ip at a socket bound to bind: it is usable, or
-// a link-local address of IPv4. One of IPv6 is of use only with the name of an interface, which other machines do not share.
-func isReachable(ip, bind netip.Addr) bool {
-	return usable(ip, bind) || ip.Is4() && ip.IsLinkLocalUnicast() && sameFamily(ip, bind)
 }
 
 // isPrivate reports whether ip is one that the Internet does not route: also those of RFC 6598, which carriers,
@@ -2479,25 +1938,6 @@ func isPrivate(ip netip.Addr) bool {
 	return ip.IsPrivate() || ip.IsLoopback() || ip.IsLinkLocalUnicast() || shared.Contains(ip)
 }
 
-// family ends the name of the network for a socket bound to ip: as "4", or 0.0.0.0 would take IPv6 as well.
-func family(ip netip.Addr) string {
-	if ip.Is4() {
-		return "4"
-	}
-	return ""
-}
-
-// sameFamily reports whether a socket bound to bind takes packets of ip's family.
-func sameFamily(ip, bind netip.Addr) bool {
-	return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified()
-}
-
-// isOwnAddress reports whether others can reach this machine at ip, as far as it knows.
-func isOwnAddress(ip netip.Addr) bool {
-	ips, err := addressesOf("")
-	return err != nil || !ip.IsLoopback() && slices.Contains(ips, ip)
-}
-
 // ---- the log ----
 
 // logLevelOf is the level of a name in any case; -1: there is none.
@@ -2505,8 +1945,8 @@ func logLevelOf(name string) logLevel {
 	return logLevel(slices.Index(levelNames, strings.ToUpper(name)))
 }
 
-// logWriter writes log lines of a level and above to stderr. It never blocks: a terminal that was halted must not halt
-// the agent. Until pump runs, lines wait.
+// logWriter writes log lines of a level and above to stderr. It never blocks: a terminal that was halted must not
+// halt the agent. Until pump runs, lines wait.
 type logWriter struct {
 	level     atomic.Int32
 	lines     chan string // "" is the end
@@ -2533,12 +1973,13 @@ func (w *logWriter) log(l logLine) {
 	}
 }
 
-// formatLine is a line as it is written. The journal has a date of its own, and takes a priority in front (sd-daemon(3)).
+// formatLine is a line as it is written. The journal has a date of its own, and takes a priority in front
+// (sd-daemon(3)).
 func formatLine(l logLine, toJournal bool) string {
 	// What spans lines, as the output of a script, is indented: none of it can pass for a line of the log.
 	text := strings.ReplaceAll(printable(strings.TrimSuffix(l.String(), "\n"), "\n\t"), "\n", "\n\t") + "\n"
 	if !toJournal {
-		return time.Now().Format("2006/01/02 15:04:05 ") + text
+		return time.Now().Format(logTime) + " " + text
 	}
 	priorities := [...]int{levelTrace: 7, levelDebug: 7, levelInfo: 6, levelWarn: 4, levelErr: 3}
 	return fmt.Sprintf("<%d>%s", priorities[l.level], text)
@@ -2558,7 +1999,7 @@ func (w *logWriter) pump() {
 	for line := <-w.lines; line != ""; line = <-w.lines {
 		os.Stderr.WriteString(line)
 		if n := w.dropped.Swap(0); n > 0 {
-			lost := logLine{levelWarn, fmt.Sprintf("%d log lines were lost here: nobody took them in time", n)}
+			lost := logLine{levelWarn, fmt.Sprintf("%d log lines were lost here: they were not read in time", n)}
 			os.Stderr.WriteString(formatLine(lost, w.toJournal))
 		}
 	}

@@ -411,23 +411,22 @@ func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
 
 func TestLinesOfWatch(t *testing.T) {
 	m := Member{Name: "web1", Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Status: statusFailed, Tags: "role=web"}
-	at := time.Date(2013, 12, 8, 7, 56, 48, 0, time.Local).UnixNano()
+	at := time.Date(2013, 12, 8, 7, 56, 48, 0, time.Local)
 	for _, tt := range []struct {
-		a          rpcResponse
-		u          update
+		ev         Event
 		text, json string
 	}{
-		{rpcResponse{Kind: eventFailed, At: at}, update{Member: m}, "2013/12/08 07:56:48 member-failed: web1 10.0.0.1:7946 failed role=web\n",
+		{Event{kind: eventFailed, update: update{Member: m}}, "2013/12/08 07:56:48 member-failed: web1 10.0.0.1:7946 failed role=web\n",
 			`"event": "member-failed", "name": "web1", "addr": "10.0.0.1:7946", "tags": {"role": "web"}, "status": "failed"}`},
-		{rpcResponse{At: at}, update{Member: Member{Name: "a", Addr: m.Addr, Status: statusAlive}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
+		{Event{update: update{Member: Member{Name: "a", Addr: m.Addr, Status: statusAlive}}}, "2013/12/08 07:56:48 member: a 10.0.0.1:7946 alive\n",
 			`"event": "member", "name": "a", "addr": "10.0.0.1:7946", "tags": {}, "status": "alive"}`},
-		{rpcResponse{Kind: eventUser, At: at}, update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b (from web1)\n",
+		{Event{kind: eventUser, update: update{Member: m, Name: "deploy", Payload: []byte("3f\n\x1b"), LTime: 7}}, "2013/12/08 07:56:48 user: deploy 3f\\n\\x1b (from web1)\n",
 			`"event": "user", "name": "deploy", "payload": "3f\n\u001b", "ltime": 7, "from": "web1"}`},
 	} {
-		if got := watchLine(tt.a, tt.u, false); got != tt.text {
+		if got := watchLine(at, tt.ev, false); got != tt.text {
 			t.Errorf("text: %q, want %q", got, tt.text)
 		}
-		if got := watchLine(tt.a, tt.u, true); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
+		if got := watchLine(at, tt.ev, true); !strings.HasPrefix(got, `{"time": "2013-12-08T`) || !strings.HasSuffix(got, tt.json+"\n") {
 			t.Errorf("json: %s want %s", got, tt.json)
 		}
 	}

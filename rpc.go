@@ -1,8 +1,9 @@
 // rpc.go: all that is said over TCP.
 //
 // Here are the handshake, the bound on inbound connections, the sessions of agents (probe, link, sync), and those of
-// commands. Both speak one dialect: a hello each way with a challenge, then frames, each sealed and bound to both
-// challenges, its direction and its count. A session is straight blocking code in a goroutine; it posts what it learns
+// commands; then the commands' side of it, and the addresses to dial and to listen on. Agents and commands speak
+// one dialect: a hello each way with a challenge, then frames, each sealed and bound to both challenges, its direction
+// and its count. A session is straight blocking code in a goroutine; it posts what it learns
 // to the loop, and asks the loop for what it shall say. What a claim means is not known here.
 
 package main
@@ -17,15 +18,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 const (
@@ -564,7 +568,7 @@ func (g *gossip) noteLocalAddr(local netip.Addr, settles bool) {
 		return
 	}
 	if local.IsValid() {
-		g.post(func(n *node) { n.addressChanged(local, gone, settles, uint64(time.Now().UnixMilli())) })
+		g.post(func(n *node) { n.identity.addressChanged(n, local, gone, settles, uint64(time.Now().UnixMilli())) })
 	}
 }
 
@@ -607,7 +611,7 @@ func (g *gossip) isReady() bool {
 
 // addressKnown is told the address to advertise when it was not known at the start.
 func (g *gossip) addressKnown(ip netip.Addr) {
-	g.post(func(n *node) { n.addressChanged(ip, true, false, uint64(time.Now().UnixMilli())) })
+	g.post(func(n *node) { n.identity.addressChanged(n, ip, true, false, uint64(time.Now().UnixMilli())) })
 	close(g.ready)
 }
 
@@ -629,7 +633,7 @@ func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about
 		s.err = errMalformed
 	}
 	if s.err == nil {
-		g.post(func(n *node) { n.noteSessionRoundTrip(w.From, w.born(), s.roundTrip) })
+		g.post(func(n *node) { n.noteSessionRoundTrip(w.From, w.instance(), s.roundTrip) })
 	}
 	return s, w, about
 }
@@ -645,7 +649,7 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	limit, again := tcpProbeTimes(roundTrip)
 	ctx, cancel := context.WithTimeout(g.ctx, limit)
 	defer cancel()
-	tell := func(v verdict, w header) { g.post(func(n *node) { n.handleTCPProbeResult(m, v, w) }) }
+	tell := func(v verdict, w header) { g.post(func(n *node) { n.detector.handleTCPProbeResult(n, m, v, w) }) }
 	for range 4 {
 		c, err := g.connect(ctx, m.Addr, false, sessionTimeout, again, again) // ctx ends it
 		if errors.Is(err, syscall.ECONNREFUSED) {
@@ -671,13 +675,13 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 
 // relink makes the watch links that shall stand, and ends all others.
 func (g *gossip) relink(self Member, links []Member) {
-	old := g.links
-	g.links = make(map[string]context.CancelFunc)
+	old := g.state.links
+	g.state.links = make(map[string]context.CancelFunc)
 	for _, m := range links {
 		key := fmt.Sprint(self.Instance, m.Instance, m.Name)
-		if g.links[key] = old[key]; old[key] == nil {
+		if g.state.links[key] = old[key]; old[key] == nil {
 			ctx, cancel := context.WithCancel(g.ctx)
-			g.links[key] = cancel
+			g.state.links[key] = cancel
 			g.wg.Go(func() { g.keepLink(ctx, m) })
 		}
 		delete(old, key)
@@ -696,7 +700,7 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 			tries = 0
 		}
 		if ctx.Err() == nil {
-			g.post(func(n *node) { n.linkEnded(m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
+			g.post(func(n *node) { n.detector.linkEnded(n, m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
 		}
 		wait, cancel := context.WithTimeout(ctx, min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait))
 		<-wait.Done()
@@ -719,7 +723,7 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	}
 	defer c.Close()
 	s, w, _ := g.openSession(c, msgLink)
-	if s.err != nil || w.From != m.Name || w.born() != m.Instance { // another run answers there: this one has ended
+	if s.err != nil || w.From != m.Name || w.instance() != m.Instance { // another run answers there: this one has ended
 		return s.err
 	}
 	c.SetDeadline(time.Time{})
@@ -814,7 +818,7 @@ func (g *gossip) serve(s *session) error {
 	g.noteInbound(addrOf(s.conn.LocalAddr()), hdr.Kind == msgSync)
 	g.doFor(s, func(n *node) error { w, about = n.handshakeReply(hdr); return nil })
 	s.send(&w, about...)
-	switch from := (Member{Name: hdr.From, Instance: hdr.born()}); hdr.Kind {
+	switch from := (Member{Name: hdr.From, Instance: hdr.instance()}); hdr.Kind {
 	case msgLink:
 		return g.holdLink(s, from)
 	case msgSync: // who hangs up now has the same table
@@ -839,7 +843,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 			if quiet && !n.table.ended(m) {
 				return nil
 			}
-			n.linkEnded(m, 0, false) // of a run that is over this is no news
+			n.detector.linkEnded(n, m, 0, false) // of a run that is over this is no news
 			return errHungUp
 		})
 	}
@@ -1110,7 +1114,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "event":
 		err = g.userEvent(req)
 	case "tags":
-		err = g.run(func(n *node) error { return n.setTags(Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
+		err = g.run(func(n *node) error { return n.identity.setTags(n, Tags(req.Args).asMap(), splitNUL(req.DeleteTags)) })
 	case "info":
 		s.sendTexts(info(), 3) // group, key, value
 	case "query":
@@ -1155,7 +1159,7 @@ func (g *gossip) streamQuery(s *session, req rpcRequest) error {
 	var f *subscriber
 	var asked []string
 	err := g.run(func(n *node) error {
-		id, names, err := n.query(req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
+		id, names, err := n.queries.ask(n, req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
 		if err != nil {
 			return err
 		}
@@ -1362,4 +1366,396 @@ func (g *gossip) stream(s *session, sub *subscriber) {
 		}
 		s.send(&rpcResponse{More: true, Kind: it.kind, Reply: it.reply, At: it.at.UnixNano(), Dropped: dropped, Text: it.changed}, it.update)
 	}
+}
+
+// ---- the RPC's client ----
+
+// client is how a command reaches its agent.
+type client struct {
+	addr  string // of the agent's RPC
+	token string
+}
+
+// call asks the agent and calls each with each response; see callRPC.
+func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
+	addr, err := rpcAddr(c.addr)
+	if err != nil {
+		return err
+	}
+	return callRPC(addr, c.token, req, timeout, each)
+}
+
+// tell has the agent do something, and then prints that it is done.
+func (c *client) tell(req rpcRequest, timeout time.Duration, done string) error {
+	return c.call(req, timeout, func(rpcResponse, []update) error { return output(done) })
+}
+
+// members asks for the members that match filter.
+func (c *client) members(filter memberFilter, timeout time.Duration) (members []memberStatus, err error) {
+	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
+		for _, u := range us {
+			if filter.matches(u.Member) {
+				age := min(u.Age, uint64(math.MaxInt64/ms)) // milliseconds
+				members = append(members, memberStatus{u.Member, time.Duration(age) * ms})
+			}
+		}
+		return nil
+	})
+	slices.SortStableFunc(members, func(a, b memberStatus) int { return compareNames(a.Name, b.Name) })
+	return members, err
+}
+
+// waitForMembers asks for the members that match filter until wait of them are alive, or timeout (0: none) is over.
+func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Duration) ([]memberStatus, error) {
+	const pause = 100 * ms
+	if timeout == 0 {
+		timeout = math.MaxInt64
+	}
+	deadline := time.Now().Add(timeout)
+	var tooFew error // what the last answer lacked
+	for {
+		members, err := c.members(filter, min(rpcTimeout, max(time.Until(deadline), pause)))
+		living := aliveNames(members)
+		if err == nil && len(living) >= wait {
+			return members, nil
+		}
+		f, ok := errors.AsType[*failure](err)
+		mayStart := ok && f.retriable
+		if wait == 0 || err != nil && !mayStart {
+			return nil, err
+		}
+
+		if err == nil {
+			names := "none"
+			if len(living) > 0 {
+				names = strings.Join(living, ", ")
+			}
+			tooFew = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
+		}
+		if time.Until(deadline) <= pause {
+			if tooFew != nil {
+				return nil, tooFew
+			}
+			return nil, err
+		}
+		time.Sleep(pause)
+	}
+}
+
+// query asks the members that nodes and filter name (with neither, all of them), and shows each result as it comes.
+func (c *client) query(
+	req rpcRequest, nodes []string, filter memberFilter, result *queryResult, show func(string) error,
+) error {
+	if len(filter) > 0 {
+		members, err := c.members(filter, rpcTimeout)
+		if err != nil {
+			return err
+		}
+		living := aliveNames(members)
+		if len(nodes) > 0 {
+			living = slices.DeleteFunc(living, func(name string) bool { return !slices.Contains(nodes, name) })
+		}
+		if len(living) == 0 {
+			return nil // no member matches, so no answer is missing
+		}
+		nodes = living
+	}
+
+	result.ask(nodes) // a member that was named and is not there does not answer
+	req.Args = strings.Join(nodes, "\x00")
+	dispatched := false
+	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
+		text := ""
+		if a.Text != "" && !dispatched {
+			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
+			dispatched = true
+		}
+		result.ask(splitNUL(a.Text))
+		for _, u := range us {
+			text += result.add(u.Member.Name, a.Reply, string(u.Payload))
+		}
+		return show(text)
+	})
+}
+
+// queryResult is what has come of a query; as JSON it has the two keys of Serf's.
+type queryResult struct {
+	Acks      []string
+	Responses map[string]string // the output of handlers that did well
+	Failures  map[string]string `json:",omitempty"` // and of those that failed
+	acked     map[string]bool   // those in Acks
+	waiting   map[string]bool   // asked, and no answer yet
+	noAck     bool
+}
+
+func newQueryResult(noAck bool) *queryResult {
+	return &queryResult{
+		Responses: make(map[string]string),
+		Failures:  make(map[string]string),
+		acked:     make(map[string]bool),
+		waiting:   make(map[string]bool),
+		noAck:     noAck,
+	}
+}
+
+// ask notes the members that are asked.
+func (r *queryResult) ask(names []string) {
+	for _, name := range names {
+		r.waiting[name] = true
+	}
+}
+
+// add takes in what from says, and returns the lines to show for it.
+func (r *queryResult) add(from string, reply reply, said string) string {
+	text := ""
+	if !r.noAck && !r.acked[from] { // a reply may overtake the acknowledgement
+		r.acked[from] = true
+		r.Acks = append(r.Acks, from)
+		text = fmt.Sprintf("Ack from '%s'\n", from)
+	}
+	if reply == replyAck {
+		return text
+	}
+
+	delete(r.waiting, from)
+	switch reply {
+	case replyDone:
+		r.Responses[from] = said
+		text += fmt.Sprintf("Response from '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+	case replyFailed:
+		r.Failures[from] = said
+		text += fmt.Sprintf("Failed on '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+	}
+	return text
+}
+
+func (r *queryResult) totals() string {
+	text := ""
+	if !r.noAck {
+		text = fmt.Sprintf("Total Acks: %d\n", len(r.Acks))
+	}
+	return text + fmt.Sprintf("Total Responses: %d\n", len(r.Responses))
+}
+
+// ---- addresses to dial and to listen on ----
+
+// hostPort splits HOST, HOST:PORT, IP, [IPv6] or [IPv6]:PORT; port stands in for a missing one.
+func hostPort(s, port string) (string, string, error) {
+	if _, err := netip.ParseAddr(s); err == nil {
+		return s, port, nil
+	}
+	h, p, err := net.SplitHostPort(s)
+	if err != nil {
+		h, p, err = net.SplitHostPort(s + ":" + port)
+	}
+	_, notNumber := strconv.ParseUint(p, 10, 16)
+	if err != nil || notNumber != nil || !isHost(h) {
+		return "", "", fmt.Errorf("%q is not an address", s)
+	}
+	return h, p, nil
+}
+
+// isHost reports whether s can be a host: what looks like an option or a URL is none.
+func isHost(s string) bool {
+	odd := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(" /@[]", r) }
+	return !strings.HasPrefix(s, "-") && !strings.ContainsFunc(s, odd)
+}
+
+func checkAddrs(addrs []string) error {
+	for _, s := range addrs {
+		if host, port, err := hostPort(s, defaultPort); err != nil || host == "" || port == "0" {
+			return fmt.Errorf("%q is not HOST or HOST:PORT, such as 10.0.2.15:7946 or [2001:db8::7]:7946", s)
+		}
+	}
+	return nil
+}
+
+// rpcAddr completes the address of an RPC.
+func rpcAddr(s string) (string, error) {
+	host, port, err := hostPort(s, defaultRPCPort)
+	if err != nil {
+		err = usagef("-rpc-addr takes HOST:PORT, such as "+defaultRPC, "-rpc-addr: %v", err)
+	}
+	return net.JoinHostPort(host, port), err
+}
+
+// lookup is an answer of the system's resolver.
+type lookup struct {
+	addrs []netip.AddrPort
+	err   error
+}
+
+// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and
+// each answer comes as soon as it is there. The resolver may take as long as it likes: only ctx ends it. After the last
+// answer the channel is closed.
+func lookUp(ctx context.Context, s, port string) <-chan lookup {
+	answers := make(chan lookup, 2)
+	host, port, err := hostPort(s, port)
+	if err != nil {
+		answers <- lookup{err: err}
+		close(answers)
+		return answers
+	}
+	complete := func(ip netip.Addr) netip.AddrPort {
+		return netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
+	}
+	if ip, err := netip.ParseAddr(host); err == nil {
+		answers <- lookup{addrs: []netip.AddrPort{complete(ip)}}
+		close(answers)
+		return answers
+	}
+
+	var both sync.WaitGroup
+	for _, family := range []string{"ip4", "ip6"} {
+		both.Go(func() {
+			ips, err := net.DefaultResolver.LookupNetIP(ctx, family, host)
+			l := lookup{err: lookupError(err)}
+			for _, ip := range ips {
+				l.addrs = append(l.addrs, complete(ip))
+			}
+			answers <- l
+		})
+	}
+	go func() {
+		both.Wait()
+		close(answers)
+	}()
+	return answers
+}
+
+// lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
+func lookUpOne(ctx context.Context, s, port string, fits func(netip.Addr) bool) (addr netip.AddrPort, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	err = errors.New("it has no address that fits")
+	for l := range lookUp(ctx, s, port) {
+		if l.err != nil {
+			err = l.err
+		}
+		for _, found := range l.addrs {
+			better := !addr.IsValid() || found.Addr().Is4() && !addr.Addr().Is4()
+			if better && fits(found.Addr()) {
+				addr = found
+			}
+		}
+		if addr.Addr().Is4() {
+			break
+		}
+	}
+	if addr.IsValid() {
+		return addr, nil
+	}
+	return addr, err
+}
+
+// lookupError says in plain words why a name has no address.
+func lookupError(err error) error {
+	dns, _ := errors.AsType[*net.DNSError](err)
+	switch {
+	case dns == nil || errors.Is(err, context.Canceled):
+		return err
+	case dns.IsNotFound:
+		return errors.New("no such host")
+	case dns.Server != "":
+		return fmt.Errorf("no usable answer from the name server %s", dns.Server)
+	}
+	return errors.New("the name cannot be looked up")
+}
+
+// sourceTo asks the kernel where packets to ip would come from. Nothing is sent.
+func sourceTo(ip netip.Addr) netip.Addr {
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(ip, 9)))
+	if err != nil {
+		return netip.Addr{}
+	}
+	defer conn.Close()
+	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+}
+
+// addressesOf are the addresses of an interface; of all for "".
+func addressesOf(iface string) (ips []netip.Addr, err error) {
+	if iface == "" {
+		addrs, err := net.InterfaceAddrs()
+		return ipsOf(addrs), err
+	}
+	ifc, err := net.InterfaceByName(iface)
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := ifc.Addrs()
+	return ipsOf(addrs), err
+}
+
+// ipsOf drops from addresses of interfaces the length of their network.
+func ipsOf(addrs []net.Addr) (ips []netip.Addr) {
+	for _, a := range addrs {
+		prefix, _ := netip.ParsePrefix(a.String())
+		ips = append(ips, prefix.Addr().Unmap())
+	}
+	return ips
+}
+
+// bestAddress is the address among ips to tell others; the zero one if there is none.
+func bestAddress(ips []netip.Addr, bind netip.Addr) netip.Addr {
+	for _, fits := range []func(ip, bind netip.Addr) bool{usable, isReachable} {
+		for _, ip := range ips {
+			if fits(ip, bind) {
+				return ip
+			}
+		}
+	}
+	return netip.Addr{}
+}
+
+// followInterface is the address to advertise of an interface: own as long as it has that.
+func followInterface(iface string, own, bind netip.Addr) netip.Addr {
+	ips, _ := addressesOf(iface)
+	if slices.Contains(ips, own) {
+		return own
+	}
+	return bestAddress(ips, bind)
+}
+
+// onOneInterface reports whether both are addresses of the same interface.
+func onOneInterface(x, y netip.Addr) bool {
+	ifcs, _ := net.Interfaces()
+	for _, ifc := range ifcs {
+		addrs, _ := ifc.Addrs()
+		ips := ipsOf(addrs)
+		if slices.Contains(ips, x) && slices.Contains(ips, y) {
+			return true
+		}
+	}
+	return false
+}
+
+// isOwnAddress reports whether others can reach this machine at ip, as far as it knows.
+func isOwnAddress(ip netip.Addr) bool {
+	ips, err := addressesOf("")
+	return err != nil || !ip.IsLoopback() && slices.Contains(ips, ip)
+}
+
+// usable reports whether other machines may reach ip at a socket bound to bind.
+func usable(ip, bind netip.Addr) bool {
+	return ip.IsGlobalUnicast() && ip.Zone() == "" && sameFamily(ip, bind)
+}
+
+// isReachable reports whether the machines of some network may reach ip at a socket bound to bind: it is usable, or
+// a link-local address of IPv4. One of IPv6 is of use only with the name of an interface, which other machines do not
+// share.
+func isReachable(ip, bind netip.Addr) bool {
+	return usable(ip, bind) || ip.Is4() && ip.IsLinkLocalUnicast() && sameFamily(ip, bind)
+}
+
+// sameFamily reports whether a socket bound to bind takes packets of ip's family.
+func sameFamily(ip, bind netip.Addr) bool {
+	return ip.Is4() == bind.Is4() || bind == netip.IPv6Unspecified()
+}
+
+// family ends the name of the network for a socket bound to ip: as "4", or 0.0.0.0 would take IPv6 as well.
+func family(ip netip.Addr) string {
+	if ip.Is4() {
+		return "4"
+	}
+	return ""
 }

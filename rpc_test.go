@@ -699,7 +699,7 @@ func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	}
 	eventually(t, "links stand", func() bool {
 		n := 0
-		red.run(func(*node) error { n = len(red.links); return nil })
+		red.run(func(*node) error { n = len(red.state.links); return nil })
 		return n == 1
 	})
 	time.Sleep(50 * ms)

@@ -799,7 +799,7 @@ func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update
 				first = true
 				w, about := n.handshakeReply(hdr)
 				c.send(0, func(n *node) {
-					n.noteSessionRoundTrip(w.From, w.born(), c.roundTrip)
+					n.noteSessionRoundTrip(w.From, w.instance(), c.roundTrip)
 					then(n, w, about)
 				})
 			})
@@ -810,10 +810,10 @@ func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update
 func (s *sim) look(p *proc, m Member, tries int, deadline, again time.Duration) {
 	s.dial(p, m.Addr, deadline, func(c *simSession, err error) {
 		if err == nil {
-			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictSilent, header{}) })
+			p.tell(func(n *node) { n.detector.handleTCPProbeResult(n, m, verdictSilent, header{}) })
 			c.failed = func(end int, err error) {
 				if end == 0 && s.now < deadline {
-					p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictNone, header{}) })
+					p.tell(func(n *node) { n.detector.handleTCPProbeResult(n, m, verdictNone, header{}) })
 					if tries > 1 {
 						s.look(p, m, tries-1, deadline, again)
 					}
@@ -822,10 +822,10 @@ func (s *sim) look(p *proc, m Member, tries int, deadline, again time.Duration) 
 			s.after(deadline-s.now, c.close)
 			c.meet(msgTCPProbe, func(n *node, w header, _ []update) {
 				c.close()
-				n.handleTCPProbeResult(m, verdictAlive, w)
+				n.detector.handleTCPProbeResult(n, m, verdictAlive, w)
 			})
 		} else if err == syscall.ECONNREFUSED {
-			p.tell(func(n *node) { n.handleTCPProbeResult(m, verdictRefused, header{}) })
+			p.tell(func(n *node) { n.detector.handleTCPProbeResult(n, m, verdictRefused, header{}) })
 		}
 	}, again, again)
 }
@@ -871,7 +871,7 @@ func (p *proc) keepLink(l *simLink) {
 			l.tries = 0
 		}
 		tries := l.tries
-		p.tell(func(n *node) { n.linkEnded(l.m, tries, err == syscall.ECONNREFUSED) })
+		p.tell(func(n *node) { n.detector.linkEnded(n, l.m, tries, err == syscall.ECONNREFUSED) })
 		s.after(min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait), func() { p.keepLink(l) })
 	}
 	deadline := s.now + sessionTimeout
@@ -886,7 +886,7 @@ func (p *proc) keepLink(l *simLink) {
 			if end == 0 {
 				ended(up, err)
 			} else if dialler := p.n.self.Member; up {
-				c.end[1].tell(func(n *node) { n.linkEnded(dialler, 0, false) })
+				c.end[1].tell(func(n *node) { n.detector.linkEnded(n, dialler, 0, false) })
 			}
 		}
 		s.after(deadline-s.now, func() {
@@ -896,7 +896,7 @@ func (p *proc) keepLink(l *simLink) {
 			}
 		})
 		c.meet(msgLink, func(n *node, w header, _ []update) {
-			if up = true; w.From != l.m.Name || w.born() != l.m.Instance {
+			if up = true; w.From != l.m.Name || w.instance() != l.m.Instance {
 				c.close()
 				ended(true, nil)
 			}
@@ -1005,7 +1005,7 @@ func (p *proc) trySeed(i int) {
 	p.s.compare(p, p.seeds[i], sync, func(err error) {
 		var r seedResult
 		r.add(p.seeds[i], sync.peer.Name, err)
-		p.tell(func(n *node) { n.handleSeedTried(i, r) })
+		p.tell(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 	})
 }
 
@@ -1038,7 +1038,7 @@ func (p *proc) event(ev Event) {
 		case s.reply != nil:
 			s.reply(p, ev)
 		case ev.Name != "load":
-			p.tell(func(n *node) { n.sendReply(ev, replyNothing, nil) })
+			p.tell(func(n *node) { n.queries.sendReply(n, ev, replyNothing, nil) })
 		}
 		return
 	}
@@ -2225,11 +2225,11 @@ func TestRetryMaxEndsOnlyWhoHasNeverJoined(t *testing.T) {
 	seed := s.start(s.host(), "seed")
 	nowhere := s.host()
 	lonely := s.start(s.host(), "lonely", nowhere)
-	lonely.n.retryMax = 5
+	lonely.n.cfg.retryMax = 5
 	var ps []*proc
 	for i := range 5 {
 		ps = append(ps, s.start(s.host(), fmt.Sprint("m", i), seed.host))
-		ps[i].n.retryMax = 5
+		ps[i].n.cfg.retryMax = 5
 	}
 	s.run(20 * time.Second)
 	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
@@ -2534,7 +2534,7 @@ func TestALeaverHasLeftAndNotFailed(t *testing.T) {
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		v := ps[len(ps)-1]
 		from := s.now
-		v.do(func(n *node) { n.startLeave() })
+		v.do(func(n *node) { n.identity.startLeave(n) })
 		s.within(1200*ms, "the leaver is done", func() bool { return v.left })
 		s.within(5*time.Second, "all show it as left", func() bool { return all(ps, v.name, statusLeft) })
 		s.run(20 * time.Second)
@@ -2695,7 +2695,7 @@ func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
 				case "failed":
 					s.crash(young)
 				case "left":
-					young.do(func(n *node) { n.startLeave() })
+					young.do(func(n *node) { n.identity.startLeave(n) })
 				}
 				s.run(5 * time.Second)
 				from := s.now
@@ -2830,7 +2830,7 @@ func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
 func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
 	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
 		for _, p := range ps {
-			p.n.reapAfter = 10 * time.Minute
+			p.n.cfg.reapAfter = 10 * time.Minute
 			p.n.antiEntropy.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
 		}
 		s.crash(ps[len(ps)/2])
@@ -2965,7 +2965,7 @@ func TestAKillRightAfterARingChangeIsNoticedWithAnySeed(t *testing.T) {
 	changes := map[string]func(s *sim, ps []*proc){
 		"a join":     func(s *sim, ps []*proc) { s.start(s.host(), "new", ps[0].host) },
 		"a kill":     func(s *sim, ps []*proc) { s.crash(ps[1]) },
-		"a leave":    func(s *sim, ps []*proc) { ps[1].do(func(n *node) { n.startLeave() }) },
+		"a leave":    func(s *sim, ps []*proc) { ps[1].do(func(n *node) { n.identity.startLeave(n) }) },
 		"a lost one": func(s *sim, ps []*proc) { s.loseHost(ps[1]); s.run(2300 * ms) },
 		"a restart":  func(s *sim, ps []*proc) { s.crash(ps[1]); s.start(ps[1].host, ps[1].name, ps[2].host) },
 		"its links' ends": func(s *sim, ps []*proc) {
@@ -3000,7 +3000,7 @@ func TestAKillRightAfterARingChangeIsNoticedWithAnySeed(t *testing.T) {
 // answering has every agent answer queries with its name.
 func (s *sim) answering() {
 	s.reply = func(p *proc, ev Event) {
-		p.tell(func(n *node) { n.sendReply(ev, replyDone, []byte(p.name)) })
+		p.tell(func(n *node) { n.queries.sendReply(n, ev, replyDone, []byte(p.name)) })
 	}
 }
 
@@ -3013,7 +3013,7 @@ type simQuery struct {
 // ask has p ask everybody name.
 func (p *proc) ask(name string, within time.Duration) (q simQuery) {
 	p.do(func(n *node) {
-		id, _, err := n.query(name, []byte("payload"), nil, within)
+		id, _, err := n.queries.ask(n, name, []byte("payload"), nil, within)
 		if q = (simQuery{p, id}); err != nil {
 			p.s.tb.Error(err)
 		}
@@ -3164,7 +3164,7 @@ func TestTagsReachEverybodyAsOneUpdate(t *testing.T) {
 		for i := range 5 {
 			v, from := ps[(i*41)%len(ps)], s.now
 			v.do(func(n *node) {
-				if err := n.setTags(map[string]string{"state": fmt.Sprint("drain", i)}, nil); err != nil {
+				if err := n.identity.setTags(n, map[string]string{"state": fmt.Sprint("drain", i)}, nil); err != nil {
 					t.Error(err)
 				}
 			})

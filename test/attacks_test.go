@@ -530,7 +530,7 @@ func TestOtherProtocolsAtTheRPCCauseNothing(t *testing.T) {
 
 func TestWhatIsOpenToStrangersIsOneWarning(t *testing.T) {
 	t.Parallel()
-	const rpc, token = "the RPC listens on 0.0.0.0:", "without a token: anybody that reaches it controls this agent"
+	const rpc, token = "the RPC listens on 0.0.0.0:", "without a token: anyone who can reach it controls this agent"
 	const public = "is a public address, and there is no key"
 	for _, c := range []struct {
 		keys []string

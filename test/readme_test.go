@@ -295,7 +295,7 @@ func TestPagesQuoteMessagesThatExist(t *testing.T) {
 	code := ""
 	for _, f := range files {
 		if !strings.HasSuffix(f, "_test.go") {
-			code += regexp.MustCompile(`" \+\s*"`).ReplaceAllString(readFile(f), "")
+			code += regexp.MustCompile(`" ?\+\s*"`).ReplaceAllString(readFile(f), "")
 		}
 	}
 	_, table, _ := strings.Cut(readFile("docs/operations.md"), "\n## Trouble\n")
