@@ -799,15 +799,6 @@ func (l logger) printf(level logLevel, format string, a ...any) {
 	l(logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// isPlausible is the rule about Lamport times from outside: none is far above all that is known. About
-// incarnations see isPlausibleClaim.
-func (n *node) isPlausible(number, known uint64) bool {
-	// One forged datagram with the highest number of all would end events for good. What is known at the start may
-	// be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
-	const floor, room = 1 << 56, 1 << 48 // as times of starts: the year 2109, 198 days
-	return number <= max(known, floor)+room+uint64(n.now/ms)<<instanceRandomBits
-}
-
 // ---- the verbs ----
 
 // header is the header of a message of kind k from this node.
