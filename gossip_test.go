@@ -1530,3 +1530,23 @@ func benchTick(n *node, after time.Duration) outputs {
 	n.detector.heardFrom(n.now)
 	return n.tick(n.real + after)
 }
+
+func TestWarningOfWhatGoesOnComesEverMoreRarely(t *testing.T) {
+	n := newNode(nodeConfig{member: labMember(0)}, 0)
+	var w rareWarning
+	var at []string
+	for n.now = time.Second; n.now < 10*24*time.Hour; n.now += time.Minute {
+		if n.now > 3*24*time.Hour && n.now < 7*24*time.Hour {
+			continue // for a while there is nothing to warn of
+		}
+		n.warnRarely(&w, "x")
+		if len(n.out.logs) > 0 {
+			at = append(at, n.now.Round(time.Minute).String())
+			n.out.logs = nil
+		}
+	}
+	want := "0s 10m0s 30m0s 1h10m0s 2h30m0s 5h10m0s 10h30m0s 21h10m0s 42h30m0s 66h30m0s 168h0m0s 168h10m0s"
+	if got := strings.Join(at, " "); !strings.HasPrefix(got, want) {
+		t.Errorf("warned at %s, want %s", got, want)
+	}
+}

@@ -374,7 +374,7 @@ func (r *rig) datagram(from netip.AddrPort, b []byte) {
 	r.got[from] += len(b)
 	var hdr header
 	if rest, err := wire.decode(b, &hdr); err == nil {
-		if e := r.n.table.get(hdr.From); e != nil && e.Instance == hdr.born() {
+		if e := r.n.table.get(hdr.From); e != nil && e.Instance == hdr.instance() {
 			r.claims(wire.decodeAll(rest))
 		}
 	}
@@ -831,7 +831,7 @@ func TestDigestIsRightWhenAForgottenMemberComesBack(t *testing.T) {
 	m := r.n.table.get("a").Member
 	m.Status = statusFailed
 	r.n.applyAndForward(&update{Member: m})
-	r.pass(r.n.reapAfter + 3*time.Second)
+	r.pass(r.n.cfg.reapAfter + 3*time.Second)
 	if !r.n.table.get("a").reaped {
 		t.Fatal("a is not forgotten yet")
 	}
@@ -873,7 +873,7 @@ func TestReplayRevivesNoForgottenMember(t *testing.T) {
 	dead.Status = statusFailed
 	r.flood(update{Member: dead})
 	r.mode[2] = peerAbsent
-	r.pass(2*r.n.reapAfter + 3*time.Second)
+	r.pass(2*r.n.cfg.reapAfter + 3*time.Second)
 	if r.n.table.get("b") != nil {
 		t.Fatal("b is not forgotten")
 	}

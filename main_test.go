@@ -97,6 +97,7 @@ func TestConfigurationFilesOfSerfAreRead(t *testing.T) {
 		`{"retry_join": null, "handler_timeout": "1m"}`:                             "timeout 1m0s",
 		`{"profile": "wan", "protocol": 5, "snapshot_path": "/x"}`:                  "note f.json: \"profile\" has no effect; note f.json: \"protocol\" has no effect; note f.json: \"snapshot_path\" has no effect",
 		`{"discover": "web"}`:                                                       "note f.json: hamlet has no \"discover\"",
+		`{"keyring_file": "/etc/serf/keyring.json"}`:                                "error f.json: hamlet has no \"keyring_file\"",
 		`{"nonsense": [1, {"a": [2]}]}`:                                             "note f.json: there is no option \"nonsense\"",
 		"{\"role\": \"web\",\n\n\"x\" 3}":                                           "error f.json: line 3: this is not JSON",
 		"[1]":                                                                       "error f.json: line 1: this is not JSON",

@@ -355,7 +355,9 @@ func TestEventDigestCoversWhatATableTellsOfTheFormerInstance(t *testing.T) {
 		if e.addFormer(10) {
 			t.Errorf("%v: an older one took the place of the former one", runs)
 		}
-		tb.change(0, e, func() { e.reaped = true })
+		forgotten := *e
+		forgotten.reaped = true
+		tb.change(0, e, forgotten)
 		if tb.heard != 0 || tb.digest != 0 {
 			t.Errorf("%v: what is forgotten is in the digest", runs)
 		}

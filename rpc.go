@@ -633,7 +633,7 @@ func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about
 		s.err = errMalformed
 	}
 	if s.err == nil {
-		g.post(func(n *node) { n.noteSessionRoundTrip(w.From, w.born(), s.roundTrip) })
+		g.post(func(n *node) { n.noteSessionRoundTrip(w.From, w.instance(), s.roundTrip) })
 	}
 	return s, w, about
 }
@@ -723,7 +723,7 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	}
 	defer c.Close()
 	s, w, _ := g.openSession(c, msgLink)
-	if s.err != nil || w.From != m.Name || w.born() != m.Instance { // another run answers there: this one has ended
+	if s.err != nil || w.From != m.Name || w.instance() != m.Instance { // another run answers there: this one has ended
 		return s.err
 	}
 	c.SetDeadline(time.Time{})
@@ -818,7 +818,7 @@ func (g *gossip) serve(s *session) error {
 	g.noteInbound(addrOf(s.conn.LocalAddr()), hdr.Kind == msgSync)
 	g.doFor(s, func(n *node) error { w, about = n.handshakeReply(hdr); return nil })
 	s.send(&w, about...)
-	switch from := (Member{Name: hdr.From, Instance: hdr.born()}); hdr.Kind {
+	switch from := (Member{Name: hdr.From, Instance: hdr.instance()}); hdr.Kind {
 	case msgLink:
 		return g.holdLink(s, from)
 	case msgSync: // who hangs up now has the same table

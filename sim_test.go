@@ -799,7 +799,7 @@ func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update
 				first = true
 				w, about := n.handshakeReply(hdr)
 				c.send(0, func(n *node) {
-					n.noteSessionRoundTrip(w.From, w.born(), c.roundTrip)
+					n.noteSessionRoundTrip(w.From, w.instance(), c.roundTrip)
 					then(n, w, about)
 				})
 			})
@@ -896,7 +896,7 @@ func (p *proc) keepLink(l *simLink) {
 			}
 		})
 		c.meet(msgLink, func(n *node, w header, _ []update) {
-			if up = true; w.From != l.m.Name || w.born() != l.m.Instance {
+			if up = true; w.From != l.m.Name || w.instance() != l.m.Instance {
 				c.close()
 				ended(true, nil)
 			}
@@ -2225,11 +2225,11 @@ func TestRetryMaxEndsOnlyANodeThatHasNeverJoined(t *testing.T) {
 	seed := s.start(s.host(), "seed")
 	nowhere := s.host()
 	lonely := s.start(s.host(), "lonely", nowhere)
-	lonely.n.retryMax = 5
+	lonely.n.cfg.retryMax = 5
 	var ps []*proc
 	for i := range 5 {
 		ps = append(ps, s.start(s.host(), fmt.Sprint("m", i), seed.host))
-		ps[i].n.retryMax = 5
+		ps[i].n.cfg.retryMax = 5
 	}
 	s.run(20 * time.Second)
 	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
@@ -2830,7 +2830,7 @@ func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
 func TestReapOfAMemberCostsNoTraffic(t *testing.T) {
 	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
 		for _, p := range ps {
-			p.n.reapAfter = 10 * time.Minute
+			p.n.cfg.reapAfter = 10 * time.Minute
 			p.n.antiEntropy.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
 		}
 		s.crash(ps[len(ps)/2])
