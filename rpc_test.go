@@ -1271,7 +1271,10 @@ func TestCommandsShowAnyResponseOfAnAgent(t *testing.T) {
 	numbers := []uint64{0, 1, 2, 3, 6, 7, 8, 200, 255, 1<<31 - 1, 1 << 31, 1<<63 - 1, 1 << 63, 1<<64 - 1}
 	text := func() string { return texts[rng.IntN(len(texts))] }
 	number := func() uint64 { return numbers[rng.IntN(len(numbers))] }
+	var one sync.Mutex // rng is for one at a time
 	respond := func(s *session) {
+		one.Lock()
+		defer one.Unlock()
 		for range 20 {
 			a := rpcResponse{More: true, Count: int(number()), Text: text(), Kind: eventKind(number()), Reply: reply(number()), At: int64(number()), Dropped: int(number())}
 			if rng.IntN(50) == 0 {
