@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
+func TestProbeRefusedTwiceFailsAKilledProcess(t *testing.T) {
 	l := newLab(t, 3)
 	l.breaks(1)
 	l.sees(1, verdictRefused)
@@ -28,7 +28,7 @@ func TestAKilledProcessFailsWhenTwoWereRefused(t *testing.T) {
 	`)
 }
 
-func TestARefusedDialIsNoVerdictWhenSomebodyReachesIt(t *testing.T) {
+func TestProbeRefusedOnceIsNoVerdictWhenAHelperReachesTheMember(t *testing.T) {
 	l := newLab(t, 3)
 	l.breaks(1)
 	l.sees(1, verdictRefused)
@@ -40,7 +40,7 @@ func TestARefusedDialIsNoVerdictWhenSomebodyReachesIt(t *testing.T) {
 	}
 }
 
-func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
+func TestProbeOfAVanishedHostSuspectsItThenFailsIt(t *testing.T) {
 	l := newLab(t, 4)
 	l.udp(1, header{Kind: msgHeartbeat, Promise: 500})
 	l.udp(2, header{Kind: msgHeartbeat, Promise: 9000})
@@ -68,7 +68,7 @@ func TestAVanishedHostIsSuspectThenFailed(t *testing.T) {
 	}
 }
 
-func TestASuspectThatRefutesIsNotFailed(t *testing.T) {
+func TestSuspicionThatIsRefutedFailsNobody(t *testing.T) {
 	l := newLab(t, 2)
 	l.after(newWatchGrace + probeTimeout + 10*ms)
 	if l.n.table.get("b").Status != statusSuspect {
@@ -86,8 +86,8 @@ func TestASuspectThatRefutesIsNotFailed(t *testing.T) {
 }
 
 // Helpers that knew where b had moved reached it there, and kept the old one alive
-// for whoever had missed the news.
-func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
+// for the peers that had missed the news.
+func TestProbeResultOfANewerInstanceIsNewsAndNoAcquittal(t *testing.T) {
 	l := newLab(t, 4)
 	l.breaks(1)
 	l.after(200 * ms)
@@ -98,7 +98,7 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	if e := l.n.table.get("b"); e.Addr != moved.Addr || e.Instance != 20 {
 		t.Errorf("it believes %v, want %v", e.Member, moved)
 	}
-	// An older run than mine is no news, and what was seen of it does not count.
+	// An older instance than the known one is no news, and what was seen of it does not count.
 	l = newLab(t, 4)
 	l.breaks(1)
 	l.after(200 * ms)
@@ -111,7 +111,7 @@ func TestAVoteAboutANewerRunIsNewsOfItAndNoAcquittal(t *testing.T) {
 	}
 }
 
-func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
+func TestProbeAcceptedInSilenceFailsAfterTenSeconds(t *testing.T) {
 	l := newLab(t, 2)
 	died := time.Duration(0)
 	for l.now < 20*time.Second && died == 0 {
@@ -129,7 +129,7 @@ func TestWhoeverAcceptsInSilenceIsStalledAndFailsAfterTenSeconds(t *testing.T) {
 	}
 }
 
-func TestWhoIsAskedBetweenTwoRoundsLooksAnew(t *testing.T) {
+func TestProbeForAPeerBetweenTwoRoundsDialsAnew(t *testing.T) {
 	l := newLab(t, 3)
 	l.udp(2, header{Kind: msgHeartbeat, Promise: 9000})
 	l.breaks(1)
@@ -150,7 +150,7 @@ func TestWhoIsAskedBetweenTwoRoundsLooksAnew(t *testing.T) {
 	`)
 }
 
-func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
+func TestProbeForAPeerGoesOnlyToTheAddressOfAKnownMember(t *testing.T) {
 	l := newLab(t, 3)
 	l.udp(1, header{Kind: msgIndirectProbe, Seq: 1, Target: "stranger"})
 	l.udp(1, header{Kind: msgIndirectProbe, Seq: 2, Target: "c"})
@@ -167,7 +167,7 @@ func TestACheckIsOnlyMadeAtTheAddressOfAKnownMember(t *testing.T) {
 	`)
 }
 
-func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
+func TestProbeAfterAStopWaitsForWhatHasArrived(t *testing.T) {
 	l := newLab(t, 2)
 	l.udp(1, header{Kind: msgHeartbeat, Promise: 500})
 	l.text.Reset()
@@ -182,7 +182,7 @@ func TestWhoeverWasStoppedHearsFirstAndJudgesThen(t *testing.T) {
 
 // A claim about the same run, here its new tags, once wiped what was known of any
 // member that had never sent a heartbeat here, and stretched its deadline.
-func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
+func TestClaimAboutTheSameInstancePutsOffNoDeadline(t *testing.T) {
 	l := newLab(t, 3)
 	l.udp(2, header{Kind: msgHeartbeat, Promise: 9000})
 	e := l.n.table.get("b")
@@ -206,8 +206,8 @@ func TestAClaimAboutTheSameRunPutsOffNoDeadline(t *testing.T) {
 	}
 }
 
-// Whoever reads what the table counts must not hide it from the next reader.
-func TestTheRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
+// A reader of what the table counts must not hide it from the next one.
+func TestRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
 	l := newLab(t, 3)
 	l.n.step(l.now, func(n *node) {
 		n.table.apply(n.now, labMember(3), 0)
@@ -222,7 +222,7 @@ func TestTheRingFollowsEachChangeHoweverOftenItIsLookedAt(t *testing.T) {
 	}
 }
 
-func TestFirstPromisesAreSpreadOverTheCycle(t *testing.T) {
+func TestHeartbeatPromisesAtFirstAreSpreadOverTheCycle(t *testing.T) {
 	n := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0)
 	for i := 1; i < 5; i++ {
 		n.table.apply(n.now, labMember(i), 0).peer().validated = true
@@ -303,7 +303,7 @@ func TestHeartbeatsComeWhenTheyWerePromised(t *testing.T) {
 
 // Three datagrams that named fifty members at a bystander's address made five
 // agents send it ten thousand datagrams.
-func TestAForgedCrowdAtABystandersAddressCostsHimLittle(t *testing.T) {
+func TestAddressOfABystanderGetsLittleForAForgedCrowd(t *testing.T) {
 	l := newLab(t, 3)
 	sent, dialled := 0, 0
 	for i := range 50 {
@@ -321,7 +321,7 @@ func TestAForgedCrowdAtABystandersAddressCostsHimLittle(t *testing.T) {
 		dialled += len(o.tcpProbes) + len(o.syncs)
 		for _, m := range o.links {
 			if m.Addr == labMember(9).Addr {
-				t.Fatal("a link to one who has never answered")
+				t.Fatal("a link to a peer that has never answered")
 			}
 		}
 		l.now = max(o.wake, l.now+ms)

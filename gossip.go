@@ -9,7 +9,7 @@
 //	constants       the protocol's times and bounds
 //	messages        what travels: header, claims and events
 //	codec           gob, made fit for datagrams
-//	seal            encryption, and for whom a datagram is
+//	seal            encryption, and the receiver of a datagram
 //	replay window   each datagram counts once
 //	awake time      the clock that all deadlines run on, and rates
 //	node            inputs and outputs, the verbs that its parts use
@@ -23,14 +23,13 @@
 //	heartbeats      the watchers and the watched
 //	probes          how a lateness becomes a verdict
 //	isolation       is it this node? and pings to the failed
-//	queries         questions to members, and their answers
+//	queries         what users ask members, and the answers
 //	the loop        the one goroutine that owns all this, with UDP
 
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -62,62 +61,74 @@ const (
 	never = time.Duration(math.MaxInt64)
 )
 
-// The protocol's times and bounds. They were settled in simulation: the
-// scenarios in sim_test.go are the measurements.
+// The protocol's times and bounds. They were settled in simulation: the scenarios in sim_test.go are the
+// measurements.
 const (
-	broadcastBatch, broadcastRate = 2 * ms, 200      // packets a second
-	eventRate                     = 4000             // the same of user events: their senders are slowed down when it is not enough
-	eventsCalm                    = 200 * ms         // after which events that differ were missed, and are not under way
-	eventBurst                    = 64               // packets in one go: the watchers' sockets must hold those of four
-	eventRepairEvery              = 40 * ms          // floods that overtake each other need less
-	eventRepairTries              = 5                // by UDP, before tables are compared
-	eventAwayTries                = 12               // while the sender is not there to ask
-	eventRepairPackets            = 8                // in answer to one request
-	eventRepairRate               = 20               // of requests that are answered to one peer, a second
-	eventGapTimeout               = 5 * time.Second  // then an event that did not come is given up
-	eventAwayTimeout              = time.Minute      // the same while its sender is not there to ask: a split may end
-	eventMemory                   = 10 * time.Minute // for how long more than the last few events are remembered
-	eventCheckTimeout             = 2 * time.Second  // for so long an agent waits for a member that does not keep up
-	syncInterval                  = time.Second
-	syncBurst                     = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
-	claimInterval                 = 200 * ms
-	resendAfter                   = 50 * ms         // the first time, or two round trips; each wait is twice as long
-	requestTimeout                = 3 * time.Second // a question's answer counts for so long
-	leaveTimeout                  = time.Second
-	seedsMax, warnEvery           = 30 * time.Second, 10 * time.Minute
-	seedsOften, seedsOftenFor     = time.Second, time.Minute // a late seed must not be waited for longer than it is late
-	lateBy                        = 100 * ms                 // how much later than planned a wake-up may count
+	broadcastBatch     = 2 * ms
+	broadcastRate      = 200              // packets a second
+	eventRate          = 4000             // the same of user events: senders are slowed down when it is not enough
+	eventsCalm         = 200 * ms         // after which events that differ were missed, and are not under way
+	eventBurst         = 64               // packets in one go: the watchers' sockets must hold those of four
+	eventRepairEvery   = 40 * ms          // broadcasts that overtake each other need less
+	eventRepairTries   = 5                // by UDP, before tables are compared
+	eventAwayTries     = 12               // while the sender is not there to ask
+	eventRepairPackets = 8                // in answer to one request
+	eventRepairRate    = 20               // of requests that are answered to one peer, a second
+	eventGapTimeout    = 5 * time.Second  // then an event that did not come is given up
+	eventAwayTimeout   = time.Minute      // the same while its sender is not there to ask: a split may end
+	eventMemory        = 10 * time.Minute // for how long more than the last few events are remembered
+	eventCheckTimeout  = 2 * time.Second  // for so long an agent waits for a member that does not keep up
 
-	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer than
-	// that, and a line is measured once; a longer one at times, since it may have been a stall.
+	syncInterval   = time.Second
+	syncBurst      = 4 // at once, or of a hundred who join at once some would wait a second for what they missed
+	claimInterval  = 200 * ms
+	resendAfter    = 50 * ms         // the first time, or two round trips; each wait is twice as long
+	requestTimeout = 3 * time.Second // for so long the answer to a ping counts
+	leaveTimeout   = time.Second
+	lateBy         = 100 * ms // how much later than planned a wake-up may count
+
+	// A late seed must not be waited for longer than it is late.
+	seedsOften    = time.Second
+	seedsOftenFor = time.Minute
+	seedsMax      = 30 * time.Second
+	warnEvery     = 10 * time.Minute // at first; each wait is twice as long
+	maxWarnWait   = 24 * time.Hour
+
+	// What waits for an answer waits for at least two round trips. Up to shortLine the protocol's times are longer
+	// than that, and a line is measured once; a longer one at times, since it may have been a stall.
 	shortLine      = 50 * ms
 	longestLine    = 2500 * ms
 	remeasureAfter = 2 * time.Minute
 
-	maxDatagram, maxFrame       = 1400, 32 << 10
-	maxQueue                    = 4096 // claims and events that wait to be flooded
-	maxRecent, maxJoined        = 64, 16
-	recentFor                   = 3 * time.Second
-	maxRequests                 = 2 * maxMembers
-	maxQueries                  = 64          // of one's own at a time
-	replyTimeout                = time.Minute // a reply is sent again for so long at most
-	maxQueryTimeout             = time.Hour   // a query that arrives again is known for so long at most
-	reliableRate, reliableBurst = 64000, 64   // letters a second, and in one go: a thousand at once would be lost
-	replayedPingRate            = 1000        // answers a second to pings that may be recordings
-	maxInputs                   = 1024        // that wait for the loop; more datagrams are lost
-	drainFor                    = 20 * ms     // inputs may keep the loop from its tick
-	writeFor                    = 20 * ms     // what the socket does not take by then is lost, as UDP may be
+	maxDatagram      = 1400
+	maxFrame         = 32 << 10
+	maxQueue         = 4096 // claims and events that wait to be broadcast
+	maxRecent        = 64
+	maxJoined        = 16
+	recentFor        = 3 * time.Second
+	maxRequests      = 2 * maxMembers
+	maxQueries       = 64          // of one's own at a time
+	replyTimeout     = time.Minute // a reply is sent again for so long at most
+	maxQueryTimeout  = time.Hour   // a query that arrives again is known for so long at most
+	reliableRate     = 64000       // reliable sends a second
+	reliableBurst    = 64          // and in one go: a thousand at once would be lost
+	replayedPingRate = 1000        // answers a second to pings that may be recordings
+	maxInputs        = 1024        // that wait for the loop; more datagrams are lost
+	drainFor         = 20 * ms     // inputs may keep the loop from its tick
+	writeFor         = 20 * ms     // what the socket does not take by then is lost, as UDP may be
 
-	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries queries
-	// under way, and a few probes.
+	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries
+	// queries under way, and a few probes.
 	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
 	maxRequestsToPeer = 8 * maxQueries
 	maxProbesForPeer  = maxProbes / 8
 
-	// Bystanders whose addresses somebody forged get, all together, so many queries a second, and at once. Only this
-	// agent's own users make it ask; of all else they get a hundredth of that.
-	amplificationRate, amplificationBurst = 2000, 6000
-	queryCost, unaskedCost                = 1, 100
+	// Bystanders whose addresses are forged get, all together, so many queries a second, and at once. Only
+	// this agent's own users make it send queries; of all else the bystanders get a hundredth of that.
+	amplificationRate  = 2000
+	amplificationBurst = 6000
+	queryCost          = 1
+	unaskedCost        = 100
 )
 
 var (
@@ -136,7 +147,7 @@ const (
 	heartbeatInterval = 500 * ms                        // one heartbeat, to one watcher at a time
 	earlyInterval     = 125 * ms                        // while there are new watchers
 	overdueAfter      = 100 * ms                        // past its promise
-	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle, which a first heartbeat may be put behind
+	maxPromise        = (rings + 1) * heartbeatInterval // the longest cycle; a first heartbeat may come after it
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
@@ -144,8 +155,8 @@ const (
 	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
-	indirectAgainAfter = 300 * ms // more: those that have not voted
-	helperTimeout      = 350 * ms // a helper's vote
+	indirectAgainAfter = 300 * ms // more: those whose result has not come
+	helperTimeout      = 350 * ms // a helper's result
 	probeTimeout       = 600 * ms // the end of a round
 	suspicionTimeout   = 1500 * ms
 	stallTimeout       = 10 * time.Second
@@ -170,21 +181,21 @@ type msgKind uint8
 
 const (
 	msgHeartbeat      msgKind = iota
-	msgPing                   // Target: answer me
-	msgAck                    // I answer; Seq is the question's
-	msgIndirectProbe          // look at Target for me
-	msgProbeResult            // what I saw of Target
+	msgPing                   // wants a sign of life of Target
+	msgAck                    // answers a request; Seq is the request's
+	msgIndirectProbe          // asks a helper to probe Target
+	msgProbeResult            // a helper's result
 	msgBroadcast              // carries claims and user events
-	msgQuery                  // carries a query: answer it if you can
+	msgQuery                  // carries a query
 	msgReply                  // to a msgQuery
-	msgEventCheck             // tell me when you have my user events up to this one
-	msgEventRequest           // send me what comes after this user event of its sender
-	msgTCPProbe               // first frame of a session: who are you
-	msgLink                   // first frame: an idle link that tells of my death
-	msgSync                   // first frame: let us compare tables
-	msgHandshakeReply         // answer to a first frame
-	msgTable                  // a piece of the table
-	msgBye                    // this link ends without anybody having died
+	msgEventCheck             // wants an answer once the sender's user events up to this one have come
+	msgEventRequest           // wants what comes after this user event of its sender
+	msgTCPProbe               // first frame of a session: who answers there?
+	msgLink                   // first frame: an idle link whose end tells that the member has died
+	msgSync                   // first frame: a state sync
+	msgHandshakeReply         // answers a first frame
+	msgTable                  // a chunk of the table
+	msgBye                    // this link ends, and its member has not died
 	// Later versions have more kinds, and this one takes no notice of them.
 )
 
@@ -199,27 +210,33 @@ const (
 	replyFailed               // the same, and it failed: the first line says how
 )
 
-// header opens every datagram and every frame between agents. gob leaves out zeros, so one struct serves all kinds.
+// header opens every datagram and every frame between agents. gob leaves out zeros, so one struct serves all
+// kinds.
 type header struct {
 	Kind        msgKind
 	From        string
 	Incarnation uint64
-	Raised      uint64 // Incarnation minus Born; 0 until the member raised it
-	Number      uint64 // of this datagram among all of the sender's run
+	Raised      uint64 // Incarnation minus the instance; 0 until the member raised it
+	Number      uint64 // of this datagram among all of the sender's instance
 	Digest      uint64
-	Promise     uint32 // heartbeat: milliseconds until the next one to you; check: the asker's round trip to the target, if long
-	Seq         uint32 // of a question (any but a check wants a msgAck), and of its answer
-	Query       uint32 // the asker's number of a query
-	Target      string // whom a ping, check or vote is about; where a piece of a table ends, and of the last one nothing; a first frame: the dialler's address
-	Verdict     verdict
-	Reply       reply
-	More        bool   // msgTable: another piece follows; msgHandshakeReply: the node is in a cluster
-	Ext         string // for what later versions will say; this one does not look at it
+	// Promise is, in milliseconds, of a heartbeat: when the next one to the same receiver comes; of an indirect
+	// probe: the requester's round trip to the target, if that is long.
+	Promise uint32
+	Seq     uint32 // of a request (any but an indirect probe wants a msgAck), and of its answer
+	Query   uint32 // the asker's number of a query
+	// Target is whom a ping, an indirect probe or its result is about; of a chunk of a table, where it ends, and
+	// of the last one nothing; of a first frame, the dialler's address.
+	Target  string
+	Verdict verdict
+	Reply   reply
+	More    bool   // msgTable: another chunk follows; msgHandshakeReply: the node is in a cluster
+	Ext     string // for what later versions will say; this one does not look at it
 }
 
-func (hdr *header) born() uint64 { return hdr.Incarnation - hdr.Raised }
+// instance is the sender's.
+func (hdr *header) instance() uint64 { return hdr.Incarnation - hdr.Raised }
 
-// verdict is what one observer saw of a target, in rising weight as evidence that somebody is there.
+// verdict is what one observer saw of a target, in rising weight as evidence that a process is there.
 type verdict uint8
 
 const (
@@ -249,9 +266,11 @@ var wire = newCodec(&header{}, &update{}, &rpcRequest{}, &rpcResponse{})
 
 func newCodec(messages ...any) *codec {
 	c := &codec{ids: make(map[reflect.Type][]byte)}
-	c.enc, c.dec = gob.NewEncoder(&c.buf), gob.NewDecoder(&c.in)
+	c.enc = gob.NewEncoder(&c.buf)
+	c.dec = gob.NewDecoder(&c.in)
 	for _, m := range messages {
-		c.in.Reset(c.encode(nil, m)) // the first time with the type's definition
+		// The first message of a type brings the type's definition with it, all others do not.
+		c.in.Reset(c.encode(nil, m))
 		c.dec.Decode(m)
 		c.ids[reflect.TypeOf(m)] = c.encode(nil, m)[1:3] // length, then id
 	}
@@ -262,20 +281,23 @@ func newCodec(messages ...any) *codec {
 func (c *codec) encode(dst []byte, m any, us ...update) []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+
 	c.buf.Reset()
-	err := c.enc.Encode(m)
+	c.write(m)
 	for i := range us {
-		err = cmp.Or(err, c.enc.Encode(&us[i]))
-	}
-	if err != nil {
-		panic(err) // flat structs always encode
+		c.write(&us[i])
 	}
 	return append(dst, c.buf.Bytes()...)
 }
 
-// decode decodes the message that opens b into m, which must be fresh, and returns what follows it. It hands
-// gob only what it can do no harm with: a message of the wanted type, of a length that is there. New
-// definitions, which could grow the decoder without bound, do not get in.
+func (c *codec) write(m any) {
+	err := c.enc.Encode(m)
+	if err != nil {
+		panic(err) // flat structs always encode
+	}
+}
+
+// decode decodes the message that opens b into m, which must be fresh, and returns what follows it.
 func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -284,39 +306,53 @@ func (c *codec) decode(b []byte, m any) (rest []byte, err error) {
 			err = fmt.Errorf("%w: %v", errMalformed, r)
 		}
 	}()
-	size, n := 0, 0 // n: of the length itself, as gob writes it
-	switch {
-	case len(b) > 0 && b[0] < 128:
-		size, n = int(b[0]), 1
-	case len(b) > 1 && b[0] == 0xff:
-		size, n = int(b[1]), 2
-	case len(b) > 2 && b[0] == 0xfe: // more than a frame holds
-		size, n = int(binary.BigEndian.Uint16(b[1:])), 3
-	}
-	if n == 0 || size > len(b)-n || !bytes.HasPrefix(b[n:], c.ids[reflect.TypeOf(m)]) {
+
+	// gob gets only what it can do no harm with: a message of the wanted type, of a length that is there. New
+	// definitions, which could grow the decoder without bound, do not get in.
+	size, prefix := messageSize(b)
+	if prefix == 0 || size > len(b)-prefix || !bytes.HasPrefix(b[prefix:], c.ids[reflect.TypeOf(m)]) {
 		return nil, errMalformed
 	}
-	c.in.Reset(b[:n+size])
+
+	c.in.Reset(b[:prefix+size])
 	if err := c.dec.Decode(m); err != nil || c.in.Len() > 0 {
 		return nil, errMalformed
 	}
-	return b[n+size:], nil
+	return b[prefix+size:], nil
+}
+
+// messageSize reads the length of the message that opens b; prefix is how many bytes gob takes for the length
+// itself. 0: there is none, or it is more than a frame holds.
+func messageSize(b []byte) (size, prefix int) {
+	switch {
+	case len(b) > 0 && b[0] < 128:
+		return int(b[0]), 1
+	case len(b) > 1 && b[0] == 0xff:
+		return int(b[1]), 2
+	case len(b) > 2 && b[0] == 0xfe:
+		return int(binary.BigEndian.Uint16(b[1:])), 3
+	}
+	return 0, 0
 }
 
 // decodeAll decodes updates up to the end of b.
 func (c *codec) decodeAll(b []byte) (us []update, err error) {
-	for len(b) > 0 && err == nil {
+	for len(b) > 0 {
 		var u update
 		b, err = c.decode(b, &u)
+		if err != nil {
+			return nil, err
+		}
 		us = append(us, u)
 	}
-	return us, err
+	return us, nil
 }
 
 // ---- seal ----
 
-// sealer closes and opens what travels between ports of one kind. With keys everything is authenticated before anything
-// is decoded, together with for whom it is, so that what was said to one run of a member cannot be played to another.
+// sealer seals and opens what travels between ports of one kind. With keys everything is authenticated before
+// anything is decoded, together with its receiver, so that what was said to one instance cannot be replayed to
+// another.
 type sealer struct {
 	cluster   string
 	keys      [][]byte // of 16, 24 or 32 bytes: the first one seals, any opens; see noKey
@@ -324,13 +360,14 @@ type sealer struct {
 	otherPort uint16 // the agent's port of the other kind
 }
 
-// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is first.
-// So a cluster that runs gets its first key in three rounds, as it gets another one.
+// noKey stands among keys for no encryption: packets in clear are taken while it is there, and sent while it is
+// first. So a running cluster gets its first key in three rounds, as it gets another one.
 var noKey = []byte{}
 
-// sealsWithKey reports whether what is sent is encrypted, opensInClear whether what is not is taken.
+// sealsWithKey reports whether what is sent is encrypted.
 func (d *sealer) sealsWithKey() bool { return len(d.keys) > 0 && len(d.keys[0]) > 0 }
 
+// opensInClear reports whether what is not encrypted is taken.
 func (d *sealer) opensInClear() bool {
 	return len(d.keys) == 0 || slices.ContainsFunc(d.keys, func(key []byte) bool { return len(key) == 0 })
 }
@@ -344,65 +381,69 @@ func fingerprint(key []byte) string {
 	return fmt.Sprintf("%x", sum[:4])
 }
 
-// receiverHash tells in clear for whom something is, by a hash.
-func (d *sealer) receiverHash(whom string) []byte {
+// receiverHash tells the receiver, in clear, by a hash.
+func (d *sealer) receiverHash(receiver string) []byte {
 	h := fnv.New32a()
-	io.WriteString(h, d.cluster+"\x00"+whom)
+	io.WriteString(h, d.cluster+"\x00"+receiver)
 	return h.Sum(nil)
 }
 
-// blockFor is AES under a key that is derived from key for whom alone (HKDF-Expand, RFC 5869), in this cluster.
-func (d *sealer) blockFor(key []byte, whom string) cipher.Block {
-	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+whom, len(key))
+// blockFor is AES under a key that is derived from key for the receiver alone (HKDF-Expand, RFC 5869), in this
+// cluster.
+func (d *sealer) blockFor(key []byte, receiver string) cipher.Block {
+	derived, _ := hkdf.Expand(sha256.New, key, d.cluster+"\x00"+receiver, len(key))
 	block, _ := aes.NewCipher(derived)
 	return block
 }
 
-// aead is AES-GCM under the key for whom.
-// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3): one run
-// of a member, or the pings to one name, get fewer. For anybody else than whom it does not open.
-func (d *sealer) aead(key []byte, whom string) cipher.AEAD {
-	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, whom))
+// aead is AES-GCM under the receiver's key. For another receiver it does not open.
+func (d *sealer) aead(key []byte, receiver string) cipher.AEAD {
+	// Nonces are random and have 96 bits, which is enough for 2^32 messages under one key (NIST SP 800-38D, 8.3):
+	// one instance, or the pings to one name, get fewer.
+	a, _ := cipher.NewGCMWithRandomNonce(d.blockFor(key, receiver))
 	return a
 }
 
-// seal appends to dst what data becomes for whom; open undoes that.
-func (d *sealer) seal(dst, data []byte, whom string) []byte {
-	dst = append(dst, d.receiverHash(whom)...)
+// seal appends data, sealed for the receiver, to dst.
+func (d *sealer) seal(dst, data []byte, receiver string) []byte {
+	dst = append(dst, d.receiverHash(receiver)...)
 	if !d.sealsWithKey() {
 		return append(dst, data...)
 	}
-	return d.aead(d.keys[0], whom).Seal(dst, nil, data, nil)
+	return d.aead(d.keys[0], receiver).Seal(dst, nil, data, nil)
 }
 
-func (d *sealer) open(b []byte, whom string) ([]byte, error) {
-	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(whom)) {
+// open returns the data that was sealed for the receiver.
+func (d *sealer) open(b []byte, receiver string) ([]byte, error) {
+	if len(b) < 4 || !bytes.Equal(b[:4], d.receiverHash(receiver)) {
 		return nil, errNotForMe
 	}
-	b = b[4:]
+
+	sealed := b[4:]
 	for _, key := range d.keys {
 		if len(key) == 0 {
 			continue
 		}
-		if data, err := d.aead(key, whom).Open(nil, nil, b, nil); err == nil {
+		data, err := d.aead(key, receiver).Open(nil, nil, sealed, nil)
+		if err == nil {
 			return data, nil
 		}
 	}
 	if d.opensInClear() {
-		return b, nil
+		return sealed, nil
 	}
 	return nil, errOtherKey
 }
 
-// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and what is
-// sent to a member is of the highest that both understand. Those before 5 are nobody's.
+// Two agents whose protocols differ by one form one cluster: each understands its own and the one before it, and
+// what is sent to a member is of the highest that both understand. Those before 5 are not spoken any more.
 const (
 	protocolVersion = 5
-	maxProtocol     = 32 // of which is heard at all: what claims a higher one is noise
+	maxProtocol     = 32 // what claims a higher one is noise
 	protocolOldest  = max(protocolVersion-1, 5)
 )
 
-// spokenWith is the protocol in which a member is told something; theirs is the highest that it understands, 0: unknown.
+// spokenWith is the protocol for a member that understands theirs at most; 0: that is not known.
 func spokenWith(theirs uint8) uint8 {
 	if theirs == 0 {
 		return protocolOldest
@@ -415,35 +456,39 @@ func checkProtocol(theirs uint8) error {
 	if theirs < protocolOldest && theirs < 5 {
 		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
 	}
-	if theirs < protocolOldest {
-		return fmt.Errorf("%w %d, this agent %d: upgrade that one, one protocol at a time", errVersion, theirs, protocolVersion)
+	tooOld := "this"
+	switch {
+	case theirs < protocolOldest:
+		tooOld = "that"
+	case theirs <= protocolVersion+1:
+		return nil
 	}
-	if theirs > protocolVersion+1 {
-		return fmt.Errorf("%w %d, this agent %d: upgrade this one, one protocol at a time", errVersion, theirs, protocolVersion)
-	}
-	return nil
+	return fmt.Errorf("%w %d, this agent %d: upgrade %s one, one protocol at a time",
+		errVersion, theirs, protocolVersion, tooOld)
 }
 
-// datagramFor is for whom a datagram is: a run of name, or (born 0) any.
-func datagramFor(name string, born uint64) string {
-	return "datagram " + strconv.FormatUint(born, 36) + " " + name
+// datagramFor names the receiver of a datagram: an instance of name, or (0) any of them.
+func datagramFor(name string, instance uint64) string {
+	return "datagram " + strconv.FormatUint(instance, 36) + " " + name
 }
 
-// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a ping is.
+// sealDatagram makes a datagram of data for a member: for that instance or (Instance 0) any of its name; only a
+// ping is.
 func (d *sealer) sealDatagram(data []byte, to Member) []byte {
 	b := append(make([]byte, 0, 64+len(data)), spokenWith(to.Protocol))
 	return d.seal(b, data, datagramFor(to.Name, to.Instance))
 }
 
-// openDatagram opens one for self; errNotForMe: of another cluster, to who had the address before, or to a former run.
-func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, err error) {
+// openDatagram opens one for self; anyInstance: it was for any instance of the name. errNotForMe: it is of another
+// cluster, for the former owner of the address, or for a former instance.
+func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyInstance bool, err error) {
 	if len(b) == 0 {
 		return nil, false, errMalformed
 	}
 	if protocol := b[0]; protocol < protocolOldest || protocol > protocolVersion {
 		err := checkProtocol(protocol)
 		if err == nil || protocol > maxProtocol {
-			err = errMalformed // a later one speaks this one to this agent
+			err = errMalformed // a later version speaks this protocol to this agent
 		}
 		return nil, false, err
 	}
@@ -452,30 +497,34 @@ func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyRun bool, 
 	}
 
 	data, err = d.open(b[1:], datagramFor(self.Name, self.Instance))
-	if errors.Is(err, errNotForMe) {
-		data, err = d.open(b[1:], datagramFor(self.Name, 0))
-		anyRun = true
+	if !errors.Is(err, errNotForMe) {
+		return data, false, err
 	}
-	return data, anyRun, err
+	data, err = d.open(b[1:], datagramFor(self.Name, 0))
+	return data, true, err
 }
 
 // ---- replay window ----
 
-// replayWindow tells which of the numbers that a run gives its datagrams have counted: none counts twice (RFC 4303,
-// section 3.4.3). What is windowSize behind the highest counts for nothing.
+// replayWindow tells which of the numbers that an instance gives its datagrams have counted: none counts twice
+// (RFC 4303, section 3.4.3). What is windowSize behind the highest does not count at all.
 type replayWindow struct {
 	top  uint64
 	seen uint64 // a bit for each number, from top down
 }
 
+// accept reports whether number counts, and notes that it has.
 func (w *replayWindow) accept(number uint64) bool {
 	if number > w.top {
-		w.seen, w.top = w.seen<<(number-w.top), number
+		w.seen <<= number - w.top
+		w.top = number
 	}
 	bit := uint64(1) << (w.top - number) // 0 when it is too far behind
-	fresh := number > 0 && bit > 0 && w.seen&bit == 0
+	if number == 0 || bit == 0 || w.seen&bit != 0 {
+		return false
+	}
 	w.seen |= bit
-	return fresh
+	return true
 }
 
 // isBehind reports whether number is too far below the highest to count.
@@ -483,10 +532,10 @@ func (w *replayWindow) isBehind(number uint64) bool {
 	return w.top >= windowSize && number <= w.top-windowSize
 }
 
-// handleAnswer takes the number of an answer. asked is what the highest was when its question was first sent: a sender
-// numbers on from what it has sent before, so that an answer below it shows that somebody has forged that highest
-// number. Where nobody can forge (with a key) no answer is below, however late it comes.
+// handleAnswer takes the number of an answer. asked is what the highest was when its request was first sent.
 func (w *replayWindow) handleAnswer(number, asked uint64) {
+	// A sender numbers on from what it has sent before. So a lower number shows that the highest one was
+	// forged. Where that cannot be (with a key) no answer is lower, however late it comes.
 	if number < asked {
 		*w = replayWindow{top: number, seen: ^uint64(0)}
 		return
@@ -506,12 +555,16 @@ type clock struct {
 	planned time.Duration // for how long nothing falls due
 }
 
-// advance runs the awake clock. A process that was stopped would blame everybody else for its own silence, so
-// a gap counts for no more than the planned wait and a little.
+// advance runs the awake clock.
 func (c *clock) advance(now time.Duration) {
+	// A process that was stopped would blame all others for its own silence. So a gap counts for no more than the
+	// planned wait and a little.
 	c.now += max(min(now-c.real, c.planned+lateBy), 0)
 	c.real = now
 }
+
+// planAnew forgets what was planned: nothing is due before longest is over.
+func (c *clock) planAnew(longest time.Duration) { c.planned = longest }
 
 // wakeAt asks to be woken at awake time t.
 func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
@@ -523,12 +576,12 @@ type bucket struct {
 }
 
 // fill lets rate tokens a second run in, and burst of them lie.
-func (b *bucket) fill(now time.Duration, rate, burst float64) *bucket {
+func (b *bucket) fill(now time.Duration, rate, burst float64) {
 	if b.at == 0 {
 		b.tokens = burst
 	}
-	b.tokens, b.at = min(b.tokens+rate*(now-b.at).Seconds(), burst), now
-	return b
+	b.tokens = min(b.tokens+rate*(now-b.at).Seconds(), burst)
+	b.at = now
 }
 
 // has reports whether cost tokens are there; spend takes them.
@@ -536,27 +589,39 @@ func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
 
 func (b *bucket) spend(cost float64) { b.tokens -= cost }
 
-// take takes a token, if there is one.
-func (b *bucket) take() bool {
-	if b.tokens < 1 {
+// take takes cost tokens, if they are there, and reports whether they were.
+func (b *bucket) take(cost float64) bool {
+	if !b.has(cost) {
 		return false
 	}
-	b.tokens--
+	b.spend(cost)
 	return true
+}
+
+// debt is how long it takes until the tokens are not below 0.
+func (b *bucket) debt(rate float64) time.Duration {
+	return time.Duration(max(0, -b.tokens) / rate * float64(time.Second))
+}
+
+// takeEvery takes a token, of which one comes in each interval, and burst may lie. It reports whether there was
+// one.
+func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
+	b.fill(now, 1/interval.Seconds(), burst)
+	return b.take(1)
 }
 
 // ---- node ----
 
 type packet struct {
-	to   Member // that run, or (Born 0) any of that name
+	to   Member // that instance, or (Instance 0) any of that name
 	data []byte
 }
 
 // outputs is all that a node wants done, in order.
 type outputs struct {
 	packets   []packet
-	tcpProbes []Member // look at these by TCP
-	links     []Member // all watch links that shall stand; nil: no change
+	tcpProbes []Member // probe these by TCP
+	links     []Member // all watch links that are wanted; nil: no change
 	syncs     []Member // compare tables with these
 	events    []Event
 	logs      []logLine
@@ -566,9 +631,9 @@ type outputs struct {
 	fatal     error         // the node must not go on
 }
 
-// nodeConfig is what a node is born with.
+// nodeConfig is what a node starts with.
 type nodeConfig struct {
-	member    Member // its Incarnation is its Born: see birth
+	member    Member // its Incarnation is its Instance: see newInstanceID
 	seeds     []string
 	retryMax  int // failed tries of each seed; 0: for ever
 	reapAfter time.Duration
@@ -578,8 +643,8 @@ type nodeConfig struct {
 
 // node is one member's view of the cluster and all its protocol state.
 type node struct {
-	nodeConfig
 	clock
+	cfg         nodeConfig
 	rng         *rand.Rand
 	table       *table
 	self        *entry
@@ -594,18 +659,20 @@ type node struct {
 	identity    identity
 	queries     queries
 
-	amplification bucket // what those get who have never answered
+	amplification bucket // what is sent to those that have never answered
 	replayedPings bucket // answers to these, and to unknown senders
 }
 
 // newNode makes a node of cfg; now is the caller's clock.
 func newNode(cfg nodeConfig, now time.Duration) *node {
-	n := &node{nodeConfig: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
+	n := &node{cfg: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
 	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
+
 	cfg.member.Status = statusAlive
 	cfg.member.Protocol = protocolVersion
 	n.self = n.table.apply(n.now, cfg.member, 0)
-	n.self.known = now // what a former run of this name has sent is over
+	n.self.noteFirstHeard(now) // what a former instance of this name has sent is over
+
 	n.heartbeats.linkAt = never
 	n.requests.ofPeer = make(map[string]int)
 	n.detector.heardFrom(n.now)
@@ -626,46 +693,81 @@ func (n *node) advance(now time.Duration) {
 }
 
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
-// that had arrived before (a queued heartbeat acquits its sender).
+// that had arrived before (a queued heartbeat clears its sender).
 func (n *node) tick(now time.Duration) outputs {
 	n.advance(now)
-	n.clock.planned = time.Second // at the latest: who is alone has no heartbeats to wake it, and dead to forget
+	n.planAnew(time.Second) // an isolated node has no heartbeats to wake it, and dead members to forget
+
 	n.requests.step(n)
 	if n.identity.leaving == 0 {
-		n.heartbeats.refresh(n)
-		n.heartbeats.step(n)
-		n.detector.step(n)
-		n.antiEntropy.step(n)
-		n.joining.step(n)
-		n.queries.step(n)
-		if n.heartbeats.version != n.table.version {
-			n.heartbeats.refresh(n)
-			n.wakeAt(n.now) // retries follow the new ring in the next tick
-		}
-	} else if n.wakeAt(n.identity.leaving); len(n.requests.open) == 0 || n.now >= n.identity.leaving {
-		n.out.left = true
+		n.stepMember()
+	} else {
+		n.stepLeave()
 	}
 	n.broadcasts.step(n)
+
 	o := n.out
-	o.events = append(o.events, n.table.events...)
+	n.out = outputs{}
+	o.events = append(o.events, n.table.takeEvents()...)
 	o.wake = n.real + n.planned
-	n.out, n.table.events = outputs{}, nil
 	return o
 }
 
+// stepMember does what is due in the parts of a node that is not leaving.
+func (n *node) stepMember() {
+	n.heartbeats.refresh(n)
+	n.heartbeats.step(n)
+	n.detector.step(n)
+	n.antiEntropy.step(n)
+	n.joining.step(n)
+	n.queries.step(n)
+
+	if n.heartbeats.version != n.table.version {
+		n.heartbeats.refresh(n)
+		n.wakeAt(n.now) // retries follow the new ring in the next tick
+	}
+}
+
+// stepLeave ends the leave when all that were told have acknowledged it, or its time is over.
+func (n *node) stepLeave() {
+	acknowledged := len(n.requests.open) == 0
+	if acknowledged || n.now >= n.identity.leaving {
+		n.out.left = true
+	}
+	n.wakeAt(n.identity.leaving)
+}
+
+// jitter is a random part of d, so that members do not act in step.
 func (n *node) jitter(d time.Duration) time.Duration { return time.Duration(n.rng.Int64N(int64(d))) }
 
 func (n *node) logf(level logLevel, format string, a ...any) {
 	n.out.logs = append(n.out.logs, logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// warnRarely warns of what goes on: one line in warnEvery, as counted in limit.
-func (n *node) warnRarely(limit *bucket, format string, a ...any) {
-	limit.fill(n.now, 1/warnEvery.Seconds(), 1)
-	if limit.has(1) {
-		limit.spend(1)
+// warnRarely warns of what goes on: at once, and again after warnEvery, and then ever more rarely.
+func (n *node) warnRarely(w *rareWarning, format string, a ...any) {
+	if w.isDue(n.now) {
+		w.given(n.now)
 		n.logf(levelWarn, format, a...)
 	}
+}
+
+// rareWarning is when a warning was given last, and for how long it is not given again.
+type rareWarning struct {
+	last time.Duration
+	wait time.Duration
+}
+
+func (w *rareWarning) isDue(now time.Duration) bool { return w.last == 0 || now-w.last >= w.wait }
+
+func (w *rareWarning) given(now time.Duration) {
+	// What has long been over begins anew.
+	if w.last == 0 || now-w.last >= 3*w.wait {
+		w.wait = warnEvery
+	} else {
+		w.wait = min(2*w.wait, maxWarnWait)
+	}
+	w.last = now
 }
 
 // logLevel says how much a log line matters.
@@ -697,40 +799,36 @@ func (l logger) printf(level logLevel, format string, a ...any) {
 	l(logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// isPlausible is the rule about Lamport times from outside: none is far above all that is known, or one forged datagram
-// with the highest number of all would end events for good. About incarnations see isPlausibleClaim.
-// What is known at the start may be of 1970, for want of a clock; the limit grows, so that it can be exceeded.
-func (n *node) isPlausible(number, known uint64) bool {
-	const floor, room = 1 << 56, 1 << 48 // as births: the year 2109, 198 days
-	return number <= max(known, floor)+room+uint64(n.now/ms)<<instanceRandomBits
-}
-
 // ---- the verbs ----
 
+// header is the header of a message of kind k from this node.
 func (n *node) header(k msgKind) header {
-	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation, Raised: n.self.Incarnation - n.self.Instance}
+	hdr := header{Kind: k, From: n.self.Name, Incarnation: n.self.Incarnation}
+	hdr.Raised = n.self.Incarnation - n.self.Instance
+
 	switch k {
-	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for that of the answer, which is never larger
+	case msgHeartbeat, msgPing, msgAck: // a ping's makes room for the answer's, which is never larger than its ping
 		hdr.Digest = n.calmDigest()
-	case msgSync, msgHandshakeReply:
-		hdr.Digest = n.digest()
-	}
-	switch k {
-	case msgSync, msgTCPProbe: // another holder of the name can then say where this node lives
+	case msgTCPProbe:
 		hdr.Target = n.self.Addr.String()
+	case msgSync:
+		hdr.Digest = n.digest()
+		hdr.Target = n.self.Addr.String() // another holder of the name can then say where this node lives
 	case msgHandshakeReply:
+		hdr.Digest = n.digest()
 		hdr.More = n.inCluster()
 	}
 	return hdr
 }
 
 // inCluster reports whether this node has come into a cluster, or is the one that others come to.
-func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.seeds) == 0 }
+func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.cfg.seeds) == 0 }
 
 // digest covers the table, and how many user events of each member are known.
 func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
 
-// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the same.
+// calmDigest leaves the events out while they come in: as long as some are under way, no two members have the
+// same.
 func (n *node) calmDigest() uint64 {
 	if n.now-n.broadcasts.heardAt < eventsCalm {
 		return n.table.digest
@@ -743,17 +841,22 @@ func (n *node) agreesWith(digest uint64) bool {
 	if digest == n.digest() || digest == n.calmDigest() {
 		return true
 	}
-	forgets := n.now - n.reapAfter
+	forgets := n.now - n.cfg.reapAfter
 	return n.table.agreesAround(digest, forgets-2*n.reapInterval(), forgets+2*n.reapInterval())
 }
 
-func (n *node) reapInterval() time.Duration { return min(max(n.reapAfter/10, 100*ms), time.Second) }
+func (n *node) reapInterval() time.Duration { return min(max(n.cfg.reapAfter/10, 100*ms), time.Second) }
 
-// amplificationCost is what it costs to send m something that it has not asked for, a message of kind k. Members that
-// have answered at their address cost nothing.
+// amplify takes what it costs to send m something that it has not asked for, a message of kind k. It reports whether
+// that is allowed.
+func (n *node) amplify(m Member, k msgKind) (allowed bool) {
+	return n.amplification.take(n.amplificationCost(m, k))
+}
+
+// amplificationCost is 0 for members that have answered at their address.
 func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	e := n.table.get(m.Name)
-	if e != nil && e.Addr == m.Addr && e.peer().validated {
+	if e != nil && e.Addr == m.Addr && e.isValidated() {
 		return 0
 	}
 	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
@@ -762,47 +865,46 @@ func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	return unaskedCost
 }
 
-// allows reports whether m may be sent a message of kind k; spend notes that it is.
-func (n *node) allows(m Member, k msgKind) bool {
-	return n.amplification.has(n.amplificationCost(m, k))
-}
-
-func (n *node) spend(m Member, k msgKind) { n.amplification.spend(n.amplificationCost(m, k)) }
-
-// send sends h and a body of updates to one run of a member.
+// send sends a header and a body of updates to one instance of a member.
 func (n *node) send(to Member, hdr header, body []byte) {
-	if hdr.Kind != msgAck { // which is never larger than what was asked
-		if !n.allows(to, hdr.Kind) {
+	// An answer is never larger than its request, and so amplifies nothing.
+	if hdr.Kind != msgAck {
+		allowed := n.amplify(to, hdr.Kind)
+		if !allowed {
 			return
 		}
-		n.spend(to, hdr.Kind)
 	}
 
-	if e := n.table.get(to.Name); to.Protocol == 0 && e != nil {
+	e := n.table.get(to.Name)
+	if to.Protocol == 0 && e != nil {
 		to.Protocol = e.Protocol
 	}
+
 	n.number++
 	hdr.Number = n.number
-	n.out.packets = append(n.out.packets, packet{to, append(wire.encode(nil, &hdr), body...)})
+	data := append(wire.encode(nil, &hdr), body...)
+	n.out.packets = append(n.out.packets, packet{to, data})
 }
 
-// ping asks whoever is called m.Name at m.Addr for a sign of life: any run, to find who has restarted.
+// ping asks the member for a sign of life: any instance of m.Name at m.Addr, to find one that has restarted.
 func (n *node) ping(m Member) {
 	hdr := n.header(msgPing)
-	hdr.Target, hdr.Seq = m.Name, n.nonce()
+	hdr.Target = m.Name
+	hdr.Seq = n.nonce()
 	n.addRequest(request{m: m, h: hdr, until: n.now + requestTimeout, at: never, sent: n.now})
+
 	m.Instance = 0
 	n.send(m, hdr, nil)
 }
 
-// sendReliable sends m a letter.
+// sendReliable sends m a datagram until it is acknowledged.
 func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Duration) {
 	hdr.Seq = n.nonce()
 	n.addRequest(request{m: m, h: hdr, body: body, until: n.now + within})
 	n.wakeAt(n.now)
 }
 
-// addRequest notes a question.
+// addRequest opens a request.
 func (n *node) addRequest(q request) {
 	e := n.table.get(q.m.Name)
 	if e != nil && e.Instance == q.m.Instance {
@@ -811,30 +913,31 @@ func (n *node) addRequest(q request) {
 	n.requests.add(q)
 }
 
-// nonce is a number that nobody can guess.
+// nonce is a number that cannot be guessed.
 func (n *node) nonce() uint32 { return n.rng.Uint32() | 1 }
 
-// tcpProbe has TCP look at m.
+// tcpProbe has m probed by TCP.
 func (n *node) tcpProbe(m Member) {
-	if n.allows(m, msgTCPProbe) {
-		n.spend(m, msgTCPProbe)
+	allowed := n.amplify(m, msgTCPProbe)
+	if allowed {
 		n.out.tcpProbes = append(n.out.tcpProbes, m)
 	}
 }
 
-// sync has TCP compare tables with m.
+// sync has tables compared with m, by TCP.
 func (n *node) sync(m Member) {
-	if n.allows(m, msgSync) {
-		n.spend(m, msgSync)
-		n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
-		n.out.syncs = append(n.out.syncs, m)
+	allowed := n.amplify(m, msgSync)
+	if !allowed {
+		return
 	}
+	n.logf(levelDebug, "comparing tables with %s at %s", m.Name, m.Addr)
+	n.out.syncs = append(n.out.syncs, m)
 }
 
-// sendClaim tells m one claim, directly: a flood stays on its own side of a split.
+// sendClaim tells m one claim, directly: a broadcast stays on its own side of a split.
 func (n *node) sendClaim(m Member, u update) { n.send(m, n.header(msgBroadcast), wire.encode(nil, &u)) }
 
-// applyAndBroadcast believes m and tells everybody.
+// applyAndBroadcast believes m and tells all members.
 func (n *node) applyAndBroadcast(m Member) {
 	if e := n.table.apply(n.now, m, 0); e != nil {
 		n.broadcast(e)
@@ -851,23 +954,23 @@ func (u *update) age() time.Duration { return time.Duration(min(u.Age, 1<<40)) *
 
 // ---- requests ----
 
-// request is a datagram that wants an answer: a ping, or a letter, which is sent again, less and less often,
-// until its time is over or the run that it is for is gone. It counts for one answer: a recorded one proves nothing.
+// request is a datagram that wants an answer: a ping, or a reliable send. It counts for one answer: a recorded one
+// proves nothing.
 type request struct {
-	m     Member // the run that is asked
+	m     Member // the instance that is asked
 	h     header
 	asked uint64 // the highest number of its datagrams, before
 	body  []byte
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
 	wait  time.Duration // how long that is after the last time
-	sent  time.Duration // when it was, if once only: an answer to what was sent again measures nothing (Karn's algorithm)
+	sent  time.Duration // when it was, if once only: otherwise an answer measures nothing (Karn's algorithm)
 }
 
 type requests struct {
 	open   []*request
 	ofPeer map[string]int // how many of them each name has
-	rate   bucket         // of letters
+	rate   bucket         // of reliable sends
 }
 
 func (qs *requests) add(q request) {
@@ -878,7 +981,7 @@ func (qs *requests) add(q request) {
 	qs.ofPeer[q.m.Name]++
 }
 
-// removed is told that q is not open any more.
+// removed notes that q is not open any more.
 func (qs *requests) removed(q *request) {
 	qs.ofPeer[q.m.Name]--
 	if qs.ofPeer[q.m.Name] == 0 {
@@ -891,43 +994,69 @@ func (qs *requests) removeAll() {
 	clear(qs.ofPeer)
 }
 
+// takeAnswered removes the request of name that carries seq, and returns it; nil: there is none.
+func (qs *requests) takeAnswered(name string, seq uint32) *request {
+	i := slices.IndexFunc(qs.open, func(q *request) bool { return q.h.Seq == seq && q.m.Name == name })
+	if i < 0 {
+		return nil
+	}
+	q := qs.open[i]
+	qs.open = slices.Delete(qs.open, i, i+1)
+	qs.removed(q)
+	return q
+}
+
+// step sends what is due, and drops the requests whose time is over or whose receiver is gone.
 func (qs *requests) step(n *node) {
 	qs.rate.fill(n.now, reliableRate, reliableBurst)
-	qs.open = slices.DeleteFunc(qs.open, func(q *request) bool {
-		due := n.now >= q.at && n.now < q.until && qs.rate.take()
-		if n.now >= q.until || due && n.table.ended(q.m) {
+	open := qs.open[:0]
+	for _, q := range qs.open {
+		if n.now >= q.until {
 			qs.removed(q)
-			return true
+			continue
 		}
-		if due {
-			twice := 2 * n.roundTripTo(q.m)
-			q.sent = 0
-			if q.wait == 0 {
-				q.sent = n.now
+
+		if n.now >= q.at && qs.rate.has(1) {
+			qs.rate.spend(1)
+			if n.table.ended(q.m) {
+				qs.removed(q)
+				continue
 			}
-			q.wait = max(min(2*q.wait, time.Second), resendAfter, twice)
-			q.at = n.now + q.wait
-			n.send(q.m, q.h, q.body)
+			q.send(n)
 		}
 		n.wakeAt(max(q.at, n.now+ms))
-		return false
-	})
+		open = append(open, q)
+	}
+	clear(qs.open[len(open):])
+	qs.open = open
+}
+
+// send sends a request once more, or for the first time, and plans the next time: less and less often.
+func (q *request) send(n *node) {
+	first := q.wait == 0
+	q.sent = 0
+	if first {
+		q.sent = n.now
+	}
+	q.wait = max(min(2*q.wait, time.Second), resendAfter, 2*n.roundTripTo(q.m))
+	q.at = n.now + q.wait
+	n.send(q.m, q.h, q.body)
 }
 
 // ---- datagrams in ----
 
-// dealings is what the protocol has had to do with one run of a member.
+// peerState is what the protocol knows of one instance of a member.
 type peerState struct {
 	datagrams     replayWindow
 	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
-	validated     bool          // it has answered: somebody lives at its address
+	validated     bool          // it has answered: a process lives at its address
 	greeted       bool          // it watches this node and has been sent a heartbeat
-	due           time.Duration // when it is overdue, if I watch it
+	due           time.Duration // when it is overdue, if this node watches it
 	claimRate     bucket        // with what is believed of it
 	eventRate     bucket        // with user events that it has missed
 	pingRate      bucket        // with pings that others bring about
 	tcpOnly       int           // probes in a row that only TCP answered
-	syncedDigests uint64        // both digests after the last comparison of tables
+	syncedDigests uint64        // both digests after the last state sync
 	newsRate      bucket        // with news that it may have missed
 	line          line
 	heard         []heardQuery // its queries whose time is not over
@@ -943,16 +1072,17 @@ type peerPath struct {
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
-	deadAnswers     int            // since tables were last compared because it answers and is believed to have failed
+	deadAnswers     int            // since the last state sync because it answers and is believed to have failed
 }
 
 // flapState is how a member came back; see damp.
 type flapState struct {
 	cameBack  time.Duration // when it was last shown alive again after it had failed; 0: never
-	count     int           // how often in a row it failed again soon after that, or did not answer when it was held
+	count     int           // how often in a row it failed soon after that, or did not answer while held
 	heldUntil time.Duration // when the held one is probed again; 0: not yet planned
 }
 
+// peer is the state of e, for what writes it: it is made when it is not there.
 func (e *entry) peer() *peerState {
 	if e.state == nil {
 		e.state = &peerState{}
@@ -960,8 +1090,19 @@ func (e *entry) peer() *peerState {
 	return e.state
 }
 
-// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer is
-// known at once, and a peer that stalled once is soon forgiven.
+// isValidated reports whether e has answered at its address.
+func (e *entry) isValidated() bool { return e.state != nil && e.state.validated }
+
+// roundTrip is how long an answer of e takes; 0: that is not known.
+func (e *entry) roundTrip() time.Duration {
+	if e.state == nil {
+		return 0
+	}
+	return e.state.line.roundTrip()
+}
+
+// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer
+// is known at once, and a peer that stalled once is soon forgiven.
 type line struct {
 	roundTrips  [2]time.Duration // the last one first; 0: not measured
 	remeasureAt time.Duration
@@ -971,11 +1112,19 @@ func (l *line) roundTrip() time.Duration { return max(l.roundTrips[0], l.roundTr
 
 // isSettled reports whether the line needs no measurement: it is short, or its last two agree and are not old.
 func (l *line) isSettled(now time.Duration) bool {
-	longer, shorter := l.roundTrip(), min(l.roundTrips[0], l.roundTrips[1])
+	longer := l.roundTrip()
 	if longer <= shortLine {
 		return longer > 0
 	}
+	shorter := min(l.roundTrips[0], l.roundTrips[1])
 	return longer < 3*shorter+shortLine && now < l.remeasureAt
+}
+
+// note takes a measured round trip; the line is measured again at remeasureAt.
+func (l *line) note(took, remeasureAt time.Duration) {
+	l.roundTrips[1] = l.roundTrips[0]
+	l.roundTrips[0] = min(max(took, 1), longestLine)
+	l.remeasureAt = remeasureAt
 }
 
 // noteRoundTrip notes how long an answer of that instance of name took.
@@ -984,21 +1133,20 @@ func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
 	if e == nil || e == n.self || e.Instance != instance {
 		return
 	}
-	l := &e.peer().line
-	l.roundTrips[1] = l.roundTrips[0]
-	l.roundTrips[0] = min(max(took, 1), longestLine)
-	l.remeasureAt = n.now + remeasureAfter + n.jitter(remeasureAfter) // or all would be measured in the same moments
+	// The jitter keeps all lines from being measured in the same moments.
+	e.peer().line.note(took, n.now+remeasureAfter+n.jitter(remeasureAfter))
 }
 
-// noteSessionRoundTrip notes how long a hello and its answer took. TCP may have sent one of them again, so that a line that
-// was short is not believed to have become long: a ping shows that.
+// noteSessionRoundTrip notes how long a hello and its answer took.
 func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
 	e := n.table.get(name)
 	if e == nil || e == n.self || e.Instance != instance {
 		return
 	}
 
-	known := e.peer().line.roundTrip()
+	// TCP may have sent one of them again, so that a line that was short is not believed to have become long: a
+	// ping shows that.
+	known := e.roundTrip()
 	isShort := known > 0 && known <= shortLine
 	if isShort && took > known+2*shortLine {
 		n.pingAtBoundedRate(e)
@@ -1007,21 +1155,22 @@ func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Dura
 	n.noteRoundTrip(name, instance, took)
 }
 
-// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the longest
-// to those that this node watches, or that watch it.
+// roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the
+// longest to those that this node watches, or that watch it.
 func (n *node) roundTripTo(m Member) time.Duration {
 	e := n.table.get(m.Name)
-	if e != nil && e.Instance == m.Instance && e.state != nil && e.state.line.roundTrip() > 0 {
-		return e.state.line.roundTrip()
+	if e != nil && e.Instance == m.Instance && e.roundTrip() > 0 {
+		return e.roundTrip()
 	}
 	return n.longestRoundTrip()
 }
 
 func (n *node) longestRoundTrip() (longest time.Duration) {
-	for _, es := range [][]*entry{n.heartbeats.watchers, n.heartbeats.watched} {
-		for _, e := range es {
-			longest = max(longest, e.peer().line.roundTrip())
-		}
+	for _, e := range n.heartbeats.watchers {
+		longest = max(longest, e.roundTrip())
+	}
+	for _, e := range n.heartbeats.watched {
+		longest = max(longest, e.roundTrip())
 	}
 	return longest
 }
@@ -1029,106 +1178,133 @@ func (n *node) longestRoundTrip() (longest time.Duration) {
 // overdueMargin is how much later than promised a heartbeat of m may come: a longer line varies by more.
 func (n *node) overdueMargin(m Member) time.Duration { return max(overdueAfter, n.roundTripTo(m)/4) }
 
-// handleDatagram takes one datagram, already opened; anyRun: it was not for this run alone.
-func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyRun bool) error {
+// handleDatagram takes one datagram, already opened; anyInstance: it was for any instance of this node's name.
+func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) error {
 	var hdr header
 	body, err := wire.decode(b, &hdr)
 	if err != nil {
 		return err
 	}
-	e := n.table.get(hdr.From)
-	switch {
-	case hdr.Raised > hdr.Incarnation:
+	if hdr.Raised > hdr.Incarnation {
 		return errMalformed
-	case hdr.Kind > msgEventRequest && hdr.Kind <= msgBye || anyRun && hdr.Kind != msgPing:
-		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
-	case e == n.self && hdr.born() == n.self.Instance: // my own, sent back
-	case hdr.Kind == msgPing:
-		n.handlePing(e, from, hdr, len(b))
-	case hdr.Kind == msgAck:
-		n.handleAck(hdr)
-	case e == nil || e == n.self || e.Instance != hdr.born(): // a run that is not remembered comes in by an exchange
-		n.handleUnknownHeartbeat(e, hdr)
-	case e.peer().datagrams.isBehind(hdr.Number):
-		n.handleBehind(e, hdr)
-	default:
-		fresh := e.peer().datagrams.accept(hdr.Number)
-		if fresh {
-			n.detector.heardFrom(n.now)
-			e.peer().path.source = from
-			return n.handleMessage(e, from, hdr, len(b), body)
-		}
 	}
-	return nil
+	framesOnly := hdr.Kind > msgEventRequest && hdr.Kind <= msgBye
+	if framesOnly || anyInstance && hdr.Kind != msgPing {
+		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
+	}
+
+	e := n.table.get(hdr.From)
+	if e == n.self && hdr.instance() == n.self.Instance {
+		return nil // it came from this node, and was sent back
+	}
+	switch hdr.Kind {
+	case msgPing:
+		n.handlePing(e, from, hdr, len(b))
+		return nil
+	case msgAck:
+		n.handleAck(hdr)
+		return nil
+	}
+
+	// An instance that is not remembered comes in by a state sync.
+	if e == nil || e == n.self || e.Instance != hdr.instance() {
+		n.handleUnknownHeartbeat(e, hdr)
+		return nil
+	}
+	peer := e.peer()
+	if peer.datagrams.isBehind(hdr.Number) {
+		n.handleBehind(e, hdr)
+		return nil
+	}
+	fresh := peer.datagrams.accept(hdr.Number)
+	if !fresh {
+		return nil
+	}
+	n.detector.heardFrom(n.now)
+	peer.path.source = from
+	return n.handleMessage(e, from, hdr, len(b), body)
 }
 
-// handlePing answers a ping. Anybody can play a recorded one again and again, also without a key: those that have come
-// before, and those of a sender that is not remembered, get so many answers a second, all together.
+// handlePing answers a ping.
 func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	if hdr.Target != n.self.Name {
 		return // it was meant for a former owner of this address
 	}
+
 	fresh := false
-	if e != nil && e.Instance == hdr.born() {
+	if e != nil && e.Instance == hdr.instance() {
 		fresh = e.peer().datagrams.accept(hdr.Number)
 	}
+	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and
+	// those of a sender that is not remembered, get so many answers a second, all together.
 	if !fresh {
-		n.replayedPings.fill(n.now, replayedPingRate, replayedPingRate)
-		if !n.replayedPings.has(1) {
+		allowed := n.replayedPings.takeEvery(time.Second/replayedPingRate, replayedPingRate, n.now)
+		if !allowed {
 			return
 		}
-		n.replayedPings.spend(1)
 	}
 	n.sendAck(from, hdr, size)
 }
 
-// handleBehind handles what is far below the highest number of e. It does not count. But without a key, somebody may have
-// forged that highest number; so, if e waits for an answer, it is pinged, and what it answers shows where it is.
+// handleBehind handles what is far below the highest number of e. It does not count. But without a key, that
+// highest number may be forged; so, if e waits for an answer, it is pinged, and its own answer shows which number
+// it has reached.
 func (n *node) handleBehind(e *entry, hdr header) {
 	if hdr.Seq != 0 {
 		n.pingAtBoundedRate(e)
 	}
 }
 
-// pingAtBoundedRate pings e, since somebody said something that only e can settle.
+// pingAtBoundedRate pings e about something that only e can settle.
 func (n *node) pingAtBoundedRate(e *entry) {
-	rate := &e.peer().pingRate
-	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
-	if rate.has(1) {
-		rate.spend(1)
+	allowed := e.peer().pingRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
 		n.ping(e.Member)
 	}
 }
 
 // handleMessage takes what counts: e has sent it just now.
 func (n *node) handleMessage(e *entry, from netip.AddrPort, hdr header, size int, body []byte) error {
-	if hdr.Seq != 0 && hdr.Kind != msgIndirectProbe && hdr.Kind != msgProbeResult && hdr.Kind != msgEventCheck {
+	if hdr.wantsAck() {
 		n.sendAck(from, hdr, size)
 	}
 	n.noteContact(e, hdr)
+
 	us, err := wire.decodeAll(body)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case hdr.Kind == msgIndirectProbe:
+	}
+	switch hdr.Kind {
+	case msgIndirectProbe:
 		n.detector.handleIndirectProbe(n, e, hdr)
-	case hdr.Kind == msgProbeResult:
+	case msgProbeResult:
 		n.detector.handleProbeResult(n, e, hdr, us)
-	case hdr.Kind == msgQuery:
+	case msgQuery:
 		return n.queries.handleQuery(n, e, hdr, us)
-	case hdr.Kind == msgReply:
+	case msgReply:
 		n.queries.handleAnswer(n, e, hdr, us)
-	case hdr.Kind == msgEventCheck:
+	case msgEventCheck:
 		return n.handleEventCheck(e, from, hdr, size, us)
-	case hdr.Kind == msgEventRequest:
+	case msgEventRequest:
 		return n.handleEventRequest(e, us)
-	case hdr.Kind == msgBroadcast:
+	case msgBroadcast:
 		return n.handleBroadcast(e, us)
 	}
 	return nil
 }
 
-// handleBroadcast takes what by has flooded. One bad update costs that update; the first is returned as an error.
+// wantsAck reports whether the datagram is to be acknowledged at once. An indirect probe is answered by its
+// result, and an event check when the events are there.
+func (hdr *header) wantsAck() bool {
+	switch hdr.Kind {
+	case msgIndirectProbe, msgProbeResult, msgEventCheck:
+		return false
+	}
+	return hdr.Seq != 0
+}
+
+// handleBroadcast takes what the member has broadcast. One bad update costs that update; the first is returned as
+// an error.
 func (n *node) handleBroadcast(by *entry, us []update) error {
 	var first error
 	for i := range us {
@@ -1140,82 +1316,94 @@ func (n *node) handleBroadcast(by *entry, us []update) error {
 	return first
 }
 
-// sendAck acknowledges a datagram of size bytes. It is never larger, since the source may be forged.
+// sendAck acknowledges a datagram of size bytes. The answer is never larger, since the source may be forged.
 func (n *node) sendAck(to netip.AddrPort, hdr header, size int) {
 	a := n.header(msgAck)
-	a.Seq, a.Number = hdr.Seq, n.number+1
+	a.Seq = hdr.Seq
+	a.Number = n.number + 1
 	if len(wire.encode(nil, &a)) > size {
 		a.Digest = 0
 	}
 	if len(wire.encode(nil, &a)) <= size {
-		n.send(Member{Name: hdr.From, Addr: to, Instance: hdr.born()}, a, nil)
+		n.send(Member{Name: hdr.From, Addr: to, Instance: hdr.instance()}, a, nil)
 	}
 }
 
-// handleAck takes the answer to a question of mine.
+// handleAck takes the answer to a request of this node.
 func (n *node) handleAck(hdr header) {
-	qs := &n.requests
-	i := slices.IndexFunc(qs.open, func(q *request) bool { return q.h.Seq == hdr.Seq && q.m.Name == hdr.From })
-	if i < 0 {
+	q := n.requests.takeAnswered(hdr.From, hdr.Seq)
+	if q == nil {
 		return
 	}
-	q := qs.open[i]
-	qs.open = slices.Delete(qs.open, i, i+1)
-	qs.removed(q)
-	if q.m.Addr != n.self.Addr || q.m.Name != n.self.Name {
+	askedItself := q.m.Addr == n.self.Addr && q.m.Name == n.self.Name
+	if !askedItself {
 		n.detector.heardFrom(n.now)
 	}
+
 	e := n.table.get(q.m.Name)
+	sameInstance := hdr.instance() == q.m.Instance
 	switch {
-	case e == n.self && hdr.born() == q.m.Instance: // a conflict
-		n.detector.handleSignOfLife(n, q.m)
-	case e == nil || e.Instance != q.m.Instance:
-	case hdr.born() != q.m.Instance:
-		if e.Status == statusFailed { // it has restarted, and may know nobody to join
+	case e == n.self: // a name conflict: the other holder was asked
+		if sameInstance {
+			n.detector.handleSignOfLife(n, q.m)
+		}
+	case e == nil || e.Instance != q.m.Instance: // what was asked does not count any more
+	case !sameInstance:
+		if e.Status == statusFailed { // it has restarted, and may know no member to join
 			n.sync(e.Member)
 		}
 	default:
-		e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
-		n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
-		if q.sent > 0 {
-			n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
-		}
-		if q.h.Kind == msgEventCheck {
-			n.broadcasts.flow.checked(e)
-		}
-		if q.h.Kind == msgQuery {
-			n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
-		}
-		n.noteValidated(e)
-		n.detector.handleSignOfLife(n, q.m)
-		n.noteContact(e, hdr)
-		n.noteDeadAnswer(e, hdr)
+		n.noteAck(q, e, hdr)
 	}
 }
 
-// noteDeadAnswer looks whether e has answered that is believed to have failed. It has just been told so, and refutes that.
-// If it does not it may not count what this node sends: of two agents with this node's name it knows the other one. So it
-// is asked once more, at once: the next ping to one of many that have failed may be far away, or lost.
+// noteAck notes that e, the instance that was asked, has answered request q at its address.
+func (n *node) noteAck(q *request, e *entry, hdr header) {
+	e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
+	n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
+	if q.sent > 0 {
+		n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+	}
+
+	switch q.h.Kind {
+	case msgEventCheck:
+		n.broadcasts.flow.checked(e)
+	case msgQuery:
+		n.queries.handleAnswer(n, e, header{Query: q.h.Query, Reply: replyAck}, nil)
+	}
+
+	n.noteValidated(e)
+	n.detector.handleSignOfLife(n, q.m)
+	n.noteContact(e, hdr)
+	n.noteDeadAnswer(e, hdr)
+}
+
+// noteDeadAnswer looks whether e has answered that is believed to have failed.
 func (n *node) noteDeadAnswer(e *entry, hdr header) {
 	if e.Status != statusFailed || hdr.Incarnation > e.Incarnation {
 		return
 	}
 
-	e.peer().path.deadAnswers++
-	if e.peer().path.deadAnswers == 1 {
+	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two
+	// agents with this node's name it knows the other one. So it is asked once more, at once: the next ping to one
+	// of many that have failed may be far away, or lost.
+	path := &e.peer().path
+	path.deadAnswers++
+	if path.deadAnswers == 1 {
 		n.pingAtBoundedRate(e)
 		return
 	}
-	e.peer().path.deadAnswers = 0
+	path.deadAnswers = 0
 	n.sync(e.Member)
 }
 
 // noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
 func (n *node) noteHostValidated(e *entry) {
-	if !e.peer().validated {
-		e.peer().validated = true
-		n.heartbeats.planLinks(n) // if it watches this node
+	if e.isValidated() {
+		return
 	}
+	e.peer().validated = true
+	n.heartbeats.planLinks(n) // if it watches this node
 }
 
 // noteValidated notes that e answered something just now at its address.
@@ -1229,65 +1417,85 @@ func (n *node) noteValidated(e *entry) {
 	n.table.release(n.now, e)
 }
 
-// noteUnanswered is told that w, a watcher, is sent a heartbeat and has never answered one. If it is heard all the same, the
-// address that it advertises is not its own, or does not lead here: it counts as alive, and what is sent to it is lost.
+// noteUnanswered notes that w, a watcher, is sent a heartbeat and has never answered one.
 func (n *node) noteUnanswered(w *entry) {
-	peer := w.peer()
-	switch {
-	case !peer.path.source.IsValid():
+	path := &w.peer().path
+	if !path.source.IsValid() {
 		return
-	case peer.path.unansweredSince == 0:
-		peer.path.unansweredSince = n.now
-		n.tcpProbe(w.Member) // UDP may be what is blocked
-	case n.now-peer.path.unansweredSince > unansweredFor:
-		where := w.Addr.String()
-		if peer.path.occupant != "" {
-			where += fmt.Sprintf(" (%s does)", peer.path.occupant)
-		}
-		n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: what is sent to it from here, %s, is lost",
-			w.Name, peer.path.source, where, n.self.Addr)
 	}
+	if path.unansweredSince == 0 {
+		path.unansweredSince = n.now
+		n.tcpProbe(w.Member) // UDP may be what is blocked
+		return
+	}
+	if n.now-path.unansweredSince <= unansweredFor {
+		return
+	}
+
+	// It is heard all the same, so the address that it advertises is not its own, or does not lead there from this
+	// host. It counts as alive, and what is sent to it is lost.
+	where := w.Addr.String()
+	if path.occupant != "" {
+		where += fmt.Sprintf(" (%s does)", path.occupant)
+	}
+	n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: "+
+		"what is sent to it from here, %s, is lost", w.Name, path.source, where, n.self.Addr)
 }
 
-// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it goes on.
+// warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it
+// goes on.
 func (n *node) warnOfAddress(format string, a ...any) {
 	const remedy = ". Each agent must advertise an address at which all others reach it: see -advertise"
 	n.warnRarely(&n.identity.addressWarned, format+remedy, a...)
 }
 
-// noteContact looks whether e, who has said something, needs to be told: that it is thought dead, or our tables differ.
+// noteContact looks whether e, which has just said something, needs to be told something: that it is believed to
+// be dead, or that the tables differ.
 func (n *node) noteContact(e *entry, hdr header) {
 	if e.Status != statusAlive || hdr.Incarnation != e.Incarnation {
-		if e.peer().claimRate.fill(n.now, 1/claimInterval.Seconds(), 1).take() {
-			n.sendClaim(e.Member, n.claim(e)) // it refutes, or tells the news of itself that I have missed
-		}
+		n.sendOwnClaim(e)
 		return
 	}
 	e.peer().tcpOnly = 0
 	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
-		e.peer().path.missingBeats = 0
-		e.peer().due = n.now + min(time.Duration(hdr.Promise)*ms, maxPromise) + n.overdueMargin(e.Member)
-		n.detector.handleSignOfLife(n, e.Member)
+		n.noteHeartbeat(e, hdr.Promise)
 	}
+
 	if e.isolated {
-		n.ping(e.Member) // I hear it; does it hear me?
+		n.ping(e.Member) // it is heard; does it hear this node?
 		return
 	}
 	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
 	}
 	if hdr.Digest != 0 && !n.agreesWith(hdr.Digest) {
-		if e.peer().validated {
+		if e.isValidated() {
 			n.broadcasts.sendRecent(n, e)
 		}
 		n.antiEntropy.requestSync(n, e, hdr.Digest)
 	}
 }
 
+// sendOwnClaim tells e what is believed of it. It refutes that, or answers with the news of itself that this node
+// has missed.
+func (n *node) sendOwnClaim(e *entry) {
+	allowed := e.peer().claimRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
+		n.sendClaim(e.Member, n.claim(e))
+	}
+}
+
+// noteHeartbeat notes a heartbeat of e, which promises the next one within so many milliseconds.
+func (n *node) noteHeartbeat(e *entry, promise uint32) {
+	e.peer().path.missingBeats = 0
+	e.peer().due = n.now + min(time.Duration(promise)*ms, maxPromise) + n.overdueMargin(e.Member)
+	n.detector.handleSignOfLife(n, e.Member)
+}
+
 // ---- broadcasts ----
 
-// broadcasts is what is to be flooded, and the user events that are remembered.
+// broadcasts is what is to be broadcast, and the user events that are remembered.
 type broadcasts struct {
 	claims  broadcastQueue
 	news    broadcastQueue // user events, which are sent faster: acknowledgements bound their number
@@ -1314,26 +1522,47 @@ type recentEntry struct {
 	at time.Duration
 }
 
-// broadcast has everybody told of e. Before this node has come in, all that it knows is what a table just told it.
+// appendBounded appends item to list, which loses its oldest one for it when there are limit of them.
+func appendBounded[T any](list []T, limit int, item T) []T {
+	return append(list[max(0, len(list)-limit+1):], item)
+}
+
+// broadcast has all members told of e.
 func (n *node) broadcast(e *entry) {
 	if n.joining.joinedAt == 0 {
-		return
+		return // all that a node knows before it has come in is what a table just told it
 	}
 	u := n.claim(e)
 	n.broadcasts.claims.add(&u)
-
-	s := &n.broadcasts
-	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return r.e == e })
-	s.recent = append(s.recent[max(0, len(s.recent)-maxRecent+1):], recentEntry{e, n.now})
+	n.broadcasts.noteRecent(e, n.now)
 }
 
-// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long line,
-// each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to compare
-// tables takes four round trips, and this one.
+// noteRecent notes that e's claim is being broadcast.
+func (s *broadcasts) noteRecent(e *entry, now time.Duration) {
+	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return r.e == e })
+	s.recent = appendBounded(s.recent, maxRecent, recentEntry{e, now})
+}
+
+// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long
+// line, each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to
+// compare tables takes four round trips, and this one.
 func (s *broadcasts) sendRecent(n *node, to *entry) {
-	s.recent = slices.DeleteFunc(s.recent, func(r recentEntry) bool { return n.now-r.at > recentFor })
-	var body []byte
+	body := s.recentClaims(n, to)
+	if len(body) == 0 {
+		return
+	}
+	allowed := to.peer().newsRate.takeEvery(claimInterval, 1, n.now)
+	if allowed {
+		n.send(to.Member, n.header(msgBroadcast), body)
+	}
+}
+
+// recentClaims are the latest claims about others than to, as many as fit into a datagram.
+func (s *broadcasts) recentClaims(n *node, to *entry) (body []byte) {
 	for _, r := range slices.Backward(s.recent) {
+		if n.now-r.at > recentFor {
+			break // and all others are older
+		}
 		if r.e == to || r.e.reaped {
 			continue
 		}
@@ -1344,17 +1573,12 @@ func (s *broadcasts) sendRecent(n *node, to *entry) {
 		}
 		body = longer
 	}
-
-	rate := &to.peer().newsRate
-	rate.fill(n.now, 1/claimInterval.Seconds(), 1)
-	if len(body) > 0 && rate.has(1) {
-		rate.spend(1)
-		n.send(to.Member, n.header(msgBroadcast), body)
-	}
+	return body
 }
 
+// add queues an update. What overflows is left to anti-entropy.
 func (q *broadcastQueue) add(u *update) {
-	q.queue = append(q.queue[max(0, len(q.queue)-maxQueue+1):], wire.encode(nil, u)) // what overflows is left to repair
+	q.queue = appendBounded(q.queue, maxQueue, wire.encode(nil, u))
 }
 
 func (s *broadcasts) step(n *node) {
@@ -1364,80 +1588,96 @@ func (s *broadcasts) step(n *node) {
 	s.news.flush(n, eventRate, eventBurst)
 }
 
-// flush sends the queue to all watchers: at once when the line was idle, else in batches, rate packets a second.
+// flush sends the queue to its receivers: at once when the line was idle, else in batches, rate packets a second.
 func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 	q.rate.fill(n.now, rate, burst)
-	if len(q.queue) > 0 && n.now >= q.flushAt {
-		for len(q.queue) > 0 && q.rate.tokens >= 0 {
-			var one []byte // as much as fits into a datagram
-			for len(q.queue) > 0 && (len(one) == 0 || len(one)+len(q.queue[0]) <= maxDatagram-256) {
-				one = append(one, q.queue[0]...)
-				q.queue = q.queue[1:]
-			}
-			for _, e := range n.broadcasts.receivers(n) {
-				n.send(e.Member, n.header(msgBroadcast), one)
-				q.rate.tokens--
-			}
-		}
-		q.flushAt = n.now + broadcastBatch + time.Duration(max(0, -q.rate.tokens)/rate*float64(time.Second))
+	if len(q.queue) == 0 {
+		return
 	}
+	if n.now < q.flushAt {
+		n.wakeAt(q.flushAt)
+		return
+	}
+
+	n.broadcasts.dropStandIns(n)
+	receivers := n.broadcasts.receivers(n)
+	for len(q.queue) > 0 && q.rate.has(0) {
+		body := q.takeBody()
+		for _, e := range receivers {
+			n.send(e.Member, n.header(msgBroadcast), body)
+			q.rate.spend(1)
+		}
+	}
+
+	q.flushAt = n.now + broadcastBatch + q.rate.debt(rate)
 	if len(q.queue) > 0 {
 		n.wakeAt(q.flushAt)
 	}
 }
 
-// receivers are the watchers that have answered, and those who have just joined through this node: over a long line
-// they know nobody else for a while. Until all watchers have answered the former ones stand in for them, or members
-// between newcomers from far away would hear of nothing for so long.
-func (s *broadcasts) receivers(n *node) []*entry {
-	var es []*entry
-	add := func(e *entry) {
+// takeBody takes as many updates off the queue as fit into a datagram.
+func (q *broadcastQueue) takeBody() (body []byte) {
+	for len(q.queue) > 0 {
+		next := q.queue[0]
+		if len(body) > 0 && len(body)+len(next) > maxDatagram-256 {
+			break
+		}
+		body = append(body, next...)
+		q.queue = q.queue[1:]
+	}
+	return body
+}
+
+// receivers are the watchers that have answered, and those that stand in for others: until all watchers have
+// answered, the former ones, or members between newcomers from far away would hear of nothing for so long; and
+// those that have just joined through this node, which know no other over a long line for a while.
+func (s *broadcasts) receivers(n *node) (es []*entry) {
+	candidates := slices.Clone(n.heartbeats.watchers)
+	candidates = slices.DeleteFunc(candidates, func(w *entry) bool { return !w.isValidated() })
+	candidates = append(candidates, s.former...)
+	for _, j := range s.joined {
+		candidates = append(candidates, j.e)
+	}
+
+	for _, e := range candidates {
 		if !e.Status.isDead() && !slices.Contains(es, e) {
 			es = append(es, e)
 		}
 	}
-	for _, w := range n.heartbeats.watchers {
-		if w.peer().validated {
-			add(w)
-		}
-	}
-
-	if len(es) == len(n.heartbeats.watchers) {
-		s.former = nil
-	}
-	for _, w := range s.former {
-		add(w)
-	}
-
-	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
-	for _, j := range s.joined {
-		add(j.e)
-	}
 	return es
 }
 
-// noteFormerWatchers is told who watched this node before others do.
+// dropStandIns drops the receivers that are not needed any more beside the watchers.
+func (s *broadcasts) dropStandIns(n *node) {
+	missing := func(w *entry) bool { return !w.isValidated() || w.Status.isDead() }
+	if !slices.ContainsFunc(n.heartbeats.watchers, missing) {
+		s.former = nil
+	}
+	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
+}
+
+// noteFormerWatchers notes who watched this node before others do.
 func (s *broadcasts) noteFormerWatchers(former []*entry) {
 	for _, w := range former {
-		if w.peer().validated && !slices.Contains(s.former, w) {
-			s.former = append(s.former[max(0, len(s.former)-rings+1):], w)
+		if w.isValidated() && !slices.Contains(s.former, w) {
+			s.former = appendBounded(s.former, rings, w)
 		}
 	}
 }
 
-// noteJoined is told that e has joined through this node.
+// noteJoined notes that e has joined through this node.
 func (s *broadcasts) noteJoined(e *entry, now time.Duration) {
 	s.heardFrom(e)
-	s.joined = append(s.joined[max(0, len(s.joined)-maxJoined+1):], recentEntry{e, now})
+	s.joined = appendBounded(s.joined, maxJoined, recentEntry{e, now})
 }
 
-// heardFrom is told of a datagram of e.
+// heardFrom notes a datagram of e.
 func (s *broadcasts) heardFrom(e *entry) {
 	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
 }
 
-// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim goes on: the rest may be of any
-// length.
+// sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim is kept: the rest may
+// be of any length.
 func (n *node) sanitizeClaim(u *update) error {
 	*u = update{Member: u.Member, Age: u.Age}
 	m := &u.Member
@@ -1445,45 +1685,52 @@ func (n *node) sanitizeClaim(u *update) error {
 	if !m.isValid() {
 		return fmt.Errorf("made a bad claim about %.40q", m.Name)
 	}
-	if e := n.table.get(m.Name); e != nil && n.movesInstance(*m, e) {
-		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance", m.Name, e.Addr, m.Addr)
+
+	e := n.table.get(m.Name)
+	if e != nil && n.movesInstance(*m, e) {
+		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance",
+			m.Name, e.Addr, m.Addr)
 	}
 	return nil
 }
 
-// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest number
-// of all would make its member irrefutable for good. Hearsay leads no further than a little above what the member
-// itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it. Where the limit
-// grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off whoever had missed one.
+// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest
+// number of all would make its member irrefutable for good. Hearsay leads no further than a little above what the
+// member itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it.
+// Where the limit grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off a
+// member that had missed one.
 const (
 	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
-	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former run before it has joined
+	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former instance at a join
 	firstHandLimit  = 1<<64 - 1<<21 // nearly none
 	incarnationRoom = 1 << 20       // how often a member may have refuted since it was last asked
 )
 
 // isPlausibleClaim reports whether the incarnation of m, a claim about e that came as sync says, can be believed.
 func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
-	limit, known := uint64(hearsayLimit), uint64(0)
-	if e != nil {
-		known = e.proven
-	}
-	if e == n.self {
-		known = e.Incarnation
-	}
+	limit := uint64(hearsayLimit)
 	switch {
 	case n.isFirstHand(m, e, sync):
 		limit = firstHandLimit
 	case sync != nil && e == n.self && n.joining.joinedAt == 0:
 		limit = formerRunLimit
 	}
+
+	known := uint64(0)
+	switch {
+	case e == n.self:
+		known = e.Incarnation
+	case e != nil:
+		known = e.proven
+	}
 	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
 }
 
-// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled it; or
-// what a seed believes when this node comes in, which then counts as known.
+// isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled
+// it; or what a seed believes when this node comes in, which then counts as known.
 func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
-	if sync == nil || !sync.peer.Addr.IsValid() { // nobody was dialled
+	dialled := sync != nil && sync.peer.Addr.IsValid()
+	if !dialled {
 		return false
 	}
 	ownWord := m.sameInstance(sync.peer) && m.Addr == sync.peer.Addr
@@ -1491,13 +1738,16 @@ func (n *node) isFirstHand(m Member, e *entry, sync *stateSync) bool {
 	return n.joining.joinedAt == 0 || ownWord && !moved
 }
 
-// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have refuted what
-// only others were told of it. So the member is asked.
+// handleImplausible handles a claim that cannot be believed by hearsay. It may be true: the member may have
+// refuted what only others were told of it. So the member is asked.
 func (n *node) handleImplausible(m Member, e *entry) error {
+	believedAlive := e != nil && !e.Status.isDead()
 	switch {
-	case e == n.self, m.Status.isDead() && (e == nil || e.Status.isDead()):
+	case e == n.self:
 	case m.Status.isDead():
-		n.detector.startProbe(n, e.Member)
+		if believedAlive {
+			n.detector.startProbe(n, e.Member)
+		}
 	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
 		n.pingAtBoundedRate(e)
 	default:
@@ -1506,14 +1756,15 @@ func (n *node) handleImplausible(m Member, e *entry) error {
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
 
-// movesInstance reports whether m says that the instance of e lives elsewhere. An agent whose address changes is a new
-// instance, so m is false, and what is known of this address, that it has answered, must not pass on to another one. If
-// nobody answers at the known address, it may be that one that was false.
+// movesInstance reports whether m says that the instance of e lives elsewhere.
 func (n *node) movesInstance(m Member, e *entry) bool {
 	if m.Instance != e.Instance || sameEndpoint(m.Addr, e.Addr) {
 		return false
 	}
-	return e == n.self || e.peer().validated || !e.Status.isDead()
+	// An agent whose address changes is a new instance, so m is false, and what is known of this address, that it
+	// has answered, must not pass on to another one. If nothing answers at the known address, that one may have
+	// been false.
+	return e == n.self || e.isValidated() || !e.Status.isDead()
 }
 
 // sameEndpoint compares without the zone, which means something else on each machine.
@@ -1521,7 +1772,7 @@ func sameEndpoint(a, b netip.AddrPort) bool {
 	return a.Port() == b.Port() && a.Addr().WithZone("") == b.Addr().WithZone("")
 }
 
-// handleUpdate takes one update of via, which it has flooded or (x) told in a table, and passes it on if it is news.
+// handleUpdate takes one update of via, which it has broadcast or, with sync, told in a table. News is passed on.
 func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if u.Name != "" {
 		return n.handleUserEvent(u, via, sync != nil && sync.replay)
@@ -1529,26 +1780,24 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	if err := n.sanitizeClaim(u); err != nil {
 		return err
 	}
-	m, e := u.Member, n.table.get(u.Member.Name)
+	m := u.Member
+	e := n.table.get(m.Name)
 	if !n.isPlausibleClaim(m, e, sync) {
 		return n.handleImplausible(m, e)
 	}
-	firstHand := n.isFirstHand(m, e, sync)
+
+	firstHand := n.isFirstHand(m, e, sync) // before the claim is applied
 	switch {
 	case e == n.self:
 		n.identity.handleSelfClaim(n, *u, via)
 	case sync != nil && e != nil && n.needsProbe(sync, m, e):
-		n.sendClaim(e.Member, *u) // so that it can refute that, or settle it, at once
-		if m.Instance != e.Instance {
-			n.detector.probeHolder(n, e.Member, m.Addr)
-		} else if p := n.detector.startProbe(n, e.Member); p != nil {
-			p.recordFrom(via, verdictUnreachable)
-		}
+		n.probeClaimed(e, u, via)
 	default:
-		revived := sync == nil && e != nil && e.Status == statusFailed && m.Name == via
+		hadFailed := e != nil && e.Status == statusFailed
 		n.applyAndForward(u)
-		if revived && e.Status == statusAlive && n.table.failed > 0 {
-			n.sync(e.Member) // a split has ended: it knows of many more
+		ownWord := sync == nil && m.Name == via
+		if hadFailed && ownWord {
+			n.noteRevived(e)
 		}
 	}
 	if firstHand {
@@ -1557,30 +1806,63 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	return nil
 }
 
-// needsProbe reports whether m, which another table claims, is not to be believed of e: e is told, and looked at.
+// noteRevived looks whether a split has ended: e, which had failed, has said that it is alive, and knows of many
+// more.
+func (n *node) noteRevived(e *entry) {
+	if e.Status == statusAlive && n.table.failed > 0 {
+		n.sync(e.Member)
+	}
+}
+
+// needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	if m.Instance == e.Instance {
-		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old verdicts.
-		return m.Status == statusFailed && !e.Status.isDead() && !e.failedLocally() && m.Incarnation >= e.Incarnation
+		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old
+		// verdicts.
+		believedAlive := !e.Status.isDead() && !e.failedLocally()
+		return m.Status == statusFailed && believedAlive && m.Incarnation >= e.Incarnation
 	}
-	// Two clusters meet, and a name lives in both: nobody shall be called failed for it. Once the holder is dead the
-	// claim may come again. Who speaks of itself has met the holder, if it dialled me, or was compared with it.
-	return e.displayStatus() == statusAlive && m.Addr != e.Addr && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+
+	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead
+	// the claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared
+	// with it.
+	otherHolder := e.displayStatus() == statusAlive && m.Addr != e.Addr
+	return otherHolder && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+}
+
+// probeClaimed probes e, of which another table claims u. It is also told, so that it can refute that, or settle
+// it, at once.
+func (n *node) probeClaimed(e *entry, u *update, via string) {
+	n.sendClaim(e.Member, *u)
+	if u.Member.Instance != e.Instance {
+		n.detector.probeHolder(n, e.Member, u.Member.Addr)
+		return
+	}
+	if p := n.detector.startProbe(n, e.Member); p != nil {
+		p.recordFrom(via, verdictUnreachable)
+	}
 }
 
 // applyAndForward believes a claim, if it wins, and passes it on.
 func (n *node) applyAndForward(u *update) {
-	m, e, age := u.Member, n.table.get(u.Member.Name), u.age()
-	if m.Status.isDead() && age >= n.reapAfter && (e == nil || e.Status.isDead()) {
-		return // whoever forgets later than I do would bring it back again and again
+	m := u.Member
+	e := n.table.get(m.Name)
+	believedAlive := e != nil && !e.Status.isDead()
+	if m.Status.isDead() && u.age() >= n.cfg.reapAfter && !believedAlive {
+		return // members that forget later than this node would bring it back again and again
 	}
-	if e != nil && !e.Status.isDead() && m.Instance != e.Instance && m.Addr != e.Addr && m.supersedes(e.Member) {
+
+	otherHolder := believedAlive && m.Instance != e.Instance && m.Addr != e.Addr
+	if otherHolder && m.supersedes(e.Member) {
 		n.sendClaim(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
-	if is := n.table.apply(n.now, m, age); is != nil {
-		is.known = cmp.Or(is.known, n.real) // user events go by the caller's clock: time asleep counts
-		n.broadcast(is)
+
+	applied := n.table.apply(n.now, m, u.age())
+	if applied == nil {
+		return
 	}
+	applied.noteFirstHeard(n.real) // user events go by the caller's clock: time asleep counts
+	n.broadcast(applied)
 }
 
 // ---- user events ----
@@ -1624,7 +1906,7 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 		Number: u.Number, Nonce: u.Nonce}
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
 	is.Before = n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
-	ev := heldEvent{is, sent, !is.Before || replay || n.replay}
+	ev := heldEvent{is, sent, !is.Before || replay || n.cfg.replay}
 	if u.Number > source.number+1 {
 		if n.noteGap(e, source, u.Number) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
 			n.forwardEvent(ev)
@@ -1802,7 +2084,8 @@ func (n *node) handleEventRequest(e *entry, us []update) error {
 	if len(us) != 1 || validName(us[0].Member.Name) != nil {
 		return errors.New("sent a bad request for events")
 	}
-	if !e.peer().eventRate.fill(n.now, eventRepairRate, 2).take() {
+	allowed := e.peer().eventRate.takeEvery(time.Second/eventRepairRate, 2, n.now)
+	if !allowed {
 		return nil
 	}
 	var body []byte
@@ -1930,7 +2213,7 @@ func (f *eventFlow) step(n *node) {
 		f.conclude(n)
 	}
 
-	outside := n.joining.joinedAt == 0 && len(n.seeds) > 0
+	outside := n.joining.joinedAt == 0 && len(n.cfg.seeds) > 0
 	if count-f.settled >= eventWindow/2 && !outside && !n.detector.isolated {
 		f.ask(n, count)
 	}
@@ -1998,85 +2281,109 @@ func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size 
 
 // antiEntropy compares tables with a peer whose digest differs, and forgets the dead.
 type antiEntropy struct {
-	peer   *entry // whom; nil: nobody
+	peer   *entry // with which the next state sync is planned; nil: none is
 	at     time.Duration
 	digest uint64 // that differed
 	rate   bucket
 	reapAt time.Duration
 }
 
-// requestSync plans an exchange. The random wait lets a flood that is under way arrive first. What the last
-// comparison left different stays so: two who forget the dead after different times would else compare tables
-// for ever.
+// requestSync plans a state sync with e, whose digest differs.
 func (r *antiEntropy) requestSync(n *node, e *entry, digest uint64) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.peer == nil && e.peer().syncedDigests != digest^n.digest() && r.rate.take() {
-		r.peer, r.digest = e, digest
-		r.at = n.now + 20*ms + n.jitter(100*ms)
+	// What the last state sync left different stays so: two that forget the dead after different times would
+	// compare tables for ever.
+	if r.peer != nil || e.peer().syncedDigests == digest^n.digest() {
+		return
 	}
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if !allowed {
+		return
+	}
+	// The random wait lets a broadcast that is under way arrive first.
+	r.plan(e, digest, n.now+20*ms+n.jitter(100*ms))
 }
 
-// requestEvents plans an exchange with e, which has user events that have not come.
+// requestEvents plans a state sync with e, which has user events that have not come.
 func (r *antiEntropy) requestEvents(n *node, e *entry) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.peer == nil && !e.isSkipped() && e != n.self && r.rate.has(1) {
-		r.rate.spend(1)
-		r.peer = e
-		r.digest = 0
-		r.at = n.now
+	if r.peer != nil || e.isSkipped() || e == n.self {
+		return
+	}
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if allowed {
+		r.plan(e, 0, n.now)
 	}
 }
 
-// askFirstHand compares tables with m now, as often as comparisons may be made.
+func (r *antiEntropy) plan(e *entry, digest uint64, at time.Duration) {
+	r.peer = e
+	r.digest = digest
+	r.at = at
+}
+
+// askFirstHand compares tables with m now, as often as tables may be compared.
 func (r *antiEntropy) askFirstHand(n *node, m Member) {
-	r.rate.fill(n.now, 1/syncInterval.Seconds(), syncBurst)
-	if r.rate.has(1) {
-		r.rate.spend(1)
+	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
+	if allowed {
 		n.sync(m)
 	}
 }
 
-// handleUnknownHeartbeat is told of a heartbeat that does not count, since its sender is not remembered. But it has me for a
-// watcher, so that I have missed its news. Where all who would pass such news on are as new, I would hear of none
-// of them for long: as nothing of theirs counts, they never meet me, and flood nothing to me. Of a hundred who joined
-// within moments some then took 0.4 s, and 0.2 s with this.
+// handleUnknownHeartbeat handles a heartbeat that does not count, since its sender is not remembered.
 func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
-	if hdr.Kind != msgHeartbeat || e == n.self || e != nil && hdr.Incarnation <= e.Incarnation {
+	if hdr.Kind != msgHeartbeat || e == n.self {
 		return
 	}
-	if o := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.isSkipped() && e.peer().validated }); o != nil {
-		n.antiEntropy.requestSync(n, o, hdr.Digest)
+	former := e != nil && hdr.Incarnation <= e.Incarnation
+	if former {
+		return
+	}
+
+	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass
+	// such news on are as new, it would hear of none of them for long: as nothing of theirs counts, they are never
+	// validated, and broadcast nothing to this node. Of a hundred who joined within moments some then took 0.4 s,
+	// and 0.2 s with this.
+	inTouch := func(e *entry) bool { return !e.isSkipped() && e.isValidated() }
+	if other := n.randomMember(n.table.ring[0], inTouch); other != nil {
+		n.antiEntropy.requestSync(n, other, hdr.Digest)
 	}
 }
 
 func (r *antiEntropy) step(n *node) {
-	if r.peer != nil && n.now >= r.at {
-		if !r.peer.Status.isDead() && !n.agreesWith(r.digest) {
-			n.sync(r.peer.Member)
-		}
-		r.peer = nil
-	} else if r.peer != nil {
-		n.wakeAt(r.at)
+	if r.peer != nil {
+		r.stepSync(n)
 	}
-	if n.now >= r.reapAt { // often: until everybody has forgotten a member, digests differ
+	// Often, since digests differ until all members have forgotten a dead one.
+	if n.now >= r.reapAt {
 		r.reapAt = n.now + n.reapInterval()
-		n.table.reap(n.now, n.reapAfter)
+		n.table.reap(n.now, n.cfg.reapAfter)
 		n.broadcasts.events.trim(n.real - eventMemory)
 	}
 }
 
+// stepSync starts the planned state sync when it is due, if the tables still differ.
+func (r *antiEntropy) stepSync(n *node) {
+	if n.now < r.at {
+		n.wakeAt(r.at)
+		return
+	}
+	if !r.peer.Status.isDead() && !n.agreesWith(r.digest) {
+		n.sync(r.peer.Member)
+	}
+	r.peer = nil
+}
+
 // stateSync is one comparison of tables, as the node sees it: the dialler sends its own, and then the acceptor.
-// A table goes in pieces, in the order of keys, so that none stalls the loop.
+// A table goes in chunks, in the order of keys, so that none stalls the loop.
 type stateSync struct {
-	peer      Member        // who answered or dialled, once known; its Addr is the one that was dialled
+	peer      Member        // that answered or dialled, once known; its Addr is the one that was dialled
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
-	conflict  *probe        // of the holder of this newcomer's name; the exchange waits for it
+	conflict  *probe        // of the holder of this newcomer's name; the state sync waits for it
 	joins     bool          // it was dialled to join, by a command or as a seed
 	replay    bool
-	lastKey   string // the next piece begins after this key
+	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
-	tables    int    // that have gone or come, of three: the dialler's, the acceptor's, and events that the dialler alone has
+	tables    int    // done, of three: the dialler's, the acceptor's, and events that only the dialler has
 	counts    []eventCount
 	known     map[lifetime]uint64 // the same, by instance
 }
@@ -2093,22 +2400,23 @@ type eventCount struct {
 	number uint64
 }
 
-// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A newcomer whose
-// name is taken must learn it before it says more.
+// handshakeReply answers a first frame: with this node's digest, and with the claim about the other's name. A
+// newcomer whose name is taken must learn it before it says more.
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
-	if e := n.table.get(hdr.From); e != nil && !e.reaped {
+	e := n.table.get(hdr.From)
+	if e != nil && !e.reaped {
 		n.noteNameConflict(e, hdr)
 		about = append(about, n.claim(e))
 	}
 	return n.header(msgHandshakeReply), about
 }
 
-// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is kept
-// out, so it is found out at once whether e is still there.
+// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is
+// kept out, so it is found out at once whether e is still there.
 func (n *node) noteNameConflict(e *entry, hdr header) {
 	at, err := netip.ParseAddrPort(hdr.Target)
 	restarted := err != nil || at == e.Addr
-	if e.Instance == hdr.born() || e.Status.isDead() || restarted {
+	if e.Instance == hdr.instance() || e.Status.isDead() || restarted {
 		return
 	}
 
@@ -2122,13 +2430,14 @@ func (n *node) noteNameConflict(e *entry, hdr header) {
 }
 
 // handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
-// errConflictPending means that the name's holder is being probed, and that the caller shall call again in a moment.
+// errConflictPending means that the name's holder is being probed, and that the caller must call again in a
+// moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
-	if hdr.From == n.self.Name && hdr.born() == n.self.Instance {
+	if hdr.From == n.self.Name && hdr.instance() == n.self.Instance {
 		return errSelf
 	}
 	sync.peer.Name = hdr.From
-	sync.peer.Instance = hdr.born()
+	sync.peer.Instance = hdr.instance()
 	sync.digest = hdr.Digest
 	n.detector.heardFrom(n.now)
 	if err := n.identifyPeer(sync.peer); err != nil {
@@ -2137,18 +2446,20 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 
 	for i := range about {
 		u := &about[i]
-		if hdr.From == n.self.Name { // the peer is the other holder: it lives where it answers, whatever it claims
-			u.Member.Addr = sync.peer.Addr
+		if hdr.From == n.self.Name {
+			u.Member.Addr = sync.peer.Addr // the peer is the other holder: it lives where it answers
 		}
-		if n.sanitizeClaim(u) != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
+		err := n.sanitizeClaim(u)
+		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
 			continue
 		}
 		if err := n.identity.resolveConflict(n, sync, *u, hdr); err != nil {
 			return err
 		}
 	}
+
 	if n.joining.joinedAt == 0 {
-		n.self.since = n.now // here it comes in
+		n.self.since = n.now // this is when the node comes in
 	}
 	n.identity.noteSeedAnswered()
 	return nil
@@ -2175,74 +2486,107 @@ func (n *node) identifyPeer(peer Member) error {
 	return nil
 }
 
-// tableChunk is the next frame of my table, members first: an empty one, if the other side had just what I have now. The
-// dialler does not know yet which events the other side has, and sends them when it has heard that.
+// tableChunk is the next frame of this node's table, members first: an empty one, if the tables are the same by
+// now.
 func (n *node) tableChunk(sync *stateSync) (frame []byte, more bool) {
 	hdr := n.header(msgTable)
-	if sync.digest == n.digest() {
-		sync.endTable() // the news may have come between two pieces
+	if sync.digest == n.digest() { // the news may have come between two chunks
+		sync.endTable()
 		return wire.encode(nil, &hdr), false
 	}
-	var body []byte
-	add := func(u update, key string) {
-		b := wire.encode(body, &u)
-		hdr.More = len(b) > maxFrame-512
-		if !hdr.More {
-			body = b
-			sync.lastKey = key
-		}
+
+	c := chunk{lastKey: sync.lastKey}
+	if sync.tables < 2 {
+		n.addMembers(&c)
 	}
-	at, _ := n.table.index(sync.lastKey + "\x00") // the least name that is greater
-	if sync.tables == 2 {
-		at = len(n.table.ordered)
-	}
-	for ; at < len(n.table.ordered) && !hdr.More; at++ {
-		if e := n.table.ordered[at]; !e.reaped && (e != n.self || n.detector.ownProbe(n.self) == nil) {
-			u := n.claim(e)
-			u.Number = e.eventCount()
-			if s := e.formerEvents(); s != nil {
-				u.Former = s.instance
-				u.FormerNumber = s.number
-			}
-			add(u, u.Member.Name)
-		}
-	}
+	// The dialler does not know yet which events the other side has, and sends them when it has heard that.
 	if sync.tables > 0 {
-		for i, ev := range n.broadcasts.events.recent {
-			key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
-			if hdr.More || key <= sync.lastKey || !sync.wantsEvent(&ev, len(n.broadcasts.events.recent)-i) {
-				continue
-			}
-			u := ev.update
-			u.Age = uint64((n.real - ev.sent) / ms)
-			add(u, key)
-		}
+		n.addEvents(&c, sync)
 	}
-	hdr.Target = sync.lastKey
-	if !hdr.More {
-		hdr.Target = ""
+
+	if c.full {
+		sync.lastKey = c.lastKey
+		hdr.Target = c.lastKey
+		hdr.More = true
+	} else {
 		sync.endTable()
 	}
-	return append(wire.encode(nil, &hdr), body...), hdr.More
+	return append(wire.encode(nil, &hdr), c.body...), c.full
 }
 
-// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it. Whoever does
-// not know the sender was not there, and gets what all remember.
+// chunk is a part of a table on its way into one frame.
+type chunk struct {
+	body    []byte
+	lastKey string // of what is in it, or was in the chunks before
+	full    bool   // something has found no room
+}
+
+func (c *chunk) add(u update, key string) {
+	longer := wire.encode(c.body, &u)
+	if len(longer) > maxFrame-512 {
+		c.full = true
+		return
+	}
+	c.body = longer
+	c.lastKey = key
+}
+
+// addMembers adds the claims about the members after the last key.
+func (n *node) addMembers(c *chunk) {
+	at, _ := n.table.index(c.lastKey + "\x00") // the least name that is greater
+	for _, e := range n.table.ordered[at:] {
+		if c.full {
+			return
+		}
+		contested := e == n.self && n.detector.ownProbe(n.self) != nil
+		if e.reaped || contested {
+			continue
+		}
+		u := n.claim(e)
+		u.Number = e.eventCount()
+		if former := e.formerEvents(); former != nil {
+			u.Former = former.instance
+			u.FormerNumber = former.number
+		}
+		c.add(u, u.Member.Name)
+	}
+}
+
+// addEvents adds the remembered events after the last key that the other side lacks.
+func (n *node) addEvents(c *chunk, sync *stateSync) {
+	recent := n.broadcasts.events.recent
+	for i := range recent {
+		if c.full {
+			return
+		}
+		ev := &recent[i]
+		key := fmt.Sprintf("\xff%016x", ev.position) // no name begins so
+		if key <= c.lastKey || !sync.wantsEvent(ev, len(recent)-i) {
+			continue
+		}
+		u := ev.update
+		u.Age = uint64((n.real - ev.sent) / ms)
+		c.add(u, key)
+	}
+}
+
+// wantsEvent reports whether the other side lacks an event, as far as is known; age counts the ones after it.
 func (x *stateSync) wantsEvent(ev *bufferedEvent, age int) bool {
 	known, ok := x.known[lifetime{ev.Member.Name, ev.Member.Instance}]
 	if !ok {
-		return age <= keptEvents
+		return age <= keptEvents // it does not know the sender, and so was not there: it gets what all remember
 	}
 	return ev.Number > known
 }
 
-// endTable is told that a table has gone, or has come, whole.
+// endTable notes that a table has gone, or has come, whole.
 func (x *stateSync) endTable() {
 	x.lastKey = ""
 	x.tables++
 }
 
-// noteCounts is told how many events of a member the other side knows: of the instance of claim u, and of a former one.
+// noteCounts notes how many events of a member the other side knows: of the instance of claim u, and of a former
+// one.
 func (n *node) noteCounts(sync *stateSync, u *update) {
 	if u.Name != "" {
 		return
@@ -2260,10 +2604,10 @@ func (n *node) noteCounts(sync *stateSync, u *update) {
 	if e == nil {
 		return
 	}
-	if u.Number > 0 && e.eventSource(u.Member.Instance) == nil {
+	if u.Number > 0 && e.knownEvents(u.Member.Instance) == nil {
 		e.addFormer(u.Member.Instance)
 	}
-	if u.FormerNumber > 0 && e.eventSource(u.Former) == nil {
+	if u.FormerNumber > 0 && e.knownEvents(u.Former) == nil {
 		e.addFormer(u.Former)
 	}
 }
@@ -2273,7 +2617,7 @@ func (x *stateSync) noteCount(l lifetime, number uint64) {
 	x.counts = append(x.counts, eventCount{l, number})
 }
 
-// mergeChunk takes a piece of the other side's table; more says that others follow. One bad record costs that
+// mergeChunk takes a chunk of the other side's table; more says that others follow. One bad record costs that
 // record; bad is how many there were.
 func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, bad int, err error) {
 	if hdr.Kind != msgTable {
@@ -2286,13 +2630,15 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 
 	n.detector.heardFrom(n.now)
 	for _, u := range us {
-		count := u
-		if n.handleUpdate(&u, sync.peer.Name, sync) != nil {
+		claim := u // what is handled loses all that does not belong to a claim
+		err := n.handleUpdate(&claim, sync.peer.Name, sync)
+		if err != nil {
 			bad++
 			continue
 		}
-		n.noteCounts(sync, &count)
+		n.noteCounts(sync, &u)
 	}
+
 	sync.lastKey = hdr.Target
 	if !hdr.More {
 		sync.endTable()
@@ -2303,30 +2649,33 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	return hdr.More, bad, nil
 }
 
-// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first. One that
-// has dialled may be far away, and know nobody else yet: it is asked for its digest, which tells what it has missed.
+// noteSynced notes that a peer has answered at the address of its session: it need not answer a datagram first.
+// One that has dialled may be far away, and know no other yet: it is asked for its digest, which tells what it has
+// missed.
 func (n *node) noteSynced(sync *stateSync) {
 	e := n.table.get(sync.peer.Name)
 	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
 		return
 	}
-
 	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
 		return
 	}
-	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated: what it
-	// advertises may lead to nobody, or to another one.
-	if e.Addr.Addr() == sync.from {
-		n.noteHostValidated(e)
-		if !e.peer().line.isSettled(n.now) {
-			n.pingAtBoundedRate(e)
-			n.broadcasts.noteJoined(e, n.now)
-		}
+	if e.Addr.Addr() != sync.from {
+		return
+	}
+
+	// A joiner that dialled from the host that it advertises may be told the news. But its port is not validated:
+	// what it advertises may lead to nobody, or to another one.
+	n.noteHostValidated(e)
+	if !e.peer().line.isSettled(n.now) {
+		n.pingAtBoundedRate(e)
+		n.broadcasts.noteJoined(e, n.now)
 	}
 }
 
-// takeCounts is told how many events of each member the other side knows, when all that it remembers of them has come.
+// takeCounts takes how many events of each member the other side knows, when all that it remembers of them has
+// come.
 func (n *node) takeCounts(sync *stateSync) {
 	if sync.tables == 1 {
 		return // the acceptor gets the dialler's events at the end
@@ -2353,23 +2702,26 @@ func (n *node) takeCounts(sync *stateSync) {
 	}
 }
 
-// syncDone ends a comparison of tables, of mine, that went well.
+// syncDone notes that a state sync that this node has dialled went well.
 func (n *node) syncDone(sync *stateSync) {
 	n.joining.noteJoined(n, true)
 	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(n.now, e, false) // the other side would have said so
 	}
-	if e := n.table.get(sync.peer.Name); e != nil && e != n.self {
-		e.peer().syncedDigests = sync.digest ^ n.digest()
-		if e.peer().line.roundTrip() == 0 { // it was not known before
-			n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
-		}
-		reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
-		if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
-			e.peer().path.reachedAt = sync.peer.Addr
-			n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
-		}
+
+	e := n.table.get(sync.peer.Name)
+	if e == nil || e == n.self {
+		return
+	}
+	e.peer().syncedDigests = sync.digest ^ n.digest()
+	if e.roundTrip() == 0 {
+		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
+	}
+	reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
+	if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
+		e.peer().path.reachedAt = sync.peer.Addr
+		n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
 	}
 }
 
@@ -2381,7 +2733,7 @@ type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
 	seeds    []seed        // in the order of nodeConfig.seeds
 	failing  bool          // it was reported that no seed answers
-	warned   bucket
+	warned   rareWarning
 }
 
 // seed is what is known of one seed.
@@ -2411,7 +2763,7 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 	n.broadcast(n.self)
 	// What this node has sent alone is of its own past if others come to it, and counts as sent now if it came to
 	// them.
-	if dialled || len(n.seeds) > 0 {
+	if dialled || len(n.cfg.seeds) > 0 {
 		n.resendEvents()
 	}
 }
@@ -2479,7 +2831,7 @@ func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 		s.noteFailed(n)
 	}
 	if isNewcomer && j.hasGivenUp(n) {
-		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.retryMax, j.errors(5))
+		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.cfg.retryMax, j.errors(5))
 		return
 	}
 	j.report(n)
@@ -2515,11 +2867,11 @@ func (s *seed) wait(now time.Duration) time.Duration {
 
 // hasGivenUp reports whether each seed has failed as often as the user allows.
 func (j *joining) hasGivenUp(n *node) bool {
-	if n.retryMax == 0 {
+	if n.cfg.retryMax == 0 {
 		return false
 	}
 	for _, s := range j.seeds {
-		if s.failed < n.retryMax {
+		if s.failed < n.cfg.retryMax {
 			return false
 		}
 	}
@@ -2578,9 +2930,9 @@ type identity struct {
 	rivalMet   int           // how often
 	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
 
-	addressWarned  bucket // see warnOfAddress
-	calledFailed   bucket // by others
-	conflictWarned bucket
+	addressWarned  rareWarning // see warnOfAddress
+	calledFailed   bucket      // by others
+	conflictWarned rareWarning
 }
 
 // nameTakenError says that a living member has this node's name.
@@ -2728,7 +3080,7 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	}
 	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
 	// stays on its own side of a split.
-	broadcast := !missedRefutation && e.peer().validated && slices.Contains(n.heartbeats.watchers, e)
+	broadcast := !missedRefutation && e.isValidated() && slices.Contains(n.heartbeats.watchers, e)
 	if !broadcast {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
@@ -2906,7 +3258,7 @@ func (n *node) info() (facts []string) {
 	add("failed", count[statusFailed])
 	add("left", count[statusLeft])
 	add("members", len(members))
-	add("seeds", strings.Join(n.seeds, ","))
+	add("seeds", strings.Join(n.cfg.seeds, ","))
 	add("seeds_error", n.joining.errors(math.MaxInt))
 	return facts
 }
@@ -2996,7 +3348,7 @@ func (r *heartbeats) sendHeartbeat(n *node, w *entry, place int) {
 	hdr := n.header(msgHeartbeat)
 	hdr.Promise = uint32(max(wait, 0)/ms) + 1 // 0 is no promise
 	w.peer().greeted = true
-	if w.peer().validated {
+	if w.isValidated() {
 		n.send(w.Member, hdr, nil)
 		return
 	}
@@ -3067,7 +3419,7 @@ func (r *heartbeats) relink(n *node) {
 	var wanted []Member
 	isNew := false
 	for _, w := range r.watchers {
-		if len(wanted) < linksWanted && w.peer().validated {
+		if len(wanted) < linksWanted && w.isValidated() {
 			wanted = append(wanted, w.Member)
 			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
 		}
@@ -3346,7 +3698,7 @@ func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
 		helpers = slices.DeleteFunc(n.table.watchers(p.e), func(w *entry) bool { return w == n.self })
 	}
 	canHelp := func(e *entry) bool { return !e.isSkipped() && e != p.e && !slices.Contains(helpers, e) }
-	hasAnswered := func(e *entry) bool { return e.peer().validated && canHelp(e) }
+	hasAnswered := func(e *entry) bool { return e.isValidated() && canHelp(e) }
 
 	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result
 	// only random members are asked, each time more of them, and first those that have ever answered this node,
@@ -3500,7 +3852,7 @@ func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome he
 	if answered || m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
 		d.heardFrom(n.now)
 	}
-	isTarget := isName && welcome.born() == m.Instance
+	isTarget := isName && welcome.instance() == m.Instance
 	if v == verdictAlive && !isTarget {
 		v = verdictRefused // another process lives at its address
 	}

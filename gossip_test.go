@@ -203,7 +203,7 @@ func (l *lab) want(s string) {
 
 func claimed(m Member, s Status) update { m.Status = s; return update{Member: m} }
 
-func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
+func TestSuspicionIsRefutedToTheAccuserDirectlyAndToEachOnce(t *testing.T) {
 	l := newLab(t, 3)
 	me := claimed(labMember(0), statusSuspect)
 	l.udp(1, header{Kind: msgBroadcast}, me)
@@ -224,7 +224,7 @@ func TestASuspectRefutesToItsAccuserDirectlyAndToEachOnce(t *testing.T) {
 	}
 }
 
-func TestWhoeverIsThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
+func TestMemberThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
 	l := newLab(t, 3)
 	l.udp(2, header{Kind: msgBroadcast}, claimed(labMember(1), statusFailed))
 	l.udp(1, header{Kind: msgHeartbeat, Promise: 1000})
@@ -243,7 +243,7 @@ func TestWhoeverIsThoughtDeadIsToldWhenItSpeaks(t *testing.T) {
 }
 
 // Its tags may have changed with it: what was missed is asked for, not guessed.
-func TestWhoeverHasAnUnknownIncarnationIsAskedForItsRecord(t *testing.T) {
+func TestIncarnationThatIsUnknownIsAskedFor(t *testing.T) {
 	l := newLab(t, 2)
 	l.udp(1, header{Kind: msgHeartbeat, Incarnation: 12, Raised: 2, From: "b", Promise: 1000})
 	again := labMember(1)
@@ -258,7 +258,7 @@ func TestWhoeverHasAnUnknownIncarnationIsAskedForItsRecord(t *testing.T) {
 	`)
 }
 
-func TestAPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
+func TestPingForAFormerOwnerOfTheAddressIsNotAnswered(t *testing.T) {
 	l := newLab(t, 2)
 	l.udp(1, header{Kind: msgPing, Seq: 5, Target: "z", Digest: 1})
 	l.udp(1, header{Kind: msgPing, Seq: 6, Target: "a", Digest: 1})
@@ -275,7 +275,7 @@ func labEvent(i int, number uint64, name string, ltime uint64) update {
 	return update{Member: Member{Name: m.Name, Instance: m.Instance}, Name: name, LTime: ltime, Number: number, Nonce: 1}
 }
 
-func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
+func TestEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	l := newLab(t, 2)
 	ev := labEvent(1, 1, "deploy", 7)
 	l.udp(1, header{Kind: msgBroadcast}, ev)
@@ -298,9 +298,9 @@ func TestAUserEventRunsOnceHoweverOftenItArrives(t *testing.T) {
 	`)
 }
 
-// 62 bytes with a high Lamport time cut an agent's events off from all others, and 140 between those who run and those
-// who come: a time decides nothing, and moves the clock by one step.
-func TestForgedLamportTimesCutNobodyOff(t *testing.T) {
+// 62 bytes with a high Lamport time cut an agent's events off from all others, and 140 between the members and
+// newcomers: a time decides nothing, and moves the clock by one step.
+func TestEventsWithForgedLamportTimesCutNobodyOff(t *testing.T) {
 	l := newLab(t, 3)
 	for i := range uint64(300) {
 		ev := labEvent(1, i+1, "forged", maxCount)
@@ -329,8 +329,8 @@ func TestForgedLamportTimesCutNobodyOff(t *testing.T) {
 	}
 }
 
-// An event that somebody foretold, alike but for what nobody can know, took the place of the real one.
-func TestForetoldEventDoesNotSwallowTheRealOne(t *testing.T) {
+// A foretold event, alike but for what cannot be known, took the place of the real one.
+func TestEventThatWasForetoldDoesNotSwallowTheRealOne(t *testing.T) {
 	l := newLab(t, 3)
 	forged := labEvent(2, 1, "deploy", 1)
 	forged.Nonce = 99
@@ -422,7 +422,7 @@ func TestEventsWaitUntilAllMembersHaveThoseBefore(t *testing.T) {
 
 // By whichever way it comes in, what was sent before is over: a restarted agent
 // ran "reboot" again. What was only missed is delivered late.
-func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
+func TestEventFromBeforeTheStartIsNotDelivered(t *testing.T) {
 	event := func(of string, age time.Duration) update {
 		u := labEvent(1, 1, "reboot", 7)
 		u.Member.Name = of
@@ -465,7 +465,7 @@ func TestWhatWasSentBeforeOnesTimeIsNotDelivered(t *testing.T) {
 	}
 }
 
-func TestADatagramCountsOnce(t *testing.T) {
+func TestDatagramCountsOnce(t *testing.T) {
 	l := newLab(t, 2)
 	beat := l.head(1, header{Kind: msgHeartbeat, Promise: 500})
 	b := wire.encode(nil, &beat)
@@ -491,7 +491,7 @@ func TestADatagramCountsOnce(t *testing.T) {
 
 // An answer tells where a sender is. One that was kept back must not lower the window: what was recorded counted again,
 // and a query's handler ran twice.
-func TestReplayWindowAnswer(t *testing.T) {
+func TestReplayWindowIsNotLoweredByALateAnswer(t *testing.T) {
 	type step struct {
 		answer, asked uint64 // an answer; or
 		number        uint64 // any other datagram
@@ -528,7 +528,7 @@ func TestReplayWindowAnswer(t *testing.T) {
 
 // Without a key, one forged number would make all datagrams of a member count for
 // nothing. Its answer to a ping shows what it is at.
-func TestAForgedNumberDoesNotMuteAMember(t *testing.T) {
+func TestReplayWindowIsNotMovedByAForgedNumber(t *testing.T) {
 	l := newLab(t, 3)
 	forged := header{Kind: msgHeartbeat, From: "b", Incarnation: 10, Number: 1 << 60}
 	l.raw(1, wire.encode(nil, &forged))
@@ -543,7 +543,7 @@ func TestAForgedNumberDoesNotMuteAMember(t *testing.T) {
 	}
 }
 
-func TestWhoeverIsNotRememberedCountsForNothing(t *testing.T) {
+func TestHeartbeatOfAMemberThatIsNotKnownCountsForNothing(t *testing.T) {
 	l := newLab(t, 2)
 	l.after(2900 * ms) // nobody is heard of
 	l.text.Reset()
@@ -561,7 +561,7 @@ func TestWhoeverIsNotRememberedCountsForNothing(t *testing.T) {
 
 // One datagram with the highest number of all poisoned its receiver for good. A header's number is believed by nobody: it
 // only shows that there is news.
-func TestNumbersFarAheadOfAllThatIsKnownAreRefused(t *testing.T) {
+func TestIncarnationFarAheadOfAllThatIsKnownIsRefused(t *testing.T) {
 	for _, far := range []uint64{1<<64 - 1, 1 << 62, 1 << 60} {
 		l := newLab(t, 3)
 		m := labMember(2)
@@ -690,7 +690,7 @@ func TestIncarnationFarAboveIsAskedForFirstHand(t *testing.T) {
 		}
 	}
 
-	// The dead do not answer: whether c is dead, is found out. Who is not known is dialled.
+	// The dead do not answer: so the node finds out whether c is dead. An unknown member is dialled.
 	l := newLab(t, 3)
 	unknown := labMember(4)
 	unknown.Incarnation = far.Incarnation
@@ -719,7 +719,7 @@ func TestIncarnationFarAboveIsAskedForFirstHand(t *testing.T) {
 	}
 }
 
-func TestBroadcastOneBadUpdateCostsThatUpdate(t *testing.T) {
+func TestBroadcastWithABadUpdateLosesThatUpdateAlone(t *testing.T) {
 	l := newLab(t, 2)
 	far, bad := labMember(2), labMember(3)
 	far.Incarnation = 1 << 63
@@ -733,7 +733,7 @@ func TestBroadcastOneBadUpdateCostsThatUpdate(t *testing.T) {
 	}
 }
 
-func TestOneBadRecordCostsThatRecord(t *testing.T) {
+func TestTableWithABadRecordLosesThatRecordAlone(t *testing.T) {
 	l := newLab(t, 2)
 	bad := labMember(2)
 	bad.Addr = netip.AddrPort{}
@@ -752,22 +752,22 @@ func TestOneBadRecordCostsThatRecord(t *testing.T) {
 	}
 }
 
-func TestADeadClaimThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
+func TestClaimOfADeathThatIsOlderThanReapAfterIsNotTaken(t *testing.T) {
 	l := newLab(t, 2)
 	old := claimed(labMember(2), statusFailed)
 	old.Age = uint64(time.Hour / ms)
 	l.udp(1, header{Kind: msgBroadcast}, old)
 	if l.n.table.get("c") != nil {
-		t.Error("it comes back from whoever forgets later")
+		t.Error("it comes back from a peer that forgets later")
 	}
 	l.n.table.apply(l.n.now, labMember(2), 0)
 	l.udp(1, header{Kind: msgBroadcast}, old)
 	if l.n.table.get("c").Status != statusFailed {
-		t.Error("the death of one who is believed alive is not taken")
+		t.Error("the death of a member that is believed alive is not taken")
 	}
 }
 
-func TestAJoinThatMeetsTheNamesakeOfAThirdIsNoConflictOverTheOwnName(t *testing.T) {
+func TestJoinThatMeetsTheNamesakeOfAThirdIsNoNameConflict(t *testing.T) {
 	l := newLab(t, 2)
 	hdr := header{From: "b", Incarnation: 20}
 	l.tell("", func(n *node) {
@@ -779,7 +779,7 @@ func TestAJoinThatMeetsTheNamesakeOfAThirdIsNoConflictOverTheOwnName(t *testing.
 }
 
 // Nobody sends it anything, and it has no heartbeats to send.
-func TestWhoeverIsAloneForgetsInTime(t *testing.T) {
+func TestReapByANodeThatIsAloneHappensInTime(t *testing.T) {
 	l := newLab(t, 2)
 	l.udp(1, header{Kind: msgBroadcast}, claimed(labMember(1), statusLeft))
 	l.after(time.Hour + 2*time.Second)
@@ -788,8 +788,8 @@ func TestWhoeverIsAloneForgetsInTime(t *testing.T) {
 	}
 }
 
-// Two who forget the dead after different times would compare tables for ever.
-func TestAComparisonThatCanChangeNothingIsNotRepeated(t *testing.T) {
+// Two nodes that forget the dead after different times would sync for ever.
+func TestSyncThatCanChangeNothingIsNotRepeated(t *testing.T) {
 	l := newLab(t, 2)
 	compared := func() int { return strings.Count(l.text.String(), "compares tables") }
 	beat := func() {
@@ -834,7 +834,7 @@ func passPiece(t *testing.T, from, to *node, sync, y *stateSync) (more bool) {
 
 // The dialler hears by a flood, between two pieces, what made the tables differ: it has no more to say, and still
 // hears the other side from the beginning.
-func TestNewsBetweenTwoPiecesOfATableEndNoComparison(t *testing.T) {
+func TestSyncIsNotEndedByNewsBetweenTwoChunks(t *testing.T) {
 	a, b := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0), newNode(nodeConfig{member: labMember(1), reapAfter: time.Hour}, 0)
 	a.table.apply(a.now, labMember(1), 0)
 	b.table.apply(b.now, labMember(0), 0)
@@ -862,7 +862,7 @@ func TestNewsBetweenTwoPiecesOfATableEndNoComparison(t *testing.T) {
 
 // The dialler sends its table in pieces; to each the acceptor answers with what
 // the dialler lacks in that stretch.
-func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
+func TestSyncMakesTablesOfAnySizesTheSameAtOnce(t *testing.T) {
 	for _, sizes := range [][2]int{{0, 0}, {0, 900}, {900, 0}, {900, 900}, {3, 2000}} {
 		a, b := newNode(nodeConfig{member: labMember(0), reapAfter: time.Hour}, 0), newNode(nodeConfig{member: labMember(1), reapAfter: time.Hour}, 0)
 		for k, n := range []*node{a, b} {
@@ -890,7 +890,7 @@ func TestTablesOfAnySizesBecomeTheSameInOneExchange(t *testing.T) {
 	}
 }
 
-func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
+func TestQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 	l := newLab(t, 4)
 	var id uint32
 	l.tell("query", func(n *node) { id, _, _ = n.queries.ask(n, "load", []byte("?"), nil, time.Second) })
@@ -929,7 +929,7 @@ func TestAQueryEndsWhenEverybodyHasAnswered(t *testing.T) {
 	`)
 }
 
-func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
+func TestQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 	l := newLab(t, 2)
 	q := update{Member: Member{Name: "b"}, Name: "load", LTime: 3, Timeout: 1000}
 	l.udp(1, header{Kind: msgHeartbeat, Promise: 9000})
@@ -954,7 +954,7 @@ func TestAQueryIsHeardOnceAndAnsweredUntilThatArrives(t *testing.T) {
 	`)
 }
 
-func TestNobodyToAskAndTooManyQueriesAreErrors(t *testing.T) {
+func TestQueryOfNobodyAndOneTooManyAreErrors(t *testing.T) {
 	l := newLab(t, 2)
 	if _, _, err := l.n.queries.ask(l.n, "load", nil, []string{"nobody"}, time.Second); err == nil {
 		t.Error("nobody is asked, and that is no error")
@@ -975,7 +975,7 @@ func TestNobodyToAskAndTooManyQueriesAreErrors(t *testing.T) {
 	}
 }
 
-func TestChangedTagsRaiseTheIncarnationAndAreFlooded(t *testing.T) {
+func TestTagsThatChangeRaiseTheIncarnationAndAreBroadcast(t *testing.T) {
 	l := newLab(t, 2)
 	l.tell("tags", func(n *node) {
 		if err := n.identity.setTags(n, map[string]string{"state": "drain", "x": "1"}, []string{"x"}); err != nil {
@@ -999,7 +999,7 @@ func TestChangedTagsRaiseTheIncarnationAndAreFlooded(t *testing.T) {
 
 // A machine on two networks dials members on both; what it advertises must not
 // flap for that.
-func TestTheFirstSeedThatAnswersDecidesTheAddress(t *testing.T) {
+func TestSeedThatAnswersFirstDecidesTheAddress(t *testing.T) {
 	l := newLab(t, 1)
 	n, own := l.n, labMember(0).Addr.Addr().String()
 	moved := func(ip string, gone, joins bool) string {
@@ -1103,7 +1103,7 @@ func TestSeedNeedsOneAddressThatAnswers(t *testing.T) {
 
 // One of a hundred joiners heard of nobody for a second: all who had it for a
 // watcher were newer than what it knew, and did not count there.
-func TestAHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
+func TestHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
 	for _, tt := range []struct {
 		h    header
 		want int
@@ -1122,7 +1122,7 @@ func TestAHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
 		for l.now = 10 * ms; l.now < 90*ms; l.now += 10 * ms {
 			for _, m := range n.tick(l.now).syncs {
 				if asked++; m.Name != "b" && m.Name != "c" {
-					t.Errorf("it asks %v, who may be anybody", m)
+					t.Errorf("it asks %v, which may be any host", m)
 				}
 			}
 		}
@@ -1134,7 +1134,7 @@ func TestAHeartbeatOfAnUnknownMemberAsksForItsNews(t *testing.T) {
 
 // Of two agents of one name that began at once, the one that gave way was shown
 // until the probe of it was over: the other one did not know.
-func TestWhoeverIsSupersededElsewhereIsTold(t *testing.T) {
+func TestInstanceThatIsSupersededElsewhereIsTold(t *testing.T) {
 	l := newLab(t, 3)
 	twin := labMember(1)
 	twin.Instance, twin.Incarnation, twin.Addr = 11, 11, netip.MustParseAddrPort("10.0.0.99:7946")
@@ -1149,7 +1149,7 @@ func TestWhoeverIsSupersededElsewhereIsTold(t *testing.T) {
 
 // Two agents of one name ran on, since nobody answered where the first one said
 // that it lives.
-func TestANamesakeLivesWhereItAnswered(t *testing.T) {
+func TestNameThatIsTakenIsPlacedWhereItsHolderAnswered(t *testing.T) {
 	l := newLab(t, 1)
 	l.n.joining.joinedAt = 0
 	claim, at := labMember(0), netip.MustParseAddrPort("10.0.0.77:7946")
@@ -1163,7 +1163,7 @@ func TestANamesakeLivesWhereItAnswered(t *testing.T) {
 
 // An IPv6 zone is text of any kind and length, and goes where addresses go: to
 // handlers, to the terminal, into datagrams.
-func TestAnAddressBringsNoTextAlong(t *testing.T) {
+func TestAddressBringsNoTextAlong(t *testing.T) {
 	for zone, ok := range map[string]bool{
 		"": true, "eth0": true, "a\tb": false, "a\nevil\t6.6.6.6": false, "\x1b]0;pwn\a": false, strings.Repeat("z", 200): false,
 	} {
@@ -1220,7 +1220,7 @@ func TestForceLeaveIsRefusedForTheLivingAndTheUnknown(t *testing.T) {
 	}
 }
 
-func TestAUserEventThatIsTooLongSaysBothNumbers(t *testing.T) {
+func TestEventThatIsTooLongIsRefusedWithLimitAndSize(t *testing.T) {
 	l := newLab(t, 1)
 	err := l.n.userEvent("deploy", make([]byte, 1019), false)
 	if err == nil || !strings.Contains(err.Error(), "1025") || !strings.Contains(err.Error(), "1024") {
@@ -1235,7 +1235,7 @@ func TestAUserEventThatIsTooLongSaysBothNumbers(t *testing.T) {
 
 // The ids of gob's types depend on what a process touches first; all agents must
 // agree on them.
-func TestAHeartbeatHasTheseBytes(t *testing.T) {
+func TestHeartbeatHasTheseBytes(t *testing.T) {
 	hdr := header{From: "web10", Incarnation: newInstanceID(1_700_000_000_000, 5<<60), Number: 300, Digest: 0x0123456789abcdef, Promise: 2000}
 	got := fmt.Sprintf("% x", wire.encode(nil, &hdr))
 	want := strings.TrimSpace(string(readGolden(t, "heartbeat.hex")))
@@ -1303,7 +1303,7 @@ func recordedMessages() map[string]struct {
 }
 
 // What protocol 5 has said stays understood by this version, and by the next.
-func TestRecordedMessagesOfProtocol5AreDecoded(t *testing.T) {
+func TestCodecDecodesRecordedMessagesOfProtocol5(t *testing.T) {
 	recorded := make(map[string][]byte)
 	for line := range strings.Lines(string(readGolden(t, "protocol5.txt"))) {
 		name, text, _ := strings.Cut(strings.TrimSpace(line), ": ")
@@ -1328,7 +1328,7 @@ func TestRecordedMessagesOfProtocol5AreDecoded(t *testing.T) {
 	}
 }
 
-func TestMessagesComeBackInAnyOrder(t *testing.T) {
+func TestCodecBringsMessagesBackInAnyOrder(t *testing.T) {
 	hdr := header{Kind: msgProbeResult, From: "a", Incarnation: 5, Raised: 1, Number: 9, Seq: 7, Target: "b", Verdict: verdictSilent}
 	u := update{Member: labMember(3), Age: 3}
 	ev := update{Member: Member{Name: "b"}, Name: "deploy", Payload: []byte{0, 255}, LTime: 9, Coalesce: true}
@@ -1529,4 +1529,24 @@ func benchTick(n *node, after time.Duration) outputs {
 	}
 	n.detector.heardFrom(n.now)
 	return n.tick(n.real + after)
+}
+
+func TestWarningOfWhatGoesOnComesEverMoreRarely(t *testing.T) {
+	n := newNode(nodeConfig{member: labMember(0)}, 0)
+	var w rareWarning
+	var at []string
+	for n.now = time.Second; n.now < 10*24*time.Hour; n.now += time.Minute {
+		if n.now > 3*24*time.Hour && n.now < 7*24*time.Hour {
+			continue // for a while there is nothing to warn of
+		}
+		n.warnRarely(&w, "x")
+		if len(n.out.logs) > 0 {
+			at = append(at, n.now.Round(time.Minute).String())
+			n.out.logs = nil
+		}
+	}
+	want := "0s 10m0s 30m0s 1h10m0s 2h30m0s 5h10m0s 10h30m0s 21h10m0s 42h30m0s 66h30m0s 168h0m0s 168h10m0s"
+	if got := strings.Join(at, " "); !strings.HasPrefix(got, want) {
+		t.Errorf("warned at %s, want %s", got, want)
+	}
 }

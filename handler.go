@@ -644,9 +644,9 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 
 // ---- the feed ----
 
-// feed holds the events for those that read them over the RPC: each once, for all, until all have read it. Together they
-// take maxFeed, however many readers do not read; a reader that is too slow is told how many it lost. Safe for
-// concurrent use; it never blocks.
+// feed holds the events for the commands that read them over the RPC: each once, for all, until all have read it.
+// Together they take maxFeed, however many readers do not read; a reader that is too slow is told how many it lost.
+// Safe for concurrent use; it never blocks.
 type feed struct {
 	mu          sync.Mutex
 	subscribers []*subscriber

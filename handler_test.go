@@ -49,16 +49,6 @@ func (l *handlerLog) String() string {
 	return l.b.String()
 }
 
-// awaitCond waits for a condition that other processes bring about.
-func awaitCond(t testing.TB, what string, cond func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("never happened: %s", what)
-		}
-	}
-}
-
 func (l *handlerLog) waitFor(t testing.TB, sub string, times int) {
 	t.Helper()
 	defer func() {
@@ -66,7 +56,7 @@ func (l *handlerLog) waitFor(t testing.TB, sub string, times int) {
 			t.Logf("log:\n%.4000s", l)
 		}
 	}()
-	awaitCond(t, fmt.Sprintf("%q %d times in the log", sub, times), func() bool {
+	eventually(t, fmt.Sprintf("%q %d times in the log", sub, times), func() bool {
 		return strings.Count(l.String(), sub) >= times
 	})
 }
@@ -169,7 +159,7 @@ func needProc(t testing.TB) {
 // pidIn reads a pid that a script wrote.
 func pidIn(t testing.TB, path string) (pid int) {
 	t.Helper()
-	awaitCond(t, "a pid in "+filepath.Base(path), func() bool {
+	eventually(t, "a pid in "+filepath.Base(path), func() bool {
 		s := readFile(path)
 		pid, _ = strconv.Atoi(strings.TrimSpace(s))
 		return strings.HasSuffix(s, "\n") && pid > 1
@@ -273,7 +263,7 @@ func TestSpecSaysWhichEventsRunWhichScript(t *testing.T) {
 	}
 }
 
-func TestBadSpecIsStartUpErrorThatQuotesIt(t *testing.T) {
+func TestSpecThatIsBadIsAStartUpErrorThatQuotesIt(t *testing.T) {
 	for spec, say := range map[string]string{
 		"":                           "script is empty",
 		"   ":                        "script is empty",
@@ -346,7 +336,7 @@ func TestEnvironmentHasSerfsNames(t *testing.T) {
 	}
 }
 
-func TestEveryShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
+func TestShellGetsEnvironmentAndStdinUnharmed(t *testing.T) {
 	t.Setenv("FROM_THE_AGENT", "kept")
 	t.Setenv("SERF_EVENT", "inherited")
 	t.Setenv("SERF_RPC_AUTH", "inherited")
@@ -436,7 +426,7 @@ echo reloaded
 
 // ---- queues
 
-func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
+func TestHandlerThatSleepsDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
@@ -448,7 +438,7 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 		`*=[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; { echo "run $SERF_EVENT"; cat; } >>"$DIR/sleeper"`,
 		`*=cat >>"$DIR/other"`)
 	hs.deliver(userEventOf("first", "first", 1, false), nil)
-	awaitCond(t, "the sleeper sleeps", func() bool { return readFile(dir+"/other") != "" })
+	eventually(t, "the sleeper sleeps", func() bool { return readFile(dir+"/other") != "" })
 	began := time.Now()
 	for i := range 100 {
 		switch {
@@ -466,7 +456,7 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 		t.Errorf("100 deliveries took %v", d)
 	}
 	want := slices.Concat([]string{"first"}, numberedNames("u", 0, 60), numberedNames("m", 60, 80), numberedNames("m", 60, 79), []string{"m60"})
-	awaitCond(t, "the other handler got everything", func() bool { return len(firstFields(readFile(dir+"/other"))) >= len(want) })
+	eventually(t, "the other handler got everything", func() bool { return len(firstFields(readFile(dir+"/other"))) >= len(want) })
 	t.Logf("the other handler had 100 events after %v", time.Since(began))
 	if got := firstFields(readFile(dir + "/other")); !slices.Equal(got, want) {
 		t.Errorf("the other handler got %q", got)
@@ -478,7 +468,7 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	if err := os.WriteFile(fifo, []byte("wake\n"), 0); err != nil {
 		t.Fatal(err)
 	}
-	awaitCond(t, "the sleeper caught up", func() bool { return strings.Count(readFile(dir+"/sleeper"), "m60") == 3 })
+	eventually(t, "the sleeper caught up", func() bool { return strings.Count(readFile(dir+"/sleeper"), "m60") == 3 })
 	var runs []string
 	for _, n := range firstFields(readFile(dir + "/sleeper")) {
 		if strings.HasPrefix(n, "run ") {
@@ -494,7 +484,7 @@ func TestSleepingHandlerDelaysNobodyAndCatchesUpInOrder(t *testing.T) {
 	}
 }
 
-func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
+func TestHandlerThatIsSlowRunsAHandfulOfTimesForAThousandJoins(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	hs, _ := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, `echo run >>"$DIR/runs"; sleep 0.1; cat >>"$DIR/got"`)
@@ -505,7 +495,7 @@ func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
 	if n := runtime.NumGoroutine() - before; n > 40 { // other tests run beside this one
 		t.Errorf("%d goroutines more for 1,000 events", n)
 	}
-	awaitCond(t, "all joins handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= 1000 })
+	eventually(t, "all joins handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= 1000 })
 	if !slices.Equal(firstFields(readFile(dir+"/got")), numberedNames("n", 0, 1000)) {
 		t.Error("some are missing, doubled or out of order")
 	}
@@ -516,7 +506,7 @@ func TestThousandJoinsRunSlowHandlerAHandfulOfTimes(t *testing.T) {
 	}
 }
 
-func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
+func TestHandlerSeesExactlyWhatHappenedInQuickSuccession(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	script := `{ printf "$SERF_EVENT "; cat; } >>"$DIR/`
@@ -533,10 +523,10 @@ func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
 		"b": "member-join m member-failed m member-join m member-update m m member-leave m member-reap m",
 		"c": "member-failed m member-leave m",
 	} {
-		awaitCond(t, "the last event reached "+file, func() bool { return len(words(file)) >= len(want)-2 })
+		eventually(t, "the last event reached "+file, func() bool { return len(words(file)) >= len(want)-2 })
 		// Two updates are one run if they waited together, two if not.
 		got := strings.Replace(words(file), "member-update m member-update m", "member-update m m", 1)
-		awaitCond(t, file+" complete: "+got, func() bool {
+		eventually(t, file+" complete: "+got, func() bool {
 			got = strings.Replace(words(file), "member-update m member-update m", "member-update m m", 1)
 			return got == want
 		})
@@ -544,7 +534,7 @@ func TestQuickSuccessionShowsExactlyWhatHappened(t *testing.T) {
 }
 
 // The last is the one that came last, whatever Lamport times say: they order nothing.
-func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
+func TestHandlerQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	h, err := newHandler("true", "/bin/sh")
 	if err != nil {
 		t.Fatal(err)
@@ -571,7 +561,7 @@ func TestQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	}
 }
 
-func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
+func TestHandlerQueueThatOverflowsDropsTheOldestAndCountsThem(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")
@@ -581,13 +571,13 @@ func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)},
 		`[ -e "$DIR/slept" ] || { >"$DIR/slept"; read x <"$DIR/fifo"; }; cat >>"$DIR/got"`)
 	hs.deliver(failOf("first"), nil)
-	awaitCond(t, "the handler hangs", func() bool { _, err := os.Stat(dir + "/slept"); return err == nil })
+	eventually(t, "the handler hangs", func() bool { _, err := os.Stat(dir + "/slept"); return err == nil })
 	for i := range queueLimit + 1000 {
 		hs.deliver(joinOf("n"+strconv.Itoa(i)), nil)
 	}
 	logged.waitFor(t, "is behind: 4096 events wait, dropping the oldest", 1)
 	os.WriteFile(fifo, []byte("wake\n"), 0)
-	awaitCond(t, "the rest handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= queueLimit+1 })
+	eventually(t, "the rest handled", func() bool { return strings.Count(readFile(dir+"/got"), "\n") >= queueLimit+1 })
 	if got := firstFields(readFile(dir + "/got")); !slices.Equal(got, append([]string{"first"}, numberedNames("n", 1000, queueLimit+1000)...)) {
 		t.Errorf("%d events, from %q to %q", len(got), got[1], got[len(got)-1])
 	}
@@ -600,7 +590,7 @@ func TestOverflowDropsOldestAndIsCounted(t *testing.T) {
 // ---- runs
 
 // All cases run at the same time: those that ignore TERM live for 5 s.
-func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
+func TestHandlerTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	type timeoutCase struct {
@@ -628,7 +618,7 @@ func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 	for _, c := range cases {
 		pgid := pidIn(t, c.dir+"/pid")
 		c.logged.waitFor(t, "[WARN]", 1)
-		awaitCond(t, "nothing is left of "+c.script, func() bool { return groupAlive(pgid) == 0 })
+		eventually(t, "nothing is left of "+c.script, func() bool { return groupAlive(pgid) == 0 })
 		line := regexp.MustCompile(`failed on member-join: timed out, signal: ` + c.status + ` after ([\d.]+m?s): hello\n`).FindStringSubmatch(c.logged.String())
 		if line == nil {
 			t.Fatalf("%s: log: %s", c.script, c.logged)
@@ -639,7 +629,7 @@ func TestTimeoutEndsTheWholeGroupWithTermThenKill(t *testing.T) {
 	}
 }
 
-func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
+func TestHandlerWithABackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 	needProc(t)
 	eachShell(t, func(t *testing.T, shell string) {
 		for name, child := range map[string]string{"silent": "sleep 300", "printing": "yes"} {
@@ -658,7 +648,7 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 				if name == "silent" {
 					killPidsIn(t, dir+"/pids")
 				}
-				awaitCond(t, "printing children end by SIGPIPE", func() bool {
+				eventually(t, "printing children end by SIGPIPE", func() bool {
 					pids := strings.Fields(readFile(dir + "/pids"))
 					return !slices.ContainsFunc(procStats(), func(p procStat) bool {
 						return p.state != 'Z' && slices.Contains(pids, strconv.Itoa(p.pid))
@@ -672,7 +662,7 @@ func TestBackgroundChildDoesNotHoldTheNextEvent(t *testing.T) {
 	})
 }
 
-func TestOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
+func TestHandlerOutputWrittenJustBeforeTheEndIsKept(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{}, `*=sleep 0.3 & i=0; while [ $i -lt 300 ]; do echo "line $i"; i=$((i+1)); done; echo "last $SERF_USER_LTIME"`)
 	for i := range 20 {
 		hs.deliver(userEventOf("e", "", uint64(i), false), nil)
@@ -697,7 +687,7 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 			hs.deliver(failOf("next"), nil)
 			logged.waitFor(t, "'member-failed' script output", 1)
 			hs.close()
-			awaitCond(t, "the goroutines end", func() bool { return runtime.NumGoroutine() <= before+1 })
+			eventually(t, "the goroutines end", func() bool { return runtime.NumGoroutine() <= before+1 })
 			if strings.Contains(logged.String(), "[WARN]") {
 				t.Errorf("log: %s", logged)
 			}
@@ -706,7 +696,7 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 	}
 }
 
-func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
+func TestHandlerRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 	needProc(t)
 	count := func() [2]int {
 		fds, _ := os.ReadDir("/proc/self/fd")
@@ -721,13 +711,13 @@ func TestRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 	logged.waitFor(t, "[WARN]", 100)
 	logged.waitFor(t, "[DEBUG]", 100)
 	hs.close()
-	awaitCond(t, "no more descriptors and goroutines than before", func() bool {
+	eventually(t, "no more descriptors and goroutines than before", func() bool {
 		now := count()
 		return now[0] <= before[0] && now[1] <= before[1]
 	})
 }
 
-func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
+func TestHandlerOutputThatIsHugeCostsItsLast8KiB(t *testing.T) {
 	t.Parallel()
 	hs, logged := startHandlers(t, handlerConfig{}, `*=head -c 200000000 /dev/zero; echo the end; echo to stderr >&2`)
 	hs.deliver(joinOf("a"), nil)
@@ -737,7 +727,7 @@ func TestHugeOutputCostsItsLast8KiB(t *testing.T) {
 	}
 }
 
-func TestACaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
+func TestHandlerOutputCaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
 	var all []byte
 	var c outputCapture
 	for i := range 500 {
@@ -755,7 +745,7 @@ func TestACaptureKeepsTheFirstAndTheLastBytes(t *testing.T) {
 	}
 }
 
-func TestFailedRunIsOneWarnLine(t *testing.T) {
+func TestHandlerThatFailsIsOneWarning(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{}, "member-join=echo first; echo 'it broke' >&2; echo; exit 3", "user:deploy=kill -9 $$")
 	hs.deliver(joinOf("a"), nil)
 	logged.waitFor(t, "[WARN]", 1)
@@ -772,7 +762,7 @@ func TestFailedRunIsOneWarnLine(t *testing.T) {
 	}
 }
 
-func TestScriptThatCannotRunIsOneWarningARun(t *testing.T) {
+func TestHandlerThatCannotRunIsOneWarningARun(t *testing.T) {
 	plain := filepath.Join(t.TempDir(), "plain.sh")
 	if err := os.WriteFile(plain, []byte("#!/bin/sh\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -795,7 +785,7 @@ func TestScriptThatCannotRunIsOneWarningARun(t *testing.T) {
 	t.Run("no shell", func(t *testing.T) { check(t, "/nowhere/sh") })
 }
 
-func TestWithoutShellProgramsRunAndShellSyntaxIsAnError(t *testing.T) {
+func TestShellThatIsMissingLeavesProgramsToRun(t *testing.T) {
 	t.Setenv("HANDLER_TEST_ROLE", "program")
 	self, err := os.Executable()
 	if err != nil {
@@ -834,7 +824,7 @@ func answersTo(t *testing.T, script string) (reply, string) {
 	return 0, ""
 }
 
-func TestAQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
+func TestQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
 	hs, _ := startHandlers(t, handlerConfig{}, "query:other=true", "user=true")
 	got := make(chan reply)
 	hs.deliver(Event{kind: eventQuery, update: update{Name: "load", Timeout: 20000}}, func(r reply, _ []byte) { got <- r })
@@ -843,7 +833,7 @@ func TestAQueryThatNoHandlerWantsIsAnsweredAtOnce(t *testing.T) {
 	}
 }
 
-func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
+func TestQueryAnswerThatIsLongIsItsFirstBytesWithItsTrueSize(t *testing.T) {
 	const lines = `i=0; while [ $i -lt 5000 ]; do echo "line $i"; i=$((i+1)); done` // 48,890 bytes
 	for script, want := range map[string]struct {
 		r           reply
@@ -872,7 +862,7 @@ func TestALongAnswerIsTheFirstBytesOfStdoutWithItsTrueSize(t *testing.T) {
 
 // The gossip hands a way to answer in with every event. A member event that had one
 // logged what went to stdout before all that went to stderr.
-func TestOnlyAQueryIsAnswered(t *testing.T) {
+func TestQueryAloneIsAnsweredByAHandler(t *testing.T) {
 	hs, logged := startHandlers(t, handlerConfig{}, "echo first >&2; echo second; exit 1")
 	for _, ev := range []Event{joinOf("a"), userEventOf("e", "", 1, false)} {
 		hs.deliver(ev, func(reply, []byte) { t.Errorf("%s is answered", ev.kind) })
@@ -884,14 +874,14 @@ func TestOnlyAQueryIsAnswered(t *testing.T) {
 
 // ---- the end
 
-func TestCloseLetsRunningHandlersEnd(t *testing.T) {
+func TestHandlersCloseLetsThoseThatRunEnd(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	hs, logged := startHandlers(t, handlerConfig{grace: 20 * time.Second, env: extraEnv("DIR=" + dir)},
 		`*=echo $SERF_EVENT >>"$DIR/began"; sleep 0.2; echo $SERF_EVENT >>"$DIR/ended"`)
 	hs.deliver(joinOf("a"), nil)
 	hs.deliver(failOf("a"), nil)
-	awaitCond(t, "the first run began", func() bool { return readFile(dir+"/began") != "" })
+	eventually(t, "the first run began", func() bool { return readFile(dir+"/began") != "" })
 	began := time.Now()
 	hs.close()
 	hs.deliver(joinOf("late"), nil)
@@ -906,7 +896,7 @@ func TestCloseLetsRunningHandlersEnd(t *testing.T) {
 	}
 }
 
-func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
+func TestHandlersCloseEndsThoseThatHangAfterTheGrace(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	dir := t.TempDir()
@@ -921,19 +911,19 @@ func TestCloseEndsHungHandlersAfterTheGrace(t *testing.T) {
 		t.Errorf("Close took %v", took)
 	}
 	for _, pgid := range []int{meek, stubborn} {
-		awaitCond(t, "the group is gone", func() bool { return groupAlive(pgid) == 0 })
+		eventually(t, "the group is gone", func() bool { return groupAlive(pgid) == 0 })
 	}
 	logged.waitFor(t, "ended with the agent, signal: terminated", 1)
 	logged.waitFor(t, "ended with the agent, signal: killed", 1)
 }
 
-func TestCloseShortensTheWaitOfATimeout(t *testing.T) {
+func TestHandlersCloseShortensTheWaitOfATimeout(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	hs, _ := startHandlers(t, handlerConfig{timeout: 50 * time.Millisecond, env: extraEnv("DIR=" + dir)},
 		`*=trap "echo >$DIR/termed" TERM; while :; do sleep 0.1; done`)
 	hs.deliver(joinOf("a"), nil)
-	awaitCond(t, "TERM arrived", func() bool { return readFile(dir+"/termed") != "" })
+	eventually(t, "TERM arrived", func() bool { return readFile(dir+"/termed") != "" })
 	began := time.Now()
 	hs.close()
 	if took := time.Since(began); took > closeKillAfter+time.Second {
@@ -978,7 +968,7 @@ func BenchmarkDeliverToFirstLine(b *testing.B) {
 }
 
 // To end a group costs nothing that grows with the number of processes of the host, while a script ignores TERM.
-func TestGroupThatIgnoresTermCostsNoSearchOfTheHost(t *testing.T) {
+func TestHandlerGroupThatIgnoresTermCostsNoSearchOfTheHost(t *testing.T) {
 	crowd := exec.Command("/bin/sh", "-c", "i=0; while [ $i -lt 600 ]; do sleep 60 & i=$((i+1)); done; wait")
 	crowd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := crowd.Start(); err != nil {
@@ -991,7 +981,7 @@ func TestGroupThatIgnoresTermCostsNoSearchOfTheHost(t *testing.T) {
 	ready := filepath.Join(t.TempDir(), "ready")
 	hs, _ := startHandlers(t, handlerConfig{}, "trap '' TERM; echo >"+ready+"; while :; do sleep 1; done")
 	hs.deliver(joinOf("a"), nil)
-	awaitCond(t, "the script runs", func() bool { _, err := os.Stat(ready); return err == nil })
+	eventually(t, "the script runs", func() bool { _, err := os.Stat(ready); return err == nil })
 
 	used := func() time.Duration {
 		var r syscall.Rusage

@@ -130,7 +130,7 @@ func (r *rig) name() string {
 	return r.n.self.Name
 }
 
-// source is whom a datagram seems to come from: a peer or anybody else.
+// source is where a datagram seems to come from: a peer or a stranger.
 func (r *rig) source(name string) netip.AddrPort {
 	if k := r.pick(4); k > 0 {
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(k)}), 9)
@@ -265,7 +265,7 @@ func (r *rig) step() {
 			}
 			r.datagram(r.source("a"), b)
 		}
-	case 3, 4, 5: // somebody compares tables with the node, or the other way round
+	case 3, 4, 5: // a peer syncs with the node, or the other way round
 		if len(r.tables) < 16 {
 			with := Member{Name: r.name(), Instance: 1000, Addr: rigAddr(1)}
 			r.tables = append(r.tables, &rigTable{stateSync{peer: with}, op == 3})
@@ -374,7 +374,7 @@ func (r *rig) datagram(from netip.AddrPort, b []byte) {
 	r.got[from] += len(b)
 	var hdr header
 	if rest, err := wire.decode(b, &hdr); err == nil {
-		if e := r.n.table.get(hdr.From); e != nil && e.Instance == hdr.born() {
+		if e := r.n.table.get(hdr.From); e != nil && e.Instance == hdr.instance() {
 			r.claims(wire.decodeAll(rest))
 		}
 	}
@@ -676,7 +676,7 @@ func (r *rig) checkEvent(ev Event) {
 		ev.kind = eventJoin
 	case eventLeave:
 		ok = was != eventLeave
-	case eventReap: // who was reaped may be heard of again as failed, without an event
+	case eventReap: // a reaped member may be heard of again as failed, without an event
 		ok = !alive
 	}
 	if name == r.n.self.Name {
@@ -690,8 +690,8 @@ func (r *rig) checkEvent(ev Event) {
 
 // FuzzNode: whatever peers say, repeat, garble and fail to answer, the node
 // stays a member: alive to itself, one entry a name, no incarnation ever falls,
-// memory, packets and wake-ups are bounded, nobody is answered with more than
-// he sent, and when all is over it still answers.
+// memory, packets and wake-ups are bounded, no peer is answered with more than
+// it sent, and when all is over it still answers.
 func FuzzNode(f *testing.F) {
 	for i := range 60 {
 		rng := rand.New(rand.NewPCG(uint64(i), 6))
@@ -741,7 +741,7 @@ func (r *rig) crowd(count int) {
 	r.settle()
 }
 
-func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T) {
+func TestProbesForAPeerOfAllMembersLeaveTheNodeItsOwn(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	r.crowd(2 * maxProbes)
 	for i := range 2 * maxProbes {
@@ -765,7 +765,7 @@ func TestChecksOfEverybodyNeitherKeepTheNodeBusyNorFromItsOwnProbes(t *testing.T
 	r.pass(2 * time.Second) // counts the wake-ups
 }
 
-func TestMoreNewsThanCanBeSentIsNotKept(t *testing.T) {
+func TestBroadcastsThatCannotBeSentAreNotKept(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range 2 * maxQueue {
 		r.n.broadcasts.claims.add(&update{Member: Member{Name: strconv.Itoa(i)}})
@@ -774,7 +774,7 @@ func TestMoreNewsThanCanBeSentIsNotKept(t *testing.T) {
 }
 
 // A table without an end would hold the place of an exchange for ever.
-func TestATableThatGoesBackIsCutOff(t *testing.T) {
+func TestTableThatGoesBackIsCutOff(t *testing.T) {
 	r := newRig(t, []byte{3 << 2})
 	sync := &stateSync{peer: Member{Name: "a", Instance: 1000}}
 	for _, step := range []struct {
@@ -791,7 +791,7 @@ func TestATableThatGoesBackIsCutOff(t *testing.T) {
 	}
 }
 
-func TestAStrangersTableThatTellsOfANamesakeMakesTheNodeJoinNobody(t *testing.T) {
+func TestTableOfAStrangerWithANamesakeMakesTheNodeJoinNobody(t *testing.T) {
 	r := newRig(t, nil)
 	sync := &stateSync{peer: Member{Name: "a", Instance: 1000}}
 	m := Member{Name: "n", Addr: rigAddr(2), Incarnation: 900, Instance: 900, Status: statusAlive}
@@ -806,7 +806,7 @@ func TestAStrangersTableThatTellsOfANamesakeMakesTheNodeJoinNobody(t *testing.T)
 	}
 }
 
-func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
+func TestBroadcastLeavesOutWhatIsAddedToAClaimOrAnEvent(t *testing.T) {
 	r := newRig(t, []byte{2 << 2})
 	failed := r.n.table.get("b").with(statusFailed) // of which b itself is told
 	table := r.from("a", header{Kind: msgTable}, update{Member: failed, Payload: make([]byte, 9000)})
@@ -826,12 +826,12 @@ func TestWhatIsAddedToAClaimOrAnEventGoesNoFurther(t *testing.T) {
 	}
 }
 
-func TestTheSumsAreRightWhenAMemberComesBackThatWasForgotten(t *testing.T) {
+func TestDigestIsRightWhenAForgottenMemberComesBack(t *testing.T) {
 	r := newRig(t, []byte{1 << 2})
 	m := r.n.table.get("a").Member
 	m.Status = statusFailed
 	r.n.applyAndForward(&update{Member: m})
-	r.pass(r.n.reapAfter + 3*time.Second)
+	r.pass(r.n.cfg.reapAfter + 3*time.Second)
 	if !r.n.table.get("a").reaped {
 		t.Fatal("a is not forgotten yet")
 	}
@@ -840,7 +840,7 @@ func TestTheSumsAreRightWhenAMemberComesBackThatWasForgotten(t *testing.T) {
 	r.settle() // compares
 }
 
-func TestARecordedAnswerDoesNotReviveWhoeverFailedForMe(t *testing.T) {
+func TestReplayOfAnAnswerRevivesNoFailedMember(t *testing.T) {
 	r := newRig(t, []byte{5 << 2})
 	a := r.n.table.get("a")
 	for range 3 {
@@ -864,7 +864,7 @@ func TestARecordedAnswerDoesNotReviveWhoeverFailedForMe(t *testing.T) {
 
 // A member that everybody has forgotten was brought back by its own recorded
 // datagrams, and kept alive by its recorded heartbeats.
-func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
+func TestReplayRevivesNoForgottenMember(t *testing.T) {
 	r := newRig(t, []byte{2 << 2})
 	b := r.n.table.get("b").Member
 	r.pass(3 * time.Second)
@@ -873,7 +873,7 @@ func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
 	dead.Status = statusFailed
 	r.flood(update{Member: dead})
 	r.mode[2] = peerAbsent
-	r.pass(2*r.n.reapAfter + 3*time.Second)
+	r.pass(2*r.n.cfg.reapAfter + 3*time.Second)
 	if r.n.table.get("b") != nil {
 		t.Fatal("b is not forgotten")
 	}
@@ -890,7 +890,7 @@ func TestAForgottenMemberIsNotPlayedBackIntoBeing(t *testing.T) {
 
 // One recorded datagram, twice a second, kept a node from noticing that it is
 // cut off.
-func TestARecordingDoesNotHideThatTheNodeIsCutOff(t *testing.T) {
+func TestReplayDoesNotHideThatTheNodeIsIsolated(t *testing.T) {
 	r := newRig(t, []byte{3 << 2})
 	r.pass(2 * time.Second)
 	recorded := slices.Clone(r.sealed)
@@ -905,7 +905,7 @@ func TestARecordingDoesNotHideThatTheNodeIsCutOff(t *testing.T) {
 }
 
 // 4,000 forged suspects held an agent at full load for half a minute.
-func TestForgedSuspectsInAFullTableCostLittle(t *testing.T) {
+func TestSuspectsForgedInAFullTableCostLittle(t *testing.T) {
 	r := newRig(t, []byte{7 << 2})
 	for i := range maxMembers - 10 {
 		m := Member{Name: fmt.Sprintf("m%05d", i), Addr: rigAddr(300 + i), Incarnation: 1000, Instance: 1000, Status: statusAlive}
@@ -1029,7 +1029,7 @@ func TestReplayCountsForNothingAfterItsSenderWasForgotten(t *testing.T) {
 }
 
 // A member that the node never asks anything was mute for good after one forged datagram of 37 bytes.
-func TestForgedNumberMutesNoQuery(t *testing.T) {
+func TestQueryIsNotMutedByAForgedNumber(t *testing.T) {
 	for _, kind := range []msgKind{msgHeartbeat, msgPing, msgBroadcast, msgQuery} {
 		l := newLab(t, 2)
 		forged := header{Kind: kind, From: "b", Incarnation: 10, Number: 1 << 60, Target: "a", Digest: 1}
@@ -1091,7 +1091,7 @@ func TestHeartbeatsHeldBackKeepADeadMemberAliveForAMomentOnly(t *testing.T) {
 }
 
 // A forged promise hid a lost host for a minute.
-func TestPromiseIsBelievedForACycleAtMost(t *testing.T) {
+func TestHeartbeatPromiseIsBelievedForACycleAtMost(t *testing.T) {
 	for _, promise := range []uint32{1, 500, 2500, 2501, 60000, 1 << 31, 1<<32 - 1} {
 		l := newLab(t, 2)
 		l.udp(1, header{Kind: msgHeartbeat, Promise: promise})
@@ -1183,7 +1183,7 @@ func TestProbesForOnePeerLeaveRoomForOthers(t *testing.T) {
 }
 
 // A recorded ping was answered as often as it was played. New ones of members are always answered.
-func TestPingRecordedIsAnsweredAtABoundedRate(t *testing.T) {
+func TestReplayOfAPingIsAnsweredAtABoundedRate(t *testing.T) {
 	l := newLab(t, 3)
 	l.after(time.Second)
 	ping := func(hdr header) (answers int) {
@@ -1221,7 +1221,7 @@ func TestPingRecordedIsAnsweredAtABoundedRate(t *testing.T) {
 }
 
 // Each dead name for which a full table made room cost a walk over all of it: 188 us, so that 345 kB/s took a processor.
-func TestDeadNamesInAFullTableCostLittle(t *testing.T) {
+func TestTableThatIsFullOfDeadNamesCostsLittle(t *testing.T) {
 	l := newLab(t, 3)
 	add := func(i int, s Status) *entry {
 		m := labMember(5)
@@ -1236,7 +1236,7 @@ func TestDeadNamesInAFullTableCostLittle(t *testing.T) {
 
 	oldest := l.n.table.dead[0].e.Name
 	if add(i, statusAlive) == nil || l.n.table.get(oldest) != nil {
-		t.Error("a living newcomer does not take the place of the one who has been dead for longest")
+		t.Error("a living newcomer does not take the place of the one that has been dead for longest")
 	}
 	// The measure is what one walk costs, on this machine as busy as it is.
 	const names = 5000
@@ -1282,7 +1282,7 @@ func TestDeadNamesInAFullTableCostLittle(t *testing.T) {
 // obeyable reports what a terminal could obey.
 func obeyable(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsGraphic(r) }
 
-func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
+func TestTerminalGetsNoEscapeSequencesOfAForgedPeer(t *testing.T) {
 	const esc = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r\x7f\xff"
 	logs := newLogWriter(levelDebug)
 	r := newRig(t, []byte{1 << 2})
@@ -1304,8 +1304,7 @@ func TestEscapeSequencesOfAForgedPeerReachNoTerminal(t *testing.T) {
 	}
 }
 
-// greeting is the first thing that a stranger says who knows the protocol, and
-// has no key.
+// greeting dials g and says hello, as a peer without a key does.
 func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	t.Helper()
 	self, _ := g.self()
@@ -1318,7 +1317,7 @@ func greeting(t testing.TB, g *gossip) (net.Conn, *session) {
 	return c, (&sealer{portKind: gossipPort}).handshake(&session{conn: c, dialled: true})
 }
 
-func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
+func TestAcceptorCutsStrangersOffAfterTwoSeconds(t *testing.T) {
 	t.Parallel()
 	g, l := startTestGossip(t, "red", gossipConfig{})
 	self, _ := g.self()
@@ -1347,7 +1346,7 @@ func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
 }
 
 // A recorded first frame of 93 bytes was answered with the whole table.
-func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
+func TestHandshakeSaysNothingBeforeAChallengeIsAnswered(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{sealer: sealer{keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}}})
 	self, _ := g.self()
 	recorded := &bytes.Buffer{} // what a member says
@@ -1388,7 +1387,7 @@ func TestBeforeAChallengeIsAnsweredNothingIsSaid(t *testing.T) {
 	}
 }
 
-// Whoever has no key to get past says hello as a member does, and then sends
+// Where there is no key, a stranger says hello as a member does, and then sends
 // tables as fast as they are taken.
 func TestTablesThatPourInFillNoMemoryAndDelayNoAnswer(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
@@ -1453,7 +1452,7 @@ func pour(g *gossip, frames *atomic.Int64, quit chan struct{}) bool {
 	return true
 }
 
-func TestConnectionsComeAndGoWithoutATrace(t *testing.T) {
+func TestAcceptorKeepsNoTraceOfConnections(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	self, _ := g.self()
 	before := runtime.NumGoroutine()

@@ -386,7 +386,7 @@ func serfAdvice(word string) string {
 	case "-discover", "-mdns-iface", "-mdns-disable-ipv4", "-mdns-disable-ipv6":
 		return "name the seeds with -join: one DNS name will do"
 	case "-keyring-file":
-		return "give each key with -encrypt or HAMLET_ENCRYPT: the first seals, any opens"
+		return "give its keys with HAMLET_ENCRYPT, or as encrypt_key in a file: the first seals, any opens"
 	case "-tags-file":
 		return "give tags with -tag or HAMLET_TAG, and change them with the tags command"
 	case "keys":
@@ -1045,8 +1045,8 @@ func (a *agent) options(fs *flag.FlagSet) {
 	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\n"+
 		"separated by commas", a.seed)
 	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	numberOption(fs, &g.retryMax, "retry-max", "give up after `N` rounds of trying: 10 take some 10 s, 70 some 80 s,\n"+
-		"each further one up to 30 s (default: never)")
+	numberOption(fs, &g.retryMax, "retry-max", "give up when every seed has failed `N` times: 10 take some 7 s,\n"+
+		"70 some 80 s, each further one up to 30 s (default: never)")
 	fs.BoolVar(&g.replay, "replay", false, "also run handlers for remembered events from before this node joined")
 	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
 	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
@@ -1249,6 +1249,9 @@ func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string
 		name, ok := serfKeys[key]
 		if !ok {
 			name = strings.ReplaceAll(key, "_", "-")
+		}
+		if name == "keyring-file" { // without the keys in it, the agent would send in clear
+			return usagef(serfAdvice("-"+name), "%s: hamlet has no %q", file, key)
 		}
 		if fs.Lookup(name) == nil {
 			a.notes = append(a.notes, unknownKey(file, key, name))

@@ -20,7 +20,7 @@ import (
 // --- what the user types
 
 // Most defaults are shown by package flag, which knows them; these are not.
-func TestDefaultsInTheHelpAreTrue(t *testing.T) {
+func TestHelpShowsTheTrueDefaults(t *testing.T) {
 	a := &agent{tags: make(map[string]string)}
 	fs := flag.NewFlagSet("", flag.ContinueOnError)
 	a.options(fs)
@@ -97,6 +97,7 @@ func TestConfigurationFilesOfSerfAreRead(t *testing.T) {
 		`{"retry_join": null, "handler_timeout": "1m"}`:                             "timeout 1m0s",
 		`{"profile": "wan", "protocol": 5, "snapshot_path": "/x"}`:                  "note f.json: \"profile\" has no effect; note f.json: \"protocol\" has no effect; note f.json: \"snapshot_path\" has no effect",
 		`{"discover": "web"}`:                                                       "note f.json: hamlet has no \"discover\"",
+		`{"keyring_file": "/etc/serf/keyring.json"}`:                                "error f.json: hamlet has no \"keyring_file\"",
 		`{"nonsense": [1, {"a": [2]}]}`:                                             "note f.json: there is no option \"nonsense\"",
 		"{\"role\": \"web\",\n\n\"x\" 3}":                                           "error f.json: line 3: this is not JSON",
 		"[1]":                                                                       "error f.json: line 1: this is not JSON",
@@ -167,7 +168,7 @@ func TestConfigurationFolderIsReadInOrderOfNames(t *testing.T) {
 
 // --- addresses
 
-func TestHostPort(t *testing.T) {
+func TestAddressWithoutAPortHasTheDefaultOne(t *testing.T) {
 	for in, want := range map[string]string{
 		"10.0.0.1":            "10.0.0.1 7946",
 		"10.0.0.1:80":         "10.0.0.1 80",
@@ -187,7 +188,7 @@ func TestHostPort(t *testing.T) {
 	}
 }
 
-func TestAdvertisedAddress(t *testing.T) {
+func TestAddressToAdvertiseIsChosen(t *testing.T) {
 	any4, any6 := netip.MustParseAddrPort("0.0.0.0:7946"), netip.MustParseAddrPort("[::]:7946")
 	advertised := func(bind netip.AddrPort, seeds ...string) (netip.AddrPort, string) {
 		got, why, err := (&agent{gossip: gossipConfig{bind: bind, nodeConfig: nodeConfig{seeds: seeds}}}).advertised(t.Context())
@@ -225,7 +226,7 @@ func TestAdvertisedAddress(t *testing.T) {
 	}
 }
 
-func TestAdvertiseOptionDecides(t *testing.T) {
+func TestAddressOfTheAdvertiseOptionDecides(t *testing.T) {
 	for _, tt := range []struct{ bind, advertise, want string }{
 		{"0.0.0.0:7000", "10.1.2.3", "10.1.2.3:7000"},
 		{"0.0.0.0:7000", "10.1.2.3:80", "10.1.2.3:80"},
@@ -332,7 +333,7 @@ func TestMembersJSONIsSerfs(t *testing.T) {
 	}
 }
 
-func TestEscapeSequencesFromPeersDoNotReachTheTerminal(t *testing.T) {
+func TestTerminalGetsNoEscapeSequencesOfPeers(t *testing.T) {
 	nasty := "\x1b[2J\u009b31m\x7f\"\\\u202e\r\n\tü日\U0001f600\U000e0001"
 	ms := []Member{{Name: nasty, Addr: exampleMembers[0].Addr, Status: statusAlive, Tags: Tags("k" + nasty + "=v" + nasty)}}
 	graphic := func(s string) bool {
@@ -359,7 +360,7 @@ func TestEscapeSequencesFromPeersDoNotReachTheTerminal(t *testing.T) {
 	}
 }
 
-func TestListsFromTheEnvironment(t *testing.T) {
+func TestEnvironmentListsAreSplitAtCommasOrLines(t *testing.T) {
 	for in, want := range map[string][]string{
 		"a":                            {"a"},
 		" a , b ,, c,":                 {"a", "b", "c"},
@@ -408,7 +409,7 @@ func TestJSONIsValidOnOneLineAndOnMany(t *testing.T) {
 	}
 }
 
-func TestLinesOfWatch(t *testing.T) {
+func TestWatchLinesAreTextOrJSON(t *testing.T) {
 	m := Member{Name: "web1", Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Status: statusFailed, Tags: "role=web"}
 	at := time.Date(2013, 12, 8, 7, 56, 48, 0, time.Local)
 	for _, tt := range []struct {

@@ -1,4 +1,4 @@
-// members.go: who is in the cluster and what is believed about each of them.
+// members.go: the members of the cluster, and what is believed about each of them.
 //
 // Here live the member record, what is said of members (update), the one rule that decides between two claims, the
 // table with its digest and its rings, and the events that a change of belief brings. It knows nothing of bytes on a
@@ -46,7 +46,7 @@ const (
 	statusLeaving        // only ever shown by a member about itself
 	statusFailed
 	statusLeft
-	statusPruned // left and to be forgotten; shown to nobody
+	statusPruned // left and to be forgotten; not shown any more
 )
 
 // statusNames are the words that users see; the index is the Status.
@@ -67,15 +67,17 @@ func (s Status) isDead() bool { return s >= statusFailed }
 // goes flat on the wire.
 type Tags string
 
-// makeTags checks and packs tags. Keys must not be empty or hold '=' or NUL; all together may take 512 bytes.
+// makeTags checks and packs tags. Keys must not be empty or hold '=' or NUL; all together may take maxTags bytes.
 func makeTags(kv map[string]string) (Tags, error) {
 	var pairs []string
 	for _, k := range slices.Sorted(maps.Keys(kv)) {
-		if k == "" || strings.ContainsAny(k, "=\x00") || strings.ContainsRune(kv[k], 0) {
-			return "", fmt.Errorf("bad tag %q: a tag is key=value, and the key may not be empty or hold a '='", k+"="+kv[k])
+		pair := k + "=" + kv[k]
+		if k == "" || strings.Contains(k, "=") || strings.Contains(pair, "\x00") {
+			return "", fmt.Errorf("bad tag %q: a tag is key=value, and the key may not be empty or hold a '='", pair)
 		}
-		pairs = append(pairs, k+"="+kv[k])
+		pairs = append(pairs, pair)
 	}
+
 	t := Tags(strings.Join(pairs, "\x00"))
 	if len(t) > maxTags {
 		return "", fmt.Errorf("tags take %d bytes, the limit is %d", len(t), maxTags)
@@ -105,10 +107,10 @@ func (t Tags) asMap() map[string]string {
 type Member struct {
 	Name string
 	Addr netip.AddrPort
-	// Incarnation orders the claims about a name. It starts as Born, and only the member itself raises it: to
+	// Incarnation orders the claims about a name. It starts as Instance, and only the member itself raises it: to
 	// refute a claim, or to change its tags.
 	Incarnation uint64
-	// Instance tells one run of an agent from all others; see birth.
+	// Instance tells the agent from those that had its name before; see newInstanceID.
 	Instance uint64
 	Status   Status
 	Tags     Tags
@@ -124,31 +126,42 @@ func (m Member) with(s Status) Member {
 	return m
 }
 
-// sameInstance reports whether m and o are about one run of an agent.
+// sameInstance reports whether m and o are about one instance.
 func (m Member) sameInstance(o Member) bool { return m.Name == o.Name && m.Instance == o.Instance }
 
-// instanceRandomBits is how many random bits stand below the milliseconds of a birth.
+// instanceRandomBits is how many random bits stand below the milliseconds of an instance ID.
 const instanceRandomBits = 14
 
-// newInstanceID makes the number of a run that starts at unixMs. Later starts are higher, so that a restart
-// supersedes its former self without any file; the random bits tell apart two that start in one millisecond.
+// newInstanceID makes the ID of an instance that starts at unixMs. Later starts are higher, so that a restarted
+// agent supersedes its former instance without any file; the random bits tell apart two that start in one
+// millisecond.
 func newInstanceID(unixMs, random uint64) uint64 {
 	return unixMs<<instanceRandomBits | random>>(64-instanceRandomBits)
 }
 
 // supersedes is the one rule that decides which of two claims about a name wins: the higher incarnation, then
-// the later instance, then the worse status. Tags differ then only if somebody forges: they make the order total, so
-// that no two members can believe different claims. One instance has one address; see sanitizeClaim.
+// the later instance, then the worse status. One instance has one address; see sanitizeClaim.
 func (m Member) supersedes(old Member) bool {
-	return cmp.Or(
-		cmp.Compare(m.Incarnation, old.Incarnation),
-		cmp.Compare(m.Instance, old.Instance),
-		cmp.Compare(m.Status, old.Status),
-		cmp.Compare(m.Tags, old.Tags),
-		cmp.Compare(m.Version, old.Version),
-		cmp.Compare(m.Protocol, old.Protocol),
-		cmp.Compare(m.Ext, old.Ext),
-	) > 0
+	switch {
+	case m.Incarnation != old.Incarnation:
+		return m.Incarnation > old.Incarnation
+	case m.Instance != old.Instance:
+		return m.Instance > old.Instance
+	case m.Status != old.Status:
+		return m.Status > old.Status
+	}
+
+	// What is left differs only if somebody forges. It makes the order total, so that no two members can believe
+	// different claims.
+	switch {
+	case m.Tags != old.Tags:
+		return m.Tags > old.Tags
+	case m.Version != old.Version:
+		return m.Version > old.Version
+	case m.Protocol != old.Protocol:
+		return m.Protocol > old.Protocol
+	}
+	return m.Ext > old.Ext
 }
 
 // validName returns an error that says why s cannot name a member.
@@ -204,11 +217,13 @@ const (
 	eventReap
 	eventUser
 	eventQuery
-	eventAnswer // to a query of this agent: for whoever asked, not for handlers
+	eventAnswer // to a query of this agent: for the command that asked, not for handlers
 )
 
 // eventNames are Serf's words for the kinds; the index is the eventKind, where 0 is no event: a member is there.
-var eventNames = [...]string{"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query"}
+var eventNames = [...]string{
+	"member", "member-join", "member-leave", "member-failed", "member-update", "member-reap", "user", "query",
+}
 
 // String is safe for any number, as that of a Status.
 func (k eventKind) String() string {
@@ -227,8 +242,8 @@ type update struct {
 	LTime    uint64 // Lamport time at which it was sent
 	Coalesce bool   // of several that wait in a queue, the last will do
 	Timeout  uint32 // of a query: milliseconds in which it wants answers
-	Number   uint64 // of a user event among those of its sender's instance; of a claim in a table: how many are known
-	Nonce    uint32 // of a user event: nobody can make it up before the event is sent
+	Number   uint64 // of a user event among its sender's; of a claim in a table: how many of the member's are known
+	Nonce    uint32 // of a user event: it cannot be made up before the event is sent
 	Before   bool   // a user event that the teller has not delivered: it is older than the teller's membership
 
 	// Of a claim in a table: the instance before this one whose user events are known, and how many they are.
@@ -243,16 +258,18 @@ func (u *update) id() eventID { return eventID{u.Number, u.Nonce} }
 type Event struct {
 	kind eventKind
 	update
-	id      uint32 // eventQuery: the asker's number of it; eventAnswer: of my query
+	id      uint32 // eventQuery: the asker's number of it; eventAnswer: this agent's
 	reply   reply  // eventAnswer
-	changed string // eventUpdate: what did, as in "state=drain -health"
+	changed string // eventUpdate: what has changed, as in "state=drain -health"
 }
 
 // validatePayload returns an error that says why a user event or query is refused.
 func validatePayload(what, name string, payload []byte) error {
-	if size := len(name) + len(payload); size > maxPayload {
+	size := len(name) + len(payload)
+	if size > maxPayload {
 		return fmt.Errorf("%s name and payload take %d bytes, the limit is %d", what, size, maxPayload)
-	} else if name == "" {
+	}
+	if name == "" {
 		return fmt.Errorf("the %s has no name", what)
 	}
 	return nil
@@ -261,20 +278,21 @@ func validatePayload(what, name string, payload []byte) error {
 const (
 	// rings is how many orderings of the members there are. Each member has one successor, its watcher, on each.
 	rings = 4
-	// maxWalk bounds how many members are walked over for one neighbour: forged suspects would else make every
-	// walk as long as the table. Of real suspects so many in a row are never seen.
+	// maxWalk bounds how many members are walked over for one neighbour. Without it, forged suspects could make
+	// every walk as long as the table. Of real suspects so many in a row are never seen.
 	maxWalk = 64
-	// maxEvents is how many user events are remembered while many are sent, and keptEvents how many of them for longer.
+	// maxEvents is how many user events are remembered while many are sent, and keptEvents how many of them for
+	// longer.
 	maxEvents  = 2048
 	keptEvents = 128
-	// eventWindow is how many of its events a member may have under way: sent, and perhaps not yet known to all. No
-	// honest number is further ahead, but for a member that was not waited for.
+	// eventWindow is how many of its events a member may have under way: sent, and perhaps not yet known to all.
+	// No honest number is further ahead, but for a member that was not waited for.
 	eventWindow = 128
-	// maxVariants is how many events may claim one number: a forger can use a number before its owner does, and the
-	// owner's event counts nevertheless.
+	// maxVariants is how many events may claim one number: a forger can use a number before its owner does, and
+	// the owner's event counts nevertheless.
 	maxVariants = 4
-	// maxCount bounds Lamport times and numbers of events. At most countStep is believed at once, so that no forged number
-	// uses them up: nothing that is true grows by so much between two messages.
+	// maxCount bounds Lamport times and numbers of events. At most countStep is believed at once, so that no
+	// forged number uses them up: nothing that is true grows by so much between two messages.
 	maxCount  = 1 << 62
 	countStep = 1 << 32
 
@@ -295,10 +313,10 @@ type claim struct {
 type entry struct {
 	*claim
 	announced Status // as which events last showed it; 0: not yet, or not any more
-	// isolated marks a member that failed for me because I was cut off. It stays local: exported, it would make
-	// everybody fail when a split heals.
+	// isolated marks a member that failed for this node alone, which was cut off. It stays local: exported, it
+	// would make all members fail when a split heals.
 	isolated bool
-	// held marks a member that flaps: it came back by somebody's word, and has not answered since; see damp. It stays
+	// held marks a member that flaps: it came back by hearsay, and has not answered since; see damp. It stays
 	// local, too.
 	held bool
 	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
@@ -310,14 +328,14 @@ type entry struct {
 	events *eventSource  // what is known of its user events; nil: nothing
 }
 
-// displayStatus is the status that users see; 0: they see nothing.
+// displayStatus is the status that users see; 0: they do not see the member.
 func (e *entry) displayStatus() Status {
 	switch {
 	case e.reaped || e.Status == statusPruned:
 		return 0
 	case e.failedLocally() && !e.Status.isDead():
 		return statusFailed
-	case e.Status == statusSuspect: // that is short, and settles itself
+	case e.Status == statusSuspect: // a suspicion is short, and settles itself
 		return statusAlive
 	}
 	return e.Status
@@ -326,7 +344,14 @@ func (e *entry) displayStatus() Status {
 // failedLocally reports whether the member failed for this node alone, whatever the record says.
 func (e *entry) failedLocally() bool { return e.isolated || e.held }
 
-// isSkipped members are walked over on the rings: nobody there would pass on what it is told.
+// noteFirstHeard notes when the name was first heard of, on the caller's clock.
+func (e *entry) noteFirstHeard(real time.Duration) {
+	if e.known == 0 {
+		e.known = real
+	}
+}
+
+// isSkipped reports whether e is walked over on the rings: it may be gone, and not pass on what it is told.
 func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.failedLocally() }
 
 // table holds all that is believed. Not safe for concurrent use.
@@ -336,37 +361,40 @@ type table struct {
 	ring    [rings][]*entry // those believed alive, in ring order
 	digest  uint64          // XOR over the entries that are not reaped
 	heard   uint64          // the same over how many events of each are known
-	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such a run must not count
-	// again when it comes back, after a split or a conflict: see apply.
+	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such an instance
+	// must not count again when it comes back, after a split or a conflict: see apply.
 	forgotten uint64
-	version   uint64   // counts changes of the rings or of who is walked over
-	shrunk    uint64   // the version that last took somebody off
+	version   uint64   // counts changes of the rings, or of what is walked over on them
+	shrunk    uint64   // the version that last took a member off
 	failed    int      // members that may come back, of
 	total     int      // all that have neither left nor been forgotten
-	held      []*entry // those that came back by word alone; see damp
-	events    []Event  // news that nobody has taken yet
+	held      []*entry // those that came back by hearsay alone; see damp
+	events    []Event  // since takeEvents
 }
 
 // index returns where name is in ordered, or would be.
 func (t *table) index(name string) (int, bool) {
-	return slices.BinarySearchFunc(t.ordered, name, func(e *entry, name string) int { return strings.Compare(e.Name, name) })
+	byName := func(e *entry, name string) int { return strings.Compare(e.Name, name) }
+	return slices.BinarySearchFunc(t.ordered, name, byName)
 }
 
 func (t *table) get(name string) *entry {
-	if at, ok := t.index(name); ok {
-		return t.ordered[at]
+	at, found := t.index(name)
+	if !found {
+		return nil
 	}
-	return nil
+	return t.ordered[at]
 }
 
-// ended reports whether m's run is believed to have ended.
+// ended reports whether m's instance is believed to have ended.
 func (t *table) ended(m Member) bool {
 	e := t.get(m.Name)
 	return e == nil || e.Instance != m.Instance || e.Status.isDead()
 }
 
-// apply takes claim m into the table, if it wins over what is there. It returns the entry of m's name, or nil if m was
-// refused: it lost, or it is about a new name and the table is full. age is how long ago the member came in, or died.
+// apply takes claim m into the table, if it wins over what is there. It returns the entry of m's name, or nil if m
+// was refused: it lost, or it is about a new name and the table is full. age is how long ago the member came in,
+// or died.
 func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	e := t.get(m.Name)
 	if e != nil && !m.supersedes(e.Member) {
@@ -379,31 +407,42 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 		return nil
 	}
 
-	t.change(now, e, func() {
-		if e.Instance != m.Instance { // nothing that is known of the former run holds for this one
-			t.dropState(e)
-			e.isolated = false
-			e.held = false
-			if m.Instance <= t.forgotten {
-				e.state = &peerState{datagrams: closedWindow()}
-			}
+	next := *e
+	if m.Instance != e.Instance { // nothing that is known of the former instance holds for this one
+		t.dropState(&next)
+		next.isolated = false
+		next.held = false
+		if m.Instance <= t.forgotten {
+			next.state = &peerState{datagrams: closedWindow()}
 		}
-		newlyDead := m.Status.isDead() && (!e.Status.isDead() || e.Incarnation != m.Incarnation)
-		switch {
-		case newlyDead, !m.Status.isDead() && e.Instance != m.Instance:
-			e.since = now - age
-		case !m.Status.isDead() && e.Status.isDead():
-			e.since = now
-		}
-		e.claim = &claim{m, e.pos}
-		e.reaped = false
-	})
+	}
+	next.since = e.sinceClaim(m, now, age)
+	next.claim = &claim{m, e.pos}
+	next.reaped = false
+	t.change(now, e, next)
 	return e
 }
 
-// insert adds an entry for a new name. It counts as reaped, and so nowhere, until a claim is applied to it. A full table
-// drops the member that has been dead for longest: names that nobody needs must keep no newcomer out. nil: there is none.
+// sinceClaim is when the instance of m, a claim that wins over e, came into the cluster, or came back, or died;
+// age is how long ago, by the claim, it came in or died.
+func (e *entry) sinceClaim(m Member, now, age time.Duration) time.Duration {
+	dead := m.Status.isDead()
+	wasDead := e.Status.isDead()
+	switch {
+	case dead && (!wasDead || e.Incarnation != m.Incarnation):
+		return now - age
+	case !dead && e.Instance != m.Instance:
+		return now - age
+	case !dead && wasDead:
+		return now
+	}
+	return e.since
+}
+
+// insert adds an entry for a new name. It counts as reaped, and so nowhere, until a claim is applied to it. nil:
+// there is no room, and no dead member.
 func (t *table) insert(now time.Duration, name string) *entry {
+	// The dead must not keep a newcomer out.
 	if len(t.ordered) >= maxMembers {
 		t.dropOldest(now)
 	}
@@ -427,7 +466,10 @@ func (t *table) dropOldest(now time.Duration) {
 		return
 	}
 	e := t.dead[0].e
-	t.change(now, e, func() { e.reaped = true })
+	next := *e
+	next.reaped = true
+	t.change(now, e, next)
+
 	t.dropState(e)
 	t.dead[0] = death{}
 	t.dead = t.dead[1:]
@@ -441,11 +483,12 @@ type death struct {
 	e     *entry
 }
 
-// updateDead keeps the dead in order after a change of e, which was as was says.
+// updateDead keeps the dead in order after a change of e from was.
 func (t *table) updateDead(was, e *entry) {
 	if !was.Status.isDead() && !e.Status.isDead() {
 		return
 	}
+
 	at, found := t.deadIndex(was.Name, was.since)
 	if found && e.Status.isDead() && e.since == was.since {
 		return
@@ -468,7 +511,7 @@ func (t *table) deadIndex(name string, since time.Duration) (int, bool) {
 	})
 }
 
-// prove notes that m has its incarnation by its own word.
+// prove notes that m has told its incarnation itself.
 func (t *table) prove(m Member) {
 	e := t.get(m.Name)
 	if e != nil && m.Incarnation <= firstHandLimit {
@@ -476,7 +519,7 @@ func (t *table) prove(m Member) {
 	}
 }
 
-// dropState drops what the protocol knows of e's run.
+// dropState drops what the protocol knows of e's instance.
 func (t *table) dropState(e *entry) {
 	if e.state != nil {
 		t.forgotten = max(t.forgotten, e.Instance)
@@ -484,46 +527,53 @@ func (t *table) dropState(e *entry) {
 	e.state = nil
 }
 
-// setIsolated marks or clears "failed for me".
-func (t *table) setIsolated(now time.Duration, e *entry, lost bool) {
-	if e.isolated != lost {
-		t.change(now, e, func() { e.isolated = lost })
+// setIsolated marks or clears "failed for this node alone".
+func (t *table) setIsolated(now time.Duration, e *entry, isolated bool) {
+	if e.isolated == isolated {
+		return
 	}
+	next := *e
+	next.isolated = isolated
+	t.change(now, e, next)
 }
 
 // release shows a held member again, which has answered.
 func (t *table) release(now time.Duration, e *entry) {
-	if e.held {
-		t.change(now, e, func() { e.held = false })
+	if !e.held {
+		return
 	}
+	next := *e
+	next.held = false
+	t.change(now, e, next)
 }
 
-// change lets f change e, and brings about what follows: in the sums, on the rings, and as events.
-func (t *table) change(now time.Duration, e *entry, f func()) {
+// takeEvents returns the events since the last time.
+func (t *table) takeEvents() []Event {
+	events := t.events
+	t.events = nil
+	return events
+}
+
+// change makes e what next says, and brings about what follows: in the sums, on the rings, and as events.
+func (t *table) change(now time.Duration, e *entry, next entry) {
 	was := *e
 	t.count(e, -1)
-	f()
+	*e = next
 	if e.Instance == was.Instance {
 		e.damp(now, was.held)
 	}
 	t.count(e, +1)
+
 	t.updateDead(&was, e)
 	if e.Status.isDead() != was.Status.isDead() {
-		for i, ring := range t.ring {
-			if at, on := t.ringIndex(i, e); on {
-				t.ring[i] = slices.Delete(ring, at, at+1)
-			} else {
-				t.ring[i] = slices.Insert(ring, at, e)
-			}
-		}
+		t.updateRings(e)
 	}
-	if e.held && !was.held {
-		t.held = append(t.held, e)
-	} else if was.held && !e.held {
-		t.held = slices.DeleteFunc(t.held, func(o *entry) bool { return o == e })
+	if e.held != was.held {
+		t.updateHeld(e)
 	}
-	localChange := e.failedLocally() != was.failedLocally()
-	if e.Status != was.Status || e.Instance != was.Instance || localChange { // walks over the rings may end elsewhere
+	// Walks over the rings may end elsewhere from now on.
+	moved := e.Status != was.Status || e.Instance != was.Instance
+	if moved || e.failedLocally() != was.failedLocally() {
 		t.version++
 		if e.isSkipped() {
 			t.shrunk = t.version
@@ -532,31 +582,66 @@ func (t *table) change(now time.Duration, e *entry, f func()) {
 	t.announce(e, was.with(e.announced))
 }
 
-// damp is told that e, an instance that stays, has just changed. A member whose advertised address not everybody
-// reaches fails, hears of it, refutes, and is failed again, for ever, at everybody's handlers. So the first time it comes
-// back at once, by whichever word: that is how a split heals. After it has failed again soon after that, a word is not
-// enough: it is held, which shows it as failed, until it answers. The record is untouched, so that all tables stay the same.
+// updateRings puts e on the rings, or takes it off them, after it came to life or died.
+func (t *table) updateRings(e *entry) {
+	for i, ring := range t.ring {
+		at, found := t.ringIndex(i, e)
+		if found {
+			t.ring[i] = slices.Delete(ring, at, at+1)
+		} else {
+			t.ring[i] = slices.Insert(ring, at, e)
+		}
+	}
+}
+
+// updateHeld puts e among the held, or takes it out.
+func (t *table) updateHeld(e *entry) {
+	if e.held {
+		t.held = append(t.held, e)
+		return
+	}
+	t.held = slices.DeleteFunc(t.held, func(o *entry) bool { return o == e })
+}
+
+// damp takes a change of e, an instance that stays. A member whose advertised address not all others reach fails,
+// hears of it, refutes, and is failed again, for ever, and all handlers are told each time. So the first time it
+// comes back at once, by hearsay too: that is how a split heals. After it has failed again soon after that,
+// hearsay is not enough: it is held, which shows it as failed, until it answers. The record is untouched, so that
+// all tables stay the same.
 func (e *entry) damp(now time.Duration, wasHeld bool) {
-	is := e.displayStatus()
+	shown := e.displayStatus()
 	switch {
-	case e.announced == statusAlive && is == statusFailed:
-		if e.state == nil || e.state.flap.cameBack == 0 {
-			return
+	case e.announced == statusAlive && shown == statusFailed:
+		if e.state != nil {
+			e.state.flap.noteFailure(now)
 		}
-		if now-e.state.flap.cameBack > flapWindow+flapWait(e.state.flap.count) {
-			e.state.flap.count = 0 // it has proven itself
-			return
-		}
-		e.state.flap.count++
-	case e.announced == statusFailed && is == statusAlive:
-		peer := e.peer()
-		if peer.flap.count > 0 && !wasHeld {
+	case e.announced == statusFailed && shown == statusAlive:
+		flap := &e.peer().flap
+		if flap.count > 0 && !wasHeld {
 			e.held = true
 			return
 		}
-		peer.flap.cameBack = now
-		peer.flap.heldUntil = 0
+		flap.noteReturn(now)
 	}
+}
+
+// noteFailure counts a failure that came soon after a return.
+func (f *flapState) noteFailure(now time.Duration) {
+	if f.cameBack == 0 {
+		return
+	}
+	proven := now-f.cameBack > flapWindow+flapWait(f.count)
+	if proven {
+		f.count = 0
+		return
+	}
+	f.count++
+}
+
+// noteReturn notes that the member is shown alive again.
+func (f *flapState) noteReturn(now time.Duration) {
+	f.cameBack = now
+	f.heldUntil = 0
 }
 
 // flapWait is for how long a member is held that has flapped so often: ever longer, up to some two hours.
@@ -582,53 +667,61 @@ func (t *table) count(e *entry, by int) {
 	}
 }
 
-// announce tells the events that lead from what was shown last to what is visible now. Per member they
-// alternate: nobody joins twice without an end.
+// announce tells the events that lead from was, with the status that was announced last, to what is visible now.
+// Per member they alternate: no member joins twice without an end between.
 func (t *table) announce(e *entry, was Member) {
 	is := e.with(e.displayStatus())
 	if was.Status == statusLeft && is.Status == statusFailed {
 		is.Status = statusLeft // no event tells of it, or it would leave twice
 	}
 	e.announced = is.Status
-	tell := func(k eventKind, m Member) { t.events = append(t.events, Event{kind: k, update: update{Member: m}}) }
-	if was.Status == statusAlive && is.Status == statusAlive && was.Instance != is.Instance { // nobody noticed the end
+
+	// Of an agent that has restarted between two claims, the end was never noticed.
+	if was.Status == statusAlive && is.Status == statusAlive && was.Instance != is.Instance {
 		was.Status = statusFailed
-		tell(eventFailed, was)
+		t.tell(eventFailed, was, "")
 	}
+
 	switch {
 	case is.Status == statusAlive && was.Status != statusAlive:
-		tell(eventJoin, is)
+		t.tell(eventJoin, is, "")
 	case is.Status == statusAlive && (was.Addr != is.Addr || was.Tags != is.Tags):
-		tell(eventUpdate, is)
-		t.events[len(t.events)-1].changed = changes(was, is)
+		t.tell(eventUpdate, is, changes(was, is))
 	case is.Status == statusFailed && was.Status == statusAlive:
-		tell(eventFailed, is)
+		t.tell(eventFailed, is, "")
 	case e.Status >= statusLeft && (was.Status == statusAlive || was.Status == statusFailed):
 		was.Status = statusLeft
-		tell(eventLeave, is.with(statusLeft))
+		t.tell(eventLeave, is.with(statusLeft), "")
 	}
 	if is.Status == 0 && was.Status != 0 {
-		tell(eventReap, is.with(was.Status))
+		t.tell(eventReap, is.with(was.Status), "")
 	}
 }
 
-// changes is what differs between two claims about a member: new values of tags, and of its address; a "-" stands before
-// what is gone.
+func (t *table) tell(k eventKind, m Member, changed string) {
+	t.events = append(t.events, Event{kind: k, update: update{Member: m}, changed: changed})
+}
+
+// changes is what differs between two claims about a member: new values of tags, and of its address; a "-" stands
+// before what is gone.
 func changes(was, is Member) string {
 	var list []string
 	if was.Addr != is.Addr {
 		list = append(list, is.Addr.String())
 	}
-	before, after := was.Tags.asMap(), is.Tags.asMap()
+	before := was.Tags.asMap()
 	for _, tag := range splitNUL(is.Tags) {
 		key, value, _ := strings.Cut(tag, "=")
-		if old, ok := before[key]; !ok || old != value {
+		old, known := before[key]
+		if !known || old != value {
 			list = append(list, tag)
 		}
 	}
+
+	after := is.Tags.asMap()
 	for _, tag := range splitNUL(was.Tags) {
 		key, _, _ := strings.Cut(tag, "=")
-		if _, ok := after[key]; !ok {
+		if _, stays := after[key]; !stays {
 			list = append(list, "-"+key)
 		}
 	}
@@ -638,13 +731,16 @@ func changes(was, is Member) string {
 // reap hides the members that have been dead for longer than after, and drops them after as long again.
 func (t *table) reap(now, after time.Duration) {
 	dropped := 0
-	for i := 0; i < len(t.dead) && now-t.dead[i].since >= after; i++ {
-		e := t.dead[i].e
+	for _, d := range t.dead {
+		if now-d.since < after {
+			break // and all others died later
+		}
+		e := d.e
 		if !e.reaped {
-			t.change(now, e, func() {
-				e.reaped = true
-				e.held = false
-			})
+			next := *e
+			next.reaped = true
+			next.held = false
+			t.change(now, e, next)
 		}
 		if now-e.since >= 2*after {
 			t.dropState(e)
@@ -654,47 +750,56 @@ func (t *table) reap(now, after time.Duration) {
 	if dropped == 0 {
 		return
 	}
+
 	t.dead = slices.Delete(t.dead, 0, dropped)
-	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool { return e.Status.isDead() && now-e.since >= 2*after })
+	t.ordered = slices.DeleteFunc(t.ordered, func(e *entry) bool {
+		return e.Status.isDead() && now-e.since >= 2*after
+	})
 }
 
-// agreesAround reports whether digest, with or without events, is the table's but for members that died between from and
-// to: those are about to be forgotten, or just were, and the other side does that a moment earlier or later. They go in the
-// order in which they died, so there are only as many digests that it may have.
+// agreesAround reports whether digest, with or without events, is the table's but for members that died between
+// from and to: those are about to be forgotten, or just were, and the other side does that a moment earlier or
+// later.
 func (t *table) agreesAround(digest uint64, from, to time.Duration) bool {
 	first, _ := t.deadIndex("", from)
 	last, _ := t.deadIndex("", to)
-	claims, all := t.digest, t.digest^t.heard
-	for _, d := range t.dead[first:last] { // as if none of them was forgotten yet
+
+	// It begins as if none of them was forgotten yet.
+	claims := t.digest
+	events := t.heard
+	for _, d := range t.dead[first:last] {
 		if d.e.reaped {
 			claims ^= d.e.digest()
-			all ^= d.e.digest() ^ d.e.eventDigest()
+			events ^= d.e.eventDigest()
 		}
 	}
 
+	// They go in the order in which they died, so there are only as many digests that the other side may have.
 	for _, d := range t.dead[first:last] {
-		if digest == claims || digest == all {
+		if digest == claims || digest == claims^events {
 			return true
 		}
 		claims ^= d.e.digest()
-		all ^= d.e.digest() ^ d.e.eventDigest()
+		events ^= d.e.eventDigest()
 	}
-	return digest == claims || digest == all
+	return digest == claims || digest == claims^events
 }
 
-// aliveCount counts the members on the rings, oneself included.
+// aliveCount counts the members on the rings, this node included.
 func (t *table) aliveCount() int { return len(t.ring[0]) }
 
 // ringIndex is where e stands on ring i, or would stand, and whether it does.
 func (t *table) ringIndex(i int, e *entry) (int, bool) {
 	return slices.BinarySearchFunc(t.ring[i], e, func(a, b *entry) int {
-		return cmp.Or(cmp.Compare(a.pos[i], b.pos[i]), strings.Compare(a.Name, b.Name))
+		if a.pos[i] != b.pos[i] {
+			return cmp.Compare(a.pos[i], b.pos[i])
+		}
+		return strings.Compare(a.Name, b.Name)
 	})
 }
 
-// watchers returns the members that watch e: on each ring the next neighbour that no earlier ring has given,
-// since rings over few members coincide and would leave somebody with one watcher. Everybody else, where
-// there are few.
+// watchers returns the members that watch e: on each ring the next neighbour that no earlier ring has given, since
+// rings over few members coincide and would leave some with one watcher. In a small cluster all others watch e.
 func (t *table) watchers(e *entry) []*entry {
 	ws := make([]*entry, 0, rings)
 	for i := range t.ring {
@@ -708,8 +813,7 @@ func (t *table) watchers(e *entry) []*entry {
 	return ws
 }
 
-// watched returns the members whose watcher e is. Suspects are among them: who accuses may die before the
-// verdict.
+// watched returns the members whose watcher e is. Suspects are among them: the accuser may die before the verdict.
 func (t *table) watched(e *entry) (ps []*entry) {
 	for i := range t.ring {
 		for p := range t.neighbours(i, e, -1) {
@@ -725,9 +829,10 @@ func (t *table) watched(e *entry) (ps []*entry) {
 // member that e watches: rings places, not counting those that are walked over, of which there may be many.
 func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	return func(yield func(*entry) bool) {
-		ring, left := t.ring[i], rings
+		ring := t.ring[i]
 		at, _ := t.ringIndex(i, e)
-		for step := 1; step < len(ring) && step <= maxWalk && left > 0; step++ {
+		left := rings
+		for step := 1; step < min(len(ring), maxWalk+1) && left > 0; step++ {
 			o := ring[(at+dir*step+len(ring))%len(ring)]
 			if !yield(o) {
 				return
@@ -739,10 +844,12 @@ func (t *table) neighbours(i int, e *entry, dir int) iter.Seq[*entry] {
 	}
 }
 
-// digest is this entry's part of the table's digest. A suspicion is not worth a repair: it counts as alive does.
+// digest is this entry's part of the table's digest.
 func (e *entry) digest() uint64 {
+	// A suspicion is not worth a state sync: it counts as alive does. The instance counts, since two of them may
+	// have refuted each other up to one incarnation.
 	status := uint64(max(e.Status, statusSuspect)) << 60
-	return mix(e.pos[0] ^ mix(e.Incarnation^status) ^ mix(e.Instance)) // two instances may have refuted each other to one incarnation
+	return mix(e.pos[0] ^ mix(e.Incarnation^status) ^ mix(e.Instance))
 }
 
 // ringHash places a name on a ring. FNV alone leaves similar names (web1, web2) near each other on every
@@ -761,8 +868,8 @@ func mix(x uint64) uint64 {
 
 // ---- user events ----
 
-// eventSource is what is known of the user events of one instance of a member. They are numbered from 1, and counted in
-// that order: what comes early waits.
+// eventSource is what is known of the user events of one instance of a member. They are numbered from 1, and
+// counted in that order: what comes early waits.
 type eventSource struct {
 	instance uint64
 	number   uint64      // all up to this one are known
@@ -786,7 +893,8 @@ type heldEvent struct {
 	fresh bool
 }
 
-// eventSource returns what is known of the events of e's instance, or of a former one; nil: nothing.
+// eventSource returns what is known of the events of e's instance, for which it makes room, or of a former one;
+// nil: nothing.
 func (e *entry) eventSource(instance uint64) *eventSource {
 	s := e.knownEvents(instance)
 	if s == nil && instance == e.Instance {
@@ -797,6 +905,7 @@ func (e *entry) eventSource(instance uint64) *eventSource {
 	return s
 }
 
+// knownEvents returns what is known of the events of an instance; nil: nothing.
 func (e *entry) knownEvents(instance uint64) *eventSource {
 	s := e.events
 	for s != nil && s.instance != instance {
@@ -812,9 +921,9 @@ func (s *eventSource) endChain() {
 	}
 }
 
-// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any. What
-// has come of them when the sender ended is all that there will be, and some have less of it than others; so it is
-// compared, too. nil: nothing.
+// formerEvents returns what is known of the events of the last instance before e's that is known to have sent any;
+// nil: nothing. What has come of them when the sender ended is all that there will be, and some members have less
+// of it than others. So it is compared, too.
 func (e *entry) formerEvents() *eventSource {
 	s := e.events
 	for s != nil && (s.instance == e.Instance || s.number == 0) {
@@ -823,16 +932,21 @@ func (e *entry) formerEvents() *eventSource {
 	return s
 }
 
-// addFormer makes room for the events of a former instance of e, which is told to have sent some. False: a later one is
-// known, or there can have been none: of two agents with one name a later one may have been before, but in a lower
-// incarnation.
+// addFormer makes room for the events of a former instance of e, which has sent some by another table. False: a
+// later one is known, or there can have been none.
 func (e *entry) addFormer(instance uint64) bool {
 	known := e.formerEvents()
-	if instance == e.Instance || instance > e.Incarnation || known != nil && known.instance >= instance {
+	if known != nil && known.instance >= instance {
 		return false
 	}
-	current, former := e.eventSource(e.Instance), &eventSource{instance: instance, former: known}
+	// Of two agents with one name a later one may have been before, but in a lower incarnation.
+	if instance == e.Instance || instance > e.Incarnation {
+		return false
+	}
+
+	former := &eventSource{instance: instance, former: known}
 	former.endChain()
+	current := e.eventSource(e.Instance)
 	current.former = former
 	e.events = current
 	return true
@@ -847,8 +961,8 @@ func (e *entry) eventCount() uint64 {
 	return s.number
 }
 
-// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more: what two
-// members cannot tell each other would differ for ever.
+// eventDigest is this entry's part of the digest over events. It covers what a table tells of them, and no more:
+// what two members cannot tell each other would differ for ever.
 func (e *entry) eventDigest() (sum uint64) {
 	if count := e.eventCount(); count > 0 {
 		sum = mix(e.pos[0] ^ mix(e.Instance^mix(count)))
@@ -904,7 +1018,8 @@ func (s *eventSource) remember(id eventID) {
 	s.recent = append(s.recent, id)
 }
 
-// hold keeps an event that is ahead of its turn. False: it is there already, or there is no room and it has to come again.
+// hold keeps an event that is ahead of its turn. False: it is there already, or there is no room and it has to
+// come again.
 func (s *eventSource) hold(h heldEvent) bool {
 	if h.Number > s.number+eventWindow || len(s.held) >= eventWindow {
 		return false
@@ -934,26 +1049,31 @@ type eventBuffer struct {
 	position uint64
 }
 
-// witness is told of a Lamport time. The clock follows, but not far at once: one forged time would use it up.
+// witness takes a Lamport time. The clock follows, but not far at once: one forged time would use it up.
 func (b *eventBuffer) witness(ltime uint64) {
 	b.lamport = max(b.lamport, min(ltime, b.lamport+countStep))
 }
 
-// add remembers an event of source. When there are too many, the sender that takes most room loses its oldest, so that
-// nobody can push out what others have sent.
+// add remembers an event of source.
 func (b *eventBuffer) add(u update, source *eventSource, sent time.Duration) {
 	if len(b.recent) >= maxEvents {
-		most := 0
-		for i, ev := range b.recent {
-			if ev.source.kept > b.recent[most].source.kept {
-				most = i
-			}
-		}
-		b.drop(most, most+1)
+		b.makeRoom()
 	}
 	b.position++
 	b.recent = append(b.recent, bufferedEvent{u, b.position, source, sent})
 	source.kept++
+}
+
+// makeRoom drops the oldest event of the sender that takes most room, so that no sender can push out what others
+// have sent.
+func (b *eventBuffer) makeRoom() {
+	most := 0
+	for i, ev := range b.recent {
+		if ev.source.kept > b.recent[most].source.kept {
+			most = i
+		}
+	}
+	b.drop(most, most+1)
 }
 
 // drop forgets the events from place i to place j.

@@ -16,7 +16,7 @@ func testMember(name string, inc uint64, s Status) Member {
 	return Member{Name: name, Addr: netip.MustParseAddrPort("10.0.0.1:7946"), Incarnation: inc, Instance: inc, Status: s, Protocol: protocolVersion}
 }
 
-func TestWhichClaimWins(t *testing.T) {
+func TestClaimThatIsNewerOrWorseSupersedes(t *testing.T) {
 	base := testMember("a", 10, statusAlive)
 	with := func(f func(*Member)) Member { m := base; f(&m); return m }
 	for _, c := range []struct {
@@ -91,7 +91,7 @@ func kinds(evs []Event) string {
 	return strings.Join(words, " ")
 }
 
-func TestALostMemberFailsForMeAndTheGossipedRecordStays(t *testing.T) {
+func TestIsolationShowsAMemberAsFailedAndLeavesItsRecord(t *testing.T) {
 	tb := &table{}
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	digest := tb.digest
@@ -148,7 +148,7 @@ func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
 	}
 }
 
-func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
+func TestDigestTellsTablesApartInAnyOrder(t *testing.T) {
 	a, b := &table{}, &table{}
 	for i := range 50 {
 		a.apply(0, testMember(fmt.Sprint("m", i), 1, statusAlive), 0)
@@ -171,7 +171,7 @@ func TestTheDigestTellsTablesApartInAnyOrder(t *testing.T) {
 	}
 }
 
-func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
+func TestReapOfADeadMemberHappensOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 	tb := &table{}
 	tb.apply(0, testMember("a", 1, statusAlive), 0)
 	tb.apply(0, testMember("a", 1, statusFailed), 0)
@@ -192,7 +192,7 @@ func TestADeadMemberIsReapedOnceAndItsClaimDoesNotComeBack(t *testing.T) {
 	}
 }
 
-func TestBirthsFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
+func TestInstancesFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
 	const now = 1_700_000_000_000
 	if a, b := newInstanceID(now, ^uint64(0)), newInstanceID(now+1, 0); a >= b {
 		t.Errorf("a start a millisecond later is not higher: %x, %x", a, b)
@@ -205,7 +205,7 @@ func TestBirthsFollowTheClockAndDifferWithinAMillisecond(t *testing.T) {
 	}
 }
 
-func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
+func TestTableGivesThePlacesOfTheOldestDeadToNewcomers(t *testing.T) {
 	tb := &table{}
 	for i := range maxMembers {
 		m := testMember(fmt.Sprintf("m%05d", i), 1, statusAlive)
@@ -224,7 +224,7 @@ func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
 	}
 	for i := range 3 {
 		if tb.apply(0, testMember(fmt.Sprint("new", i), 1, statusAlive), 0) == nil || tb.get(fmt.Sprintf("m%05d", 2*i)) != nil {
-			t.Fatalf("newcomer %d has no place, or not that of the one who is dead for longest", i)
+			t.Fatalf("newcomer %d has no place, or not that of the one dead for longest", i)
 		}
 	}
 	if len(tb.ordered) != maxMembers || tb.digest != digest() || tb.failed != maxMembers/2-3 {
@@ -240,8 +240,8 @@ func TestTheOldestDeadGiveWayToNewcomers(t *testing.T) {
 	}
 }
 
-// Many names in one datagram may be suspects; nobody walks past all of them.
-func TestRowsOfSuspectsMakeNoWalkLonger(t *testing.T) {
+// Many names in one datagram may be suspects; no walk passes all of them.
+func TestRingWalkIsBoundPastRowsOfSuspects(t *testing.T) {
 	tb := &table{}
 	for i := range 4000 {
 		tb.apply(0, testMember(fmt.Sprint("m", i), 1, statusAlive), 0)
@@ -297,7 +297,7 @@ func TestEventSourceTakesAnEventOnce(t *testing.T) {
 	if take(eventWindow, 8) {
 		t.Error("what is too old to be told from what was heard is news")
 	}
-	// Somebody who made up the number in advance cannot take the place of the real event, and not more than a few.
+	// A stranger that made up the number in advance cannot take the place of the real event, and not more than a few.
 	for nonce := range uint32(10) {
 		if got, want := take(3*eventWindow, 10+nonce), nonce < maxVariants-1; got != want {
 			t.Errorf("forged event %d: %v", nonce, got)
@@ -355,7 +355,9 @@ func TestEventDigestCoversWhatATableTellsOfTheFormerInstance(t *testing.T) {
 		if e.addFormer(10) {
 			t.Errorf("%v: an older one took the place of the former one", runs)
 		}
-		tb.change(0, e, func() { e.reaped = true })
+		forgotten := *e
+		forgotten.reaped = true
+		tb.change(0, e, forgotten)
 		if tb.heard != 0 || tb.digest != 0 {
 			t.Errorf("%v: what is forgotten is in the digest", runs)
 		}
@@ -413,7 +415,7 @@ func TestEventSourceHoldsWhatIsAheadOfItsTurn(t *testing.T) {
 	}
 }
 
-func TestEverybodyIsWatchedByAsManyAsTheRingsAllow(t *testing.T) {
+func TestRingGivesEachMemberAllWatchersItAllows(t *testing.T) {
 	for _, n := range []int{1, 2, 3, 5, 6, 10, 100} {
 		tb := &table{}
 		for i := range n {
@@ -438,7 +440,7 @@ func TestEverybodyIsWatchedByAsManyAsTheRingsAllow(t *testing.T) {
 	}
 }
 
-func TestSuspectsAreWalkedOverButStillWatched(t *testing.T) {
+func TestRingPassesOverSuspectsButTheyAreStillWatched(t *testing.T) {
 	tb := &table{}
 	for i := range 40 {
 		tb.apply(0, testMember(fmt.Sprint("web", i), 1, statusAlive), 0)

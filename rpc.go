@@ -510,8 +510,8 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 	return c, nil
 }
 
-// dialAgain dials to, and once more after each of waits, since a lost SYN costs a second in the kernel. The first result
-// counts. What was dialled before goes on until then: its answer may only be far away.
+// dialAgain dials to, and once more after each of waits, since a lost SYN costs a second in the kernel. The first
+// result counts. What was dialled before goes on until then: its answer may only be far away.
 func dialAgain(
 	ctx context.Context, dialer net.Dialer, to netip.AddrPort, waits []time.Duration,
 ) (net.Conn, error) {
@@ -638,7 +638,7 @@ func (g *gossip) openSession(c net.Conn, k msgKind) (s *session, w header, about
 		s.err = errMalformed
 	}
 	if s.err == nil {
-		g.post(func(n *node) { n.noteSessionRoundTrip(w.From, w.born(), s.roundTrip) })
+		g.post(func(n *node) { n.noteSessionRoundTrip(w.From, w.instance(), s.roundTrip) })
 	}
 	return s, w, about
 }
@@ -737,7 +737,8 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	}
 	defer c.Close()
 	s, w, _ := g.openSession(c, msgLink)
-	if s.err != nil || w.From != m.Name || w.born() != m.Instance { // another instance answers there: this one has ended
+	isOther := w.From != m.Name || w.instance() != m.Instance
+	if s.err != nil || isOther { // another instance answers there: this one has ended
 		return s.err
 	}
 
@@ -842,7 +843,7 @@ func (g *gossip) serve(s *session) error {
 	g.doFor(s, func(n *node) error { reply, about = n.handshakeReply(hdr); return nil })
 	s.send(&reply, about...)
 
-	from := Member{Name: hdr.From, Instance: hdr.born()}
+	from := Member{Name: hdr.From, Instance: hdr.instance()}
 	switch hdr.Kind {
 	case msgLink:
 		return g.holdLink(s, from)

@@ -1,5 +1,5 @@
 // rpc_test.go: sessions on real and piped connections: what is said, what is cut,
-// what is played back, and who does not answer.
+// what is played back, and what does not answer.
 
 package main
 
@@ -89,6 +89,7 @@ func seen(g *gossip) map[string]Status {
 	return all
 }
 
+// eventually waits for a condition that other goroutines or processes bring about.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(60 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
@@ -107,7 +108,7 @@ func testDoor(cluster string, keys [][]byte, kind byte) *sealer {
 // ---- the seal ----
 
 // The derived key is written out here as RFC 5869, section 2.3, has it: one HMAC, since one is long enough.
-func TestASealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
+func TestSealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
 	key := testKey(1)[0]
 	sealed := (&sealer{cluster: "c", keys: [][]byte{key}}).seal(nil, []byte("hello"), "web1")[4:]
 	mac := hmac.New(sha256.New, key)
@@ -126,7 +127,7 @@ func TestASealIsAnAESGCMUnderAKeyDerivedForItsReceiver(t *testing.T) {
 	}
 }
 
-func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
+func TestDatagramOpensForItsReceiversInstanceAlone(t *testing.T) {
 	for name, keys := range map[string][][]byte{"with a key": testKey(1), "without": nil} {
 		s, other := &sealer{cluster: "c", keys: keys}, &sealer{cluster: "d", keys: keys}
 		b, ping := s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 77}), s.sealDatagram([]byte("hello"), Member{Name: "web1", Instance: 0})
@@ -155,7 +156,7 @@ func TestADatagramOpensForItsReceiversRunAlone(t *testing.T) {
 	both := &sealer{keys: append(testKey(2), testKey(1)...)}
 	b := keyed.sealDatagram([]byte("a secret"), Member{Name: "a", Instance: 1})
 	if data, _, err := plain.openDatagram(b, Member{Name: "a", Instance: 1}); err == nil && bytes.Contains(data, []byte("secret")) {
-		t.Error("who has no key reads it")
+		t.Error("it is read without the key")
 	}
 	for want, s := range map[error]*sealer{nil: both, errOtherKey: wrong} {
 		if _, _, err := s.openDatagram(b, Member{Name: "a", Instance: 1}); !errors.Is(err, want) {
@@ -195,7 +196,7 @@ func pipe(t *testing.T, d, a *sealer) (dialler, acceptor *session, wires [2]net.
 	return dialler, <-done, [2]net.Conn{x, y}
 }
 
-func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
+func TestHandshakeTellsEachSideWhatIsWrongWithTheOther(t *testing.T) {
 	plain := testDoor("", nil, gossipPort)
 	keyed := testDoor("", testKey(1), gossipPort)
 	for _, tt := range []struct {
@@ -223,7 +224,7 @@ func TestEachSideSaysWhatIsWrongWithTheOther(t *testing.T) {
 	}
 }
 
-func TestNothingInAStreamIsReorderedDroppedOrSpliced(t *testing.T) {
+func TestStreamIsNeverReorderedCutOrSpliced(t *testing.T) {
 	d := testDoor("", testKey(1), gossipPort)
 	record := func() (hellos string, frames [][]byte) {
 		var b bytes.Buffer
@@ -326,7 +327,7 @@ func (c writeOnly) Read(b []byte) (int, error)       { return c.Reader.Read(b) }
 func (c writeOnly) Write(b []byte) (int, error)      { return c.w.Write(b) }
 func (c writeOnly) SetWriteDeadline(time.Time) error { return nil }
 
-func TestAWriterThatIsNotReadGivesUp(t *testing.T) {
+func TestStreamGivesUpAPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := testDoor("", nil, gossipPort)
 		s, _, _ := pipe(t, d, d)
@@ -370,14 +371,14 @@ func FuzzHello(f *testing.F) {
 			t.Fatal("a bad hello is taken")
 		}
 		if s.receive(&header{}); s.err == nil {
-			t.Fatal("a frame is taken from one who has no key")
+			t.Fatal("a frame is taken from a peer without the key")
 		}
 	})
 }
 
 // ---- agents among themselves ----
 
-func TestAJoinTellsBothOfAllOthers(t *testing.T) {
+func TestJoinTellsBothSidesOfAllOthers(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	blue, _ := startTestGossip(t, "blue", gossipConfig{nodeConfig: nodeConfig{seeds: []string{address(red).String()}}})
 	green, _ := startTestGossip(t, "green", gossipConfig{})
@@ -397,7 +398,7 @@ func TestAJoinTellsBothOfAllOthers(t *testing.T) {
 	eventually(t, "green has left", func() bool { return seen(red)["green"] == statusLeft })
 }
 
-func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
+func TestJoinThatFailsSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	plain, plainLog := startTestGossip(t, "plain", gossipConfig{})
 	keyed, keyedLog := startTestGossip(t, "keyed", gossipConfig{sealer: sealer{keys: testKey(1)}})
 	other, _ := startTestGossip(t, "other", gossipConfig{sealer: sealer{keys: testKey(2)}})
@@ -451,7 +452,7 @@ func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	}
 }
 
-// fakeServer answers everybody who connects with the same bytes, and hangs up.
+// fakeServer answers every connection with the same bytes, and hangs up.
 func fakeServer(t *testing.T, says string) (addr string) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -472,7 +473,7 @@ func fakeServer(t *testing.T, says string) (addr string) {
 	return ln.Addr().String()
 }
 
-// lookAt has g look at whoever is at addr, and returns what it saw.
+// lookAt has g probe addr by TCP, and returns what it saw.
 func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint64) (saw []verdict) {
 	t.Helper()
 	m := Member{Name: name, Addr: addr, Instance: born, Incarnation: born, Status: statusAlive}
@@ -502,7 +503,7 @@ func lookAt(t *testing.T, g *gossip, name string, addr netip.AddrPort, born uint
 	return saw
 }
 
-func TestALookTellsWhoIsThere(t *testing.T) {
+func TestProbeByTCPTellsWhatIsAtTheAddress(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	other, _ := startTestGossip(t, "blue", gossipConfig{})
 	self, _ := other.self()
@@ -558,7 +559,7 @@ func relay(t *testing.T, to string, through func(dst, src net.Conn, dialled bool
 	return ln.Addr().String()
 }
 
-// full makes g know of count more members who have left: a table of many frames.
+// full makes g know of count more members that have left: a table of many frames.
 func full(g *gossip, prefix string, count int) {
 	g.run(func(n *node) error {
 		for i := range count {
@@ -569,7 +570,7 @@ func full(g *gossip, prefix string, count int) {
 	})
 }
 
-func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
+func TestSyncThatIsCutAnywhereIsMadeAnew(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 300)
 	for _, cut := range []int{0, 10, helloSize, helloSize + 3, 200, 5000, 40_000, 90_000} {
@@ -601,7 +602,7 @@ func TestAnExchangeThatIsCutAnywhereIsMadeAnew(t *testing.T) {
 	}
 }
 
-func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
+func TestSyncWithAPeerThatStopsIsGivenUp(t *testing.T) {
 	t.Parallel()
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 600)
@@ -618,7 +619,7 @@ func TestAPeerThatStopsInTheMiddleOfAnExchangeIsGivenUp(t *testing.T) {
 	}
 }
 
-func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
+func TestSyncWithASlowPeerIsWaitedForAndHoldsNoPlaceForEver(t *testing.T) {
 	t.Parallel()
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	full(red, "r", 100)
@@ -638,7 +639,7 @@ func TestASlowPeerIsWaitedForAndTakesNobodysPlaceForEver(t *testing.T) {
 }
 
 // Sixteen connections that said 119 bytes a second held every place for comparing tables.
-func TestSyncsThatAreDragedOutKeepNobodyOut(t *testing.T) {
+func TestSyncThatIsDraggedOutKeepsNobodyOut(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	for range 100 {
 		_, s := greeting(t, red)
@@ -691,7 +692,7 @@ func TestSessionEndsAsAWholeHoweverItsFramesTrickle(t *testing.T) {
 	})
 }
 
-func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
+func TestLinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	blue, _ := startTestGossip(t, "blue", gossipConfig{})
 	if n, err := joined(blue, address(red).String()); n != 1 {
@@ -715,9 +716,9 @@ func TestALinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	t.Logf("failed %v after the end", time.Since(start).Round(ms))
 }
 
-// A process that ends must not say that nobody has died: its watchers would wait
+// A process that ends must not say that it has only hung up: its watchers would wait
 // for its next heartbeat.
-func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
+func TestLinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 	for _, ends := range []bool{false, true} {
 		blue, _ := startTestGossip(t, "blue", gossipConfig{})
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -750,7 +751,7 @@ func TestALinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 	}
 }
 
-func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
+func TestAcceptorTakesPeersWhileConnectionsAreHeldOpen(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	limit := red.places.limit
 	var held []net.Conn
@@ -802,7 +803,7 @@ func (ps *places) holds(s *session) bool {
 }
 
 // 3,000 silent connections a second kept out every joiner whose round trip was 200 ms: the oldest made room.
-func TestPlacesAreTakenFromTheAddressThatHasMost(t *testing.T) {
+func TestAcceptorTakesPlacesFromTheAddressThatHasMost(t *testing.T) {
 	many := func(format string) (addrs []string) {
 		for i := range 250 {
 			addrs = append(addrs, fmt.Sprintf(format, i+1))
@@ -838,7 +839,7 @@ func TestPlacesAreTakenFromTheAddressThatHasMost(t *testing.T) {
 	}
 }
 
-func TestPlacesOfMembersAreNotForStrangersFromEverywhere(t *testing.T) {
+func TestAcceptorKeepsPlacesOfMembersFromStrangersEverywhere(t *testing.T) {
 	ps := &places{limit: 100}
 	links := ps.crowd(t, true, 70, "10.0.0.1")
 	for i := range 10000 {
@@ -846,13 +847,13 @@ func TestPlacesOfMembersAreNotForStrangersFromEverywhere(t *testing.T) {
 	}
 	for _, s := range links {
 		if !ps.holds(s) {
-			t.Fatal("a member has lost its place to those who have proven nothing")
+			t.Fatal("a member has lost its place to peers that have proven nothing")
 		}
 	}
 }
 
-// Where there is no key, anybody can hold proven places; whoever comes then is the only one that has proven nothing.
-func TestPlacesAreLeftForNewcomersWhenAllOthersAreProven(t *testing.T) {
+// Where there is no key, any stranger can hold proven places; then a newcomer is the only peer that has proven nothing.
+func TestAcceptorLeavesPlacesForNewcomersWhenAllOthersAreProven(t *testing.T) {
 	ps := &places{limit: 100}
 	ps.crowd(t, true, 300, "10.9.9.9")
 	joiners := ps.crowd(t, false, 1, "10.0.1.1", "10.0.1.2", "10.0.1.3", "10.0.1.4")
@@ -863,7 +864,7 @@ func TestPlacesAreLeftForNewcomersWhenAllOthersAreProven(t *testing.T) {
 	}
 }
 
-func TestPlacesOfBothPortsComeOutOfOneBudget(t *testing.T) {
+func TestAcceptorOfBothPortsHasOneBudget(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
 	red.places.limit = 20
 	rpc := startTestRPC(t, red, "")
@@ -909,7 +910,7 @@ func call(addr, token string, req rpcRequest) (last rpcResponse, us []update, er
 	return last, us, err
 }
 
-func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
+func TestRPCRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 	var mu sync.Mutex
 	var events []string
 	g, _ := startTestGossip(t, "red", gossipConfig{events: func(ev Event, answer func(reply, []byte)) {
@@ -977,7 +978,7 @@ func TestRequestsReachTheNodeAndAnswersComeBack(t *testing.T) {
 	}
 }
 
-func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
+func TestRPCTokenIsAskedForAndNeverTravels(t *testing.T) {
 	g, l := startTestGossip(t, "red", gossipConfig{})
 	var mu sync.Mutex
 	var wire bytes.Buffer
@@ -1022,7 +1023,7 @@ func TestTheTokenIsAskedForAndNeverTravels(t *testing.T) {
 }
 
 // A recorded leave made the agent leave once more.
-func TestARecordedRequestIsNotAnswered(t *testing.T) {
+func TestRPCRequestThatWasRecordedIsNotAnswered(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "sesame")
 	var mu sync.Mutex
@@ -1070,7 +1071,7 @@ func (c *tapped) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
+func TestRPCPortIgnoresOtherProtocols(t *testing.T) {
 	g, l := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	for name, in := range map[string]string{
@@ -1112,7 +1113,7 @@ func TestOtherProtocolsOnThePortCauseNothing(t *testing.T) {
 	}
 }
 
-func TestAStuckClientDelaysNobody(t *testing.T) {
+func TestRPCClientThatIsStuckDelaysNobody(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	silent := fakeSilence(t)
@@ -1141,7 +1142,7 @@ func fakeSilence(t *testing.T) string {
 }
 
 // Clients that never read made an agent with 16,000 members take 1.4 GB.
-func TestClientsThatNeverReadCostLittle(t *testing.T) {
+func TestRPCClientsThatNeverReadCostLittle(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	addr := startTestRPC(t, g, "")
 	full(g, "m", maxMembers-10)
@@ -1172,7 +1173,7 @@ func TestClientsThatNeverReadCostLittle(t *testing.T) {
 	})
 }
 
-func TestTooLargeARequestIsNotSent(t *testing.T) {
+func TestRPCRequestThatIsTooLargeIsNotSent(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{})
 	_, _, err := call(startTestRPC(t, g, ""), "", rpcRequest{Op: "event", Name: "e", Payload: make([]byte, maxFrame)})
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxFrame)) {
@@ -1262,7 +1263,7 @@ func stdoutOf(t *testing.T, f func()) string {
 }
 
 // A status or a kind out of range made members, watch and query panic.
-func TestCommandsShowWhateverAnAgentSays(t *testing.T) {
+func TestCommandsShowAnyResponseOfAnAgent(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -1270,7 +1271,10 @@ func TestCommandsShowWhateverAnAgentSays(t *testing.T) {
 	numbers := []uint64{0, 1, 2, 3, 6, 7, 8, 200, 255, 1<<31 - 1, 1 << 31, 1<<63 - 1, 1 << 63, 1<<64 - 1}
 	text := func() string { return texts[rng.IntN(len(texts))] }
 	number := func() uint64 { return numbers[rng.IntN(len(numbers))] }
+	var one sync.Mutex // rng is for one at a time
 	respond := func(s *session) {
+		one.Lock()
+		defer one.Unlock()
 		for range 20 {
 			a := rpcResponse{More: true, Count: int(number()), Text: text(), Kind: eventKind(number()), Reply: reply(number()), At: int64(number()), Dropped: int(number())}
 			if rng.IntN(50) == 0 {
@@ -1329,7 +1333,7 @@ func TestCommandsEndWhenAnAgentNeverDoes(t *testing.T) {
 	}
 }
 
-func TestTextsThatBelongTogetherStandInOneFrame(t *testing.T) {
+func TestFrameHoldsTextsThatBelongTogether(t *testing.T) {
 	for last := range 3 * textPage / 100 { // an empty text alone in the last frame would be none
 		facts := slices.Repeat([]string{"group", "", strings.Repeat("v", 100)}, last)
 		facts = append(facts, "", "", "")
@@ -1352,7 +1356,7 @@ func TestTextsThatBelongTogetherStandInOneFrame(t *testing.T) {
 	}
 }
 
-func TestHostileMessagesAllocateLittle(t *testing.T) {
+func TestCodecAllocatesLittleForHostileMessages(t *testing.T) {
 	inputs := [][]byte{
 		{4, 0xfd, 0x0f, 0x42, 0x40, 'x'},
 		{1, 0xf8, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff},

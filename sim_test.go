@@ -106,7 +106,7 @@ type simHost struct {
 
 	advertise netip.AddrPort        // what its agent says instead of addr
 	filtered  bool                  // nothing that it has not dialled itself reaches it
-	natted    bool                  // only those reach it by UDP that it has just sent something, and nobody by TCP
+	natted    bool                  // by UDP, only the hosts that it has just sent something reach it; by TCP, none
 	sentTo    map[int]time.Duration // when, by host
 }
 
@@ -425,7 +425,7 @@ func (s *sim) cluster(n int) []*proc {
 
 // cloner makes copies of a table of living members, without its pending events.
 func cloner(t *table) func() *table {
-	var at [rings][]int // where who stands on a ring stands in ordered
+	var at [rings][]int // the place in ordered of each place on a ring
 	for i, ring := range t.ring {
 		for _, e := range ring {
 			where, _ := t.index(e.Name)
@@ -782,7 +782,7 @@ func (c *simSession) deliver(end, tries int, fn func()) {
 	})
 }
 
-// meet plays the hellos and the first frame: at the dialler then gets who is there.
+// meet plays the hellos and the first frame: at the dialler, then gets the acceptor's reply.
 func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update)) {
 	start, first := c.s.now, false
 	c.send(1, func(*node) { // a hello
@@ -799,7 +799,7 @@ func (c *simSession) meet(k msgKind, then func(n *node, w header, about []update
 				first = true
 				w, about := n.handshakeReply(hdr)
 				c.send(0, func(n *node) {
-					n.noteSessionRoundTrip(w.From, w.born(), c.roundTrip)
+					n.noteSessionRoundTrip(w.From, w.instance(), c.roundTrip)
 					then(n, w, about)
 				})
 			})
@@ -896,7 +896,7 @@ func (p *proc) keepLink(l *simLink) {
 			}
 		})
 		c.meet(msgLink, func(n *node, w header, _ []update) {
-			if up = true; w.From != l.m.Name || w.born() != l.m.Instance {
+			if up = true; w.From != l.m.Name || w.instance() != l.m.Instance {
 				c.close()
 				ended(true, nil)
 			}
@@ -1167,7 +1167,7 @@ const (
 )
 
 // atRest ends all faults, waits, and then finds nothing but heartbeats, and pings to those that have failed: whatever
-// came before, no promise is broken, nobody is probed, no tables are compared, and nothing is logged.
+// came before, no promise is broken, no member is probed, no tables are compared, and nothing is logged.
 func (s *sim) atRest() {
 	s.loss, s.busy = 0, 0
 	clear(s.oneWay)
@@ -1450,7 +1450,7 @@ func TestSimulation(t *testing.T) {
 
 // ---- the simulator's own tests ----
 
-func TestNodesJoinAndNoticeAKill(t *testing.T) {
+func TestClusterJoinsAndNoticesAKill(t *testing.T) {
 	for _, n := range []int{2, 3, 10, 100} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			s := newSim(t, seedFor(t.Name()))
@@ -1480,7 +1480,7 @@ func TestNodesJoinAndNoticeAKill(t *testing.T) {
 	}
 }
 
-func TestSameSeedGivesTheSameRun(t *testing.T) {
+func TestSimulationOfOneSeedIsOneRun(t *testing.T) {
 	play := func(seed uint64) (uint64, int) {
 		s := newSim(t, seed)
 		s.tracing, s.loss = true, 0.1
@@ -1512,22 +1512,22 @@ func TestSameSeedGivesTheSameRun(t *testing.T) {
 
 // The decisions of the protocol, and the story that goes wrong without each:
 //
-//	small clusters watch each other .......... TestInASmallClusterEverybodyWatchesEverybody
-//	rings heal at once, suspects are skipped . TestTheRestNoticesThatMostHostsAreLost
-//	predecessors come from the table ......... TestTheRestNoticesThatMostHostsAreLost
-//	the hello carries the incarnation ........ TestARestartedAgentThatJoinsNobodyHasFailed
-//	dial again at 150 and 300 ms ............. TestAStalledMemberIsNotCalledDead (20 % loss)
-//	late votes count ......................... TestASlowNetworkIsNotADeadOne
-//	the end of a link is only evidence ....... TestAnIdleClusterStaysQuiet, and most others
-//	two observers ............................ TestALonelyNodeBlamesOnlyItself
-//	time to contradict ....................... TestAShortBlackoutFailsNobody
-//	accepted but silent is not dead .......... TestAStalledMemberIsNotCalledDead
-//	deadlines run on awake time .............. TestMembersThatSleepTogetherFailNobody
-//	queues are drained before judging ........ TestAnAccuserThatIsStoppedAgainAndAgainAccusesNobody
-//	marks of a lonely node stay with it ...... TestALonelyNodeBlamesOnlyItself
-//	failed in a table is only doubted ........ TestASplitHeals
-//	the dead are told, and retried ........... TestASplitHeals
-//	digests start a repair ................... TestUserEventsArriveOnceDespiteLoss
+//	small clusters watch each other .......... TestRingOfASmallClusterMakesAllWatchAll
+//	rings heal at once, suspects are skipped . TestFailureOfMostHostsIsNoticedByTheOthers
+//	predecessors come from the table ......... TestFailureOfMostHostsIsNoticedByTheOthers
+//	the hello carries the incarnation ........ TestRestartThatJoinsNobodyIsAFailure
+//	dial again at 150 and 300 ms ............. TestStallOfAMemberIsNotCalledADeath (20 % loss)
+//	late votes count ......................... TestNetworkThatIsSlowIsNotADeadOne
+//	the end of a link is only evidence ....... TestRestOfAnIdleClusterIsQuiet, and most others
+//	two observers ............................ TestIsolationIsBlamedOnNobodyElse
+//	time to contradict ....................... TestBlackoutThatIsShortFailsNobody
+//	accepted but silent is not dead .......... TestStallOfAMemberIsNotCalledADeath
+//	deadlines run on awake time .............. TestSuspendedMachinesTogetherFailNobody
+//	queues are drained before judging ........ TestProbesOfAMemberThatIsStoppedAgainAndAgainFailNobody
+//	marks of a lonely node stay with it ...... TestIsolationIsBlamedOnNobodyElse
+//	failed in a table is only doubted ........ TestSplitHeals
+//	the dead are told, and retried ........... TestSplitHeals
+//	digests start a repair ................... TestEventsArriveOnceDespiteLoss
 
 // cases plays a story at every size and loss.
 func cases(t *testing.T, sizes []int, losses []float64, play func(t *testing.T, s *sim, ps []*proc)) {
@@ -1598,7 +1598,7 @@ func (s *sim) allFailed(victims []*proc) func() bool {
 	}
 }
 
-func TestAKilledMemberIsNoticedByAll(t *testing.T) {
+func TestFailureOfAKilledMemberIsNoticedByAll(t *testing.T) {
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		kills := min(len(ps)-1, 8)
 		var first, every []time.Duration
@@ -1631,7 +1631,7 @@ func TestAKilledMemberIsNoticedByAll(t *testing.T) {
 	})
 }
 
-func TestALostHostIsNoticedByAll(t *testing.T) {
+func TestFailureOfALostHostIsNoticedByAll(t *testing.T) {
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		v := ps[len(ps)/2]
 		from := s.now
@@ -1646,7 +1646,7 @@ func TestALostHostIsNoticedByAll(t *testing.T) {
 	})
 }
 
-func TestALonelyNodeBlamesOnlyItself(t *testing.T) {
+func TestIsolationIsBlamedOnNobodyElse(t *testing.T) {
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		v := ps[len(ps)/2]
 		s.excuse = func(o, q *proc) bool { return o == v || q == v }
@@ -1681,7 +1681,7 @@ func (s *sim) healing() time.Duration {
 	return 2 * time.Second
 }
 
-func TestAStalledMemberIsNotCalledDead(t *testing.T) {
+func TestStallOfAMemberIsNotCalledADeath(t *testing.T) {
 	t.Parallel()
 	for _, stall := range []int{2, 5, 8} {
 		t.Run(fmt.Sprintf("%ds", stall), func(t *testing.T) {
@@ -1699,7 +1699,7 @@ func TestAStalledMemberIsNotCalledDead(t *testing.T) {
 }
 
 // A machine that is suspended gets nothing while it sleeps and finds minutes gone.
-func TestASuspendedMachineBlamesNobody(t *testing.T) {
+func TestSuspendedMachineBlamesNobody(t *testing.T) {
 	for _, nap := range []time.Duration{2 * time.Second, 30 * time.Second, 5 * time.Minute} {
 		t.Run(nap.String(), func(t *testing.T) {
 			cases(t, []int{3, 10, 30}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
@@ -1720,7 +1720,7 @@ func TestASuspendedMachineBlamesNobody(t *testing.T) {
 
 // A laptop is closed with a whole cluster on it, or half of one; its agents go
 // on one after the other.
-func TestMembersThatSleepTogetherFailNobody(t *testing.T) {
+func TestSuspendedMachinesTogetherFailNobody(t *testing.T) {
 	for _, nap := range []time.Duration{4 * time.Second, 15 * time.Second, time.Hour} {
 		t.Run(nap.String(), func(t *testing.T) {
 			cases(t, []int{2, 3, 10, 50}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
@@ -1739,7 +1739,7 @@ func TestMembersThatSleepTogetherFailNobody(t *testing.T) {
 	}
 }
 
-func TestAShortBlackoutFailsNobody(t *testing.T) {
+func TestBlackoutThatIsShortFailsNobody(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{2, 3, 10, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		for range 20 {
@@ -1752,13 +1752,13 @@ func TestAShortBlackoutFailsNobody(t *testing.T) {
 	})
 }
 
-func TestAMemberThatStallsForLongFailsAndComesBack(t *testing.T) {
+func TestStallThatLastsFailsAMemberThatComesBack(t *testing.T) {
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		s.excuse = func(o, q *proc) bool { return q == ps[1] }
 		ps[1].stop()
 		s.run(12 * time.Second)
 		if s.loss > 0 {
-			s.run(12 * time.Second) // who misses the flood waits for its own ten seconds
+			s.run(12 * time.Second) // a member that misses the broadcast waits for its own ten seconds
 		}
 		if !all(others(ps, ps[1]), ps[1].name, statusFailed) {
 			t.Error("not everybody has it as failed")
@@ -1770,7 +1770,7 @@ func TestAMemberThatStallsForLongFailsAndComesBack(t *testing.T) {
 	})
 }
 
-func TestAnIdleClusterStaysQuiet(t *testing.T) {
+func TestRestOfAnIdleClusterIsQuiet(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		minutes := 10
@@ -1788,7 +1788,7 @@ func TestAnIdleClusterStaysQuiet(t *testing.T) {
 }
 
 // Where so many die, most of the dead have lost all their watchers.
-func TestTheRestNoticesThatMostHostsAreLost(t *testing.T) {
+func TestFailureOfMostHostsIsNoticedByTheOthers(t *testing.T) {
 	cases(t, []int{20, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		var dead []*proc
 		for _, i := range s.rng.Perm(len(ps))[:len(ps)*4/5] {
@@ -1800,7 +1800,7 @@ func TestTheRestNoticesThatMostHostsAreLost(t *testing.T) {
 	})
 }
 
-func TestMassFailureIsNoticedByAll(t *testing.T) {
+func TestFailureOfManyIsNoticedByAll(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"killed", "hosts lost"} {
 		t.Run(what, func(t *testing.T) {
@@ -1823,7 +1823,7 @@ func TestMassFailureIsNoticedByAll(t *testing.T) {
 	}
 }
 
-func TestInASmallClusterEverybodyWatchesEverybody(t *testing.T) {
+func TestRingOfASmallClusterMakesAllWatchAll(t *testing.T) {
 	for n := 2; n <= rings+1; n++ {
 		for i := range 20 {
 			s := newSim(t, seedFor(fmt.Sprint(t.Name(), n, i)))
@@ -1841,7 +1841,7 @@ func TestInASmallClusterEverybodyWatchesEverybody(t *testing.T) {
 }
 
 // Helpers answer after the prober has concluded; their votes must still count.
-func TestASlowNetworkIsNotADeadOne(t *testing.T) {
+func TestNetworkThatIsSlowIsNotADeadOne(t *testing.T) {
 	cases(t, []int{2, 3, 10, 50}, []float64{0, .02}, func(t *testing.T, s *sim, ps []*proc) {
 		s.lat = [2]time.Duration{90 * ms, 140 * ms}
 		s.run(2 * time.Minute)
@@ -1892,7 +1892,7 @@ func (s *sim) setLine(roundTrip time.Duration) {
 	s.line = [2]time.Duration{roundTrip * 45 / 100, roundTrip * 55 / 100}
 }
 
-// joinOne starts count members in turn, region by region, who all join the first.
+// joinOne starts count members in turn, region by region; all join the first.
 func (s *sim) joinOne(count int) {
 	first := s.start(s.host(), "n00000")
 	s.run(500 * ms)
@@ -1947,7 +1947,7 @@ func median(fs []float64) float64 {
 }
 
 // Each length of a line, among three regions and with everybody far from everybody. SIM_SEEDS sets the number of seeds.
-func TestLongLineCostsAMemberLittleAndFailsNobody(t *testing.T) {
+func TestLineThatIsLongCostsAMemberLittleAndFailsNobody(t *testing.T) {
 	t.Parallel()
 	seeds := envInt("SIM_SEEDS", 5)
 	for _, c := range lineCases {
@@ -1972,7 +1972,7 @@ func TestLongLineCostsAMemberLittleAndFailsNobody(t *testing.T) {
 	}
 }
 
-func TestFarSeedIsJoined(t *testing.T) {
+func TestSeedThatIsFarAwayIsJoined(t *testing.T) {
 	for _, roundTrip := range []time.Duration{920 * ms, 1600 * ms, 2 * time.Second} {
 		for _, loss := range []float64{0, .02} {
 			t.Run(fmt.Sprintf("%v,loss=%v%%", roundTrip, loss*100), func(t *testing.T) {
@@ -2017,7 +2017,7 @@ func TestLineThatChangesFailsNobody(t *testing.T) {
 }
 
 // A thousand live through all of it in one run, since starting them is dear.
-func TestAThousandMembers(t *testing.T) {
+func TestSimulationOfAThousandMembers(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{1000}, []float64{.05}, func(t *testing.T, s *sim, ps []*proc) {
 		r := &report{s: s}
@@ -2036,7 +2036,7 @@ func TestAThousandMembers(t *testing.T) {
 	})
 }
 
-func TestASplitHeals(t *testing.T) {
+func TestSplitHeals(t *testing.T) {
 	t.Parallel()
 	both := []string{"halves", "one and the rest"}
 	heals := func(length time.Duration, hows []string, sizes []int, losses []float64) {
@@ -2069,7 +2069,7 @@ func TestASplitHeals(t *testing.T) {
 	heals(10*time.Minute, both[:1], []int{50}, []float64{0})
 }
 
-func TestOneWayLossBetweenAPairFailsNobody(t *testing.T) {
+func TestLossOneWayBetweenAPairFailsNobody(t *testing.T) {
 	cases(t, []int{3, 5, 10, 100}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		a := ps[0]
 		b := s.byBirth[lifetime{a.n.heartbeats.watchers[0].Name, a.n.heartbeats.watchers[0].Instance}]
@@ -2081,7 +2081,7 @@ func TestOneWayLossBetweenAPairFailsNobody(t *testing.T) {
 	})
 }
 
-func TestAnAccuserThatIsStoppedAgainAndAgainAccusesNobody(t *testing.T) {
+func TestProbesOfAMemberThatIsStoppedAgainAndAgainFailNobody(t *testing.T) {
 	t.Parallel()
 	for _, cycle := range [][2]time.Duration{{8 * time.Second, 50 * ms}, {500 * ms, 5 * ms}} {
 		t.Run(fmt.Sprint(cycle[0], "/", cycle[1]), func(t *testing.T) {
@@ -2099,7 +2099,7 @@ func TestAnAccuserThatIsStoppedAgainAndAgainAccusesNobody(t *testing.T) {
 	}
 }
 
-func TestAHundredJoinersConvergeAtOnce(t *testing.T) {
+func TestJoinOfAHundredConvergesAtOnce(t *testing.T) {
 	t.Parallel()
 	for _, loss := range []float64{0, .05, .2} {
 		t.Run(fmt.Sprintf("loss=%v%%", loss*100), func(t *testing.T) {
@@ -2129,7 +2129,7 @@ func TestAHundredJoinersConvergeAtOnce(t *testing.T) {
 
 // What a joiner misses while rings change all the time, it asks for at once: waiting for a second comparison of tables,
 // one cluster in eight took a second.
-func TestAHundredWhoJoinWithinMomentsConvergeAtOnce(t *testing.T) {
+func TestJoinOfAHundredWithinMomentsConvergesAtOnce(t *testing.T) {
 	t.Parallel()
 	base := seedFor(t.Name())
 	for run := range uint64(8) {
@@ -2144,7 +2144,7 @@ func TestAHundredWhoJoinWithinMomentsConvergeAtOnce(t *testing.T) {
 	}
 }
 
-func TestStartOrderDoesNotMatter(t *testing.T) {
+func TestJoinIsTheSameInAnyStartOrder(t *testing.T) {
 	for _, loss := range []float64{0, .2} {
 		t.Run(fmt.Sprintf("loss=%v%%", loss*100), func(t *testing.T) {
 			s := newSim(t, seedFor(t.Name()))
@@ -2163,7 +2163,7 @@ func TestStartOrderDoesNotMatter(t *testing.T) {
 	}
 }
 
-func TestALateSeedIsJoinedByAllWithinASecond(t *testing.T) {
+func TestSeedThatIsLateIsJoinedByAllWithinASecond(t *testing.T) {
 	t.Parallel()
 	for _, late := range []time.Duration{500 * ms, 3 * time.Second, 20 * time.Second, 50 * time.Second} {
 		t.Run(late.String(), func(t *testing.T) {
@@ -2180,7 +2180,7 @@ func TestALateSeedIsJoinedByAllWithinASecond(t *testing.T) {
 	}
 }
 
-func TestASeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
+func TestSeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	p := s.start(s.host(), "w", s.host())
 	tries := func(d time.Duration) int {
@@ -2197,7 +2197,7 @@ func TestASeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
 	}
 }
 
-func TestALateSeedIsOneLineWhenItIsMissedAndOneWhenItAnswers(t *testing.T) {
+func TestSeedThatIsLateIsOneLineWhenMissedAndOneWhenItAnswers(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	h := s.host()
 	p := s.start(s.host(), "w", h)
@@ -2210,7 +2210,7 @@ func TestALateSeedIsOneLineWhenItIsMissedAndOneWhenItAnswers(t *testing.T) {
 	}
 }
 
-func TestASeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
+func TestSeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	h := s.host()
 	p := s.start(h, "seed0", h)
@@ -2220,20 +2220,20 @@ func TestASeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
 	}
 }
 
-func TestRetryMaxEndsOnlyWhoHasNeverJoined(t *testing.T) {
+func TestRetryMaxEndsOnlyANodeThatHasNeverJoined(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	seed := s.start(s.host(), "seed")
 	nowhere := s.host()
 	lonely := s.start(s.host(), "lonely", nowhere)
-	lonely.n.retryMax = 5
+	lonely.n.cfg.retryMax = 5
 	var ps []*proc
 	for i := range 5 {
 		ps = append(ps, s.start(s.host(), fmt.Sprint("m", i), seed.host))
-		ps[i].n.retryMax = 5
+		ps[i].n.cfg.retryMax = 5
 	}
 	s.run(20 * time.Second)
 	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
-		t.Errorf("who has joined nobody in 5 rounds ends with %v", lonely.fatal)
+		t.Errorf("a node that has joined nobody in 5 rounds ends with %v", lonely.fatal)
 	}
 	s.crash(seed)
 	s.run(5 * time.Minute)
@@ -2244,7 +2244,7 @@ func TestRetryMaxEndsOnlyWhoHasNeverJoined(t *testing.T) {
 	}
 }
 
-func TestAMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
+func TestMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
 	cases(t, []int{3, 5, 20}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
 		s.run(time.Minute)
 		idle := s.packets
@@ -2285,7 +2285,7 @@ func TestAMemberThatTakesNoTCPCostsLittleAndIsNamed(t *testing.T) {
 	})
 }
 
-func TestUserEventsArriveOnceDespiteLoss(t *testing.T) {
+func TestEventsArriveOnceDespiteLoss(t *testing.T) {
 	cases(t, []int{2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		var spread []time.Duration
 		const events = 20
@@ -2321,7 +2321,7 @@ func TestUserEventsArriveOnceDespiteLoss(t *testing.T) {
 	})
 }
 
-func TestAStormOfUserEventsArrivesWhole(t *testing.T) {
+func TestEventsOfAStormArriveWhole(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{10, 50}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		for i := range 100 {
@@ -2440,7 +2440,7 @@ func TestEventsOfManySendersArriveOnceAndInOrder(t *testing.T) {
 	})
 }
 
-// Who comes in the middle hears all that is sent from some moment on, and the others miss nothing for it.
+// A newcomer in the middle hears all that is sent from some moment on, and the others miss nothing for it.
 func TestEventsOfABurstArriveWhileMembersJoin(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{3, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
@@ -2530,7 +2530,7 @@ func TestEventsOfABurstSurviveRestarts(t *testing.T) {
 	})
 }
 
-func TestALeaverHasLeftAndNotFailed(t *testing.T) {
+func TestLeaveIsNoFailure(t *testing.T) {
 	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		v := ps[len(ps)-1]
 		from := s.now
@@ -2572,7 +2572,7 @@ func (s *sim) story(ps []*proc, name string, from time.Duration, want ...eventKi
 	}
 }
 
-func TestARestartIsFailedThenJoin(t *testing.T) {
+func TestRestartIsFailedThenJoin(t *testing.T) {
 	t.Parallel()
 	for _, gap := range []time.Duration{ms, 10 * ms, 50 * ms, time.Second} {
 		t.Run(gap.String(), func(t *testing.T) {
@@ -2593,8 +2593,8 @@ func TestARestartIsFailedThenJoin(t *testing.T) {
 	}
 }
 
-// It knows nobody, but those who knew it go on asking for it.
-func TestARestartedAgentThatJoinsNobodyIsTakenBack(t *testing.T) {
+// It knows no member, but the members that knew it go on probing it.
+func TestRestartThatJoinsNobodyIsTakenBack(t *testing.T) {
 	for _, down := range []time.Duration{100 * ms, 10 * time.Second, 10 * time.Minute} {
 		cases(t, []int{2, 6, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 			v := ps[len(ps)/2]
@@ -2607,7 +2607,7 @@ func TestARestartedAgentThatJoinsNobodyIsTakenBack(t *testing.T) {
 }
 
 // Its port answers and its name is right, but it is not the member that died.
-func TestARestartedAgentThatJoinsNobodyHasFailed(t *testing.T) {
+func TestRestartThatJoinsNobodyIsAFailure(t *testing.T) {
 	cases(t, []int{2, 3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		v := ps[len(ps)/2]
 		from := s.now
@@ -2620,7 +2620,7 @@ func TestARestartedAgentThatJoinsNobodyHasFailed(t *testing.T) {
 	})
 }
 
-func TestANameMovesToANewAddressWhenTheOldHostIsGone(t *testing.T) {
+func TestNameMovesToANewAddressWhenTheOldHostIsGone(t *testing.T) {
 	for _, gap := range []time.Duration{0, time.Second, 10 * time.Second} {
 		t.Run(gap.String(), func(t *testing.T) {
 			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
@@ -2645,7 +2645,7 @@ func TestANameMovesToANewAddressWhenTheOldHostIsGone(t *testing.T) {
 	}
 }
 
-func TestANewcomerWhoseNameIsTakenGivesUp(t *testing.T) {
+func TestNameThatIsTakenMakesANewcomerGiveUp(t *testing.T) {
 	cases(t, []int{1, 2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		holder := ps[len(ps)/2]
 		for _, seed := range []*proc{ps[0], holder} {
@@ -2664,7 +2664,7 @@ func TestANewcomerWhoseNameIsTakenGivesUp(t *testing.T) {
 	})
 }
 
-func TestOfTwinsBornInOneMillisecondOneGivesWay(t *testing.T) {
+func TestNameOfTwoStartedInOneMillisecondIsOnes(t *testing.T) {
 	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		s.excuse = func(o, q *proc) bool { return q.name == "twin" }
 		a := s.start(s.host(), "twin", ps[0].host)
@@ -2677,7 +2677,7 @@ func TestOfTwinsBornInOneMillisecondOneGivesWay(t *testing.T) {
 	})
 }
 
-func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
+func TestNameOfAMemberIsKeptWhenOthersJoinANamesake(t *testing.T) {
 	for _, how := range []string{"through another", "itself", "failed", "left"} {
 		t.Run(how, func(t *testing.T) {
 			cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
@@ -2722,7 +2722,7 @@ func TestAMemberIsNotDisturbedByANamesakeThatOthersJoin(t *testing.T) {
 	}
 }
 
-func TestOfANameOnBothSidesOfASplitTheYoungerGivesWay(t *testing.T) {
+func TestNameOnBothSidesOfASplitMakesTheYoungerGiveWay(t *testing.T) {
 	cases(t, []int{4, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		older := ps[0]
 		s.excuse = func(o, q *proc) bool { return apart(o, q) || q.name == older.name }
@@ -2752,7 +2752,7 @@ func TestOfANameOnBothSidesOfASplitTheYoungerGivesWay(t *testing.T) {
 	})
 }
 
-func TestADeadMembersAddressGoesToANewName(t *testing.T) {
+func TestAddressOfADeadMemberGoesToANewName(t *testing.T) {
 	for _, gap := range []time.Duration{ms, 50 * ms, 5 * time.Second} {
 		t.Run(gap.String(), func(t *testing.T) {
 			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
@@ -2770,7 +2770,7 @@ func TestADeadMembersAddressGoesToANewName(t *testing.T) {
 	}
 }
 
-func TestAClockSetBackDoesNotKeepAMemberOut(t *testing.T) {
+func TestJoinWithAClockSetBackIsTaken(t *testing.T) {
 	for _, gap := range []time.Duration{ms, 5 * time.Second} {
 		t.Run(gap.String(), func(t *testing.T) {
 			cases(t, []int{2, 3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
@@ -2827,10 +2827,10 @@ func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
 
 // Until all have forgotten a member their digests differ, and every heartbeat
 // would ask for an exchange of tables that can change nothing.
-func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
+func TestReapOfAMemberCostsNoTraffic(t *testing.T) {
 	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
 		for _, p := range ps {
-			p.n.reapAfter = 10 * time.Minute
+			p.n.cfg.reapAfter = 10 * time.Minute
 			p.n.antiEntropy.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
 		}
 		s.crash(ps[len(ps)/2])
@@ -2849,7 +2849,7 @@ func TestForgettingAMemberCostsNoTraffic(t *testing.T) {
 	})
 }
 
-func TestAFailedMemberIsForgottenOnce(t *testing.T) {
+func TestReapOfAFailedMemberHappensOnce(t *testing.T) {
 	for _, loss := range []float64{0, .2} {
 		for _, n := range []int{3, 10, 50} {
 			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
@@ -2888,9 +2888,9 @@ func (s *sim) joined(n int) []*proc {
 	return s.procs[len(s.procs)-n:]
 }
 
-// Who joins is greeted by all its new watchers at once; were it to promise a whole
+// A newcomer is greeted by all its new watchers at once; were it to promise a whole
 // cycle to all of them, its death would go unnoticed for as long.
-func TestAHostThatVanishesRightAfterAJoinIsNoticedInTime(t *testing.T) {
+func TestJoinOfAHostThatVanishesAtOnceIsNoticedInTime(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{2, 3, 5, 8, 30, 100} {
 		for _, loss := range []float64{0, .05} {
@@ -2931,8 +2931,8 @@ func anySeed(t *testing.T, play func(t *testing.T, s *sim)) {
 	}
 }
 
-// Most helpers are as dead as their target, and who else lives is not known.
-func TestMostHostsOfAHundredLostAreNoticedWithAnySeed(t *testing.T) {
+// Most helpers are as dead as their target, and which others live is not known.
+func TestFailureOfMostHostsOfAHundredIsNoticedWithAnySeed(t *testing.T) {
 	anySeed(t, func(t *testing.T, s *sim) {
 		ps := s.cluster(100)
 		var dead []*proc
@@ -2945,7 +2945,7 @@ func TestMostHostsOfAHundredLostAreNoticedWithAnySeed(t *testing.T) {
 }
 
 // Those that are promised the next heartbeat may be among those that vanish.
-func TestHostsThatVanishRightAfterTheirJoinAreNoticedWithAnySeed(t *testing.T) {
+func TestJoinOfHostsThatVanishAtOnceIsNoticedWithAnySeed(t *testing.T) {
 	anySeed(t, func(t *testing.T, s *sim) {
 		for _, dead := range []func() []*proc{
 			func() []*proc { return s.joined(30)[29:] },
@@ -2961,7 +2961,7 @@ func TestHostsThatVanishRightAfterTheirJoinAreNoticedWithAnySeed(t *testing.T) {
 }
 
 // A ring change gives the victim other watchers, or takes it those with which it has a link.
-func TestAKillRightAfterARingChangeIsNoticedWithAnySeed(t *testing.T) {
+func TestFailureRightAfterARingChangeIsNoticedWithAnySeed(t *testing.T) {
 	changes := map[string]func(s *sim, ps []*proc){
 		"a join":     func(s *sim, ps []*proc) { s.start(s.host(), "new", ps[0].host) },
 		"a kill":     func(s *sim, ps []*proc) { s.crash(ps[1]) },
@@ -3025,7 +3025,7 @@ func (q simQuery) over() bool {
 	return slices.ContainsFunc(q.p.answers, func(ev Event) bool { return ev.id == q.id && ev.reply == replyNone })
 }
 
-// came is how many have the query, and who has answered how, how often.
+// came is how many have the query, and how, and how often, each member has answered.
 func (q simQuery) came() (heard int, replies map[string][]reply) {
 	has := make(map[string]bool)
 	replies = make(map[string][]reply)
@@ -3043,7 +3043,7 @@ func (q simQuery) came() (heard int, replies map[string][]reply) {
 	return len(has), replies
 }
 
-func TestAQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
+func TestQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
 	t.Parallel()
 	play := func(name string, want reply) func(t *testing.T, s *sim, ps []*proc) {
 		return func(t *testing.T, s *sim, ps []*proc) {
@@ -3082,9 +3082,9 @@ func TestAQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
 	t.Run("load", func(t *testing.T) { cases(t, []int{1000}, []float64{.05}, play("load", replyDone)) })
 }
 
-// Who dies is not waited for once that is known; who has restarted has not been
-// asked; who stalls answers late.
-func TestAQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
+// A dead member is not waited for once that is known; a restarted one has not been
+// asked; a stalled one answers late.
+func TestQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		killed, lost, stalled, restarted := ps[1], ps[2], ps[3], ps[4]
@@ -3098,11 +3098,11 @@ func TestAQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
 		s.after(3*time.Second, stalled.cont)
 		d := s.within(12*time.Second, "over", q.over)
 		if d < 3*time.Second {
-			t.Errorf("over after %v, while somebody stalls who will answer", d)
+			t.Errorf("over after %v, while a member stalls that will answer", d)
 		}
 		heard, replies := q.came()
 		if want := len(ps) - 3; heard != want || len(replies) != want || len(replies[stalled.name]) != 1 {
-			t.Errorf("%d have it, %d answered, of those who live and were asked there are %d; who stalled: %v", heard, len(replies), want, replies[stalled.name])
+			t.Errorf("%d have it, %d answered, %d of those asked live; the stalled one: %v", heard, len(replies), want, replies[stalled.name])
 		}
 		s.run(20 * time.Second)
 		if again.asked != 0 {
@@ -3111,9 +3111,9 @@ func TestAQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
 	})
 }
 
-// Who is out of reach does not keep a query open for longer than its time, and
+// A member out of reach does not keep a query open for longer than its time, and
 // hears nothing of it later.
-func TestAQueryIsNeverHeardLate(t *testing.T) {
+func TestQueryIsNeverHeardLate(t *testing.T) {
 	cases(t, []int{2, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		s.answering()
 		s.excuse = apart
@@ -3133,7 +3133,7 @@ func TestAQueryIsNeverHeardLate(t *testing.T) {
 	})
 }
 
-func TestAFloodOfQueriesStarvesNoHeartbeat(t *testing.T) {
+func TestQueriesInAFloodStarveNoHeartbeat(t *testing.T) {
 	t.Parallel()
 	cases(t, []int{10, 50}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
 		s.answering()
@@ -3187,9 +3187,9 @@ func TestTagsReachEverybodyAsOneUpdate(t *testing.T) {
 	})
 }
 
-// Who forgets the dead sooner than the others do not let it be told of them again
+// A member that forgets the dead sooner than the others is not told of them again
 // and again.
-func TestMembersThatForgetAtDifferentTimesForgetOnce(t *testing.T) {
+func TestReapAtDifferentTimesHappensOnce(t *testing.T) {
 	for _, loss := range []float64{0, .2} {
 		for _, n := range []int{3, 10, 50} {
 			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
@@ -3223,7 +3223,7 @@ func TestMembersThatForgetAtDifferentTimesForgetOnce(t *testing.T) {
 
 // "reboot" must not run again where it has just rebooted a machine, whichever way
 // its agent comes back.
-func TestAnOldEventIsNotHeardAgainAfterARestart(t *testing.T) {
+func TestEventFromThePastIsNotHeardAgainAfterARestart(t *testing.T) {
 	t.Parallel()
 	ways := map[string]func(s *sim, v *proc, ps []*proc) *proc{
 		"without seeds":    func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, v.name) },
@@ -3267,7 +3267,7 @@ func TestAnOldEventIsNotHeardAgainAfterARestart(t *testing.T) {
 
 // Two clusters that had nothing to do with each other become one: what was sent in
 // one of them is not the other's.
-func TestClustersThatMeetDoNotHearEachOthersPast(t *testing.T) {
+func TestEventsOfAClusterBeforeItMetAnotherAreNotHeardThere(t *testing.T) {
 	cases(t, []int{2, 6, 20}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
 		var qs []*proc
 		for i := range len(ps) {

@@ -74,7 +74,7 @@ func TestSignals(t *testing.T) {
 	})
 }
 
-func TestAnAgentThatEndsByItselfSaysWhy(t *testing.T) {
+func TestAgentThatEndsByItselfSaysWhy(t *testing.T) {
 	t.Parallel()
 	holder := startAgent(t, "-node", "a")
 	nobody := freePort(t)
@@ -97,7 +97,7 @@ func TestAnAgentThatEndsByItselfSaysWhy(t *testing.T) {
 	}
 }
 
-func TestAnEventsNameForgesNoLogLine(t *testing.T) {
+func TestEventNameForgesNoLogLine(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	a.run("event", "x\n2013/12/08 07:56:48 [INFO] member-failed: forged 10.0.0.1")
@@ -108,7 +108,7 @@ func TestAnEventsNameForgesNoLogLine(t *testing.T) {
 	}
 }
 
-func TestAJoinThatIsRefusedForTheNameEndsNobody(t *testing.T) {
+func TestJoinThatIsRefusedForTheNameEndsNobody(t *testing.T) {
 	t.Parallel()
 	holder := startAgent(t, "-node", "a")
 	older := startAgent(t, "-node", "b", "-join", holder.advertised)
@@ -124,7 +124,7 @@ func TestAJoinThatIsRefusedForTheNameEndsNobody(t *testing.T) {
 	}
 }
 
-func TestATerminatedAgentIsGoneBeforeItsHandlersAre(t *testing.T) {
+func TestAgentThatIsTerminatedIsGoneBeforeItsHandlersAre(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	b := startStubborn(t, "-node", "b", "-join", a.advertised)
@@ -140,7 +140,7 @@ func TestATerminatedAgentIsGoneBeforeItsHandlersAre(t *testing.T) {
 	}
 }
 
-func TestAClosedLogDoesNotEndTheAgent(t *testing.T) {
+func TestLogThatIsClosedDoesNotEndTheAgent(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -163,7 +163,7 @@ func TestAClosedLogDoesNotEndTheAgent(t *testing.T) {
 	}
 }
 
-func TestJoinLeaveEventAndForceLeave(t *testing.T) {
+func TestJoinLeaveEventAndForceLeaveDoWhatTheySay(t *testing.T) {
 	t.Parallel()
 	out := filepath.Join(t.TempDir(), "events")
 	a := startAgent(t, "-node", "a", "-event-handler", `user=echo "$SERF_USER_EVENT: $(cat)" >> `+out)
@@ -228,7 +228,7 @@ echo "current members..."
 serf members
 `
 
-func TestTheStory(t *testing.T) {
+func TestSerfStoryRunsAsTold(t *testing.T) {
 	if _, err := exec.LookPath("bash"); err != nil {
 		t.Skip("the handler of the story is a bash script")
 	}
@@ -271,7 +271,7 @@ func TestTheStory(t *testing.T) {
 	}
 }
 
-func TestAHandlerReachesTheRPCWhereverItListens(t *testing.T) {
+func TestHandlerReachesTheRPCWhereverItListens(t *testing.T) {
 	t.Parallel()
 	for _, listen := range []string{"127.0.0.1:0", "0.0.0.0:0", "[::]:0", ":0", "localhost:0"} {
 		a := startAgent(t, "-node", "a", "-rpc-addr", listen, "-rpc-auth", "sesame", "-log-level", "debug",
@@ -281,7 +281,7 @@ func TestAHandlerReachesTheRPCWhereverItListens(t *testing.T) {
 }
 
 // Serf runs it as well, and users deregister there.
-func TestTheLeaversOwnHandlerRunsWhenItLeaves(t *testing.T) {
+func TestLeaveRunsTheLeaversOwnHandler(t *testing.T) {
 	t.Parallel()
 	command := func(a *agent) {
 		if out, errs, code := a.run("leave"); code != 0 || out != "Graceful leave complete\n" {
@@ -302,7 +302,7 @@ func TestTheLeaversOwnHandlerRunsWhenItLeaves(t *testing.T) {
 	}
 }
 
-func TestALeaversHandlerThatHangsIsEndedWithTheAgent(t *testing.T) {
+func TestLeaveEndsAHandlerThatHangsWithTheAgent(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	up := filepath.Join(t.TempDir(), "up")
@@ -412,7 +412,7 @@ func TestInitReturns128PlusTheSignalThatEndedTheAgent(t *testing.T) {
 }
 
 // The control: the same load without an init leaves zombies, so the test above sees them.
-func TestWithoutInitZombiesWouldRemain(t *testing.T) {
+func TestInitThatIsMissingLeavesZombies(t *testing.T) {
 	t.Parallel()
 	c := startContainer(t, doubleForks, "sh", "-c", `"$0" "$@" & exec sleep 1000`)
 	time.Sleep(time.Second)
@@ -422,7 +422,7 @@ func TestWithoutInitZombiesWouldRemain(t *testing.T) {
 }
 
 // A dead child that nobody reaps is still a member of its group.
-func TestZombiesDoNotHoldAHandlersQueue(t *testing.T) {
+func TestHandlerQueueIsNotHeldByZombies(t *testing.T) {
 	t.Parallel()
 	begun := filepath.Join(t.TempDir(), "begun")
 	c := runContainer(t, slices.Concat([]string{"sh", "-c", `"$0" "$@" & exec sleep 1000`, program},
@@ -493,7 +493,7 @@ func TestFlapOfOneAddressThatNobodyReachesIsFewFailuresAndOneWarning(t *testing.
 	watchFor(t, 20*time.Second, 3, nobody, a, b, c)
 }
 
-func TestAnAddressThatAnotherMemberHasIsOneWarningThatNamesBoth(t *testing.T) {
+func TestAddressThatAnotherMemberHasIsOneWarningThatNamesBoth(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	b := startAgent(t, "-node", "b", "-bind", "127.0.0.2:0", "-advertise", a.advertised, "-join", a.advertised)
@@ -526,7 +526,7 @@ func TestNameOfAHolderThatStallsIsNotTaken(t *testing.T) {
 	}
 }
 
-func TestAJoinOfALoneNamesakeFailsAndEndsNobody(t *testing.T) {
+func TestJoinOfALoneNamesakeFailsAndEndsNobody(t *testing.T) {
 	t.Parallel()
 	lone := startAgent(t, "-node", "web")
 	red := startAgent(t, "-node", "red")

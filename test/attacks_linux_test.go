@@ -88,7 +88,7 @@ func (w *wiretap) stop() {
 	<-w.done
 }
 
-func TestOnTheWireAKeyHidesNamesTagsAndEvents(t *testing.T) {
+func TestKeyHidesNamesTagsAndEventsOnTheWire(t *testing.T) {
 	secrets := []string{"secret-red", "secret-green", "secret-role", "secret-event", "secret-payload"}
 	for name, keys := range map[string][]string{"with a key": testKeys[:1], "without a key": nil} {
 		t.Run(name, func(t *testing.T) {
@@ -137,7 +137,7 @@ func vanish(c net.Conn) error {
 	return errors.Join(err, serr, c.Close())
 }
 
-func TestHalfOpenConnectionsKeepNobodyOut(t *testing.T) {
+func TestAcceptorTakesPeersDespiteHalfOpenConnections(t *testing.T) {
 	t.Parallel()
 	was := capture(t)
 	agents := startCluster(t, "red", "green")
@@ -171,7 +171,7 @@ func TestHalfOpenConnectionsKeepNobodyOut(t *testing.T) {
 	used.check(t)
 }
 
-func TestAHandlerAndItsChildrenHaveNoKeyInTheirEnvironment(t *testing.T) {
+func TestHandlerAndItsChildrenHaveNoKeyInTheirEnvironment(t *testing.T) {
 	t.Parallel()
 	cmd := hamletCmd(agentArgs("-event-handler", "member-join=sleep 60")...)
 	cmd.Env = append(cmd.Env, "HAMLET_ENCRYPT="+testKeys[0])

@@ -166,7 +166,7 @@ func throw(a *agent, port string, b []byte, i int) bool {
 }
 
 // The number of inputs is HOSTILE_N.
-func TestUnderHostileInputAClusterStaysOneAndTakesNewMembers(t *testing.T) {
+func TestClusterUnderHostileInputStaysOneAndTakesNewMembers(t *testing.T) {
 	count := envInt("HOSTILE_N", 5000)
 	for name, keys := range map[string][]string{"with a key": testKeys[:1], "without a key": nil} {
 		t.Run(name, func(t *testing.T) {
@@ -296,7 +296,7 @@ func (u *usage) check(t *testing.T) {
 	}
 }
 
-// stickers are connections that somebody holds open as long as he may: idle
+// stickers are connections that a stranger holds open as long as the agent lets it: idle
 // ones, and ones that send a byte now and then. What is closed is made anew.
 type stickers struct {
 	opened, closed atomic.Int64
@@ -339,7 +339,7 @@ func (s *stickers) stick(addr, first, slowly string, i int) {
 
 func (s *stickers) stop() { close(s.quit); s.all.Wait() }
 
-func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
+func TestAcceptorTakesPeersWhileConnectionsAreHeldOpen(t *testing.T) {
 	t.Parallel()
 	c := capture(t)
 	agents := startCluster(t, "red", "green")
@@ -370,7 +370,7 @@ func TestConnectionsThatAreHeldOpenKeepNobodyOut(t *testing.T) {
 	used.check(t)
 }
 
-func TestAStrangerIsCutOffAfterTwoSeconds(t *testing.T) {
+func TestAcceptorCutsStrangersOffAfterTwoSeconds(t *testing.T) {
 	t.Parallel()
 	hello := capture(t).hello
 	a := startAgent(t)
@@ -411,7 +411,7 @@ func ofAnotherVersion(t *testing.T) string {
 	return ln.Addr().String()
 }
 
-func TestEachFailedJoinSaysWhatIsWrongAndWhatToDo(t *testing.T) {
+func TestJoinThatFailsSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 	t.Parallel()
 	plain, keyed := startAgent(t, "-node", "plain"), startKeyed(t, testKeys[:1], "-node", "keyed")
 	other := startKeyed(t, testKeys[1:], "-node", "other")
@@ -475,7 +475,7 @@ func TestKeysRotateByRollingRestartsWithoutLosingAMember(t *testing.T) {
 	}
 }
 
-func TestAKeyFromTheEnvironmentShowsNowhere(t *testing.T) {
+func TestKeyFromTheEnvironmentShowsNowhere(t *testing.T) {
 	t.Parallel()
 	out := filepath.Join(t.TempDir(), "env")
 	cmd := hamletCmd(agentArgs("-node", "red", "-log-level", "trace", "-event-handler", "member-join=env >>"+out+"; ps ax >>"+out+"; cat /proc/$PPID/cmdline >>"+out)...)
@@ -502,7 +502,7 @@ func TestAKeyFromTheEnvironmentShowsNowhere(t *testing.T) {
 	}
 }
 
-func TestOtherProtocolsAtTheRPCCauseNothing(t *testing.T) {
+func TestRPCPortIgnoresOtherProtocols(t *testing.T) {
 	t.Parallel()
 	was := capture(t)
 	a := startAgent(t, "-node", "red")
@@ -528,7 +528,7 @@ func TestOtherProtocolsAtTheRPCCauseNothing(t *testing.T) {
 	}
 }
 
-func TestWhatIsOpenToStrangersIsOneWarning(t *testing.T) {
+func TestAddressOpenToStrangersIsOneWarning(t *testing.T) {
 	t.Parallel()
 	const rpc, token = "the RPC listens on 0.0.0.0:", "without a token: anyone who can reach it controls this agent"
 	const public = "is a public address, and there is no key"
@@ -540,7 +540,7 @@ func TestWhatIsOpenToStrangersIsOneWarning(t *testing.T) {
 		{nil, "", nil},
 		{nil, "-rpc-auth sesame", nil},
 		{nil, "-rpc-addr 0.0.0.0:0", []string{rpc, token}},
-		{nil, "-rpc-addr 0.0.0.0:0 -rpc-auth sesame", nil}, // who set both meant it
+		{nil, "-rpc-addr 0.0.0.0:0 -rpc-auth sesame", nil}, // setting both is deliberate
 		{nil, "-advertise 203.0.113.7", []string{"[WARN] 203.0.113.7:", public}},
 		{nil, "-bind [::1]:0 -advertise 2001:db8::7", []string{"[WARN] [2001:db8::7]:", public}},
 		{nil, "-advertise 10.0.0.1", nil},
@@ -560,7 +560,7 @@ func TestWhatIsOpenToStrangersIsOneWarning(t *testing.T) {
 	}
 }
 
-func TestWhatIsTooLongOrUnfitIsRefusedAtTheStartWithLimitAndSize(t *testing.T) {
+func TestOptionThatIsTooLongOrUnfitIsRefusedWithLimitAndSize(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		option, value string
@@ -607,7 +607,7 @@ func (a *agent) memberLines() (lines []string) {
 	return lines
 }
 
-func TestWhatWasRecordedAndIsPlayedBackChangesNothing(t *testing.T) {
+func TestReplayOfARecordingChangesNothing(t *testing.T) {
 	t.Parallel()
 	rec := &recording{}
 	ran := filepath.Join(t.TempDir(), "ran")
@@ -666,7 +666,7 @@ func TestWhatWasRecordedAndIsPlayedBackChangesNothing(t *testing.T) {
 
 // The RPC's 256 connections did not come out of the budget of descriptors: with few of them, an agent whose RPC was held
 // open could not be joined any more, and ran no handler.
-func TestConnectionsLeaveDescriptorsForEverythingElse(t *testing.T) {
+func TestAcceptorLeavesDescriptorsForEverythingElse(t *testing.T) {
 	t.Parallel()
 	cmd := hamletCmd(agentArgs("-node", "a", "-log-level", "debug", "-event-handler", "*=echo $SERF_EVENT, limit $(ulimit -n)")...)
 	// The soft limit is raised by the agent for itself, and its scripts have the one that they would have without it.

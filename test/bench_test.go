@@ -241,8 +241,8 @@ type benchCluster struct {
 
 	mu      sync.Mutex
 	watches []*benchWatch
-	blamed  map[string]bool // who may end, and be called failed
-	cut     map[string]bool // who may call anybody failed
+	blamed  map[string]bool // those that may end, and be called failed
+	cut     map[string]bool // those that may call any member failed
 	closing bool
 }
 

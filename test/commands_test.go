@@ -103,7 +103,7 @@ func TestVersionIsThatOfTheNewestChange(t *testing.T) {
 	}
 }
 
-func TestTheNameItWasCalledByIsInUsageAndErrors(t *testing.T) {
+func TestUsageAndErrorsHaveTheNameOfTheCall(t *testing.T) {
 	call := serfIn(t, t.TempDir())
 	if out, _, _ := runCmd(t, call("help", "members")); !strings.HasPrefix(out, "Usage: serf members") || strings.Contains(out, "hamlet") {
 		t.Errorf("help members of serf:\n%s", out)
@@ -203,7 +203,7 @@ func TestErrorsNameTheValueAndGiveAHint(t *testing.T) {
 	}
 }
 
-func TestAKeyIsNeverShown(t *testing.T) {
+func TestKeyIsNeverShown(t *testing.T) {
 	key := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{'k'}, 32))
 	short := key[4:]
 	for _, args := range [][]string{
@@ -251,7 +251,7 @@ func TestBannerTellsNameAndAddresses(t *testing.T) {
 	}
 }
 
-func TestSecondAgentOnOnePortIsToldSo(t *testing.T) {
+func TestAgentOnATakenPortIsToldSo(t *testing.T) {
 	a := startAgent(t)
 	for option, addr := range map[string]string{"-rpc-addr": a.rpc, "-bind": a.bind} {
 		_, errs, code := hamlet(t, agentArgs(option, addr)...)
@@ -261,7 +261,7 @@ func TestSecondAgentOnOnePortIsToldSo(t *testing.T) {
 	}
 }
 
-func TestAPortOfAnotherKindIsNotTakenForAnAgent(t *testing.T) {
+func TestRPCAddressOfAnotherKindIsNotTakenForAnAgent(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t)
 	_, errs, code := hamlet(t, "members", "-rpc-addr", a.advertised)
@@ -329,7 +329,7 @@ func TestMembersFiltersAndFormats(t *testing.T) {
 	}
 }
 
-func TestWaitAlsoWaitsForTheAgentItself(t *testing.T) {
+func TestMembersWaitAlsoWaitsForTheAgentItself(t *testing.T) {
 	t.Parallel()
 	rpc := freePort(t)
 	if _, errs, code := hamlet(t, "members", "-rpc-addr", rpc, "-wait", "1", "-timeout", "300ms"); code != 1 || !strings.Contains(errs, "no agent answers at "+rpc) {
@@ -343,7 +343,7 @@ func TestWaitAlsoWaitsForTheAgentItself(t *testing.T) {
 	}
 }
 
-func TestAStoppedAgentIsGivenUpAfterFiveSeconds(t *testing.T) {
+func TestCommandGivesUpAStoppedAgentAfterFiveSeconds(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t)
 	a.signal(syscall.SIGSTOP)
@@ -397,7 +397,7 @@ func TestOptionsComeFromTheEnvironmentAndFlagsWin(t *testing.T) {
 	seed.waitStatus("envy", "left")
 }
 
-func TestBadValueInTheEnvironmentNamesTheVariable(t *testing.T) {
+func TestEnvironmentVariableWithABadValueIsNamed(t *testing.T) {
 	cmd := hamletCmd(agentArgs()...)
 	cmd.Env = append(cmd.Env, "HAMLET_HANDLER_TIMEOUT=soon")
 	if _, errs, code := runCmd(t, cmd); code != 2 || !strings.Contains(errs, `"soon" for HAMLET_HANDLER_TIMEOUT`) {
@@ -406,7 +406,7 @@ func TestBadValueInTheEnvironmentNamesTheVariable(t *testing.T) {
 }
 
 // A secret that a template left empty is one that is missing.
-func TestASecretThatIsSetButEmptyIsRefused(t *testing.T) {
+func TestEnvironmentSecretThatIsEmptyIsRefused(t *testing.T) {
 	t.Parallel()
 	for _, variable := range []string{"HAMLET_ENCRYPT", "HAMLET_RPC_AUTH", "HAMLET_CLUSTER"} {
 		for _, value := range []string{"", " ", "\n"} {
@@ -422,7 +422,7 @@ func TestASecretThatIsSetButEmptyIsRefused(t *testing.T) {
 	startAgentCmd(t, cmd) // a flag wins, and what is no secret may be empty
 }
 
-func TestWhatServicesSetInTheEnvironmentIsNoWarning(t *testing.T) {
+func TestEnvironmentThatServicesSetIsNoWarning(t *testing.T) {
 	t.Parallel()
 	cmd := hamletCmd(agentArgs("-node", "a")...)
 	cmd.Env = append(cmd.Env, "HAMLET_SERVICE_HOST=10.0.0.1", "HAMLET_SERVICE_PORT=7946", "HAMLET_SERVICE_PORT_GOSSIP_TCP=7946",
@@ -606,7 +606,7 @@ func querySite(t *testing.T) (web1, web2, db *agent) {
 	return web1, web2, db
 }
 
-func TestAQueryEndsWhenAllHaveAnswered(t *testing.T) {
+func TestQueryEndsWhenAllHaveAnswered(t *testing.T) {
 	t.Parallel()
 	web1, web2, db := querySite(t)
 	for _, c := range []struct {
@@ -639,7 +639,7 @@ func TestAQueryEndsWhenAllHaveAnswered(t *testing.T) {
 	}
 }
 
-func TestOutputOfAQueryIsShortOrJSONOnRequest(t *testing.T) {
+func TestQueryOutputIsShortOrJSONOnRequest(t *testing.T) {
 	t.Parallel()
 	_, _, db := querySite(t)
 	out, _, _ := db.run("query", "-no-ack", "load")
@@ -669,13 +669,13 @@ func TestOutputOfAQueryIsShortOrJSONOnRequest(t *testing.T) {
 	}
 }
 
-func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
+func TestQueryNamesTheMembersThatDidNotAnswer(t *testing.T) {
 	t.Parallel()
 	_, web2, db := querySite(t)
 	if out := db.askQuery(1, []string{"hamlet: error: nobody is asked"}, "-node", "nobody", "load"); out[0] != "" {
 		t.Errorf("a query to nobody prints %q", out)
 	}
-	// Where a filter lets nobody through, everybody who was asked has answered.
+	// Where a filter matches no member, all that were asked have answered.
 	for _, args := range []string{"-tag role=none load", "-tag none=.* load", "-node db -tag role=web load"} {
 		out := db.askQuery(0, nil, strings.Fields(args)...)
 		if diff := cmp.Diff([]string{"Total Acks: 0", "Total Responses: 0"}, out); diff != "" {
@@ -712,7 +712,7 @@ func TestAQueryNamesWhoDidNotAnswer(t *testing.T) {
 	}
 }
 
-// watching starts a watch, and waits until it has shown who is there.
+// watching starts a watch, and waits until it has shown the members.
 func (a *agent) watching(there int, args ...string) *agent {
 	a.t.Helper()
 	w := launch(a.t, hamletCmd(append([]string{"watch", "-rpc-addr", a.rpc}, args...)...), here)
@@ -727,7 +727,7 @@ func isObject(line string, keys ...string) (object map[string]any, ok bool) {
 	return object, err == nil && slices.Equal(slices.Sorted(maps.Keys(object)), keys)
 }
 
-func TestWatchBeginsWithWhoIsThereAndGoesOnWithWhatHappens(t *testing.T) {
+func TestWatchBeginsWithTheMembersAndGoesOnWithEvents(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a", "-role", "lb")
 	b := startAgent(t, "-node", "b", "-join", a.advertised)
@@ -821,7 +821,7 @@ func TestWatchShowsWhatIsAskedForAndEndsThen(t *testing.T) {
 			"user: last")
 	})
 	if s := all.stdout.String(); strings.Count(s, "member") != 1 || !strings.Contains(s, " user: other ") {
-		t.Errorf("who was there, and user events:\n%s", s)
+		t.Errorf("the members, and user events:\n%s", s)
 	}
 	start := time.Now()
 	out, errs, code := a.run("watch", "-event", "user:never", "-n", "1", "-timeout", "300ms")
@@ -838,7 +838,7 @@ func TestWatchShowsWhatIsAskedForAndEndsThen(t *testing.T) {
 	}
 }
 
-func TestAWatchEndsWithItsAgent(t *testing.T) {
+func TestWatchEndsWithItsAgent(t *testing.T) {
 	t.Parallel()
 	for end, want := range map[syscall.Signal]int{syscall.SIGINT: 0, syscall.SIGTERM: 0,
 		syscall.SIGKILL: 1} {
@@ -885,12 +885,12 @@ func TestWatchersThatDoNotReadOrVanishCostNothing(t *testing.T) {
 		start, name := time.Now(), fmt.Sprint("e", i)
 		_, errs, code := runCmd(t, askCmd(a.rpc, "event", name, payload))
 		wantEnd(t, "an event", code, 0, errs)
-		eventually(t, name+" at who reads", func() bool {
+		eventually(t, name+" at a watcher that reads", func() bool {
 			return strings.Contains(reader.stdout.String(),
 				"user: "+name+" xxx")
 		})
-		if took := time.Since(start); took > 4*time.Second { // who holds it up is given five
-			t.Errorf("who does not read delays event %d by %v", i, took)
+		if took := time.Since(start); took > 4*time.Second { // a watcher that holds it up is given five
+			t.Errorf("a watcher that does not read delays event %d by %v", i, took)
 		}
 		if i == 10 {
 			for _, w := range gone {
@@ -976,7 +976,7 @@ func TestInfoTellsWhetherItIsEncrypted(t *testing.T) {
 
 // ---- slips ----
 
-// serfLike hangs up on whoever has said something, as a Serf agent does.
+// serfLike hangs up on a client that has said something, as a Serf agent does.
 func serfLike(t *testing.T) (addr string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -996,7 +996,7 @@ func serfLike(t *testing.T) (addr string) {
 // technical is what only programmers can read.
 var technical = regexp.MustCompile(`->|(dial|read|write) tcp|reset by peer|invalid argument|EOF`)
 
-func TestASlipIsExplained(t *testing.T) {
+func TestErrorExplainsASlip(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	b := startAgent(t, "-node", "b", "-join", a.advertised)
@@ -1054,7 +1054,7 @@ func TestASlipIsExplained(t *testing.T) {
 }
 
 // Start scripts run "until serf join SEED" on every node, on the seed too.
-func TestJoiningOneselfIsDoneAndSaysSo(t *testing.T) {
+func TestJoinOfOneselfIsDoneAndSaysSo(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	out, errs, code := a.run("join", a.advertised)
@@ -1085,7 +1085,7 @@ func TestBindTakesAName(t *testing.T) {
 	}
 }
 
-func TestEachSeedThatDoesNotAnswerIsNamed(t *testing.T) {
+func TestSeedThatDoesNotAnswerIsNamed(t *testing.T) {
 	t.Parallel()
 	good, dead := startAgent(t, "-node", "good"), freePort(t)
 	a := startAgent(t, "-node", "a", "-join", "no-such-host.invalid", "-join", dead, "-join",
@@ -1120,7 +1120,7 @@ func TestBannerAndLogTellAgentsOfOneHostApart(t *testing.T) {
 }
 
 // A script goes on at exit status 0: what it waited for must have happened.
-func TestAWatchThatEndsTooEarlyWithItsAgentFails(t *testing.T) {
+func TestWatchThatEndsTooEarlyWithItsAgentFails(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	w := a.watching(1, "-n", "1", "-timeout", "30s")
@@ -1130,7 +1130,7 @@ func TestAWatchThatEndsTooEarlyWithItsAgentFails(t *testing.T) {
 		"0 of 1 events")
 }
 
-func TestNoOutputSaysPruned(t *testing.T) {
+func TestReapIsNeverCalledPrune(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	b := startAgent(t, "-node", "b", "-join", a.advertised)
@@ -1149,7 +1149,7 @@ func TestNoOutputSaysPruned(t *testing.T) {
 	}
 }
 
-func TestATagWithAValueCannotBeDeleted(t *testing.T) {
+func TestTagWithAValueCannotBeDeleted(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a", "-tag", "state=drain")
 	for _, key := range []string{"state=drain", ""} {
@@ -1161,7 +1161,7 @@ func TestATagWithAValueCannotBeDeleted(t *testing.T) {
 	}
 }
 
-func TestAQueryTellsWhoseDeathOrAbsenceItWasNotAnsweredFor(t *testing.T) {
+func TestQueryNamesTheDeadAndTheAbsentThatDidNotAnswer(t *testing.T) {
 	t.Parallel()
 	_, web2, db := querySite(t)
 	asking := launch(t, hamletCmd("query", "-rpc-addr", db.rpc, "-node", "web2", "-timeout", "20s", "slow"),
@@ -1179,7 +1179,7 @@ func TestAQueryTellsWhoseDeathOrAbsenceItWasNotAnsweredFor(t *testing.T) {
 	lines := db.askQuery(1, []string{"hamlet: error: ", "web2", "nosuch"}, "-node", "web1", "-node", "web2",
 		"-node", "nosuch", "load")
 	if !slices.Contains(lines, "Response from 'web1': web1") {
-		t.Errorf("who lives has answered:\n%s", strings.Join(lines, "\n"))
+		t.Errorf("the living have answered:\n%s", strings.Join(lines, "\n"))
 	}
 }
 
@@ -1224,8 +1224,8 @@ func narrow(t *testing.T, rpc string) (addr string, stopped *atomic.Bool) {
 	return ln.Addr().String(), stopped
 }
 
-// Who looks at a terminal that was halted comes back after more than seconds.
-func TestAWatchGoesOnWhenItsReaderHasPaused(t *testing.T) {
+// The user of a terminal that was halted comes back after more than seconds.
+func TestWatchGoesOnWhenItsReaderHasPaused(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a")
 	rpc, stopped := narrow(t, a.rpc)
@@ -1251,7 +1251,7 @@ func TestAWatchGoesOnWhenItsReaderHasPaused(t *testing.T) {
 
 // A container with a share of a processor stands still for most of each tenth of
 // a second: its script's output must not be lost meanwhile.
-func TestAnAnswerIsWholeWhereTheAgentGetsLittleTime(t *testing.T) {
+func TestQueryAnswerIsWholeWhereTheAgentGetsLittleTime(t *testing.T) {
 	t.Parallel()
 	const handlers, rounds = 8, 12
 	args := []string{"-node", "a"}

@@ -86,7 +86,7 @@ var configFiles = map[string]string{
 	"times.json":     `{"tombstone_timeout": "24h", "reconnect_timeout": "72h", "reconnect_interval": "30s", "replay_on_join": false}`,
 }
 
-func TestStartCommandsOfSerfStart(t *testing.T) {
+func TestAgentStartsWithTheStartCommandsOfSerf(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	for name, text := range configFiles {
@@ -143,7 +143,7 @@ func TestOptionsThatHaveNoEffectAreOneWarningEach(t *testing.T) {
 	}
 }
 
-func TestBrokenConfigurationIsToldWithFileAndLine(t *testing.T) {
+func TestConfigurationThatIsBrokenIsNamedWithFileAndLine(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "a.json")

@@ -117,7 +117,7 @@ for n in $names; do
 	is "$n" alive || fail "$n is not called by its container id: $(members)"
 	[ "$(docker exec "$n" /hamlet members -status alive | wc -l)" = 8 ] || fail "$n sees: $(docker exec "$n" /hamlet members)"
 done
-within 2000 "the handler prints what it sees" grep -q "^New event: member-join" "$dir/log"
+within 2000 "the handler prints what it sees" grep -q "^.New event: member-join" "$dir/log"
 grep -q "\[DEBUG\] Event 'member-join' script output:" "$dir/log" || fail "the log lacks the handler's output"
 members
 ok "the host and seven containers are one cluster"
@@ -215,7 +215,7 @@ ok "an init, a health check and handlers in an image without a shell"
 # --- what the README shows, with other names
 
 readme=$(sed -e ':a' -e '/\\$/{N;s/ *\\\n */ /;ba' -e '}' README.md | sed -n 's/^\$ \(docker .*\)/\1/p' | grep -v ' logs ' |
-	sed -e "s/--name seed/--name $id-seed --label $id/; s/exec seed/exec $id-seed/; s/ create cluster/ create $id-readme/; s/ cluster / $id-readme /" \
+	sed -e "s/--name \([a-z0-9]*\)/--name $id-\1/; s/exec seed/exec $id-seed/; s/ create cluster/ create $id-readme/; s/ cluster / $id-readme /" \
 		-e "s/-d --network/-d --label $id --network/; s/ hamlet\$/ $id/")
 [ "$(echo "$readme" | wc -l)" = 5 ] || fail "the README shows other commands of Docker: $readme"
 sh -ec "$readme" >"$dir/readme" 2>&1 || fail "the README's commands: $readme: $(cat "$dir/readme")"

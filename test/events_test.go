@@ -68,7 +68,7 @@ func TestEventSentBeforeTheJoinIsDeliveredAtTheJoin(t *testing.T) {
 		t.Fatalf("exit %d, %s", code, errs)
 	}
 	for _, x := range []*agent{a, b, c} {
-		eventually(t, x.name+" hears of who was told to join", func() bool { return len(x.eventsFrom("alone")) == 1 })
+		eventually(t, x.name+" hears of the node that was told to join", func() bool { return len(x.eventsFrom("alone")) == 1 })
 	}
 	late := startAgent(t, "-node", "late", "-join", c.advertised)
 	late.waitStatus("alone", "alive")
@@ -77,7 +77,7 @@ func TestEventSentBeforeTheJoinIsDeliveredAtTheJoin(t *testing.T) {
 		eventually(t, x.name+" hears what is sent afterwards", func() bool { return slices.Contains(x.eventsFrom("a"), "after") })
 	}
 	if got := slices.Concat(alone.eventsFrom("a"), late.eventsFrom("a"), late.eventsFrom("alone")); len(got) != 2 {
-		t.Errorf("those who came later hear of what was before: %q", got)
+		t.Errorf("those that came later hear of what was before: %q", got)
 	}
 	for _, x := range []*agent{a, b, c} {
 		heard := want

@@ -210,7 +210,7 @@ func TestHAProxyLeavesOutMembersThatDrain(t *testing.T) {
 	})
 }
 
-func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
+func TestHAProxyHandlerWaitsWhileItStillLoads(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	b := newBalancer(t, "/bin/sh", "haproxy")
@@ -250,7 +250,7 @@ func TestTheHandlerWaitsForAHAProxyThatStillLoads(t *testing.T) {
 }
 
 // Real agents, and the real members command in front of the script.
-func TestNamesAndTagsOfPeersCannotConfigureABalancer(t *testing.T) {
+func TestBalancerIsNotConfiguredByNamesAndTagsOfPeers(t *testing.T) {
 	t.Parallel()
 	lb := startAgent(t, "-node", "lb")
 	count := 0
@@ -342,7 +342,7 @@ func ownHAProxyConfig(t *testing.T, dir, addr string) (path string) {
 	return path
 }
 
-func TestAWebNodeStopsWithItsServerItsAgentOrASignal(t *testing.T) {
+func TestWebNodeStopsWithItsServerItsAgentOrASignal(t *testing.T) {
 	t.Parallel()
 	lb := startAgent(t, "-node", "lb")
 	for name, stop := range map[string]func(script *exec.Cmd, server int, rpc string) (exit int){
@@ -528,7 +528,7 @@ func TestNginxFollowsTheCluster(t *testing.T) {
 
 // --- examples/handlers
 
-func TestTheCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
+func TestCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	if err := os.CopyFS(filepath.Join(dir, "handlers"), os.DirFS("examples/handlers")); err != nil {
@@ -565,7 +565,7 @@ func TestTheCatchAllHandlerRunsTheScriptOfTheEvent(t *testing.T) {
 	}
 }
 
-func TestTheCatchAllHandlerRunsNothingElsewhere(t *testing.T) {
+func TestCatchAllHandlerRunsNothingElsewhere(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	here := filepath.Join(dir, "handlers")
@@ -611,7 +611,7 @@ func TestTheCatchAllHandlerRunsNothingElsewhere(t *testing.T) {
 }
 
 // A query reaches the script of its name, as in Serf's recipe, and is answered by it.
-func TestTheCatchAllHandlerAnswersQueries(t *testing.T) {
+func TestCatchAllHandlerAnswersQueries(t *testing.T) {
 	t.Parallel()
 	handler, _ := filepath.Abs("examples/handlers/route.sh")
 	app := startAgent(t, "-node", "app1", "-event-handler", handler)
@@ -621,7 +621,7 @@ func TestTheCatchAllHandlerAnswersQueries(t *testing.T) {
 	}
 }
 
-func TestTheDeployHandlerTakesRevisionsOnly(t *testing.T) {
+func TestDeployHandlerTakesRevisionsOnly(t *testing.T) {
 	t.Parallel()
 	eachShell(t, func(t *testing.T, shell string) {
 		dir := t.TempDir()
@@ -651,7 +651,7 @@ func TestTheDeployHandlerTakesRevisionsOnly(t *testing.T) {
 
 // People copy what is shown here and on the pages. Where a script expands what another
 // machine has chosen, that stands in double quotes, or is an assignment or a case.
-func TestShippedScriptsQuoteWhatTheyExpand(t *testing.T) {
+func TestScriptsQuoteWhatTheyExpand(t *testing.T) {
 	t.Parallel()
 	texts := make(map[string]string)
 	for _, pattern := range []string{"examples/*.sh", "examples/*/*"} {
@@ -722,7 +722,7 @@ func (m *missing) tells(t *testing.T, name, addr string) (n int) {
 	return n
 }
 
-func TestWhoStaysAwayIsToldOnceAndWhoReturnsIsNot(t *testing.T) {
+func TestMissingScriptTellsOnceOfMembersThatStayAway(t *testing.T) {
 	t.Parallel()
 	needProc(t)
 	hub := startAgent(t, "-node", "hub")
@@ -800,7 +800,7 @@ func TestWhoStaysAwayIsToldOnceAndWhoReturnsIsNot(t *testing.T) {
 	}
 }
 
-func TestWhoFailedInLinesThatAreMissingIsTold(t *testing.T) {
+func TestMissingScriptTellsOfFailuresInLinesThatWereDropped(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	writeScript(t, filepath.Join(dir, "hamlet"), `case $1 in
@@ -927,7 +927,7 @@ func TestSystemdTakesTheUnit(t *testing.T) {
 	}
 }
 
-func TestTheUnitsAgentJoinsAndLeavesWhenStopped(t *testing.T) {
+func TestSystemdUnitsAgentJoinsAndLeavesWhenStopped(t *testing.T) {
 	t.Parallel()
 	seed := startAgent(t, "-node", "seed")
 	command := strings.Fields(unitValue(t, "ExecStart"))

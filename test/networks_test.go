@@ -368,7 +368,7 @@ func nameTaken(w *world) {
 			w.Errorf("%s logs %v", a.name, lines)
 		}
 	}
-	for _, a := range []*agent{c[0], c[4]} { // who was asked, and the holder
+	for _, a := range []*agent{c[0], c[4]} { // the one that was asked, and the holder
 		if n := a.count(`[WARN] two agents are called "n5", at 10.77.0.5:7946 and at 10.77.0.6:7946`); n != 1 {
 			w.Errorf("%s warns %d times", a.name, n)
 		}

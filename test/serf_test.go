@@ -75,7 +75,7 @@ tags:
 	{"leave", "Graceful leave complete\n"},
 }
 
-func TestOutputHasTheFormsOfSerf(t *testing.T) {
+func TestSerfFormsOfOutputAreKept(t *testing.T) {
 	t.Parallel()
 	s1 := startAgent(t, "-node", "s1", "-tag", "role=web", "-event-handler", "query:load=echo 0.5")
 	s2 := startAgent(t, "-node", "s2", "-event-handler", "query:load=echo 0.7")
@@ -180,7 +180,7 @@ func lacking(at string, serf, ours any) (all []string) {
 
 // A script written for Serf stops at its first unknown word, so each of them has
 // an answer.
-func TestWordsOfSerfThatAreNotHereAreAnsweredInOneLine(t *testing.T) {
+func TestSerfWordsThatAreNotHereAreAnsweredInOneLine(t *testing.T) {
 	t.Parallel()
 	said := make(map[string]string)
 	for _, line := range []string{"agent -discover web", "agent -keyring-file k", "agent --tags-file t",
@@ -202,7 +202,7 @@ func TestWordsOfSerfThatAreNotHereAreAnsweredInOneLine(t *testing.T) {
 	}
 }
 
-func TestWordsOfSerfThatChangeNothingAreTaken(t *testing.T) {
+func TestSerfWordsThatChangeNothingAreTaken(t *testing.T) {
 	t.Parallel()
 	ran := filepath.Join(t.TempDir(), "ran")
 	seed := startAgent(t, "-node", "seed", "-event-handler", "query:load=echo 1", "-event-handler",
@@ -230,7 +230,7 @@ func TestWordsOfSerfThatChangeNothingAreTaken(t *testing.T) {
 	}
 }
 
-func TestTheBareNameShowsTheCommands(t *testing.T) {
+func TestHelpIsShownForTheBareName(t *testing.T) {
 	t.Parallel()
 	all := helpOf(t, "")
 	if out, errs, code := hamlet(t); code != 2 || out != all ||
@@ -242,7 +242,7 @@ func TestTheBareNameShowsTheCommands(t *testing.T) {
 	}
 }
 
-func TestAnUnknownVariableIsOneWarning(t *testing.T) {
+func TestEnvironmentVariableThatIsUnknownIsOneWarning(t *testing.T) {
 	t.Parallel()
 	cmd := hamletCmd(agentArgs("-node", "a")...)
 	cmd.Env = append(cmd.Env, "HAMLET_JION=10.0.0.1", "HAMLET_LOG_LEVEL=info",
@@ -270,7 +270,7 @@ func TestAnUnknownVariableIsOneWarning(t *testing.T) {
 // ---- what handlers are told and not told ----
 
 // A restarted agent would run deploy and reboot again, and reboot again.
-func TestWhatWasSentBeforeOnesTimeRunsOnlyWithReplay(t *testing.T) {
+func TestEventFromBeforeTheStartRunsOnlyWithReplay(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	ran := func(name string) string { return readFile(filepath.Join(dir, name)) }
@@ -350,7 +350,7 @@ func (u *underground) firewall(rule, ip string) {
 	}
 }
 
-func TestHandlersOfWhoeverIsCutOffAreToldThatItIsAlone(t *testing.T) {
+func TestIsolationIsToldToTheHandlersOfTheNodeThatIsCutOff(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"nsenter", "ip", "iptables"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -388,7 +388,7 @@ func TestHandlersOfWhoeverIsCutOffAreToldThatItIsAlone(t *testing.T) {
 		return strings.Contains(out, "\tcut_off = true\n") && strings.Contains(out, "\tfailed = 2\n")
 	}
 	if !cutOff(joined[2]) || cutOff(joined[0]) {
-		t.Error("info does not tell who is cut off")
+		t.Error("info does not tell which node is cut off")
 	}
 	eventually(t, "the others' run", func() bool {
 		return heard("a", "member-failed lonely alone=") && heard("b", "member-failed lonely alone=")
@@ -434,7 +434,7 @@ func TestInfoNamesHandlersAsSerfDoes(t *testing.T) {
 }
 
 // Serf: "Acks": null.
-func TestJSONOfAQueryHasNoAcksWhereNoneAreWanted(t *testing.T) {
+func TestQueryJSONHasNoAcksWhereNoneAreWanted(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "-node", "a", "-event-handler", "query:load=echo 0.5")
 	out, _, code := a.run("query", "-no-ack", "-format", "json", "load")

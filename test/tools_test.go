@@ -123,7 +123,7 @@ func TestHelpFitsATerminal(t *testing.T) {
 
 // --- completion
 
-func TestBashCompletesCommandsOptionsAndValues(t *testing.T) {
+func TestCompletionOfBashKnowsCommandsOptionsAndValues(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bash"); err != nil {
 		t.Skip("SKIPPED: bash is not installed")
@@ -164,7 +164,7 @@ func TestBashCompletesCommandsOptionsAndValues(t *testing.T) {
 }
 
 // Zsh's own functions are replaced by ones that show what they are told.
-func TestZshCompletesCommandsOptionsAndValues(t *testing.T) {
+func TestCompletionOfZshKnowsCommandsOptionsAndValues(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("zsh"); err != nil {
 		t.Skip("SKIPPED: zsh is not installed")

@@ -94,7 +94,9 @@ All other commands ask the agent on their own machine, at 127.0.0.1:7373.
 .PP
 Agents listen on port 7946, UDP and TCP, and need both between all members.
 .SH COMMANDS
-Options come before arguments, and may be written with one or two dashes.
+Options may stand before or behind arguments, and may be written with one or
+two dashes.
+Behind \-\- nothing is an option.
 END
 	"$hamlet" help | sed -n '/^Commands:/,/^$/s/^  //p' | while read -r name short; do command "$name" "$short"; done
 	cat <<'END'
@@ -110,6 +112,10 @@ A flag wins over the environment, and the environment over files.
 .TP
 .BR SERF_RPC_ADDR ", " SERF_RPC_AUTH
 Where the other commands find their agent, and its token.
+Where they are not set,
+.B HAMLET_RPC_ADDR
+and
+.BR HAMLET_RPC_AUTH .
 .TP
 .B JOURNAL_STREAM
 Set by systemd: log lines then carry their priority and no date.
@@ -122,6 +128,8 @@ With
 .B \-config\-dir
 .IR DIR :
 options in Serf's JSON form, read in the order of their names.
+.B \-config\-file
+names a single one.
 .SH EXIT STATUS
 .TP
 .B 0
@@ -144,7 +152,8 @@ The agent ends at once, and the others see it fail; with
 it leaves.
 .TP
 .B SIGHUP
-The agent reads its files again: handlers, tags, log level and keys.
+The agent reads its files and options again: handlers, tags, the log level and
+keys change while it runs.
 .PP
 A second signal to stop ends the agent at once, with exit status 1.
 .SH SEE ALSO
