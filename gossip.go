@@ -649,7 +649,7 @@ type node struct {
 	table       *table
 	self        *entry
 	out         outputs
-	number      uint64 // of the last datagram
+	sending     sending
 	requests    requests
 	heartbeats  heartbeats
 	detector    detector
@@ -658,7 +658,11 @@ type node struct {
 	joining     joining
 	identity    identity
 	queries     queries
+}
 
+// sending is what limits and numbers the datagrams of a node.
+type sending struct {
+	number        uint64 // of the last one
 	amplification bucket // what is sent to those that have never answered
 	replayedPings bucket // answers to these, and to unknown senders
 }
@@ -689,7 +693,7 @@ func (n *node) step(now time.Duration, input func(*node)) {
 
 func (n *node) advance(now time.Duration) {
 	n.clock.advance(now)
-	n.amplification.fill(n.now, amplificationRate, amplificationBurst)
+	n.sending.amplification.fill(n.now, amplificationRate, amplificationBurst)
 }
 
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
@@ -850,7 +854,7 @@ func (n *node) reapInterval() time.Duration { return min(max(n.cfg.reapAfter/10,
 // amplify takes what it costs to send m something that it has not asked for, a message of kind k. It reports whether
 // that is allowed.
 func (n *node) amplify(m Member, k msgKind) (allowed bool) {
-	return n.amplification.take(n.amplificationCost(m, k))
+	return n.sending.amplification.take(n.amplificationCost(m, k))
 }
 
 // amplificationCost is 0 for members that have answered at their address.
@@ -880,8 +884,8 @@ func (n *node) send(to Member, hdr header, body []byte) {
 		to.Protocol = e.Protocol
 	}
 
-	n.number++
-	hdr.Number = n.number
+	n.sending.number++
+	hdr.Number = n.sending.number
 	data := append(wire.encode(nil, &hdr), body...)
 	n.out.packets = append(n.out.packets, packet{to, data})
 }
@@ -1238,7 +1242,7 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 	// A recorded ping can be replayed again and again, also without a key. So those that have come before, and
 	// those of a sender that is not remembered, get so many answers a second, all together.
 	if !fresh {
-		allowed := n.replayedPings.takeEvery(time.Second/replayedPingRate, replayedPingRate, n.now)
+		allowed := n.sending.replayedPings.takeEvery(time.Second/replayedPingRate, replayedPingRate, n.now)
 		if !allowed {
 			return
 		}
@@ -1320,7 +1324,7 @@ func (n *node) handleBroadcast(by *entry, us []update) error {
 func (n *node) sendAck(to netip.AddrPort, hdr header, size int) {
 	a := n.header(msgAck)
 	a.Seq = hdr.Seq
-	a.Number = n.number + 1
+	a.Number = n.sending.number + 1
 	if len(wire.encode(nil, &a)) > size {
 		a.Digest = 0
 	}

