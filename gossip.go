@@ -506,6 +506,9 @@ func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyInstance b
 
 // ---- replay window ----
 
+// windowSize is how far behind the highest number a datagram may come and still count.
+const windowSize = 64
+
 // replayWindow tells which of the numbers that an instance gives its datagrams have counted: none counts twice
 // (RFC 4303, section 3.4.3). What is windowSize behind the highest does not count at all.
 type replayWindow struct {

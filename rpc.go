@@ -45,7 +45,6 @@ const (
 	maxLinkWait    = 30 * time.Second // between tries to link, and between checks whether a link's member is still one
 	eventPatience  = 4 * time.Second  // for which an event waits for its turn: less than its command waits
 	syncTimeout    = 2 * time.Minute  // for a whole state sync: the largest over a line of 1 Mbit/s
-	windowSize     = 64
 )
 
 // ---- the handshake, and frames ----
