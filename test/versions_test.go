@@ -128,7 +128,10 @@ func TestVersionsRollForthAndBackUnderEvents(t *testing.T) {
 	}
 	for i := range members {
 		for _, a := range append(slices.Clone(former[i]), agents[i]) {
-			if text := a.stderr.String(); strings.Contains(text, "member-failed") || strings.Contains(text, "[WARN]") {
+			text := a.stderr.String()
+			// A seed that is replaced is missed for a moment.
+			warned := strings.Count(text, "[WARN]") > strings.Count(text, "[WARN] no seed answers")
+			if strings.Contains(text, "member-failed") || warned {
 				t.Errorf("%s says:\n%s", names[i], text)
 			}
 		}
