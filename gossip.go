@@ -453,7 +453,7 @@ func spokenWith(theirs uint8) uint8 {
 
 // checkProtocol says what is wrong with a protocol that the other side speaks.
 func checkProtocol(theirs uint8) error {
-	if theirs < protocolOldest && theirs < 5 {
+	if theirs < 5 {
 		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
 	}
 	tooOld := "this"
