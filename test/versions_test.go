@@ -20,8 +20,8 @@ var laterLines = map[string]string{
 	"	// Later versions have more kinds, and this one takes no notice of them.\n": "	msgLater\n",
 	"	cfg.member.Protocol = protocolVersion\n":                                    "	cfg.member.Protocol = protocolVersion\n	cfg.member.Ext = \"said later\"\n",
 	"	hdr := header{Kind: k, From":                                                "	hdr := header{Ext: \"said later\", Kind: k, From",
-	"	n.broadcasts.step(n)\n": "	n.broadcasts.step(n)\n	for _, w := range n.heartbeats.watchers {\n" +
-		"		n.send(w.Member, n.header(msgLater), nil)\n	}\n",
+	// With each heartbeat, since two that answered each message so would never end.
+	"	hdr := n.header(msgHeartbeat)\n": "	hdr := n.header(msgHeartbeat)\n	n.send(w.Member, n.header(msgLater), nil)\n",
 }
 
 // buildLater builds the program as a version with that protocol would be.
