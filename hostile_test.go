@@ -1349,13 +1349,14 @@ func TestAcceptorCutsStrangersOffAfterTwoSeconds(t *testing.T) {
 func TestHandshakeSaysNothingBeforeAChallengeIsAnswered(t *testing.T) {
 	g, _ := startTestGossip(t, "red", gossipConfig{sealer: sealer{keys: [][]byte{bytes.Repeat([]byte{1}, keySize)}}})
 	self, _ := g.self()
-	recorded := &bytes.Buffer{} // what a member says
+	recording := make(chan []byte, 1) // what a member says
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ln.Close()
 	go func() {
+		defer close(recording)
 		c, err := ln.Accept()
 		if err != nil {
 			return
@@ -1365,23 +1366,28 @@ func TestHandshakeSaysNothingBeforeAChallengeIsAnswered(t *testing.T) {
 			return
 		}
 		go io.Copy(c, to)
-		io.Copy(io.MultiWriter(recorded, to), c)
+		var said bytes.Buffer
+		io.Copy(io.MultiWriter(&said, to), c)
 		to.Close()
+		recording <- said.Bytes()
 	}()
 	other, _ := startTestGossip(t, "green", gossipConfig{sealer: sealer{keys: g.cfg.keys}})
 	if n, err := joined(other, ln.Addr().String()); n != 1 {
 		t.Fatal(err)
 	}
-	eventually(t, "a recording", func() bool { return recorded.Len() > helloSize })
+	recorded := <-recording
+	if len(recorded) <= helloSize {
+		t.Fatalf("%d bytes were recorded", len(recorded))
+	}
 	for range 3 {
 		c, err := net.Dial("tcp", self.Addr.String())
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.Write(recorded.Bytes())
+		c.Write(recorded)
 		c.SetDeadline(time.Now().Add(8 * time.Second))
 		if got, _ := io.ReadAll(c); len(got) > helloSize+4 {
-			t.Errorf("a recording of %d bytes is answered with %d bytes", recorded.Len(), len(got))
+			t.Errorf("a recording of %d bytes is answered with %d bytes", len(recorded), len(got))
 		}
 		c.Close()
 	}
