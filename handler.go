@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -30,9 +31,9 @@ const (
 	killAfter  = 5 * time.Second  // between TERM and KILL
 	// closeKillAfter is killAfter once the agent stops, whose end is waited for.
 	closeKillAfter = time.Second
-	// pipesFor bounds the wait for the output of a script that has ended: a child in the background may hold the
-	// pipe open, and even go on printing.
-	pipesFor = 50 * time.Millisecond
+	// pipesFor bounds the wait for the output of a script that has ended: a child in the background may hold the pipe
+	// open, and even go on printing. With a small share of a processor this agent may not run for half of it.
+	pipesFor = 200 * time.Millisecond
 )
 
 // handlerConfig says what runs when, and how.
@@ -48,9 +49,9 @@ type handlerConfig struct {
 // handlers are all handlers of one agent.
 type handlers struct {
 	cfg     handlerConfig
-	mu      sync.Mutex // guards all and cfg.timeout, which a reload changes
-	all     []*handler
-	ending  context.Context // done: what still runs is ended, and nothing new is taken
+	all     atomic.Pointer[[]*handler] // as of the last reload
+	timeout atomic.Int64               // the same of cfg.timeout
+	ending  context.Context            // done: what still runs is ended, and nothing new is taken
 	end     context.CancelCauseFunc
 	workers sync.WaitGroup
 }
@@ -63,12 +64,11 @@ type handler struct {
 	argv     []string
 
 	mu           sync.Mutex // guards what follows
-	working      bool       // a worker takes what is queued
 	queue        []delivery
-	dropped      int    // since the last run
-	droppedTotal int    // in all
-	last         string // how the last run ended
-	runningSince time.Time
+	dropped      int       // since the last run
+	droppedTotal int       // in all
+	last         string    // how the last run ended
+	runningSince time.Time // zero: no worker takes what is queued
 }
 
 // delivery is an event on its way to a handler.
@@ -88,14 +88,17 @@ func newHandlers(cfg handlerConfig) (*handlers, error) {
 	hs := &handlers{cfg: cfg}
 	hs.ending, hs.end = context.WithCancelCause(context.Background())
 
+	var all []*handler
 	for _, spec := range cfg.specs {
 		h, err := newHandler(spec, cfg.shell)
 		if err != nil {
 			return nil, fmt.Errorf("event handler %q: %w", spec, err)
 		}
 		h.handlers = hs
-		hs.all = append(hs.all, h)
+		all = append(all, h)
 	}
+	hs.all.Store(&all)
+	hs.timeout.Store(int64(cfg.timeout))
 	return hs, nil
 }
 
@@ -108,34 +111,19 @@ func (hs *handlers) reload(cfg handlerConfig) error {
 		return err
 	}
 
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	old := slices.Clone(hs.all)
-	for i, h := range next.all {
+	old := slices.Clone(*hs.all.Load())
+	all := *next.all.Load()
+	for i, h := range all {
 		h.handlers = hs
 		same := func(o *handler) bool { return o.script == h.script && slices.Equal(o.events, h.events) }
 		if at := slices.IndexFunc(old, same); at >= 0 {
-			next.all[i] = old[at]
+			all[i] = old[at]
 			old = slices.Delete(old, at, at+1)
 		}
 	}
-	hs.all = next.all
-	hs.cfg.timeout = cfg.timeout
+	hs.all.Store(&all)
+	hs.timeout.Store(int64(cfg.timeout))
 	return nil
-}
-
-// runTimeout returns how long a run may take; 0: as long as it likes.
-func (hs *handlers) runTimeout() time.Duration {
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	return hs.cfg.timeout
-}
-
-// current returns the handlers as of the last reload.
-func (hs *handlers) current() []*handler {
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	return hs.all
 }
 
 // newHandler parses the value of -event-handler.
@@ -231,7 +219,7 @@ func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 		d.answer = answer
 	}
 
-	for _, h := range hs.current() {
+	for _, h := range *hs.all.Load() {
 		if hs.ending.Err() == nil && matches(h.events, ev.kind, ev.Name) {
 			h.enqueue(d)
 			d.answer = nil // the first handler that a query finds answers it
@@ -262,8 +250,8 @@ func (h *handler) enqueue(d delivery) {
 		}
 	}
 	h.queue = append(h.queue, d)
-	if !h.working {
-		h.working = true
+	if h.runningSince.IsZero() {
+		h.runningSince = time.Now()
 		h.handlers.workers.Go(h.work)
 	}
 }
@@ -274,7 +262,7 @@ func (h *handler) take() []delivery {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if len(h.queue) == 0 {
-		h.working = false
+		h.runningSince = time.Time{}
 		h.queue = nil // lets go of what a burst has taken
 		return nil
 	}
@@ -283,6 +271,7 @@ func (h *handler) take() []delivery {
 		h.dropped = 0
 	}
 
+	h.runningSince = time.Now()
 	n := 1
 	kind := h.queue[0].kind
 	for kind < eventUser && n < len(h.queue) && h.queue[n].kind == kind {
@@ -297,7 +286,7 @@ func (h *handler) take() []delivery {
 // come more than once.
 func (hs *handlers) info() (facts []string) {
 	add := func(key, value string) { facts = append(facts, "event_handlers", key, value) }
-	for _, h := range hs.current() {
+	for _, h := range *hs.all.Load() {
 		for _, ev := range h.events {
 			kind, name, _ := strings.Cut(ev, ":")
 			add(kind+":"+name, h.script)
@@ -331,18 +320,13 @@ func (h *handler) work() {
 	}
 }
 
-// dropQueued drops what waits.
-func (h *handler) dropQueued() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.queue = nil
-}
-
 // close stops the handlers: what runs, and then the last events, have the grace to end; then their groups are
 // ended. All else that waits is dropped.
 func (hs *handlers) close(last ...Event) {
-	for _, h := range hs.current() {
-		h.dropQueued()
+	for _, h := range *hs.all.Load() {
+		h.mu.Lock()
+		h.queue = nil
+		h.mu.Unlock()
 	}
 	for _, ev := range last {
 		hs.deliver(ev, nil)
@@ -358,7 +342,6 @@ func (hs *handlers) close(last ...Event) {
 func (h *handler) run(batch []delivery) {
 	event := batch[0]
 	started := time.Now()
-	h.noteStart(started)
 	slow := time.AfterFunc(slowAfter, func() {
 		h.warnf("has been running for %v, since %s: its other events wait", slowAfter, started.Format(time.DateTime))
 	})
@@ -372,7 +355,9 @@ func (h *handler) run(batch []delivery) {
 		end = status
 	}
 	end += fmt.Sprintf(" after %v", time.Since(started).Round(time.Millisecond))
-	h.noteEnd(end + ", " + started.Format(time.DateTime))
+	h.mu.Lock()
+	h.last = end + ", " + started.Format(time.DateTime)
+	h.mu.Unlock()
 
 	output := string(answer.last) + string(printed.last)
 	h.handlers.cfg.log.printf(levelDebug, "Event '%s' script output: %s", event.kind, output)
@@ -383,19 +368,6 @@ func (h *handler) run(batch []delivery) {
 	if event.answer != nil {
 		event.answer(replyTo(status, &printed, &answer))
 	}
-}
-
-func (h *handler) noteStart(at time.Time) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.runningSince = at
-}
-
-func (h *handler) noteEnd(how string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.last = how
-	h.runningSince = time.Time{}
 }
 
 // title returns the event as a spec has it, such as user:deploy.
@@ -435,7 +407,7 @@ func replyTo(status string, printed, answer *outputCapture) (reply, []byte) {
 // runScript runs the script in a process group of its own. The status says how it failed, if it did.
 func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
 	ctx := h.handlers.ending
-	if timeout := h.handlers.runTimeout(); timeout > 0 {
+	if timeout := time.Duration(h.handlers.timeout.Load()); timeout > 0 {
 		limited, cancel := context.WithTimeoutCause(ctx, timeout, errors.New("timed out"))
 		defer cancel()
 		ctx = limited
@@ -446,36 +418,29 @@ func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (s
 		endGroup(cmd.Process.Pid, h.handlers.ending)
 		return nil
 	}
-	cmd.WaitDelay = pipesFor // of stdin, which a child in the background may hold open
+	cmd.WaitDelay = pipesFor
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env = h.environ(batch[0].Event)
 	cmd.Stdin = strings.NewReader(stdinFor(batch))
 
-	stdout := printed
-	err := printed.open()
-	if batch[0].answer != nil && err == nil {
-		stdout = answer
-		err = answer.open()
+	cmd.Stdout = printed
+	cmd.Stderr = printed
+	if batch[0].answer != nil {
+		cmd.Stdout = answer
 	}
-	if err == nil {
-		cmd.Stdout = stdout.w
-		cmd.Stderr = printed.w
-		err = cmd.Run()
-	}
-	printed.close()
-	answer.close()
 
-	if cmd.Process == nil && ctx.Err() != nil {
-		return fmt.Sprintf("cannot start: %v", context.Cause(ctx))
-	}
-	if cmd.Process == nil {
-		return fmt.Sprintf("cannot start: %v", err)
-	}
+	err := cmd.Run()
 	if err == nil || errors.Is(err, exec.ErrWaitDelay) {
 		return ""
 	}
 	if ctx.Err() != nil {
-		return fmt.Sprintf("%v, %v", context.Cause(ctx), cmd.ProcessState)
+		err = context.Cause(ctx)
+	}
+	if cmd.Process == nil {
+		return fmt.Sprintf("cannot start: %v", err)
+	}
+	if ctx.Err() != nil {
+		return fmt.Sprintf("%v, %v", err, cmd.ProcessState)
 	}
 	return err.Error()
 }
@@ -503,34 +468,25 @@ func endGroup(pgid int, ending context.Context) {
 	syscall.Kill(-pgid, syscall.SIGKILL)
 }
 
-// runsInGroup reports whether a process is of the group and no zombie. Where there is no /proc, all run.
+// runsInGroup reports whether a process is of the group and no zombie, as far as /proc tells.
 func runsInGroup(pid, pgid int) bool {
-	group, err := syscall.Getpgid(pid)
-	if err != nil || group != pgid {
+	if group, _ := syscall.Getpgid(pid); group != pgid {
 		return false
 	}
-
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		_, noProc := os.Stat("/proc/self/stat")
-		return noProc != nil
-	}
-
-	afterName := stat[bytes.LastIndexByte(stat, ')')+1:] // the name itself may hold anything
-	_, fields, _ := strings.Cut(string(afterName), " ")
-	return fields != "" && fields[0] != 'Z' && fields[0] != 'X'
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, state, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" ")) // the name may hold anything
+	return len(state) > 0 && state[0] != 'Z' && state[0] != 'X'
 }
 
 // findInGroup returns a process of the group that runs; 0: there is none.
 func findInGroup(pgid int) int {
-	proc, err := os.Open("/proc")
-	if err != nil {
+	if _, err := os.Stat("/proc/self/stat"); err != nil {
 		return pgid // it cannot be found out
 	}
-	defer proc.Close()
-	names, _ := proc.Readdirnames(-1)
-	for _, name := range names {
-		if pid, err := strconv.Atoi(name); err == nil && runsInGroup(pid, pgid) {
+	processes, _ := os.ReadDir("/proc")
+	for _, p := range processes {
+		pid, _ := strconv.Atoi(p.Name())
+		if runsInGroup(pid, pgid) {
 			return pid
 		}
 	}
@@ -541,29 +497,6 @@ func findInGroup(pgid int) int {
 type outputCapture struct {
 	first, last []byte
 	size        int
-	r, w        *os.File       // a pipe
-	copying     sync.WaitGroup // from it
-}
-
-// open makes a pipe for a script to print to.
-func (c *outputCapture) open() (err error) {
-	c.r, c.w, err = os.Pipe()
-	c.copying.Go(func() { c.r.WriteTo(c) })
-	return err
-}
-
-// close waits, after the script has ended, until all is read, but not for a child in the background that holds the
-// pipe open.
-func (c *outputCapture) close() {
-	c.w.Close()
-	// Ten short waits are not one long one: with a small share of a processor this agent may not run at all meanwhile.
-	for range 10 {
-		if waitAtMost(pipesFor/10, c.copying.Wait) {
-			break
-		}
-	}
-	c.r.Close()
-	c.copying.Wait()
 }
 
 func (c *outputCapture) Write(p []byte) (int, error) {

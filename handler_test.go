@@ -539,7 +539,7 @@ func TestHandlerQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.working = true // by this test
+	h.runningSince = time.Now() // in this test
 	for _, ev := range []Event{
 		userEventOf("deploy", "1", 1, true), joinOf("a"), userEventOf("deploy", "2", 2, false), userEventOf("other", "3", 3, true),
 		userEventOf("deploy", "5", 5, true), joinOf("b"), userEventOf("deploy", "4", 4, true), failOf("a"), failOf("b"),
@@ -679,7 +679,7 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 			before := runtime.NumGoroutine()
 			hs, logged := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, "*="+script)
 			for i := range 3000 { // far more than a pipe takes
-				h := hs.all[0]
+				h := (*hs.all.Load())[0]
 				h.enqueue(delivery{Event: Event{kind: eventJoin, update: update{Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}}})
 			}
 			hs.deliver(joinOf("last"), nil)
@@ -704,7 +704,7 @@ func TestHandlerRunsLeaveNoDescriptorsAndGoroutines(t *testing.T) {
 	}
 	before := count()
 	hs, logged := startHandlers(t, handlerConfig{shell: "/nowhere/sh"}, "/nowhere/missing", "sleep 0", "sh -c")
-	hs.all[2].argv = []string{"/bin/sh", "-c", "echo x; exec sleep 0.02 <&- & exit 1"}
+	(*hs.all.Load())[2].argv = []string{"/bin/sh", "-c", "echo x; exec sleep 0.02 <&- & exit 1"}
 	for i := range 50 {
 		hs.deliver(userEventOf("e", "payload", uint64(i), false), nil)
 	}
