@@ -2,7 +2,7 @@
 //
 // A handler is one -event-handler spec with a queue of its own: events wait in order, and one run at a time takes
 // what waited together. Scripts are not trusted: one may hang, fork, print for ever or ignore TERM, and delays only
-// itself. The feed keeps each event once for all its readers. Nothing of the protocol is known here.
+// itself. Nothing of the protocol is known here.
 
 package main
 
@@ -24,8 +24,7 @@ import (
 )
 
 const (
-	maxFeed    = 8 << 20          // bytes of events that wait for slow readers, about
-	queueLimit = 4096             // events that may wait for one handler
+	queueLimit = 4096             // events that may wait for one handler, or one command
 	outputKept = 8 << 10          // bytes of a run's output that are logged
 	slowAfter  = 10 * time.Second // a run that takes longer is one WARN
 	killAfter  = 5 * time.Second  // between TERM and KILL
@@ -577,111 +576,71 @@ func handlerEnv(self Member, alone bool, rpcAddr, rpcAuth string) []string {
 
 // ---- the feed ----
 
-// feed holds the events for the commands that read them over the RPC: each once, for all, until all have read it.
-// Together they take maxFeed, however many readers do not read; a reader that is too slow is told how many it lost.
-// Safe for concurrent use; it never blocks.
+// feed hands the events to the commands that read them over the RPC: each event is kept once for all of them. A command
+// that is too slow loses the oldest, and is told how many. Safe for concurrent use; it never blocks.
 type feed struct {
 	mu          sync.Mutex
 	subscribers []*subscriber
-	items       []*item
-	first       uint64 // the number of the first of items, of all that there were
-	bytes       int
-	events      int // so far, without answers
 }
 
-// subscriber reads the answers to one query, or (query 0) all events.
+// subscriber is to read the answers to one query, or (query 0) all events.
 type subscriber struct {
-	query  uint32
-	next   uint64        // the number of the next item to read
-	events int           // the last one that it has read
-	more   chan struct{} // there may be more
+	query   uint32
+	items   chan *item // closed when it has unsubscribed
+	dropped atomic.Int64
 }
 
 type item struct {
 	Event
-	at     time.Time
-	events int // up to this one
-}
-
-func (it *item) bytes() int {
-	const itself = 400 // and its place in the list
-	return itself + len(it.Name) + len(it.Payload) + len(it.Member.Name) + len(it.Member.Tags) + len(it.Member.Version)
+	at time.Time
 }
 
 func (f *feed) subscribe(query uint32) *subscriber {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	sub := &subscriber{query: query, next: f.end(), events: f.events, more: make(chan struct{}, 1)}
+	sub := &subscriber{query: query, items: make(chan *item, queueLimit)}
 	f.subscribers = append(f.subscribers, sub)
 	return sub
 }
 
+// unsubscribe ends a subscription, if it has not ended yet. What waits may still be read.
 func (f *feed) unsubscribe(sub *subscriber) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.subscribers = slices.DeleteFunc(f.subscribers, func(o *subscriber) bool { return o == sub })
-	f.drop()
+	if i := slices.Index(f.subscribers, sub); i >= 0 {
+		f.subscribers = slices.Delete(f.subscribers, i, i+1)
+		close(sub.items)
+	}
 }
 
 func (f *feed) publish(ev Event) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if ev.kind != eventAnswer {
-		f.events++
-	}
-	if len(f.subscribers) == 0 {
-		return
-	}
-
-	it := &item{ev, time.Now(), f.events}
-	f.items = append(f.items, it)
-	f.bytes += it.bytes()
-	f.drop()
+	it := &item{ev, time.Now()}
 	for _, sub := range f.subscribers {
+		if sub.wants(ev) {
+			sub.add(it)
+		}
+	}
+}
+
+func (sub *subscriber) wants(ev Event) bool {
+	if ev.kind == eventAnswer {
+		return ev.id == sub.query
+	}
+	return sub.query == 0
+}
+
+// add makes room for it first: nothing else adds items, so that there is room then.
+func (sub *subscriber) add(it *item) {
+	if len(sub.items) == queueLimit {
 		select {
-		case sub.more <- struct{}{}:
-		default:
+		case <-sub.items:
+			sub.dropped.Add(1)
+		default: // the reader has made room
 		}
 	}
-}
-
-// end is the number of the item after the last.
-func (f *feed) end() uint64 { return f.first + uint64(len(f.items)) }
-
-// drop drops what all have read, and the oldest items when there are too many.
-func (f *feed) drop() {
-	unread := f.end()
-	for _, sub := range f.subscribers {
-		unread = min(unread, sub.next)
-	}
-	for f.first < unread || f.bytes > maxFeed {
-		f.bytes -= f.items[0].bytes()
-		f.items[0] = nil
-		f.items = f.items[1:]
-		f.first++
-	}
-}
-
-// read returns the next item for sub, and how many events before it are lost; nil: there is none yet.
-func (f *feed) read(sub *subscriber) (it *item, dropped int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	sub.next = max(sub.next, f.first)
-
-	for sub.next < f.end() {
-		it := f.items[sub.next-f.first]
-		sub.next++
-		isAnswer := it.kind == eventAnswer
-		if isAnswer && it.id == sub.query {
-			return it, 0
-		}
-		if !isAnswer && sub.query == 0 {
-			dropped := it.events - sub.events - 1
-			sub.events = it.events
-			return it, dropped
-		}
-	}
-	return nil, 0
+	sub.items <- it
 }
 
 // waitAtMost reports whether wait returned within d.

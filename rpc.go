@@ -1113,8 +1113,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "query":
 		err = g.streamQuery(s, req)
 	case "watch":
-		var sub *subscriber
-		g.doFor(s, func(*node) error { sub = g.feed.subscribe(0); return nil })
+		sub := g.feed.subscribe(0) // before the list, so that no change is missed between list and stream
 		s.patient = true
 		g.list(s)
 		g.stream(s, sub)
@@ -1229,32 +1228,21 @@ func (g *gossip) list(s *session) {
 
 // stream sends what sub reads until the reader or the agent has gone, or the query has ended.
 func (g *gossip) stream(s *session, sub *subscriber) {
-	if sub == nil { // the agent has ended
-		return
-	}
-	defer g.feed.unsubscribe(sub)
-	gone := make(chan struct{})
+	unsubscribe := func() { g.feed.unsubscribe(sub) }
+	defer unsubscribe()
+	defer context.AfterFunc(g.ctx, unsubscribe)()
 	go func() {
-		io.Copy(io.Discard, s.conn)
-		close(gone)
+		io.Copy(io.Discard, s.conn) // until the reader has gone
+		unsubscribe()
 	}()
 
-	for s.err == nil {
-		it, dropped := g.feed.read(sub)
-		if it == nil {
-			select {
-			case <-sub.more:
-			case <-gone:
-				return
-			case <-g.done:
-				return
-			}
-			continue
-		}
-		if it.kind == eventAnswer && it.reply == replyNone {
+	for it := range sub.items {
+		isEnd := it.kind == eventAnswer && it.reply == replyNone
+		if isEnd || s.err != nil {
 			return
 		}
-		resp := rpcResponse{More: true, Kind: it.kind, Reply: it.reply, Text: it.changed, Dropped: dropped}
+		resp := rpcResponse{More: true, Kind: it.kind, Reply: it.reply, Text: it.changed}
+		resp.Dropped = int(sub.dropped.Swap(0))
 		resp.At = it.at.UnixNano()
 		s.send(&resp, it.update)
 	}
