@@ -4556,8 +4556,8 @@ func (g *gossip) perform(out outputs) {
 		g.wg.Go(func() { g.tcpProbe(m, roundTrip) })
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
-		sync := &stateSync{roundTrip: g.state.node.roundTripTo(m)}
-		g.wg.Go(func() { g.syncWith(m.Addr, sync, false) })
+		sync := &stateSync{peer: Member{Addr: m.Addr}, roundTrip: g.state.node.roundTripTo(m)}
+		g.wg.Go(func() { g.syncWith(sync) })
 	}
 	if out.links != nil {
 		g.relink(g.state.node.self.Member, out.links)

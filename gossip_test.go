@@ -1092,8 +1092,8 @@ func TestSeedNeedsOneAddressThatAnswers(t *testing.T) {
 		n := newNode(nodeConfig{member: labMember(0), seeds: []string{"both"}}, 0)
 		n.tick(ms)
 		var r seedResult
-		r.add(at, "", syscall.ECONNREFUSED)
-		r.add(labMember(1).Addr, "b", tt.other)
+		r.add(Member{Addr: at}, syscall.ECONNREFUSED)
+		r.add(labMember(1), tt.other)
 		n.step(2*ms, func(n *node) { n.joining.handleSeedTried(n, 0, r) })
 		if logs := n.tick(2 * ms).logs; len(logs) != tt.logs || tt.logs > 0 && !strings.Contains(logs[0].String(), tt.text) {
 			t.Errorf("the other address: %v: it logs %q", tt.other, logs)

@@ -36,7 +36,7 @@ const (
 	maxInbound     = 768              // accepted connections at a time, of agents and commands
 	maxMerging     = 4                // chunks of tables that wait for the loop at a time
 	maxDials       = 64               // addresses tried in one join
-	maxResponses   = 4096             // frames of an answer that is no stream
+	maxResponses   = 3 * maxMembers   // frames of an answer that is no stream: a query's has two for each member
 	pageSize       = 40               // members in a frame
 	textPage       = 8 << 10          // bytes of text in a frame, about; of one fact, at most
 	helloTimeout   = 2 * time.Second  // for a stranger's hello
@@ -474,9 +474,9 @@ func (a *acceptor) logRejected(class logClass, from netip.Addr, err error) {
 
 // ---- sessions of agents ----
 
-// connect dials to, again after each of waits, and gives the session until the same deadline; joins: for a join. It
-// tells the node from which address the dial went out, where the node may take another one.
-func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, waits ...time.Duration) (net.Conn, error) {
+// connect dials to, as dialAgain does, and gives the session until the same deadline; joins: for a join. It tells the
+// node from which address the dial went out, where the node may take another one.
+func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, again time.Duration) (net.Conn, error) {
 	bound := g.cfg.bind.Addr()
 	if joins && !sameFamily(to.Addr(), bound) { // TCP might get there, but no datagram of this node
 		return nil, fmt.Errorf("this agent is bound to %s, an address of another kind (-bind [::]:%d takes both)",
@@ -487,7 +487,7 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 	if !bound.IsUnspecified() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(bound, 0))
 	}
-	c, err := dialAgain(ctx, dialer, to, waits)
+	c, err := dialAgain(ctx, dialer, to, again)
 	if err != nil && bound.IsLoopback() && !to.Addr().IsLoopback() {
 		return nil, fmt.Errorf("this agent is bound to %s, from where no other machine can be reached "+
 			"(-bind sets another address)", bound)
@@ -509,11 +509,9 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, wai
 	return c, nil
 }
 
-// dialAgain dials to, and once more after each of waits, since a lost SYN costs a second in the kernel. The first
+// dialAgain dials to, and twice more after the time again, since a lost SYN costs a second in the kernel. The first
 // result counts. What was dialled before goes on until then: its answer may only be far away.
-func dialAgain(
-	ctx context.Context, dialer net.Dialer, to netip.AddrPort, waits []time.Duration,
-) (net.Conn, error) {
+func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, again time.Duration) (net.Conn, error) {
 	type result struct {
 		c   net.Conn
 		err error
@@ -532,10 +530,7 @@ func dialAgain(
 		}
 	}
 
-	go dial()
-	after := time.Duration(0)
-	for _, wait := range waits {
-		after += wait
+	for _, after := range []time.Duration{0, again, 2 * again} {
 		defer time.AfterFunc(after, dial).Stop()
 	}
 	select {
@@ -658,7 +653,7 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	// A probe that is cut off tries again: the listener of a dying process accepts until the kernel has come to it, which
 	// resets the last connections, and then refuses.
 	for range 4 {
-		c, err := g.connect(ctx, m.Addr, false, again, again) // ctx ends it
+		c, err := g.connect(ctx, m.Addr, false, again) // ctx ends it
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			tell(verdictRefused, header{})
 		}
@@ -722,15 +717,13 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 }
 
 // redialAfter returns when a session that is more than a probe dials anew.
-func redialAfter(roundTrip time.Duration) []time.Duration {
-	return []time.Duration{max(300*ms, 2*roundTrip), max(400*ms, 2*roundTrip)}
-}
+func redialAfter(roundTrip time.Duration) time.Duration { return max(300*ms, 2*roundTrip) }
 
 // linkOnce returns nil when a link has ended, or why none could be had.
 func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	var roundTrip time.Duration
 	g.run(func(n *node) error { roundTrip = n.roundTripTo(m); return nil })
-	c, err := g.connect(ctx, m.Addr, false, redialAfter(roundTrip)...)
+	c, err := g.connect(ctx, m.Addr, false, redialAfter(roundTrip))
 	if err != nil {
 		return err
 	}
@@ -751,15 +744,14 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	return nil
 }
 
-// syncWith syncs with the peer at to, as sync says; joins: in order to join. It fills sync.peer.
-func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error {
-	c, err := g.connect(g.ctx, to, joins, redialAfter(sync.roundTrip)...)
+// syncWith syncs with the peer at the address of sync.peer, which it fills.
+func (g *gossip) syncWith(sync *stateSync) error {
+	c, err := g.connect(g.ctx, sync.peer.Addr, sync.joins, redialAfter(sync.roundTrip))
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	s, w, about := g.openSession(c, msgSync)
-	sync.peer.Addr = to
 	sync.roundTrip = s.roundTrip
 
 	// The reply is handled again until it is settled which node has this node's name.
@@ -827,13 +819,12 @@ func (g *gossip) serve(s *session) error {
 	if s.err != nil {
 		return s.err
 	}
-	opensSession := hdr.Kind >= msgTCPProbe && hdr.Kind <= msgSync
-	ofLaterVersion := hdr.Kind > msgBye
-	if validName(hdr.From) != nil || !opensSession && !ofLaterVersion {
-		return errMalformed
+	if hdr.Kind > msgBye {
+		return nil // of a later version
 	}
-	if ofLaterVersion {
-		return nil
+	opensSession := hdr.Kind >= msgTCPProbe && hdr.Kind <= msgSync
+	if !opensSession || validName(hdr.From) != nil {
+		return errMalformed
 	}
 
 	g.noteInbound(addrOf(s.conn.LocalAddr()), hdr.Kind == msgSync)
@@ -903,60 +894,58 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 	}
 
 	type outcome struct {
-		at   netip.AddrPort
-		peer string
+		sync *stateSync
 		err  error
 	}
 	outcomes := make(chan outcome, maxDials)
-	sync := func(at netip.AddrPort) {
-		sync := stateSync{joins: true, replay: replay}
-		err := g.syncWith(at, &sync, true)
-		outcomes <- outcome{at, sync.peer.Name, err}
+	dial := func(at netip.AddrPort) {
+		sync := &stateSync{peer: Member{Addr: at}, joins: true, replay: replay}
+		outcomes <- outcome{sync, g.syncWith(sync)}
 	}
 
 	lookups := lookUp(ctx, seed, defaultPort)
+	looking := cap(lookups)
+	dialling := 0
 	var tried []netip.AddrPort
-	var failed []string
-	for dialling := 0; lookups != nil || dialling > 0; {
+	var failed error
+	for looking+dialling > 0 {
 		select {
-		case l, more := <-lookups:
-			if !more {
-				lookups = nil
-			}
+		case l := <-lookups:
+			looking--
 			if l.err != nil {
-				failed = append(failed, fmt.Sprintf("%s: %v", seed, l.err))
+				failed = l.err
 			}
 			for _, at := range l.addrs {
 				if len(tried) < maxDials && !slices.Contains(tried, at) {
 					tried = append(tried, at)
 					dialling++
-					g.wg.Go(func() { sync(at) })
+					g.wg.Go(func() { dial(at) })
 				}
 			}
 		case o := <-outcomes:
 			dialling--
-			r.add(o.at, o.peer, o.err)
+			r.add(o.sync.peer, o.err)
 		}
 		if dialling == 0 && r.answered() {
-			lookups = nil // one address that answers is enough: no look-up is waited for
+			break // one address that answers is enough: no look-up is waited for
 		}
 	}
 	if len(tried) == 0 { // a name with an A record needs no AAAA
-		r.errs = slices.Compact(failed)
+		r.errs = []string{fmt.Sprintf("%s: %v", seed, failed)}
 	}
 	return r
 }
 
-// add takes what came of a sync with one address of the seed.
-func (r *seedResult) add(at netip.AddrPort, peer string, err error) {
+// add takes what came of a sync with a peer at one address of the seed.
+func (r *seedResult) add(peer Member, err error) {
 	if err == nil {
-		r.names = append(r.names, peer)
+		r.names = append(r.names, peer.Name)
 		r.errs = nil // one address is enough
 		return
 	}
 
 	if len(r.names) == 0 {
-		r.errs = append(r.errs, fmt.Sprintf("%s: %v", at, err))
+		r.errs = append(r.errs, fmt.Sprintf("%s: %v", peer.Addr, err))
 	}
 	if errors.Is(err, errSelf) {
 		r.isSelf = true
@@ -1275,14 +1264,7 @@ func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcRespon
 		return err
 	}
 
-	limit := maxResponses
-	switch req.Op {
-	case "query":
-		limit += 2 * maxMembers // each has it, and answers it
-	case "watch":
-		limit = math.MaxInt
-	}
-	for range limit {
+	for count := 0; count < maxResponses || req.Op == "watch"; count++ {
 		var resp rpcResponse
 		us := s.receive(&resp)
 		if s.err != nil {
@@ -1336,7 +1318,6 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 		timeout = math.MaxInt64
 	}
 	deadline := time.Now().Add(timeout)
-	var tooFew error // what the last answer lacked
 	for {
 		members, err := c.members(filter, min(rpcTimeout, max(time.Until(deadline), pause)))
 		living := aliveNames(members)
@@ -1344,8 +1325,8 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 			return members, nil
 		}
 
-		f, ok := errors.AsType[*failure](err)
-		mayStart := ok && f.retriable
+		f, _ := errors.AsType[*failure](err)
+		mayStart := f != nil && f.retriable
 		if wait == 0 || err != nil && !mayStart {
 			return nil, err
 		}
@@ -1354,13 +1335,9 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 			if len(living) > 0 {
 				names = strings.Join(living, ", ")
 			}
-			tooFew = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
+			err = failf("", "%d of %d members alive after %v: %s", len(living), wait, timeout, names)
 		}
-		timeIsOver := time.Until(deadline) <= pause
-		if timeIsOver && tooFew != nil {
-			return nil, tooFew
-		}
-		if timeIsOver {
+		if time.Until(deadline) <= pause {
 			return nil, err
 		}
 		time.Sleep(pause)
@@ -1512,43 +1489,34 @@ type lookup struct {
 	err   error
 }
 
-// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and
-// each answer comes as soon as it is there. The resolver may take as long as it likes: only ctx ends it. After the last
-// answer the channel is closed.
+// lookUp looks up HOST[:PORT]; port stands in for a missing one. A and AAAA records are asked for separately, and each
+// of the two results comes as soon as it is there. The resolver may take as long as it likes: only ctx ends it.
 func lookUp(ctx context.Context, s, port string) <-chan lookup {
-	answers := make(chan lookup, 2)
-	only := func(l lookup) <-chan lookup {
-		answers <- l
-		close(answers)
-		return answers
+	results := make(chan lookup, 2)
+	for _, network := range []string{"ip4", "ip6"} {
+		go func() {
+			addrs, err := lookUpFamily(ctx, network, s, port)
+			results <- lookup{addrs, err}
+		}()
 	}
+	return results
+}
+
+// lookUpFamily looks up the addresses of one family; an address itself is the result for both.
+func lookUpFamily(ctx context.Context, network, s, port string) (addrs []netip.AddrPort, err error) {
 	host, port, err := hostPort(s, port)
 	if err != nil {
-		return only(lookup{err: err})
+		return nil, err
 	}
-	complete := func(ip netip.Addr) netip.AddrPort {
-		return netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
+	ip, err := netip.ParseAddr(host)
+	ips := []netip.Addr{ip}
+	if err != nil {
+		ips, err = net.DefaultResolver.LookupNetIP(ctx, network, host)
 	}
-	if ip, err := netip.ParseAddr(host); err == nil {
-		return only(lookup{addrs: []netip.AddrPort{complete(ip)}})
+	for _, ip := range ips {
+		addrs = append(addrs, netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port)))
 	}
-
-	var both sync.WaitGroup
-	for _, family := range []string{"ip4", "ip6"} {
-		both.Go(func() {
-			ips, err := net.DefaultResolver.LookupNetIP(ctx, family, host)
-			l := lookup{err: lookupError(err)}
-			for _, ip := range ips {
-				l.addrs = append(l.addrs, complete(ip))
-			}
-			answers <- l
-		})
-	}
-	go func() {
-		both.Wait()
-		close(answers)
-	}()
-	return answers
+	return addrs, lookupError(err)
 }
 
 // lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
@@ -1558,7 +1526,9 @@ func lookUpOne(
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	err = errors.New("it has no address that fits")
-	for l := range lookUp(ctx, s, port) {
+	results := lookUp(ctx, s, port)
+	for range cap(results) {
+		l := <-results
 		if l.err != nil {
 			err = l.err
 		}
@@ -1569,7 +1539,7 @@ func lookUpOne(
 			}
 		}
 		if best.Addr().Is4() {
-			return best, nil
+			break
 		}
 	}
 	if best.IsValid() {

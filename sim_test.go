@@ -689,7 +689,7 @@ type simSession struct {
 
 // dial plays a connect of p that is made once more after each of waits, with the kernel's own tries after 1, 3 and 7
 // seconds. done gets a session, or errTimedOut or ECONNREFUSED.
-func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func(*simSession, error), waits ...time.Duration) {
+func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func(*simSession, error), again time.Duration) {
 	h, over := s.hostAt(to), false
 	finish := func(c *simSession, err error) {
 		if !over && p.state != procDead {
@@ -715,9 +715,7 @@ func (s *sim) dial(p *proc, to netip.AddrPort, deadline time.Duration, done func
 			}
 		})
 	}
-	at := time.Duration(0)
-	for _, wait := range append([]time.Duration{0}, waits...) {
-		at += wait
+	for _, at := range []time.Duration{0, again, 2 * again} {
 		for _, kernel := range []time.Duration{0, time.Second, 3 * time.Second, 7 * time.Second} {
 			if s.now+at+kernel < deadline {
 				s.after(at+kernel+s.latency(p.host, h), attempt)
@@ -827,7 +825,7 @@ func (s *sim) look(p *proc, m Member, tries int, deadline, again time.Duration) 
 		} else if err == syscall.ECONNREFUSED {
 			p.tell(func(n *node) { n.detector.handleTCPProbeResult(n, m, verdictRefused, header{}) })
 		}
-	}, again, again)
+	}, again)
 }
 
 // simLink is a watch link that shall stand.
@@ -901,7 +899,7 @@ func (p *proc) keepLink(l *simLink) {
 				ended(true, nil)
 			}
 		})
-	}, redialAfter(p.n.roundTripTo(l.m))...)
+	}, redialAfter(p.n.roundTripTo(l.m)))
 }
 
 // compare plays an exchange of tables.
@@ -936,7 +934,7 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 			y := &stateSync{peer: Member{Name: n.self.Name, Instance: n.self.Instance}, from: p.host.addr.Addr(), digest: n.digest()}
 			s.welcomed(c, n, w, about, sync, y, finish)
 		})
-	}, redialAfter(sync.roundTrip)...)
+	}, redialAfter(sync.roundTrip))
 }
 
 func (s *sim) welcomed(c *simSession, n *node, w header, about []update, sync, y *stateSync, finish func(error)) {
@@ -1004,7 +1002,7 @@ func (p *proc) trySeed(i int) {
 	sync := &stateSync{joins: true}
 	p.s.compare(p, p.seeds[i], sync, func(err error) {
 		var r seedResult
-		r.add(p.seeds[i], sync.peer.Name, err)
+		r.add(Member{Name: sync.peer.Name, Addr: p.seeds[i]}, err)
 		p.tell(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 	})
 }
