@@ -4321,13 +4321,13 @@ type gossipConfig struct {
 // gossip runs a node: it owns its sockets and the loop. Its methods are safe for concurrent use.
 type gossip struct {
 	cfg      gossipConfig
-	acceptor // at the TCP port, with the seal of both, and all else that is under way
+	acceptor acceptor // at the TCP port, with the seal of both, and all else that is under way
 	udp      *net.UDPConn
 	start    time.Time
 	record   atomic.Pointer[claim] // the own record, and whether this node is cut off, at the last tick
 	isolated atomic.Bool
 	inputs   chan func(*node) // what the loop is to do
-	dropped  atomic.Int64     // datagrams that found inputs full
+	lines    *logLimit        // that others can cause
 	feed     feed             // for commands that read events
 	turns    chan struct{}    // of sessions that have the loop make or take a chunk of a table
 	ready    chan struct{}    // closed: the address to advertise is known
@@ -4426,15 +4426,16 @@ func (l *logLimit) printf(class logClass, source string, level logLevel, format 
 // newGossip binds the sockets. The loop is still to be started: it begins to join the seeds.
 func newGossip(cfg gossipConfig) (*gossip, error) {
 	g := &gossip{
-		cfg:      cfg,
-		start:    time.Now(),
-		inputs:   make(chan func(*node), maxInputs),
-		turns:    make(chan struct{}, maxMerging),
-		ready:    make(chan struct{}),
-		ended:    make(chan struct{}),
-		done:     make(chan struct{}),
-		acceptor: acceptor{places: newPlaces(), lines: newLogLimit(cfg.log)},
+		cfg:    cfg,
+		start:  time.Now(),
+		inputs: make(chan func(*node), maxInputs),
+		turns:  make(chan struct{}, maxMerging),
+		ready:  make(chan struct{}),
+		ended:  make(chan struct{}),
+		done:   make(chan struct{}),
+		lines:  newLogLimit(cfg.log),
 	}
+	g.acceptor = acceptor{places: newPlaces(), lines: g.lines}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
@@ -4453,9 +4454,9 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 		close(g.ready)
 	}
 
-	g.ctx, g.quit = context.WithCancel(context.Background())
-	g.wg.Go(g.readUDP)
-	g.wg.Go(func() { g.accept(g.serve) })
+	g.acceptor.ctx, g.acceptor.quit = context.WithCancel(context.Background())
+	g.acceptor.wg.Go(g.readUDP)
+	g.acceptor.wg.Go(func() { g.acceptor.accept(g.serve) })
 	return g, nil
 }
 
@@ -4486,7 +4487,7 @@ func (g *gossip) listen() error {
 		at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(bind.Addr(), port))
 		udp, err := net.ListenUDP("udp"+family(bind.Addr()), at)
 		if err == nil {
-			g.tcp = tcp
+			g.acceptor.tcp = tcp
 			g.udp = udp
 			return udp.SetReadBuffer(1 << 20)
 		}
@@ -4503,12 +4504,12 @@ func (g *gossip) listen() error {
 // loop is the loop: the only goroutine that touches the node.
 func (g *gossip) loop() {
 	var planned time.Duration
-	for g.ctx.Err() == nil {
+	for g.acceptor.ctx.Err() == nil {
 		select {
 		case input := <-g.inputs:
 			g.state.node.step(time.Since(g.start), input)
 		case <-time.After(max(planned-time.Since(g.start), 0)):
-		case <-g.ctx.Done():
+		case <-g.acceptor.ctx.Done():
 		}
 		// A process that was stopped must hear what has arrived meanwhile before it judges, so the readers get a
 		// moment to hand it over.
@@ -4553,17 +4554,17 @@ func (g *gossip) perform(out outputs) {
 
 	for _, m := range out.tcpProbes {
 		roundTrip := g.state.node.roundTripTo(m)
-		g.wg.Go(func() { g.tcpProbe(m, roundTrip) })
+		g.acceptor.wg.Go(func() { g.tcpProbe(m, roundTrip) })
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
 		sync := &stateSync{peer: Member{Addr: m.Addr}, roundTrip: g.state.node.roundTripTo(m)}
-		g.wg.Go(func() { g.syncWith(sync) })
+		g.acceptor.wg.Go(func() { g.syncWith(sync) })
 	}
 	if out.links != nil {
 		g.relink(g.state.node.self.Member, out.links)
 	}
 	for _, i := range out.seeds {
-		g.wg.Go(func() {
+		g.acceptor.wg.Go(func() {
 			r := g.joinSeed(g.cfg.seeds[i], false)
 			g.post(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 		})
@@ -4575,7 +4576,7 @@ func (g *gossip) perform(out outputs) {
 	}
 	if out.left || out.fatal != nil {
 		g.err = out.fatal
-		g.quit()
+		g.acceptor.quit()
 	}
 }
 
@@ -4622,6 +4623,7 @@ func (g *gossip) logEvent(ev Event) {
 // readUDP hands the datagrams that are for this node to the loop.
 func (g *gossip) readUDP() {
 	buf := make([]byte, maxDatagram+1)
+	dropped := 0
 	for {
 		size, from, err := g.udp.ReadFromUDPAddrPort(buf)
 		if errors.Is(err, net.ErrClosed) {
@@ -4638,25 +4640,29 @@ func (g *gossip) readUDP() {
 			continue
 		}
 		if err != nil {
-			g.logRejected(aboutStrangers, from.Addr(), err)
+			g.lines.logRejected(aboutStrangers, from.Addr(), err)
 			continue
 		}
-		g.takeDatagram(from, slices.Clone(data), anyInstance)
+		taken := g.takeDatagram(from, slices.Clone(data), anyInstance)
+		if !taken {
+			dropped++
+			g.lines.printf(aboutHost, "datagrams", levelWarn,
+				"datagrams are dropped, %d so far: more come in than this host has time for", dropped)
+		}
 	}
 }
 
-// takeDatagram has the loop take a datagram, or drops it: the reader of a socket must not wait.
-func (g *gossip) takeDatagram(from netip.AddrPort, data []byte, anyInstance bool) {
+// takeDatagram has the loop take a datagram, unless its inputs are full: the reader of a socket must not wait.
+func (g *gossip) takeDatagram(from netip.AddrPort, data []byte, anyInstance bool) (taken bool) {
 	input := func(n *node) {
 		err := n.handleDatagram(from, data, anyInstance)
-		g.logRejected(aboutStrangers, from.Addr(), err)
+		g.lines.logRejected(aboutStrangers, from.Addr(), err)
 	}
 	select {
 	case g.inputs <- input:
+		return true
 	default:
-		dropped := g.dropped.Add(1)
-		g.lines.printf(aboutHost, "datagrams", levelWarn,
-			"datagrams are dropped, %d so far: more come in than this host has time for", dropped)
+		return false
 	}
 }
 
@@ -4702,6 +4708,6 @@ func (g *gossip) leave() error {
 
 // close stops the loop at once, without leaving.
 func (g *gossip) close() {
-	g.quit()
+	g.acceptor.quit()
 	<-g.done
 }

@@ -1378,14 +1378,14 @@ func (a *agent) chooseAddress() (why string, err error) {
 func (a *agent) awaitAddress(g *gossip) {
 	a.gossip.log.printf(levelWarn, "%s: this node joins as soon as it has an address to advertise", a.gossip.awaits)
 	for {
-		addr, _, err := a.advertised(g.ctx)
+		addr, _, err := a.advertised(g.acceptor.ctx)
 		if err == nil {
 			g.addressKnown(addr.Addr())
 			return
 		}
 		select {
 		case <-time.After(addressPoll):
-		case <-g.ctx.Done():
+		case <-g.acceptor.ctx.Done():
 			return
 		}
 	}

@@ -127,8 +127,9 @@ func (d *sealer) checkHello(b []byte, dialled bool) error {
 // that opens proves that the other side has the key and has answered this side's challenge, and that no frame before it
 // is missing. Like a bufio.Writer, a session keeps its first error in err, and then sends and receives nothing.
 type session struct {
-	conn      net.Conn    // in clear: for hellos, deadlines and the end
-	proven    atomic.Bool // a frame has opened
+	conn      net.Conn     // in clear: for hellos, deadlines and the end
+	from      netip.Prefix // of an accepted one: an IPv4 address, or an IPv6 network of 64 bits, which any host may have
+	proven    atomic.Bool  // a frame has opened
 	dialled   bool
 	patient   bool          // its reader may pause for as long as it likes
 	end       time.Time     // of the whole session, if it has one
@@ -384,7 +385,7 @@ func (a *acceptor) serveSession(s *session, serve func(*session) error) {
 	// A peer that says nothing or hangs up may only have found out whether the port is open.
 	portScan := timedOut(err) || errors.Is(plainError(err), errHungUp)
 	if !portScan && !errors.Is(err, errStopped) {
-		a.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), plainError(err))
+		a.lines.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), plainError(err))
 	}
 }
 
@@ -394,12 +395,7 @@ func (a *acceptor) serveSession(s *session, serve func(*session) error) {
 type places struct {
 	limit int
 	mu    sync.Mutex // guards taken
-	taken []place
-}
-
-type place struct {
-	s    *session
-	from netip.Prefix // an address of IPv4, or a network of 64 bits of IPv6, which any host may have
+	taken []*session
 }
 
 // newPlaces leaves half of the file descriptors for everything else. Go has raised their number as far as it may.
@@ -409,38 +405,40 @@ func newPlaces() *places {
 	return &places{limit: int(min(maxInbound, max(r.Cur/2, 8)))}
 }
 
-// take gives s a place.
+// take gives s, whose peer is at an address, a place.
 func (ps *places) take(s *session, from netip.Addr) {
 	bits := from.BitLen()
 	if from.Is6() {
 		bits = 64
 	}
-	network, _ := from.Prefix(bits)
+	s.from, _ = from.Prefix(bits)
 
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	if len(ps.taken) >= ps.limit {
-		i := ps.leastWanted()
-		ps.taken[i].s.conn.Close()
+		i := slices.Index(ps.taken, ps.leastWanted())
+		ps.taken[i].conn.Close()
 		ps.taken = slices.Delete(ps.taken, i, i+1)
 	}
-	ps.taken = append(ps.taken, place{s, network})
+	ps.taken = append(ps.taken, s)
 }
 
 func (ps *places) release(s *session) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	ps.taken = slices.DeleteFunc(ps.taken, func(p place) bool { return p.s == s })
+	if i := slices.Index(ps.taken, s); i >= 0 {
+		ps.taken = slices.Delete(ps.taken, i, i+1)
+	}
 }
 
-// leastWanted returns which of the places, all of which are taken, is taken away.
-func (ps *places) leastWanted() int {
-	var proven, unproven []int
-	for i, p := range ps.taken {
-		if p.s.proven.Load() {
-			proven = append(proven, i)
+// leastWanted returns the session that loses its place when all are taken.
+func (ps *places) leastWanted() *session {
+	var proven, unproven []*session
+	for _, s := range ps.taken {
+		if s.proven.Load() {
+			proven = append(proven, s)
 		} else {
-			unproven = append(unproven, i)
+			unproven = append(unproven, s)
 		}
 	}
 
@@ -452,23 +450,24 @@ func (ps *places) leastWanted() int {
 	}
 
 	// The address that has most loses any of the older half of its places, so that neither patience nor haste pays.
-	most := 0
-	counts := make(map[netip.Prefix]int)
-	for _, i := range candidates {
-		from := ps.taken[i].from
-		counts[from]++
-		most = max(most, counts[from])
+	byAddress := make(map[netip.Prefix][]*session)
+	var most []*session
+	for _, s := range candidates {
+		same := append(byAddress[s.from], s)
+		byAddress[s.from] = same
+		if len(same) > len(most) {
+			most = same
+		}
 	}
-	candidates = slices.DeleteFunc(candidates, func(i int) bool { return counts[ps.taken[i].from] < most })
-	return candidates[rand.IntN((len(candidates)+1)/2)]
+	return most[rand.IntN((len(most)+1)/2)]
 }
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
 // logRejected logs what is wrong with what came from there; nil: nothing is.
-func (a *acceptor) logRejected(class logClass, from netip.Addr, err error) {
+func (l *logLimit) logRejected(class logClass, from netip.Addr, err error) {
 	if err != nil {
-		a.lines.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
+		l.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
 	}
 }
 
@@ -646,7 +645,7 @@ func tcpProbeTimes(roundTrip time.Duration) (limit, again time.Duration) {
 // tcpProbe probes a member by TCP, and tells the node what comes of it.
 func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	limit, again := tcpProbeTimes(roundTrip)
-	ctx, cancel := context.WithTimeout(g.ctx, limit)
+	ctx, cancel := context.WithTimeout(g.acceptor.ctx, limit)
 	defer cancel()
 	tell := func(v verdict, w header) { g.post(func(n *node) { n.detector.handleTCPProbeResult(n, m, v, w) }) }
 
@@ -684,8 +683,8 @@ func (g *gossip) relink(self Member, links []Member) {
 		key := fmt.Sprint(self.Instance, m.Instance, m.Name)
 		end := old[key]
 		if end == nil {
-			ctx, cancel := context.WithCancel(g.ctx)
-			g.wg.Go(func() { g.keepLink(ctx, m) })
+			ctx, cancel := context.WithCancel(g.acceptor.ctx)
+			g.acceptor.wg.Go(func() { g.keepLink(ctx, m) })
 			end = cancel
 		}
 		g.state.links[key] = end
@@ -737,7 +736,7 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	c.SetDeadline(time.Time{})
 	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Now()) })()
 	s.receive(&header{})
-	if ctx.Err() != nil && g.ctx.Err() == nil {
+	if ctx.Err() != nil && g.acceptor.ctx.Err() == nil {
 		s.err = nil
 		s.send(&header{Kind: msgBye}) // nothing has failed
 	}
@@ -746,7 +745,7 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 
 // syncWith syncs with the peer at the address of sync.peer, which it fills.
 func (g *gossip) syncWith(sync *stateSync) error {
-	c, err := g.connect(g.ctx, sync.peer.Addr, sync.joins, redialAfter(sync.roundTrip))
+	c, err := g.connect(g.acceptor.ctx, sync.peer.Addr, sync.joins, redialAfter(sync.roundTrip))
 	if err != nil {
 		return err
 	}
@@ -804,7 +803,7 @@ func (g *gossip) receiveTable(s *session, sync *stateSync) {
 		})
 		<-g.turns
 		if bad > 0 {
-			g.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
+			g.lines.logRejected(aboutPeers, addrOf(s.conn.RemoteAddr()), fmt.Errorf("sent %d bad records in a table", bad))
 		}
 	}
 }
@@ -872,7 +871,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	results := make(chan seedResult, len(seeds))
 	for _, seed := range seeds {
-		g.wg.Go(func() { results <- g.joinSeed(seed, replay) })
+		g.acceptor.wg.Go(func() { results <- g.joinSeed(seed, replay) })
 	}
 	for range seeds {
 		r := <-results
@@ -885,7 +884,7 @@ func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 
 // joinSeed syncs with every address of a seed, with each as soon as it is known.
 func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
-	ctx, cancel := context.WithCancel(g.ctx)
+	ctx, cancel := context.WithCancel(g.acceptor.ctx)
 	defer cancel()
 	select {
 	case <-g.ready: // until then there is no address to tell the peer
@@ -919,7 +918,7 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 				if len(tried) < maxDials && !slices.Contains(tried, at) {
 					tried = append(tried, at)
 					dialling++
-					g.wg.Go(func() { dial(at) })
+					g.acceptor.wg.Go(func() { dial(at) })
 				}
 			}
 		case o := <-outcomes:
@@ -1065,7 +1064,7 @@ func rpcSealer(token string, gossip uint16) *sealer {
 // serveRPC answers commands at ln; info is what the agent knows of itself.
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
-	a := &acceptor{tcp: ln, places: g.places, lines: g.lines}
+	a := &acceptor{tcp: ln, places: g.acceptor.places, lines: g.lines}
 	a.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	a.ctx, a.quit = context.WithCancel(context.Background())
 	a.wg.Go(func() { a.accept(func(s *session) error { return g.command(s, ln, info) }) })
@@ -1219,7 +1218,7 @@ func (g *gossip) list(s *session) {
 func (g *gossip) stream(s *session, sub *subscriber) {
 	unsubscribe := func() { g.feed.unsubscribe(sub) }
 	defer unsubscribe()
-	defer context.AfterFunc(g.ctx, unsubscribe)()
+	defer context.AfterFunc(g.acceptor.ctx, unsubscribe)()
 	go func() {
 		io.Copy(io.Discard, s.conn) // until the reader has gone
 		unsubscribe()

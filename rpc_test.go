@@ -737,7 +737,7 @@ func TestLinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 			s.receive(&hdr)
 			bye <- s.err == nil && hdr.Kind == msgBye
 		}()
-		ctx, cancel := context.WithCancel(blue.ctx)
+		ctx, cancel := context.WithCancel(blue.acceptor.ctx)
 		go blue.linkOnce(ctx, Member{Name: "green", Addr: netip.MustParseAddrPort(ln.Addr().String()), Instance: 7})
 		if <-up; ends {
 			blue.close()
@@ -753,7 +753,7 @@ func TestLinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 
 func TestAcceptorTakesPeersWhileConnectionsAreHeldOpen(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
-	limit := red.places.limit
+	limit := red.acceptor.places.limit
 	var held []net.Conn
 	for range limit + 50 {
 		c, err := net.Dial("tcp", address(red).String())
@@ -799,7 +799,7 @@ func (ps *places) crowd(t *testing.T, proven bool, count int, addrs ...string) (
 }
 
 func (ps *places) holds(s *session) bool {
-	return slices.ContainsFunc(ps.taken, func(p place) bool { return p.s == s })
+	return slices.Contains(ps.taken, s)
 }
 
 // 3,000 silent connections a second kept out every joiner whose round trip was 200 ms: the oldest made room.
@@ -866,7 +866,7 @@ func TestAcceptorLeavesPlacesForNewcomersWhenAllOthersAreProven(t *testing.T) {
 
 func TestAcceptorOfBothPortsHasOneBudget(t *testing.T) {
 	red, _ := startTestGossip(t, "red", gossipConfig{})
-	red.places.limit = 20
+	red.acceptor.places.limit = 20
 	rpc := startTestRPC(t, red, "")
 	for range 30 {
 		for _, addr := range []string{rpc, address(red).String()} {
@@ -880,10 +880,10 @@ func TestAcceptorOfBothPortsHasOneBudget(t *testing.T) {
 	if _, _, err := call(rpc, "", rpcRequest{Op: "members"}); err != nil {
 		t.Error(err)
 	}
-	red.places.mu.Lock()
-	defer red.places.mu.Unlock()
-	if len(red.places.taken) > 20 {
-		t.Errorf("%d places are taken, of 20", len(red.places.taken))
+	red.acceptor.places.mu.Lock()
+	defer red.acceptor.places.mu.Unlock()
+	if len(red.acceptor.places.taken) > 20 {
+		t.Errorf("%d places are taken, of 20", len(red.acceptor.places.taken))
 	}
 }
 
