@@ -497,7 +497,7 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, aga
 
 	c.SetDeadline(deadline)
 	local := addrOf(c.LocalAddr())
-	g.noteLocalAddr(local, joins)
+	g.noteLocalAddr(local, true, joins)
 	if joins && g.cfg.moves {
 		err = g.checkAdvertised(local)
 	}
@@ -540,50 +540,36 @@ func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, again 
 	}
 }
 
-// noteLocalAddr is told at which address of this machine a connection stands. It follows a change of addresses where
-// the user has not chosen one; settles: it also shows which one leads to the peers.
-func (g *gossip) noteLocalAddr(local netip.Addr, settles bool) {
+// noteLocalAddr is told at which address of this machine a connection stands, which this node has dialled or a peer;
+// joins: for a state sync. It follows a change of addresses where the user has not chosen one, and a node that has not
+// joined yet learns from it on which network its peers are.
+func (g *gossip) noteLocalAddr(local netip.Addr, dialled, joins bool) {
 	self, _ := g.self()
 	own := self.Addr.Addr()
+	bind := g.cfg.bind.Addr()
 	if !g.cfg.moves || local == own {
 		return
 	}
 
-	gone := true
-	switch {
-	case g.cfg.iface != "":
-		local = followInterface(g.cfg.iface, own, g.cfg.bind.Addr())
-		settles = false
-	case isReachable(local, g.cfg.bind.Addr()):
-		gone = !isOwnAddress(own)
-	default:
-		return
+	gone := !isOwnAddress(own)
+	if g.cfg.iface != "" {
+		ips, _ := addressesOf(g.cfg.iface)
+		if slices.Contains(ips, own) {
+			return
+		}
+		local = bestAddress(ips, bind)
+		gone = true
 	}
-	if local.IsValid() {
-		g.postAddress(local, gone, settles)
+	// A peer may come in at a virtual address, which can move to another machine: of the addresses of one kind and
+	// interface the node keeps its own.
+	elsewhere := dialled || local.Is4() != own.Is4() || !onOneInterface(local, own)
+	if isReachable(local, bind) {
+		g.postAddress(local, gone, joins && elsewhere)
 	}
 }
 
 func (g *gossip) postAddress(ip netip.Addr, gone, settles bool) {
 	g.post(func(n *node) { n.identity.addressChanged(n, ip, gone, settles, uint64(time.Now().UnixMilli())) })
-}
-
-// noteInbound is told at which address of this machine a peer came in; joins: in order to sync.
-func (g *gossip) noteInbound(local netip.Addr, joins bool) {
-	self, _ := g.self()
-	own := self.Addr.Addr()
-	if !g.cfg.moves || local == own {
-		return
-	}
-
-	// A node that has not joined yet learns from this on which network its peers are. Of the addresses of one kind and
-	// interface it keeps its own: the other may be a virtual one, which can move to another machine.
-	alone := false
-	if joins {
-		g.run(func(n *node) error { alone = n.joining.joinedAt == 0; return nil })
-	}
-	elsewhere := local.Is4() != own.Is4() || !onOneInterface(local, own)
-	g.noteLocalAddr(local, alone && elsewhere)
 }
 
 // checkAdvertised returns what is wrong with joining from the address local of this machine: a peer could not answer.
@@ -826,7 +812,7 @@ func (g *gossip) serve(s *session) error {
 		return errMalformed
 	}
 
-	g.noteInbound(addrOf(s.conn.LocalAddr()), hdr.Kind == msgSync)
+	g.noteLocalAddr(addrOf(s.conn.LocalAddr()), false, hdr.Kind == msgSync)
 	var reply header
 	var about []update
 	g.doFor(s, func(n *node) error { reply, about = n.handshakeReply(hdr); return nil })
@@ -1605,15 +1591,6 @@ func bestAddress(ips []netip.Addr, bind netip.Addr) (best netip.Addr) {
 		}
 	}
 	return best
-}
-
-// followInterface returns the address to advertise of an interface: own as long as the interface has it.
-func followInterface(iface string, own, bind netip.Addr) netip.Addr {
-	ips, _ := addressesOf(iface)
-	if slices.Contains(ips, own) {
-		return own
-	}
-	return bestAddress(ips, bind)
 }
 
 // onOneInterface reports whether both are addresses of the same interface.
