@@ -4435,7 +4435,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 		done:   make(chan struct{}),
 		lines:  newLogLimit(cfg.log),
 	}
-	g.acceptor = acceptor{places: newPlaces(), lines: g.lines}
+	g.acceptor = acceptor{places: newPlaces(), lines: g.lines, serve: g.serve}
 	g.cfg.portKind = gossipPort
 	g.acceptor.sealer.Store(&g.cfg.sealer)
 	if err := g.listen(); err != nil {
@@ -4456,7 +4456,7 @@ func newGossip(cfg gossipConfig) (*gossip, error) {
 
 	g.acceptor.ctx, g.acceptor.quit = context.WithCancel(context.Background())
 	g.acceptor.wg.Go(g.readUDP)
-	g.acceptor.wg.Go(func() { g.acceptor.accept(g.serve) })
+	g.acceptor.wg.Go(g.acceptor.accept)
 	return g, nil
 }
 

@@ -342,7 +342,8 @@ type acceptor struct {
 	wg     sync.WaitGroup
 	ctx    context.Context // of all connections
 	quit   context.CancelFunc
-	lines  *logLimit // about those that were refused
+	lines  *logLimit            // about those that were refused
+	serve  func(*session) error // one session to its end
 }
 
 // close accepts nothing more, and waits at most a second for what is under way: a peer may read too slowly.
@@ -353,7 +354,7 @@ func (a *acceptor) close() {
 }
 
 // accept serves the connections that come in until the port is closed.
-func (a *acceptor) accept(serve func(*session) error) {
+func (a *acceptor) accept() {
 	for {
 		c, err := a.tcp.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -369,18 +370,18 @@ func (a *acceptor) accept(serve func(*session) error) {
 		c.SetDeadline(time.Now().Add(helloTimeout))
 		s := &session{conn: c}
 		a.places.take(s, addrOf(c.RemoteAddr()))
-		a.wg.Go(func() { a.serveSession(s, serve) })
+		a.wg.Go(func() { a.serveSession(s) })
 	}
 }
 
 // serveSession shakes hands and serves one session to its end.
-func (a *acceptor) serveSession(s *session, serve func(*session) error) {
+func (a *acceptor) serveSession(s *session) {
 	defer a.places.release(s)
 	defer s.conn.Close()
 	defer context.AfterFunc(a.ctx, func() { s.conn.Close() })()
 	a.sealer.Load().handshake(s)
 	s.conn.SetDeadline(time.Now().Add(frameTimeout)) // the first frame answers this hello, and may come from far away
-	err := serve(s)
+	err := a.serve(s)
 
 	// A peer that says nothing or hangs up may only have found out whether the port is open.
 	portScan := timedOut(err) || errors.Is(plainError(err), errHungUp)
@@ -1025,16 +1026,14 @@ func unreachable(addr string, timeout time.Duration, err error) error {
 	}
 
 	// All else may be better in a moment.
-	f := &failure{code: 1, retriable: true}
-	if timedOut(err) {
-		f.msg = fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms))
-		f.hint = "it may be stopped or overloaded: look at its process and its log"
-		return f
-	}
-	f.msg = fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err))
-	f.hint = fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or "+
+	msg := fmt.Sprintf("no agent answers at %s: %v", addr, plainError(err))
+	hint := fmt.Sprintf("is the agent running? start it with '%s agent', or say where it is with -rpc-addr or "+
 		"SERF_RPC_ADDR", prog)
-	return f
+	if timedOut(err) {
+		msg = fmt.Sprintf("the agent at %s did not answer within %v", addr, timeout.Round(ms))
+		hint = "it may be stopped or overloaded: look at its process and its log"
+	}
+	return &failure{msg: msg, hint: hint, code: 1, retriable: true}
 }
 
 // rpcSealer returns the sealer of a token, which is a key: it never travels.
@@ -1051,9 +1050,10 @@ func rpcSealer(token string, gossip uint16) *sealer {
 func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *acceptor {
 	self, _ := g.self()
 	a := &acceptor{tcp: ln, places: g.acceptor.places, lines: g.lines}
+	a.serve = func(s *session) error { return g.command(s, ln, info) }
 	a.sealer.Store(rpcSealer(token, self.Addr.Port()))
 	a.ctx, a.quit = context.WithCancel(context.Background())
-	a.wg.Go(func() { a.accept(func(s *session) error { return g.command(s, ln, info) }) })
+	a.wg.Go(a.accept)
 	return a
 }
 
@@ -1127,14 +1127,13 @@ func (g *gossip) joinCommand(s *session, req rpcRequest, resp *rpcResponse) erro
 func (g *gossip) streamQuery(s *session, req rpcRequest) error {
 	var sub *subscriber
 	var asked []string
-	err := g.run(func(n *node) error {
-		id, names, err := n.queries.ask(n, req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
-		if err != nil {
-			return err
+	err := g.run(func(n *node) (err error) {
+		var id uint32
+		id, asked, err = n.queries.ask(n, req.Name, req.Payload, splitNUL(req.Args), req.Timeout)
+		if err == nil {
+			sub = g.feed.subscribe(id)
 		}
-		sub = g.feed.subscribe(id)
-		asked = names
-		return nil
+		return err
 	})
 	if err != nil {
 		return err
@@ -1370,8 +1369,7 @@ type queryResult struct {
 	Acks      []string
 	Responses map[string]string // the output of handlers that did well
 	Failures  map[string]string `json:",omitempty"` // and of those that failed
-	acked     map[string]bool   // those in Acks
-	waiting   map[string]bool   // asked, and no answer yet
+	waiting   map[string]bool   // asked, and no answer yet; true: those in Acks
 	noAck     bool
 }
 
@@ -1379,7 +1377,6 @@ func newQueryResult(noAck bool) *queryResult {
 	return &queryResult{
 		Responses: make(map[string]string),
 		Failures:  make(map[string]string),
-		acked:     make(map[string]bool),
 		waiting:   make(map[string]bool),
 		noAck:     noAck,
 	}
@@ -1388,15 +1385,15 @@ func newQueryResult(noAck bool) *queryResult {
 // ask notes the members that are asked.
 func (r *queryResult) ask(names []string) {
 	for _, name := range names {
-		r.waiting[name] = true
+		r.waiting[name] = false
 	}
 }
 
 // add adds what from says, and returns the lines to show for it.
 func (r *queryResult) add(from string, reply reply, said string) string {
 	text := ""
-	if !r.noAck && !r.acked[from] { // a reply may overtake the acknowledgement
-		r.acked[from] = true
+	if !r.noAck && !r.waiting[from] { // a reply may overtake the acknowledgement
+		r.waiting[from] = true
 		r.Acks = append(r.Acks, from)
 		text = fmt.Sprintf("Ack from '%s'\n", from)
 	}
@@ -1597,8 +1594,7 @@ func bestAddress(ips []netip.Addr, bind netip.Addr) (best netip.Addr) {
 func onOneInterface(x, y netip.Addr) bool {
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
-		addrs, _ := ifc.Addrs()
-		ips := ipsOf(addrs)
+		ips, _ := addressesOf(ifc.Name)
 		if slices.Contains(ips, x) && slices.Contains(ips, y) {
 			return true
 		}
