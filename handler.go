@@ -49,7 +49,7 @@ type handlerConfig struct {
 type handlers struct {
 	cfg     handlerConfig
 	all     atomic.Pointer[[]*handler] // as of the last reload
-	timeout atomic.Int64               // the same of cfg.timeout
+	timeout atomic.Int64               // of one run, the same
 	ending  context.Context            // done: what still runs is ended, and nothing new is taken
 	end     context.CancelCauseFunc
 	workers sync.WaitGroup
@@ -79,46 +79,33 @@ type delivery struct {
 
 // ---- specs ----
 
-// newHandlers parses the specs.
 func newHandlers(cfg handlerConfig) (*handlers, error) {
 	if cfg.shell == "" {
 		cfg.shell = "/bin/sh"
 	}
 	hs := &handlers{cfg: cfg}
+	hs.all.Store(new([]*handler))
 	hs.ending, hs.end = context.WithCancelCause(context.Background())
-
-	var all []*handler
-	for _, spec := range cfg.specs {
-		h, err := newHandler(spec, cfg.shell)
-		if err != nil {
-			return nil, fmt.Errorf("event handler %q: %w", spec, err)
-		}
-		h.handlers = hs
-		all = append(all, h)
-	}
-	hs.all.Store(&all)
-	hs.timeout.Store(int64(cfg.timeout))
-	return hs, nil
+	return hs, hs.reload(cfg)
 }
 
 // reload replaces the handlers by those of cfg. One that stays goes on with what it has queued; one that goes ends what
 // it has queued, and gets nothing new. An error changes nothing.
 func (hs *handlers) reload(cfg handlerConfig) error {
-	cfg.shell = hs.cfg.shell
-	next, err := newHandlers(cfg)
-	if err != nil {
-		return err
-	}
-
 	old := slices.Clone(*hs.all.Load())
-	all := *next.all.Load()
-	for i, h := range all {
+	var all []*handler
+	for _, spec := range cfg.specs {
+		h, err := newHandler(spec, hs.cfg.shell)
+		if err != nil {
+			return fmt.Errorf("event handler %q: %w", spec, err)
+		}
 		h.handlers = hs
 		same := func(o *handler) bool { return o.script == h.script && slices.Equal(o.events, h.events) }
 		if at := slices.IndexFunc(old, same); at >= 0 {
-			all[i] = old[at]
+			h = old[at]
 			old = slices.Delete(old, at, at+1)
 		}
+		all = append(all, h)
 	}
 	hs.all.Store(&all)
 	hs.timeout.Store(int64(cfg.timeout))
@@ -643,10 +630,9 @@ func (sub *subscriber) add(it *item) {
 	sub.items <- it
 }
 
-// waitAtMost reports whether wait returned within d.
-func waitAtMost(d time.Duration, wait func()) bool {
+// waitAtMost waits until wait returns, for d at most.
+func waitAtMost(d time.Duration, wait func()) {
 	ctx, done := context.WithTimeout(context.Background(), d)
 	go func() { wait(); done() }()
 	<-ctx.Done()
-	return errors.Is(ctx.Err(), context.Canceled)
 }
