@@ -35,7 +35,7 @@ import (
 const (
 	maxInbound     = 768              // accepted connections at a time, of agents and commands
 	maxMerging     = 4                // chunks of tables that wait for the loop at a time
-	maxDials       = 64               // addresses tried in one join
+	maxDials       = 64               // addresses of one kind that a seed may have
 	maxResponses   = 3 * maxMembers   // frames of an answer that is no stream: a query's has two for each member
 	pageSize       = 40               // members in a frame
 	textPage       = 8 << 10          // bytes of text in a frame, about; of one fact, at most
@@ -879,44 +879,33 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 		return r
 	}
 
-	type outcome struct {
-		sync *stateSync
-		err  error
-	}
-	outcomes := make(chan outcome, maxDials)
-	dial := func(at netip.AddrPort) {
+	var mu sync.Mutex // guards r
+	try := func(at netip.AddrPort) {
 		sync := &stateSync{peer: Member{Addr: at}, joins: true, replay: replay}
-		outcomes <- outcome{sync, g.syncWith(sync)}
+		err := g.syncWith(sync)
+		mu.Lock()
+		defer mu.Unlock()
+		r.add(sync.peer, err)
+		if r.answered() {
+			cancel() // one address that answers is enough: no look-up is waited for
+		}
 	}
 
-	lookups := lookUp(ctx, seed, defaultPort)
-	looking := cap(lookups)
-	dialling := 0
-	var tried []netip.AddrPort
+	var tries sync.WaitGroup
 	var failed error
-	for looking+dialling > 0 {
-		select {
-		case l := <-lookups:
-			looking--
-			if l.err != nil {
-				failed = l.err
-			}
-			for _, at := range l.addrs {
-				if len(tried) < maxDials && !slices.Contains(tried, at) {
-					tried = append(tried, at)
-					dialling++
-					g.acceptor.wg.Go(func() { dial(at) })
-				}
-			}
-		case o := <-outcomes:
-			dialling--
-			r.add(o.sync.peer, o.err)
+	lookups := lookUp(ctx, seed, defaultPort)
+	for range cap(lookups) {
+		l := <-lookups
+		if l.err != nil {
+			failed = l.err
 		}
-		if dialling == 0 && r.answered() {
-			break // one address that answers is enough: no look-up is waited for
+		for _, at := range l.addrs[:min(len(l.addrs), maxDials)] {
+			tries.Go(func() { try(at) })
 		}
 	}
-	if len(tried) == 0 { // a name with an A record needs no AAAA
+	tries.Wait()
+
+	if !r.answered() && len(r.errs) == 0 { // a name with an A record needs no AAAA
 		r.errs = []string{fmt.Sprintf("%s: %v", seed, failed)}
 	}
 	return r
@@ -1484,13 +1473,17 @@ func lookUp(ctx context.Context, s, port string) <-chan lookup {
 	return results
 }
 
-// lookUpFamily looks up the addresses of one family; an address itself is the result for both.
+// lookUpFamily looks up the addresses of one family.
 func lookUpFamily(ctx context.Context, network, s, port string) (addrs []netip.AddrPort, err error) {
 	host, port, err := hostPort(s, port)
 	if err != nil {
 		return nil, err
 	}
 	ip, err := netip.ParseAddr(host)
+	isOther := ip.Is4() != (network == "ip4")
+	if err == nil && isOther {
+		return nil, nil
+	}
 	ips := []netip.Addr{ip}
 	if err != nil {
 		ips, err = net.DefaultResolver.LookupNetIP(ctx, network, host)
