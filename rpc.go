@@ -206,7 +206,6 @@ func (st *stream) nextNonce() []byte {
 	return nonce
 }
 
-// seal appends to dst the next frame's body.
 func (st *stream) seal(dst, data []byte) []byte {
 	nonce := st.nextNonce()
 	if st.sealsClear {
@@ -215,7 +214,6 @@ func (st *stream) seal(dst, data []byte) []byte {
 	return st.aeads[0].Seal(dst, nonce, data, nil)
 }
 
-// open returns what the next frame's body says.
 func (st *stream) open(body []byte) ([]byte, error) {
 	nonce := st.nextNonce()
 	for i, aead := range st.aeads {
@@ -290,7 +288,6 @@ func (s *session) readFrame() []byte {
 	return sealed
 }
 
-// decode opens and decodes a frame's body.
 func (s *session) decode(sealed []byte, message any) (us []update) {
 	if s.err != nil {
 		return nil
@@ -322,9 +319,10 @@ func timedOut(err error) bool {
 
 // plainError returns in plain words how a session has ended.
 func plainError(err error) error {
-	closings := []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, net.ErrClosed}
-	if slices.ContainsFunc(closings, func(e error) bool { return errors.Is(err, e) }) {
-		return errHungUp
+	for _, closing := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, net.ErrClosed} {
+		if errors.Is(err, closing) {
+			return errHungUp
+		}
 	}
 	if timedOut(err) || errors.Is(err, context.Canceled) {
 		return fmt.Errorf("no answer within %v", sessionTimeout)
@@ -353,7 +351,6 @@ func (a *acceptor) close() {
 	a.quit()
 }
 
-// accept serves the connections that come in until the port is closed.
 func (a *acceptor) accept() {
 	for {
 		c, err := a.tcp.Accept()
@@ -374,7 +371,6 @@ func (a *acceptor) accept() {
 	}
 }
 
-// serveSession shakes hands and serves one session to its end.
 func (a *acceptor) serveSession(s *session) {
 	defer a.places.release(s)
 	defer s.conn.Close()
@@ -499,12 +495,12 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, aga
 	c.SetDeadline(deadline)
 	local := addrOf(c.LocalAddr())
 	g.noteLocalAddr(local, true, joins)
-	if joins && g.cfg.moves {
-		err = g.checkAdvertised(local)
-	}
-	if err != nil {
+	self, _ := g.self()
+	onlyLinkLocal := self.Addr.Addr().IsLoopback() && local.Is6() && local.IsLinkLocalUnicast()
+	if joins && g.cfg.moves && onlyLinkLocal { // the peer could not answer
 		c.Close()
-		return nil, err
+		return nil, errors.New("this machine has only a link-local IPv6 address, which means nothing to others: " +
+			"give its interface another one")
 	}
 	return c, nil
 }
@@ -573,17 +569,6 @@ func (g *gossip) postAddress(ip netip.Addr, gone, settles bool) {
 	g.post(func(n *node) { n.identity.addressChanged(n, ip, gone, settles, uint64(time.Now().UnixMilli())) })
 }
 
-// checkAdvertised returns what is wrong with joining from the address local of this machine: a peer could not answer.
-func (g *gossip) checkAdvertised(local netip.Addr) error {
-	self, _ := g.self()
-	if self.Addr.Addr().IsLoopback() && local.Is6() && local.IsLinkLocalUnicast() {
-		return errors.New("this machine has only a link-local IPv6 address, which means nothing to others: " +
-			"give its interface another one")
-	}
-	return nil
-}
-
-// isReady reports whether this node has an address to advertise.
 func (g *gossip) isReady() bool {
 	select {
 	case <-g.ready:
@@ -880,17 +865,6 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 	}
 
 	var mu sync.Mutex // guards r
-	try := func(at netip.AddrPort) {
-		sync := &stateSync{peer: Member{Addr: at}, joins: true, replay: replay}
-		err := g.syncWith(sync)
-		mu.Lock()
-		defer mu.Unlock()
-		r.add(sync.peer, err)
-		if r.answered() {
-			cancel() // one address that answers is enough: no look-up is waited for
-		}
-	}
-
 	var tries sync.WaitGroup
 	var failed error
 	lookups := lookUp(ctx, seed, defaultPort)
@@ -900,7 +874,16 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 			failed = l.err
 		}
 		for _, at := range l.addrs[:min(len(l.addrs), maxDials)] {
-			tries.Go(func() { try(at) })
+			tries.Go(func() {
+				sync := &stateSync{peer: Member{Addr: at}, joins: true, replay: replay}
+				err := g.syncWith(sync)
+				mu.Lock()
+				defer mu.Unlock()
+				r.add(sync.peer, err)
+				if r.answered() {
+					cancel() // one address that answers is enough: no look-up is waited for
+				}
+			})
 		}
 	}
 	tries.Wait()
@@ -1046,7 +1029,6 @@ func serveRPC(ln net.Listener, g *gossip, token string, info func() []string) *a
 	return a
 }
 
-// command does what a command asks for, and answers it.
 func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err error) {
 	req := s.receiveRequest()
 	if s.err != nil {
@@ -1371,7 +1353,6 @@ func newQueryResult(noAck bool) *queryResult {
 	}
 }
 
-// ask notes the members that are asked.
 func (r *queryResult) ask(names []string) {
 	for _, name := range names {
 		r.waiting[name] = false
@@ -1445,7 +1426,6 @@ func checkAddrs(addrs []string) error {
 	return nil
 }
 
-// rpcAddr completes the address of an RPC.
 func rpcAddr(s string) (string, error) {
 	host, port, err := hostPort(s, defaultRPCPort)
 	if err != nil {
@@ -1454,7 +1434,6 @@ func rpcAddr(s string) (string, error) {
 	return net.JoinHostPort(host, port), err
 }
 
-// lookup is a result of the system's resolver.
 type lookup struct {
 	addrs []netip.AddrPort
 	err   error
@@ -1583,7 +1562,6 @@ func bestAddress(ips []netip.Addr, bind netip.Addr) (best netip.Addr) {
 	return best
 }
 
-// onOneInterface reports whether both are addresses of the same interface.
 func onOneInterface(x, y netip.Addr) bool {
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
