@@ -70,10 +70,10 @@ type handler struct {
 	runningSince time.Time // zero: no worker takes what is queued
 }
 
-// delivery is an event on its way to a handler.
+// delivery is an event on its way to a handler or a command.
 type delivery struct {
 	Event
-	until  time.Time           // of a query
+	at     time.Time           // when it came
 	answer func(reply, []byte) // of a query, for the handler that answers it
 }
 
@@ -199,9 +199,8 @@ func (h *handler) warnf(format string, args ...any) {
 
 // deliver queues ev for every handler that it matches. It never blocks.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
-	d := delivery{Event: ev}
+	d := delivery{Event: ev, at: time.Now()}
 	if ev.kind == eventQuery {
-		d.until = time.Now().Add(time.Duration(ev.Timeout) * ms)
 		d.answer = answer
 	}
 
@@ -299,7 +298,7 @@ func (h *handler) work() {
 			return
 		}
 		first := batch[0]
-		tooLate := first.kind == eventQuery && !time.Now().Before(first.until)
+		tooLate := first.kind == eventQuery && time.Since(first.at) >= time.Duration(first.Timeout)*ms
 		if !tooLate {
 			h.run(batch)
 		}
@@ -573,19 +572,14 @@ type feed struct {
 // subscriber is to read the answers to one query, or (query 0) all events.
 type subscriber struct {
 	query   uint32
-	items   chan *item // closed when it has unsubscribed
+	waiting chan *delivery // closed when it has unsubscribed
 	dropped atomic.Int64
-}
-
-type item struct {
-	Event
-	at time.Time
 }
 
 func (f *feed) subscribe(query uint32) *subscriber {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	sub := &subscriber{query: query, items: make(chan *item, queueLimit)}
+	sub := &subscriber{query: query, waiting: make(chan *delivery, queueLimit)}
 	f.subscribers = append(f.subscribers, sub)
 	return sub
 }
@@ -596,17 +590,17 @@ func (f *feed) unsubscribe(sub *subscriber) {
 	defer f.mu.Unlock()
 	if i := slices.Index(f.subscribers, sub); i >= 0 {
 		f.subscribers = slices.Delete(f.subscribers, i, i+1)
-		close(sub.items)
+		close(sub.waiting)
 	}
 }
 
 func (f *feed) publish(ev Event) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	it := &item{ev, time.Now()}
+	d := &delivery{Event: ev, at: time.Now()}
 	for _, sub := range f.subscribers {
 		if sub.wants(ev) {
-			sub.add(it)
+			sub.add(d)
 		}
 	}
 }
@@ -618,16 +612,16 @@ func (sub *subscriber) wants(ev Event) bool {
 	return sub.query == 0
 }
 
-// add makes room for it first: nothing else adds items, so that there is room then.
-func (sub *subscriber) add(it *item) {
-	if len(sub.items) == queueLimit {
+// add makes room first: nothing else adds, so that there is room then.
+func (sub *subscriber) add(d *delivery) {
+	if len(sub.waiting) == queueLimit {
 		select {
-		case <-sub.items:
+		case <-sub.waiting:
 			sub.dropped.Add(1)
 		default: // the reader has made room
 		}
 	}
-	sub.items <- it
+	sub.waiting <- d
 }
 
 // waitAtMost waits until wait returns, for d at most.

@@ -1180,15 +1180,15 @@ func (g *gossip) stream(s *session, sub *subscriber) {
 		unsubscribe()
 	}()
 
-	for it := range sub.items {
-		isEnd := it.kind == eventAnswer && it.reply == replyNone
+	for d := range sub.waiting {
+		isEnd := d.kind == eventAnswer && d.reply == replyNone
 		if isEnd || s.err != nil {
 			return
 		}
-		resp := rpcResponse{More: true, Kind: it.kind, Reply: it.reply, Text: it.changed}
+		resp := rpcResponse{More: true, Kind: d.kind, Reply: d.reply, Text: d.changed}
 		resp.Dropped = int(sub.dropped.Swap(0))
-		resp.At = it.at.UnixNano()
-		s.send(&resp, it.update)
+		resp.At = d.at.UnixNano()
+		s.send(&resp, d.update)
 	}
 }
 

@@ -1402,9 +1402,9 @@ func FuzzRPCRequest(f *testing.F) {
 
 // reads returns the numbers of the events that sub has before it, and how many it is told are lost.
 func (sub *subscriber) reads() (numbers []uint64, lost int) {
-	for len(sub.items) > 0 {
-		it := <-sub.items
-		numbers = append(numbers, it.LTime)
+	for len(sub.waiting) > 0 {
+		d := <-sub.waiting
+		numbers = append(numbers, d.LTime)
 		lost += int(sub.dropped.Swap(0))
 	}
 	return numbers, lost
