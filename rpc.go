@@ -149,10 +149,10 @@ func (d *sealer) handshake(s *session) *session {
 	return s
 }
 
-// exchangeHellos returns both hellos, the dialler's first. What cannot be written is noticed by the next read.
+// exchangeHellos returns both hellos, the dialler's first.
 func (d *sealer) exchangeHellos(conn net.Conn, dialled bool) (hellos string, err error) {
 	mine := d.hello()
-	if dialled {
+	if dialled { // what cannot be written is noticed by the next read
 		conn.Write(mine)
 	}
 
@@ -178,8 +178,7 @@ func (d *sealer) exchangeHellos(conn net.Conn, dialled bool) (hellos string, err
 	return string(theirs) + string(mine), d.checkHello(theirs, false)
 }
 
-// stream is one direction of a session. Its keys are derived for the direction and both hellos, of which each side has
-// made one at random: no other stream has them. So a frame's nonce is its count, and it opens in its place alone.
+// stream is one direction of a session. A frame's nonce is its count, and so it opens in its place alone.
 type stream struct {
 	tag          []byte        // opens a frame in clear: that, too, answers a challenge
 	aeads        []cipher.AEAD // one for each key; of the in direction the right one alone, once a frame has opened
@@ -189,6 +188,7 @@ type stream struct {
 }
 
 func (d *sealer) newStream(ofDialler bool, hellos string) stream {
+	// Each side has made one hello at random: no other stream has keys that are derived for this.
 	info := fmt.Sprint("stream ", ofDialler, hellos) // as in HKDF: what the keys are for
 	st := stream{tag: d.receiverHash(info), sealsClear: !d.sealsWithKey(), opensInClear: d.opensInClear()}
 	for _, key := range d.keys {
@@ -344,9 +344,10 @@ type acceptor struct {
 	serve  func(*session) error // one session to its end
 }
 
-// close accepts nothing more, and waits at most a second for what is under way: a peer may read too slowly.
+// close accepts nothing more, and ends what is under way.
 func (a *acceptor) close() {
 	a.tcp.Close()
+	// An answer may still be on its way, to a peer that reads too slowly.
 	waitAtMost(time.Second, a.wg.Wait)
 	a.quit()
 }
@@ -470,8 +471,7 @@ func (l *logLimit) logRejected(class logClass, from netip.Addr, err error) {
 
 // ---- sessions of agents ----
 
-// connect dials to, as dialAgain does, and gives the session until the same deadline; joins: for a join. It tells the
-// node from which address the dial went out, where the node may take another one.
+// connect dials to, as dialAgain does, and gives the session until the same deadline; joins: for a join.
 func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, again time.Duration) (net.Conn, error) {
 	bound := g.cfg.bind.Addr()
 	if joins && !sameFamily(to.Addr(), bound) { // TCP might get there, but no datagram of this node
@@ -492,6 +492,7 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, aga
 		return nil, plainError(err)
 	}
 
+	// Where the node may take another address, it is the one from which a dial goes out.
 	c.SetDeadline(deadline)
 	local := addrOf(c.LocalAddr())
 	g.noteLocalAddr(local, true, joins)
@@ -505,8 +506,7 @@ func (g *gossip) connect(ctx context.Context, to netip.AddrPort, joins bool, aga
 	return c, nil
 }
 
-// dialAgain dials to, and twice more after the time again, since a lost SYN costs a second in the kernel. The first
-// result counts. What was dialled before goes on until then: its answer may only be far away.
+// dialAgain dials to, and twice more after the time again. The first result counts.
 func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, again time.Duration) (net.Conn, error) {
 	type result struct {
 		c   net.Conn
@@ -526,6 +526,7 @@ func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, again 
 		}
 	}
 
+	// A lost SYN costs a second in the kernel. What was dialled before goes on: its answer may only be far away.
 	for _, after := range []time.Duration{0, again, 2 * again} {
 		defer time.AfterFunc(after, dial).Stop()
 	}
@@ -818,8 +819,9 @@ func (g *gossip) serve(s *session) error {
 	return s.err
 }
 
-// holdLink holds a link that m has dialled while m is a member: that of a vanished host would stay for ever.
+// holdLink holds a link that m has dialled while m is a member.
 func (g *gossip) holdLink(s *session, m Member) error {
+	// The link of a vanished host would stay for ever, so it is looked at every now and then.
 	for wait := helloTimeout; s.err == nil; wait = maxLinkWait {
 		s.conn.SetReadDeadline(time.Now().Add(wait))
 		s.receive(&header{})
@@ -1152,8 +1154,9 @@ func (g *gossip) userEvent(req rpcRequest) error {
 	}
 }
 
-// list sends all members, few at a time: a reader that does not read costs a page, however many they are.
+// list sends all members.
 func (g *gossip) list(s *session) {
+	// A reader that does not read costs a page, however many they are.
 	after := ""
 	for more := true; more && s.err == nil; {
 		var us []update
@@ -1200,8 +1203,7 @@ type client struct {
 	token string
 }
 
-// call asks the agent and calls each with each response, until it returns an error (io.EOF: it has enough). The first
-// response, and but for a stream all of them, must come within timeout.
+// call asks the agent and calls each with each response, until it returns an error (io.EOF: it has enough).
 func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcResponse, []update) error) error {
 	deadline := time.Now().Add(timeout)
 	addr, err := rpcAddr(c.addr)
@@ -1236,6 +1238,7 @@ func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcRespon
 			return err
 		}
 
+		// The first response, and but for a stream all of them, must come within timeout.
 		switch req.Op {
 		case "watch", "join":
 			conn.SetReadDeadline(time.Time{})
