@@ -1053,8 +1053,8 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 	case "event":
 		err = g.userEvent(req)
 	case "tags":
-		set, deleted := Tags(req.Args).asMap(), splitNUL(req.DeleteTags)
-		err = g.run(func(n *node) error { return n.identity.setTags(n, set, deleted) })
+		set := Tags(req.Args).asMap()
+		err = g.run(func(n *node) error { return n.identity.setTags(n, set, splitNUL(req.DeleteTags)) })
 	case "info":
 		s.sendTexts(info(), 3) // group, key, value
 	case "query":
@@ -1509,7 +1509,7 @@ func lookUpOne(
 func lookupError(err error) error {
 	dns, isDNS := errors.AsType[*net.DNSError](err)
 	switch {
-	case !isDNS || errors.Is(err, context.Canceled):
+	case !isDNS:
 		return err
 	case dns.IsNotFound:
 		return errors.New("no such host")
