@@ -132,7 +132,6 @@ type session struct {
 	proven    atomic.Bool  // a frame has opened
 	dialled   bool
 	patient   bool          // its reader may pause for as long as it likes
-	end       time.Time     // of the whole session, if it has one
 	roundTrip time.Duration // until the hello came, to the side that dialled
 	out, in   stream
 	err       error
@@ -245,18 +244,14 @@ func (s *session) sendBytes(data []byte) {
 	frame := s.out.seal(make([]byte, 4, 64+len(data)), data)
 	binary.BigEndian.PutUint32(frame, uint32(len(frame)-4))
 	if !s.patient {
-		s.conn.SetWriteDeadline(s.deadline())
+		s.conn.SetWriteDeadline(time.Now().Add(frameTimeout))
 	}
 	_, s.err = s.conn.Write(frame)
 }
 
-// deadline is by when the next frame must be through.
-func (s *session) deadline() time.Time {
-	next := time.Now().Add(frameTimeout)
-	if !s.end.IsZero() && s.end.Before(next) {
-		return s.end
-	}
-	return next
+// endAfter ends the session after d, however its frames trickle, unless that is stopped.
+func (s *session) endAfter(d time.Duration) *time.Timer {
+	return time.AfterFunc(d, func() { s.conn.Close() })
 }
 
 // receive reads one frame until the deadline that is set: a message, and the updates that may follow it.
@@ -514,15 +509,15 @@ func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, again 
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	results := make(chan result)
+	first := make(chan result, 1)
+	var decided atomic.Bool
 	dial := func() {
 		c, err := dialer.DialContext(ctx, "tcp", to.String())
-		select {
-		case results <- result{c, err}:
-		case <-ctx.Done():
-			if c != nil {
-				c.Close()
-			}
+		isFirst := decided.CompareAndSwap(false, true)
+		if isFirst {
+			first <- result{c, err}
+		} else if c != nil {
+			c.Close()
 		}
 	}
 
@@ -530,12 +525,8 @@ func dialAgain(ctx context.Context, dialer net.Dialer, to netip.AddrPort, again 
 	for _, after := range []time.Duration{0, again, 2 * again} {
 		defer time.AfterFunc(after, dial).Stop()
 	}
-	select {
-	case r := <-results:
-		return r.c, r.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
+	r := <-first
+	return r.c, r.err
 }
 
 // noteLocalAddr is told at which address of this machine a connection stands, which this node has dialled or a peer;
@@ -740,7 +731,7 @@ func (g *gossip) syncWith(sync *stateSync) error {
 	}
 
 	if differ {
-		s.end = time.Now().Add(syncTimeout)
+		defer s.endAfter(syncTimeout).Stop()
 		g.sendTable(s, sync)
 		g.receiveTable(s, sync)
 		g.sendTable(s, sync) // the events that only this side has
@@ -763,7 +754,7 @@ func (g *gossip) sendTable(s *session, sync *stateSync) {
 
 func (g *gossip) receiveTable(s *session, sync *stateSync) {
 	for more := true; more && s.err == nil; {
-		s.conn.SetReadDeadline(s.deadline())
+		s.conn.SetReadDeadline(time.Now().Add(frameTimeout))
 		sealed := s.readFrame()
 
 		var hdr header
@@ -810,7 +801,7 @@ func (g *gossip) serve(s *session) error {
 	case msgLink:
 		return g.holdLink(s, from)
 	case msgSync: // a peer that hangs up now has the same table
-		s.end = time.Now().Add(syncTimeout)
+		defer s.endAfter(syncTimeout).Stop()
 		sync := &stateSync{peer: from, from: addrOf(s.conn.RemoteAddr()), digest: hdr.Digest}
 		g.receiveTable(s, sync)
 		g.sendTable(s, sync)
@@ -1119,24 +1110,22 @@ func (g *gossip) streamQuery(s *session, req rpcRequest) error {
 
 // sendTexts sends texts in frames of some KiB. Each count of them belong together, and stay in one frame.
 func (s *session) sendTexts(texts []string, count int) {
-	var page []string
-	size := 0
+	var page []byte // each text with a NUL in front
 	for group := range slices.Chunk(texts, count) {
 		for _, text := range group {
 			if len(text) > textPage {
 				text = text[:textPage] + "..."
 			}
-			page = append(page, strings.ReplaceAll(text, "\x00", ""))
-			size += len(text)
+			page = append(page, 0)
+			page = append(page, strings.ReplaceAll(text, "\x00", "")...)
 		}
 
-		if size > textPage {
-			s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+		if len(page) > textPage {
+			s.send(&rpcResponse{More: true, Text: string(page[1:])})
 			page = nil
-			size = 0
 		}
 	}
-	s.send(&rpcResponse{More: true, Text: strings.Join(page, "\x00")})
+	s.send(&rpcResponse{More: true, Text: strings.TrimPrefix(string(page), "\x00")})
 }
 
 // userEvent sends a user event, as soon as the members have caught up with those that were sent before.

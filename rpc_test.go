@@ -679,9 +679,9 @@ func TestSessionEndsAsAWholeHoweverItsFramesTrickle(t *testing.T) {
 			}
 		}()
 		began := time.Now()
-		r.end = began.Add(syncTimeout)
+		defer r.endAfter(syncTimeout).Stop()
 		for r.err == nil {
-			r.conn.SetReadDeadline(r.deadline())
+			r.conn.SetReadDeadline(time.Now().Add(frameTimeout))
 			r.receive(&header{})
 		}
 		if time.Since(began) != syncTimeout {
