@@ -648,7 +648,8 @@ func (g *gossip) relink(self Member, links []Member) {
 		end := old[key]
 		if end == nil {
 			ctx, cancel := context.WithCancel(g.acceptor.ctx)
-			g.acceptor.wg.Go(func() { g.keepLink(ctx, m) })
+			roundTrip := g.state.node.roundTripTo(m)
+			g.acceptor.wg.Go(func() { g.keepLink(ctx, m, roundTrip) })
 			end = cancel
 		}
 		g.state.links[key] = end
@@ -661,9 +662,9 @@ func (g *gossip) relink(self Member, links []Member) {
 }
 
 // keepLink holds a watch link to m until ctx is done.
-func (g *gossip) keepLink(ctx context.Context, m Member) {
+func (g *gossip) keepLink(ctx context.Context, m Member, roundTrip time.Duration) {
 	for tries := 1; ctx.Err() == nil; tries++ {
-		err := g.linkOnce(ctx, m)
+		err := g.linkOnce(ctx, m, roundTrip)
 		if err == nil {
 			tries = 0
 		}
@@ -683,9 +684,7 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 func redialAfter(roundTrip time.Duration) time.Duration { return max(300*ms, 2*roundTrip) }
 
 // linkOnce returns nil when a link has ended, or why none could be had.
-func (g *gossip) linkOnce(ctx context.Context, m Member) error {
-	var roundTrip time.Duration
-	g.run(func(n *node) error { roundTrip = n.roundTripTo(m); return nil })
+func (g *gossip) linkOnce(ctx context.Context, m Member, roundTrip time.Duration) error {
 	c, err := g.connect(ctx, m.Addr, false, redialAfter(roundTrip))
 	if err != nil {
 		return err
@@ -1497,15 +1496,13 @@ func lookUpOne(
 // lookupError returns in plain words why a name has no address.
 func lookupError(err error) error {
 	dns, isDNS := errors.AsType[*net.DNSError](err)
-	switch {
-	case !isDNS:
+	if !isDNS {
 		return err
-	case dns.IsNotFound:
-		return errors.New("no such host")
-	case dns.Server != "":
-		return fmt.Errorf("no usable answer from the name server %s", dns.Server)
 	}
-	return errors.New("the name cannot be looked up")
+	if dns.IsNotFound || dns.Server == "" {
+		return errors.New(dns.Err) // such as "no such host"
+	}
+	return fmt.Errorf("no usable answer from the name server %s", dns.Server)
 }
 
 // sourceTo asks the kernel where packets to ip would come from. Nothing is sent.

@@ -738,7 +738,7 @@ func TestLinkThatEndsWithItsProcessSaysNoBye(t *testing.T) {
 			bye <- s.err == nil && hdr.Kind == msgBye
 		}()
 		ctx, cancel := context.WithCancel(blue.acceptor.ctx)
-		go blue.linkOnce(ctx, Member{Name: "green", Addr: netip.MustParseAddrPort(ln.Addr().String()), Instance: 7})
+		go blue.linkOnce(ctx, Member{Name: "green", Addr: netip.MustParseAddrPort(ln.Addr().String()), Instance: 7}, 0)
 		if <-up; ends {
 			blue.close()
 		} else {
