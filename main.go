@@ -448,16 +448,13 @@ func plainText(markdown string) string {
 	var b strings.Builder
 	inCode := false
 	for line := range strings.Lines(markdown) {
-		if strings.HasPrefix(line, "```") {
-			inCode = !inCode
-			continue
-		}
-		heading := strings.TrimLeft(line, "#")
 		switch {
-		case inCode && line != "\n":
+		case strings.HasPrefix(line, "```"):
+			inCode = !inCode
+		case inCode:
 			b.WriteString("    " + line)
-		case !inCode && heading != line:
-			b.WriteString(strings.ToUpper(strings.TrimLeft(heading, " ")))
+		case line[0] == '#':
+			b.WriteString(strings.ToUpper(strings.TrimLeft(line, "# ")))
 		default:
 			b.WriteString(strings.ReplaceAll(line, "`", ""))
 		}
@@ -1225,6 +1222,8 @@ func (a *agent) setFromJSON(given map[string][]string, file string, text []byte)
 		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: %v", file, err)
 	}
 
+	before := maps.Clone(a.tags) // which stay
+	clear(a.tags)
 	for _, key := range slices.Sorted(maps.Keys(object)) {
 		name, ok := serfKeys[key]
 		if !ok {
@@ -1241,16 +1240,11 @@ func (a *agent) setFromJSON(given map[string][]string, file string, text []byte)
 			continue
 		}
 
-		var values []string
-		for _, value := range optionTexts(object[key]) {
-			if !a.hasTag(name, value) {
-				values = append(values, value)
-			}
-		}
-		if err := a.options.setOption("-"+name, name, values...); err != nil {
+		if err := a.options.setOption("-"+name, name, optionTexts(object[key])...); err != nil {
 			return failf("", "%s: %s: %v", file, key, err)
 		}
 	}
+	maps.Copy(a.tags, before)
 	return nil
 }
 
@@ -1286,16 +1280,6 @@ func optionTexts(value any) (texts []string) {
 		texts = append(texts, fmt.Sprint(value))
 	}
 	return texts
-}
-
-// hasTag reports whether the tag that this option sets has a value already.
-func (a *agent) hasTag(option, value string) bool {
-	key, _, _ := strings.Cut(value, "=")
-	if option == "role" {
-		key = "role"
-	}
-	_, ok := a.tags[key]
-	return ok && (option == "role" || option == "tag")
 }
 
 // unknownKey is what the log says of a key in a file that is no option.
@@ -1432,7 +1416,7 @@ func (a *agent) run(environ []string) error {
 	if a.gossip.awaits != "" {
 		go a.awaitAddress(g)
 	}
-	r.logNotes(a.options.notes)
+	r.logNotes(a.options.notes, nil)
 	logs.pumping.Go(logs.pump)
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
@@ -1445,9 +1429,12 @@ func (a *agent) run(environ []string) error {
 	return r.wait(signals)
 }
 
-func (r *runningAgent) logNotes(notes []string) {
+// logNotes warns of what was not understood, and was not told before.
+func (r *runningAgent) logNotes(notes, told []string) {
 	for _, note := range notes {
-		r.log.printf(levelWarn, "%s", note)
+		if !slices.Contains(told, note) {
+			r.log.printf(levelWarn, "%s", note)
+		}
 	}
 }
 
@@ -1475,8 +1462,7 @@ func (r *runningAgent) reload() error {
 		return err
 	}
 
-	wasTold := func(note string) bool { return slices.Contains(r.lastRead.options.notes, note) }
-	r.logNotes(slices.DeleteFunc(slices.Clone(a.options.notes), wasTold))
+	r.logNotes(a.options.notes, r.lastRead.options.notes)
 	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
 		r.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
 	}
@@ -1723,18 +1709,13 @@ func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
 		}
 	}
 
-	if ip, err := netip.ParseAddr(host); err == nil {
-		if ip.IsMulticast() {
-			return bind, wrong
-		}
-		return netip.ParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
-	}
+	ip, notIP := netip.ParseAddr(host)
 	isName := strings.ContainsFunc(host, unicode.IsLetter) && !strings.Contains(host, ":")
-	if !isName {
+	if ip.IsMulticast() || notIP != nil && !isName {
 		return bind, wrong
 	}
-	isOwn := func(ip netip.Addr) bool { return ip.IsLoopback() || isOwnAddress(ip) }
-	bind, err = lookUpOne(context.Background(), host, port, isOwn)
+	fits := func(ip netip.Addr) bool { return notIP == nil || ip.IsLoopback() || isOwnAddress(ip) }
+	bind, err = lookUpOne(context.Background(), host, port, fits)
 	if err != nil {
 		err = failf("-bind takes HOST:PORT; HOST must be, or resolve to, an address of this machine",
 			"-bind: cannot listen on %q: %v", a.bind, err)
@@ -1753,8 +1734,7 @@ func (a *agent) needsIPv6() bool {
 	}
 	all, _ := addressesOf("")
 	own, _ := addressesOf(a.iface)
-	is4 := func(ip netip.Addr) bool { return ip.Is4() && !ip.IsLoopback() }
-	return !slices.ContainsFunc(own, is4) && slices.ContainsFunc(all, netip.Addr.Is6)
+	return !bestAddress(own, netip.IPv4Unspecified()).IsValid() && slices.ContainsFunc(all, netip.Addr.Is6)
 }
 
 // advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if
