@@ -40,6 +40,11 @@ const version = "0.2.0"
 //go:embed docs/handlers.md
 var handlersPage string
 
+// helpPages are what help says of the commands.
+//
+//go:embed docs/commands.txt
+var helpPages string
+
 var prog = filepath.Base(os.Args[0]) // the name that the program was called by
 
 const (
@@ -146,28 +151,26 @@ func execute(name string, args []string) error {
 
 // command is one command.
 type command struct {
-	name     string
-	args     string // what follows the options: WORD, [WORD] or WORD...
-	short    string
-	examples string // {} stands for the program's name
-	run      func(*options) error
+	name string
+	args string // what follows the options: WORD, [WORD] or WORD...
+	run  func(*options) error
 }
 
-// commands are all commands, in the order in which help lists them.
+// commands are all commands. What their help says beside their options stands in docs/commands.txt.
 func commands() []command {
 	return []command{
-		{"agent", "", "runs a node until it is told to stop", agentExamples, agentCommand},
-		{"members", "", "lists the members of the cluster", membersExamples, membersCommand},
-		{"watch", "", "lists the members, then shows events as they happen", watchExamples, watchCommand},
-		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", queryExamples, queryCommand},
-		{"info", "", "shows what the agent knows of itself", infoExamples, infoCommand},
-		{"tags", "", "changes the tags of the running agent", tagsExamples, tagsCommand},
-		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", eventExamples, eventCommand},
-		{"join", "ADDR...", "makes the agent join the cluster of another node", joinExamples, joinCommand},
-		{"leave", "", "makes the agent leave the cluster and stop", "  {} leave\n", leaveCommand},
-		{"force-leave", "NAME", "turns a failed member into one that left", forceLeaveExamples, forceLeaveCommand},
-		{"keygen", "", "prints a new key for -encrypt", keygenExamples, keygenCommand},
-		{"version", "", "prints the version", "  {} version\n", versionCommand},
+		{"agent", "", agentCommand},
+		{"members", "", membersCommand},
+		{"watch", "", watchCommand},
+		{"query", "NAME [PAYLOAD]", queryCommand},
+		{"info", "", infoCommand},
+		{"tags", "", tagsCommand},
+		{"event", "NAME [PAYLOAD]", eventCommand},
+		{"join", "ADDR...", joinCommand},
+		{"leave", "", leaveCommand},
+		{"force-leave", "NAME", forceLeaveCommand},
+		{"keygen", "", keygenCommand},
+		{"version", "", versionCommand},
 	}
 }
 
@@ -407,21 +410,14 @@ func serfHas(word string) error {
 }
 
 func help() string {
-	text := `  {} agent                     start a node on this machine
-  {} agent -join 10.0.2.15     start one that joins the cluster of that host
-  {} agent -log-level=debug -event-handler=./handler.sh
-                                   run a script when members come and go
-  {} members                   list the members of the cluster
-  {} leave                     leave the cluster and stop the agent
+	return strings.ReplaceAll(helpPage("help"), "{}", prog)
+}
 
-Commands:
-`
-	for _, c := range commands() {
-		text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
-	}
-	text += "\n'{} help COMMAND' shows how to use a command, and its options,\n" +
-		"'{} help handlers' what scripts are told.\n"
-	return strings.ReplaceAll(text, "{}", prog)
+// helpPage is the page of that name; {} stands for the program's name.
+func helpPage(name string) string {
+	_, page, _ := strings.Cut(helpPages, "# "+name+"\n\n")
+	page, _, _ = strings.Cut(page, "\n# ")
+	return page
 }
 
 func (c command) help(flags *flag.FlagSet) string {
@@ -429,14 +425,14 @@ func (c command) help(flags *flag.FlagSet) string {
 	flags.SetOutput(&list)
 	flags.PrintDefaults()
 
-	usage := c.name
+	text := "Usage: {} " + c.name
 	if list.Len() > 0 {
-		usage += " [OPTION...]"
+		text += " [OPTION...]"
 	}
 	if c.args != "" {
-		usage += " " + c.args
+		text += " " + c.args
 	}
-	text := "Usage: {} " + usage + "\n\n" + c.examples
+	text += "\n\n" + helpPage(c.name)
 	if list.Len() > 0 {
 		text += "\n" + list.String()
 	}
@@ -571,10 +567,6 @@ func (o *options) payload() []byte {
 	return []byte(o.args[1])
 }
 
-const infoExamples = `  {} info
-  {} info -format json
-`
-
 func infoCommand(o *options) error {
 	agent := o.rpcOptions()
 	asJSON := o.formatOption()
@@ -641,10 +633,6 @@ func infoJSON(facts []string) string {
 	return toJSON(groups)
 }
 
-const tagsExamples = `  {} tags -set state=drain
-  {} tags -set health=ok -set zone=b -delete state
-`
-
 func tagsCommand(o *options) error {
 	agent := o.rpcOptions()
 	set := make(map[string]string)
@@ -672,11 +660,6 @@ func tagsCommand(o *options) error {
 	return agent.tell(req, rpcTimeout, "Successfully updated agent tags\n")
 }
 
-const eventExamples = `  {} event deploy
-  {} event deploy 3f2c1aa       with a payload, the handlers' input
-  {} event -coalesce=false log "$(uptime)"
-`
-
 func eventCommand(o *options) error {
 	agent := o.rpcOptions()
 	coalesce := o.flags.Bool("coalesce", true, "of events of one name that wait, run only the last")
@@ -688,10 +671,6 @@ func eventCommand(o *options) error {
 	done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(req.Name, ""), *coalesce)
 	return agent.tell(req, rpcTimeout, done)
 }
-
-const joinExamples = `  {} join 10.0.2.15
-  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`
 
 func joinCommand(o *options) error {
 	agent := o.rpcOptions()
@@ -724,10 +703,6 @@ func leaveCommand(o *options) error {
 	return agent.tell(rpcRequest{Op: "leave"}, slowTimeout, "Graceful leave complete\n")
 }
 
-const forceLeaveExamples = `  {} force-leave web3           a failed member counts as left, everywhere
-  {} force-leave -prune web3    it vanishes from the list
-`
-
 func forceLeaveCommand(o *options) error {
 	agent := o.rpcOptions()
 	prune := o.flags.Bool("prune", false, "forget the member altogether")
@@ -736,10 +711,6 @@ func forceLeaveCommand(o *options) error {
 	}
 	return agent.tell(rpcRequest{Op: "force-leave", Name: o.args[0], Prune: *prune}, rpcTimeout, "")
 }
-
-const keygenExamples = `  {} keygen
-  HAMLET_ENCRYPT=$({} keygen) {} agent
-`
 
 func keygenCommand(o *options) error {
 	if err := o.parse(); err != nil {
@@ -779,12 +750,6 @@ func commit() string {
 
 // ---- members ----
 
-const membersExamples = `  {} members                                list all members
-  {} members -status alive -tag role=web    alive members with a tag
-  {} members -name 'db[0-9]+' -format json
-  {} members -wait 3 -timeout 20s           wait until three are alive
-`
-
 func membersCommand(o *options) error {
 	agent := o.rpcOptions()
 	asJSON := o.formatOption()
@@ -822,12 +787,6 @@ func membersCommand(o *options) error {
 }
 
 // ---- watch ----
-
-const watchExamples = `  {} watch
-  {} watch -event member-failed,user:deploy
-  {} watch -format json      one object a line, for programs
-  {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`
 
 func watchCommand(o *options) error {
 	agent := o.rpcOptions()
@@ -892,11 +851,6 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 }
 
 // ---- query ----
-
-const queryExamples = `  {} query load
-  {} query -tag role=db master
-  {} query -node web1 -node web2 -timeout 3s -format json health
-`
 
 func queryCommand(o *options) error {
 	agent := o.rpcOptions()
@@ -963,28 +917,6 @@ type agent struct {
 	files            []string // of configuration, and folders of such
 	folders          []string
 }
-
-const agentExamples = `  {} agent
-  {} agent -join 10.0.2.15
-  {} agent -node web1 -role web -join seed1.example.com,seed2
-  {} agent -log-level=debug -event-handler=./handler.sh
-  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
-  {} agent -event-handler 'query:load=uptime'
-  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
-
-Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
-Lists are split on commas, or on newlines if there are any. A flag wins over the
-environment, and that over files. '{} help handlers' tells what scripts get.
-
-SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
-others see this node fail. A second signal ends at once, with exit status 1.
-SIGHUP reads the files and options again: handlers, tags, the log level and keys
-change while the agent runs.
-
-It works over lines with a round trip of up to 1.6 s that lose some per cent,
-without a setting, since round trips are measured. Up to 300 ms, a death is
-noticed about as fast as on a LAN.
-`
 
 func agentCommand(o *options) error {
 	if os.Getpid() == 1 {

@@ -38,6 +38,14 @@ func TestHelpShowsTheTrueDefaults(t *testing.T) {
 	}
 }
 
+func TestHelpListsEveryCommand(t *testing.T) {
+	for _, c := range commands() {
+		if !strings.Contains(help(), "\n  "+c.name+" ") || !strings.HasPrefix(helpPage(c.name), "  {} "+c.name) {
+			t.Errorf("docs/commands.txt lacks %s", c.name)
+		}
+	}
+}
+
 func TestOptionsMayStandBehindArguments(t *testing.T) {
 	for args, want := range map[string]string{
 		"-n 3 a b":            "a b, n 3",
