@@ -133,7 +133,12 @@ func execute(name string, args []string) error {
 	var names []string
 	for _, c := range commands() {
 		if c.name == name {
-			return c.execute(args)
+			o := newOptions(c, args)
+			err := c.run(o)
+			if errors.Is(err, flag.ErrHelp) {
+				return output(o.help())
+			}
+			return err
 		}
 		names = append(names, c.name)
 	}
@@ -174,29 +179,19 @@ func commands() []command {
 	}
 }
 
-// execute runs the command with what was typed behind its name.
-func (c command) execute(typed []string) error {
-	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
-	err := c.run(newOptions(flags, c.args, typed))
-	if errors.Is(err, flag.ErrHelp) {
-		return output(c.help(flags))
-	}
-	return err
-}
-
-// options are the options and arguments of a command as they were typed. The command defines the options in flags, and
-// then parses.
+// options are the options and arguments of a command. The command defines its options in flags, and then parses.
 type options struct {
-	flags *flag.FlagSet
-	takes string              // the arguments that the command takes
-	typed []string            // options and arguments
-	args  []string            // the arguments
-	set   map[string][]string // what each option was set to, in this order
-	notes []string            // what was not understood, for the user or the log
+	command command
+	flags   *flag.FlagSet
+	typed   []string            // options and arguments
+	args    []string            // the arguments
+	set     map[string][]string // what each option was set to
+	notes   []string            // what was not understood, for the user or the log
 }
 
-func newOptions(flags *flag.FlagSet, takes string, typed []string) *options {
-	return &options{flags: flags, takes: takes, typed: typed, set: make(map[string][]string)}
+func newOptions(c command, typed []string) *options {
+	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	return &options{command: c, flags: flags, typed: typed, set: make(map[string][]string)}
 }
 
 // parse sets the options and arguments from what was typed.
@@ -208,7 +203,7 @@ func (o *options) parse() error {
 	if err != nil {
 		return o.wrongUsage(err)
 	}
-	if o.flags.Name() == "agent" { // which has a log, and its own way with signals
+	if o.command.name == "agent" { // which has a log, and its own way with signals
 		return nil
 	}
 
@@ -281,7 +276,7 @@ func (o *options) isSwitch(name string) bool {
 // keepsOthersOut reports whether the option of that name is there to keep others out of the agent. Without a value
 // that would silently not happen, so none is refused, wherever it comes from.
 func (o *options) keepsOthersOut(option string) bool {
-	return o.flags.Name() == "agent" && slices.Contains([]string{"encrypt", "rpc-auth", "cluster"}, option)
+	return o.command.name == "agent" && slices.Contains([]string{"encrypt", "rpc-auth", "cluster"}, option)
 }
 
 // setOption sets an option to values that came from source: a flag, a variable or a key of a file.
@@ -322,11 +317,11 @@ func (o *options) unknownOption(name string) error {
 
 // checkArgs compares the arguments with what the command takes.
 func (o *options) checkArgs() error {
-	takes := strings.Fields(o.takes)
+	takes := strings.Fields(o.command.args)
 	if len(o.args) == 0 && len(takes) > 0 {
-		return fmt.Errorf("%s is missing", o.takes)
+		return fmt.Errorf("%s is missing", o.command.args)
 	}
-	if len(o.args) <= len(takes) || strings.HasSuffix(o.takes, "...") {
+	if len(o.args) <= len(takes) || strings.HasSuffix(o.command.args, "...") {
 		return nil
 	}
 	extra := o.args[len(takes)]
@@ -342,7 +337,7 @@ func (o *options) wrongUsage(err error) error {
 	if isComplete || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
-	name := o.flags.Name()
+	name := o.command.name
 	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, name), "%s: %v", name, err)
 }
 
@@ -420,19 +415,19 @@ func helpPage(name string) string {
 	return page
 }
 
-func (c command) help(flags *flag.FlagSet) string {
+func (o *options) help() string {
 	var list strings.Builder
-	flags.SetOutput(&list)
-	flags.PrintDefaults()
+	o.flags.SetOutput(&list)
+	o.flags.PrintDefaults()
 
-	text := "Usage: {} " + c.name
+	text := "Usage: {} " + o.command.name
 	if list.Len() > 0 {
 		text += " [OPTION...]"
 	}
-	if c.args != "" {
-		text += " " + c.args
+	if o.command.args != "" {
+		text += " " + o.command.args
 	}
-	text += "\n\n" + helpPage(c.name)
+	text += "\n\n" + helpPage(o.command.name)
 	if list.Len() > 0 {
 		text += "\n" + list.String()
 	}
@@ -716,7 +711,7 @@ func keygenCommand(o *options) error {
 	if err := o.parse(); err != nil {
 		return err
 	}
-	key := make([]byte, 32)
+	key := make([]byte, keySize)
 	rand.Read(key) // never fails
 	return output(base64.StdEncoding.EncodeToString(key) + "\n")
 }
@@ -731,21 +726,23 @@ func versionCommand(o *options) error {
 
 // commit is what the program was built from, where the build knows it.
 func commit() string {
-	info, _ := debug.ReadBuildInfo()
-	settings := make(map[string]string)
-	if info != nil {
-		for _, s := range info.Settings {
-			settings[s.Key] = s.Value
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	revision, changes := "", ""
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			revision = s.Value
+		case s.Key == "vcs.modified" && s.Value == "true":
+			changes = " with changes"
 		}
 	}
-	revision := settings["vcs.revision"]
 	if revision == "" {
 		return ""
 	}
-	if settings["vcs.modified"] == "true" {
-		return fmt.Sprintf("commit %.10s with changes, ", revision)
-	}
-	return fmt.Sprintf("commit %.10s, ", revision)
+	return fmt.Sprintf("commit %.10s%s, ", revision, changes)
 }
 
 // ---- members ----
@@ -1385,8 +1382,7 @@ func (a *agent) listenRPC() (net.Listener, error) {
 
 // reload reads the options again, and changes what can change while the agent runs. An error changes nothing.
 func (r *runningAgent) reload() error {
-	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
-	a := newAgent(newOptions(flags, "", r.started.options.typed))
+	a := newAgent(newOptions(r.started.options.command, r.started.options.typed))
 	if err := a.read(r.environ); err != nil {
 		return err
 	}
@@ -1762,22 +1758,16 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 	}
 
 	// There is no route. Machines on some network of this one may be peers all the same.
-	var ips []netip.Addr
-	interfaceOf := make(map[netip.Addr]string)
 	ifcs, _ := net.Interfaces()
-	for _, ifc := range ifcs {
-		if ifc.Flags&net.FlagUp == 0 {
-			continue
+	for _, fits := range []func(ip, bind netip.Addr) bool{usable, isReachable} {
+		for _, ifc := range ifcs {
+			ips, _ := addressesOf(ifc.Name)
+			for _, ip := range ips {
+				if ifc.Flags&net.FlagUp != 0 && fits(ip, bind) {
+					return ip, "address of " + ifc.Name
+				}
+			}
 		}
-		addrs, _ := ifc.Addrs()
-		for _, ip := range ipsOf(addrs) {
-			ips = append(ips, ip)
-			interfaceOf[ip] = ifc.Name
-		}
-	}
-	ip = bestAddress(ips, bind)
-	if ip.IsValid() {
-		return ip, "address of " + interfaceOf[ip]
 	}
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1}), "no other address was found" // which [::] takes as well
 }

@@ -21,7 +21,7 @@ import (
 
 // agentCalledWith is an agent whose options are defined and not yet set.
 func agentCalledWith(typed ...string) *agent {
-	return newAgent(newOptions(flag.NewFlagSet("agent", flag.ContinueOnError), "", typed))
+	return newAgent(newOptions(command{name: "agent"}, typed))
 }
 
 // Most defaults are shown by package flag, which knows them; these are not.
@@ -64,7 +64,7 @@ func TestOptionsMayStandBehindArguments(t *testing.T) {
 		"-h":                  flag.ErrHelp.Error(),
 		"-syslogs -snapshott": "there is no option -syslogs",
 	} {
-		o := newOptions(flag.NewFlagSet("", flag.ContinueOnError), "", strings.Fields(args))
+		o := newOptions(command{}, strings.Fields(args))
 		var n int
 		o.numberOption(&n, "n", "")
 		on := o.flags.Bool("switch", false, "")
