@@ -40,7 +40,7 @@ const version = "0.2.0"
 //go:embed docs/handlers.md
 var handlersPage string
 
-// helpPages are what help says of the commands.
+// helpPages are the help, and that of each command; {} stands for the program's name.
 //
 //go:embed docs/commands.txt
 var helpPages string
@@ -113,13 +113,13 @@ func exit(err error) {
 func execute(name string, args []string) error {
 	switch name {
 	case "":
-		if err := output(help()); err != nil {
+		if err := output(help("help")); err != nil {
 			return err
 		}
 		return usagef("", "no command given")
 	case "help", "-h", "-help", "--help":
 		if len(args) == 0 || args[0] == "help" {
-			return output(help())
+			return output(help("help"))
 		}
 		if args[0] == "handlers" {
 			return output(plainText(handlersPage))
@@ -133,10 +133,9 @@ func execute(name string, args []string) error {
 	var names []string
 	for _, c := range commands() {
 		if c.name == name {
-			o := newOptions(c, args)
-			err := c.run(o)
+			err := c.run(newOptions(c, args))
 			if errors.Is(err, flag.ErrHelp) {
-				return output(o.help())
+				return output(help(name))
 			}
 			return err
 		}
@@ -161,7 +160,7 @@ type command struct {
 	run  func(*options) error
 }
 
-// commands are all commands. What their help says beside their options stands in docs/commands.txt.
+// commands are all commands. Their help stands in docs/commands.txt.
 func commands() []command {
 	return []command{
 		{"agent", "", agentCommand},
@@ -404,34 +403,11 @@ func serfHas(word string) error {
 	return nil
 }
 
-func help() string {
-	return strings.ReplaceAll(helpPage("help"), "{}", prog)
-}
-
-// helpPage is the page of that name; {} stands for the program's name.
-func helpPage(name string) string {
+// help is the page of that name.
+func help(name string) string {
 	_, page, _ := strings.Cut(helpPages, "# "+name+"\n\n")
 	page, _, _ = strings.Cut(page, "\n# ")
-	return page
-}
-
-func (o *options) help() string {
-	var list strings.Builder
-	o.flags.SetOutput(&list)
-	o.flags.PrintDefaults()
-
-	text := "Usage: {} " + o.command.name
-	if list.Len() > 0 {
-		text += " [OPTION...]"
-	}
-	if o.command.args != "" {
-		text += " " + o.command.args
-	}
-	text += "\n\n" + helpPage(o.command.name)
-	if list.Len() > 0 {
-		text += "\n" + list.String()
-	}
-	return strings.ReplaceAll(text, "{}", prog)
+	return strings.ReplaceAll(page, "{}", prog)
 }
 
 // plainText is a page of Markdown as a terminal shows it: headings in capitals, code indented.
@@ -454,16 +430,16 @@ func plainText(markdown string) string {
 }
 
 // listOption defines an option that adds to a list.
-func (o *options) listOption(list *[]string, name, usage string) {
-	o.flags.Func(name, usage, func(s string) error {
+func (o *options) listOption(list *[]string, name string) {
+	o.flags.Func(name, "", func(s string) error {
 		*list = append(*list, s)
 		return nil
 	})
 }
 
 // numberOption defines an option that takes a number of 0 or more.
-func (o *options) numberOption(n *int, name, usage string) {
-	o.flags.Func(name, usage, func(s string) error {
+func (o *options) numberOption(n *int, name string) {
+	o.flags.Func(name, "", func(s string) error {
 		u, err := strconv.ParseUint(s, 10, 31)
 		if err != nil {
 			return errors.New("want a number, 0 or more")
@@ -474,8 +450,8 @@ func (o *options) numberOption(n *int, name, usage string) {
 }
 
 // durationOption defines an option that takes a duration above 0.
-func (o *options) durationOption(d *time.Duration, name, usage string) {
-	o.flags.Func(name, usage, func(s string) error {
+func (o *options) durationOption(d *time.Duration, name string) {
+	o.flags.Func(name, "", func(s string) error {
 		parsed, err := time.ParseDuration(s)
 		if err != nil || parsed <= 0 {
 			return errors.New("want a duration, such as 500ms, 20s or 10m")
@@ -488,7 +464,7 @@ func (o *options) durationOption(d *time.Duration, name, usage string) {
 // formatOption defines -format, and returns whether JSON is wanted.
 func (o *options) formatOption() (asJSON *bool) {
 	asJSON = new(bool)
-	o.flags.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
+	o.flags.Func("format", "", func(s string) error {
 		if s != "json" && s != "text" {
 			return errors.New("want text or json")
 		}
@@ -540,8 +516,8 @@ func (o *options) rpcOptions() *client {
 		addr = defaultRPC
 	}
 	agent := &client{}
-	o.flags.StringVar(&agent.addr, "rpc-addr", addr, "`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
-	o.flags.StringVar(&agent.token, "rpc-auth", "", "the `TOKEN` that it asks for, or SERF_RPC_AUTH")
+	o.flags.StringVar(&agent.addr, "rpc-addr", addr, "")
+	o.flags.StringVar(&agent.token, "rpc-auth", "", "")
 	agent.token = rpcVariable("AUTH") // not as a default, which help would show
 	return agent
 }
@@ -632,8 +608,8 @@ func tagsCommand(o *options) error {
 	agent := o.rpcOptions()
 	set := make(map[string]string)
 	var remove []string
-	o.flags.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(set, ""))
-	o.flags.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+	o.flags.Func("set", "", setTag(set, ""))
+	o.flags.Func("delete", "", func(key string) error {
 		if key == "" || strings.Contains(key, "=") {
 			return errors.New("want KEY, such as state")
 		}
@@ -657,7 +633,7 @@ func tagsCommand(o *options) error {
 
 func eventCommand(o *options) error {
 	agent := o.rpcOptions()
-	coalesce := o.flags.Bool("coalesce", true, "of events of one name that wait, run only the last")
+	coalesce := o.flags.Bool("coalesce", true, "")
 	if err := o.parse(); err != nil {
 		return err
 	}
@@ -669,7 +645,7 @@ func eventCommand(o *options) error {
 
 func joinCommand(o *options) error {
 	agent := o.rpcOptions()
-	replay := o.flags.Bool("replay", false, "run handlers for the remembered events of that cluster")
+	replay := o.flags.Bool("replay", false, "")
 	if err := o.parse(); err != nil {
 		return err
 	}
@@ -700,7 +676,7 @@ func leaveCommand(o *options) error {
 
 func forceLeaveCommand(o *options) error {
 	agent := o.rpcOptions()
-	prune := o.flags.Bool("prune", false, "forget the member altogether")
+	prune := o.flags.Bool("prune", false, "")
 	if err := o.parse(); err != nil {
 		return err
 	}
@@ -753,15 +729,13 @@ func membersCommand(o *options) error {
 	filter := make(memberFilter)
 	var wait int
 	var timeout time.Duration
-	o.flags.Func("status", "only those of status `RE`: alive, leaving, left or failed", filter.set("status="))
-	o.flags.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", filter.set("name="))
-	o.flags.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
-	o.flags.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
-	detailed := o.flags.Bool("detailed", false, "show each one's version and protocol, and for how long it has had its\n"+
-		"status")
-	o.numberOption(&wait, "wait", "wait until `N` of those listed are alive, and for the agent to start;\n"+
-		"exit status 1 if it took too long")
-	o.durationOption(&timeout, "timeout", "the `DURATION` to wait (default: for ever)")
+	o.flags.Func("status", "", filter.set("status="))
+	o.flags.Func("name", "", filter.set("name="))
+	o.flags.Func("tag", "", filter.set("tag "))
+	o.flags.Func("role", "", filter.set("tag role="))
+	detailed := o.flags.Bool("detailed", false, "")
+	o.numberOption(&wait, "wait")
+	o.durationOption(&timeout, "timeout")
 	if err := o.parse(); err != nil {
 		return err
 	}
@@ -788,12 +762,11 @@ func membersCommand(o *options) error {
 func watchCommand(o *options) error {
 	agent := o.rpcOptions()
 	asJSON := o.formatOption()
-	events := o.flags.String("event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-		"each member that is there at the start")
+	events := o.flags.String("event", "*", "")
 	var count int
 	var timeout time.Duration
-	o.numberOption(&count, "n", "end after `N` events, not counting the members at the start")
-	o.durationOption(&timeout, "timeout", "with -n: exit status 1 if it takes longer, a `DURATION`")
+	o.numberOption(&count, "n")
+	o.durationOption(&timeout, "timeout")
 	if err := o.parse(); err != nil {
 		return err
 	}
@@ -855,13 +828,13 @@ func queryCommand(o *options) error {
 	filter := make(memberFilter)
 	timeout := 15 * time.Second
 	var nodes []string
-	o.flags.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
+	o.flags.Func("node", "", func(name string) error {
 		nodes = append(nodes, name)
 		return validName(name) // an empty one would ask all
 	})
-	o.flags.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
-	o.durationOption(&timeout, "timeout", "the `DURATION` to wait for the slowest (default 15s)")
-	noAck := o.flags.Bool("no-ack", false, "do not show which members have received the query")
+	o.flags.Func("tag", "", filter.set("tag "))
+	o.durationOption(&timeout, "timeout")
+	noAck := o.flags.Bool("no-ack", false, "")
 	if err := o.parse(); err != nil {
 		return err
 	}
@@ -932,41 +905,30 @@ func newAgent(o *options) *agent {
 	a := &agent{options: o, tags: make(map[string]string)}
 	g := &a.gossip
 	fs := o.flags
-	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
-	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
-	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
-	fs.StringVar(&a.bind, "bind", "", "`HOST:PORT` where to listen for gossip, UDP and TCP (default\n"+
-		"0.0.0.0:7946; [::]:7946 where only IPv6 will do)")
-	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
-		"from which packets to the first seed go out)")
-	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`, also when\n"+
-		"it changes")
-	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
-	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "a `TOKEN` that the other commands must give")
-	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\n"+
-		"separated by commas", a.seed)
-	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	o.numberOption(&g.retryMax, "retry-max", "give up when every seed has failed `N` times: 10 take some 7 s,\n"+
-		"70 some 80 s, each further one up to 30 s (default: never)")
-	fs.BoolVar(&g.replay, "replay", false, "also run handlers for remembered events from before this node joined")
-	fs.StringVar(&g.cluster, "cluster", "", "nodes with another cluster `NAME` are not let in")
-	o.listOption(&a.keys, "encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
-		"repeatable, or separated by commas: the first seals, all can open;\n"+
-		"'none' among them stands for no encryption, while keys are introduced.\n"+
-		"Others can see arguments: better set HAMLET_ENCRYPT")
+	fs.StringVar(&g.member.Name, "node", "", "")
+	fs.Func("role", "", setTag(a.tags, "role="))
+	fs.Func("tag", "", setTag(a.tags, ""))
+	fs.StringVar(&a.bind, "bind", "", "")
+	fs.StringVar(&a.advertise, "advertise", "", "")
+	fs.StringVar(&a.iface, "iface", "", "")
+	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "")
+	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "")
+	fs.Func("join", "", a.seed)
+	fs.Func("retry-join", "", a.seed)
+	o.numberOption(&g.retryMax, "retry-max")
+	fs.BoolVar(&g.replay, "replay", false, "")
+	fs.StringVar(&g.cluster, "cluster", "", "")
+	o.listOption(&a.keys, "encrypt")
 	g.reapAfter = 24 * time.Hour
-	o.durationOption(&g.reapAfter, "reap-after", "forget failed and left members after `DURATION` (default 24h)")
-	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
-	o.listOption(&a.handlers.specs, "event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
-		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
-		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
-		"query:NAME or * (all of them)")
+	o.durationOption(&g.reapAfter, "reap-after")
+	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "")
+	o.listOption(&a.handlers.specs, "event-handler")
 	a.handlers.grace = handlerGrace
 	a.handlers.timeout = 10 * time.Minute
-	o.durationOption(&a.handlers.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
-	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
-	o.listOption(&a.files, "config-file", "read options from `FILE`, in the JSON of Serf; repeatable")
-	o.listOption(&a.folders, "config-dir", "read options from all *.json files in `DIR`; repeatable")
+	o.durationOption(&a.handlers.timeout, "handler-timeout")
+	fs.StringVar(&a.logLevel, "log-level", "info", "")
+	o.listOption(&a.files, "config-file")
+	o.listOption(&a.folders, "config-dir")
 	return a
 }
 

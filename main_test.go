@@ -24,24 +24,57 @@ func agentCalledWith(typed ...string) *agent {
 	return newAgent(newOptions(command{name: "agent"}, typed))
 }
 
-// Most defaults are shown by package flag, which knows them; these are not.
 func TestHelpShowsTheTrueDefaults(t *testing.T) {
 	a := agentCalledWith()
 	for option, value := range map[string]time.Duration{
 		"reap-after":      a.gossip.reapAfter,
 		"handler-timeout": a.handlers.timeout,
 	} {
-		_, said, _ := strings.Cut(a.options.flags.Lookup(option).Usage, "(default ")
-		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != value {
+		_, said, _ := strings.Cut(optionsInHelp("agent")[option], "(default ")
+		said, _, _ = strings.Cut(said, ")")
+		if d, err := time.ParseDuration(said); err != nil || d != value {
 			t.Errorf("agent -%s: the help says %s, it is %v", option, said, value)
 		}
 	}
 }
 
-func TestHelpListsEveryCommand(t *testing.T) {
+// optionsInHelp are what the help of a command says of each of its options.
+func optionsInHelp(name string) map[string]string {
+	said := make(map[string]string)
+	for _, text := range strings.Split(help(name), "\n  -")[1:] {
+		option := strings.Fields(text)[0]
+		said[option] = text
+	}
+	return said
+}
+
+func TestHelpHasEveryCommandAndOption(t *testing.T) {
+	t.Setenv("SERF_RPC_ADDR", "")
+	t.Setenv("HAMLET_RPC_ADDR", "")
 	for _, c := range commands() {
-		if !strings.Contains(help(), "\n  "+c.name+" ") || !strings.HasPrefix(helpPage(c.name), "  {} "+c.name) {
+		if !strings.Contains(help("help"), "\n  "+c.name+" ") || !strings.HasPrefix(help(c.name), "Usage: "+prog+" "+c.name) {
 			t.Errorf("docs/commands.txt lacks %s", c.name)
+		}
+		usage, _, _ := strings.Cut(help(c.name), "\n")
+		if !strings.HasSuffix(usage, c.args) {
+			t.Errorf("help %s: the arguments are %s", c.name, c.args)
+		}
+
+		o := newOptions(c, []string{"-h"})
+		if err := c.run(o); err != flag.ErrHelp {
+			t.Errorf("%s -h: %v", c.name, err)
+		}
+		said := optionsInHelp(c.name)
+		o.flags.VisitAll(func(f *flag.Flag) {
+			text, ok := said[f.Name]
+			byDefault := strings.TrimPrefix(f.DefValue, "false")
+			if !ok || byDefault != "" && !strings.Contains(strings.ReplaceAll(text, `"`, ""), "(default "+byDefault+")") {
+				t.Errorf("help %s: -%s, whose default is %q: %q", c.name, f.Name, f.DefValue, text)
+			}
+			delete(said, f.Name)
+		})
+		if len(said) > 0 {
+			t.Errorf("help %s has options that do not exist: %q", c.name, said)
 		}
 	}
 }
@@ -66,7 +99,7 @@ func TestOptionsMayStandBehindArguments(t *testing.T) {
 	} {
 		o := newOptions(command{}, strings.Fields(args))
 		var n int
-		o.numberOption(&n, "n", "")
+		o.numberOption(&n, "n")
 		on := o.flags.Bool("switch", false, "")
 		err := o.parseOptions()
 		got := fmt.Sprintf("%s, n %d", strings.Join(o.args, " "), n)
