@@ -530,14 +530,6 @@ func rpcVariable(name string) string {
 	return os.Getenv("HAMLET_RPC_" + name)
 }
 
-// payload is the second argument, if there is one.
-func (o *options) payload() []byte {
-	if len(o.args) < 2 {
-		return nil
-	}
-	return []byte(o.args[1])
-}
-
 func infoCommand(o *options) error {
 	agent := o.rpcOptions()
 	asJSON := o.formatOption()
@@ -638,7 +630,8 @@ func eventCommand(o *options) error {
 		return err
 	}
 
-	req := rpcRequest{Op: "event", Name: o.args[0], Payload: o.payload(), Coalesce: *coalesce}
+	payload := strings.Join(o.args[1:], "") // one word, or none
+	req := rpcRequest{Op: "event", Name: o.args[0], Payload: []byte(payload), Coalesce: *coalesce}
 	done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(req.Name, ""), *coalesce)
 	return agent.tell(req, rpcTimeout, done)
 }
@@ -849,7 +842,8 @@ func queryCommand(o *options) error {
 		}
 		return output(printable(text, "\n\t"))
 	}
-	req := rpcRequest{Op: "query", Name: o.args[0], Payload: o.payload(), Timeout: timeout}
+	payload := strings.Join(o.args[1:], "") // one word, or none
+	req := rpcRequest{Op: "query", Name: o.args[0], Payload: []byte(payload), Timeout: timeout}
 	if err := agent.query(req, nodes, filter, result, show); err != nil {
 		return err
 	}
@@ -1360,7 +1354,11 @@ func (r *runningAgent) reload() error {
 	r.gossip.setKeys(a.gossip.keys)
 	set, remove := tagChanges(r.lastRead.tags, a.tags)
 	r.lastRead = a
-	return r.gossip.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
+	err := r.gossip.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
+	if err == nil {
+		r.log.printf(levelInfo, "hangup: read the options again")
+	}
+	return err
 }
 
 // tagChanges is what leads from one set of tags to another. What the tags command has changed meanwhile stays.
@@ -1510,7 +1508,9 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 		case s := <-signals:
 			switch {
 			case s == syscall.SIGHUP:
-				r.hangUp()
+				if err := r.reload(); err != nil {
+					r.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
+				}
 			case told.IsZero():
 				told = time.Now()
 				r.stop(s)
@@ -1519,14 +1519,6 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 			}
 		}
 	}
-}
-
-func (r *runningAgent) hangUp() {
-	if err := r.reload(); err != nil {
-		r.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
-		return
-	}
-	r.log.printf(levelInfo, "hangup: read the options again")
 }
 
 // stop begins to end the agent, in the way that the signal asks for.
