@@ -545,26 +545,11 @@ func infoCommand(o *options) error {
 	if err != nil {
 		return err
 	}
-	facts = joinFacts(facts)
+	facts = facts[:len(facts)/3*3] // an agent of another version may say anything
 	if *asJSON {
 		return output(infoJSON(facts))
 	}
 	return output(infoText(facts))
-}
-
-// joinFacts joins the values of equal keys, as those of handlers of one event.
-func joinFacts(facts []string) (joined []string) {
-	place := make(map[[2]string]int) // of each key's value
-	for fact := range slices.Chunk(facts[:len(facts)/3*3], 3) {
-		key := [2]string{fact[0], fact[1]}
-		if i, ok := place[key]; ok {
-			joined[i] += ", " + fact[2]
-			continue
-		}
-		place[key] = len(joined) + 2
-		joined = append(joined, fact...)
-	}
-	return joined
 }
 
 // infoText shows facts: group, key, value; and so on.
@@ -699,7 +684,7 @@ func commit() string {
 	if !ok {
 		return ""
 	}
-	revision, changes := "", ""
+	var revision, changes string
 	for _, s := range info.Settings {
 		switch {
 		case s.Key == "vcs.revision":
