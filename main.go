@@ -429,12 +429,9 @@ func plainText(markdown string) string {
 	return b.String()
 }
 
-// listOption defines an option that adds to a list.
-func (o *options) listOption(list *[]string, name string) {
-	o.flags.Func(name, "", func(s string) error {
-		*list = append(*list, s)
-		return nil
-	})
+// listOption defines an option whose values are all in set.
+func (o *options) listOption(name string) {
+	o.flags.Func(name, "", func(string) error { return nil })
 }
 
 // numberOption defines an option that takes a number of 0 or more.
@@ -856,15 +853,11 @@ type agent struct {
 	handlers         handlerConfig
 	bind             string
 	advertise        string
-	iface            string
 	rpcAddr          string
 	rpcAuth          string
 	logLevel         string
-	keys             []string
 	tags             map[string]string
 	leaveOnTerminate bool
-	files            []string // of configuration, and folders of such
-	folders          []string
 }
 
 func agentCommand(o *options) error {
@@ -889,7 +882,7 @@ func newAgent(o *options) *agent {
 	fs.Func("tag", "", setTag(a.tags, ""))
 	fs.StringVar(&a.bind, "bind", "", "")
 	fs.StringVar(&a.advertise, "advertise", "", "")
-	fs.StringVar(&a.iface, "iface", "", "")
+	fs.StringVar(&g.iface, "iface", "", "")
 	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "")
 	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "")
 	fs.Func("join", "", a.seed)
@@ -897,17 +890,17 @@ func newAgent(o *options) *agent {
 	o.numberOption(&g.retryMax, "retry-max")
 	fs.BoolVar(&g.replay, "replay", false, "")
 	fs.StringVar(&g.cluster, "cluster", "", "")
-	o.listOption(&a.keys, "encrypt")
+	o.listOption("encrypt")
 	g.reapAfter = 24 * time.Hour
 	o.durationOption(&g.reapAfter, "reap-after")
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "")
-	o.listOption(&a.handlers.specs, "event-handler")
+	o.listOption("event-handler")
 	a.handlers.grace = handlerGrace
 	a.handlers.timeout = 10 * time.Minute
 	o.durationOption(&a.handlers.timeout, "handler-timeout")
 	fs.StringVar(&a.logLevel, "log-level", "info", "")
-	o.listOption(&a.files, "config-file")
-	o.listOption(&a.folders, "config-dir")
+	o.listOption("config-file")
+	o.listOption("config-dir")
 	return a
 }
 
@@ -924,11 +917,12 @@ func (a *agent) read(environ []string) error {
 	}
 
 	var err error
+	a.handlers.specs = a.options.set["event-handler"]
 	a.gossip.member.Tags, err = makeTags(a.tags)
 	if err != nil {
 		return usagef("", "-tag: %v", err)
 	}
-	a.gossip.keys, err = parseKeys(a.keys)
+	a.gossip.keys, err = parseKeys(a.options.set["encrypt"])
 	if err != nil {
 		return usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
@@ -1061,8 +1055,8 @@ func (a *agent) readFiles() error {
 		delete(given, list)
 	}
 
-	files := a.files
-	for _, folder := range a.folders {
+	files := slices.Clone(given["config-file"])
+	for _, folder := range given["config-dir"] {
 		entries, err := os.ReadDir(folder) // sorted by name
 		if err != nil {
 			return failf("", "-config-dir %s: %v", folder, reason(err))
@@ -1177,7 +1171,6 @@ func (a *agent) check() (why string, err error) {
 		return "", err
 	}
 	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == ""
-	cfg.iface = a.iface
 
 	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
 	defer cancel()
@@ -1600,7 +1593,7 @@ func (a *agent) needsIPv6() bool {
 		}
 	}
 	all, _ := addressesOf("")
-	own, _ := addressesOf(a.iface)
+	own, _ := addressesOf(a.gossip.iface)
 	return !bestAddress(own, netip.IPv4Unspecified()).IsValid() && slices.ContainsFunc(all, netip.Addr.Is6)
 }
 
@@ -1609,11 +1602,11 @@ func (a *agent) needsIPv6() bool {
 func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
 	switch {
-	case a.advertise != "" && a.iface != "":
-		return addr, "", usagef("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
+	case a.advertise != "" && a.gossip.iface != "":
+		return addr, "", usagef("give one of them", "-advertise %s and -iface %s", a.advertise, a.gossip.iface)
 	case a.advertise != "":
 		return a.namedAddress(ctx)
-	case a.iface != "":
+	case a.gossip.iface != "":
 		return a.interfaceAddress()
 	case !bind.Addr().IsUnspecified():
 		return bind, "the bound address", nil
@@ -1625,12 +1618,11 @@ func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string
 // namedAddress is the address of -advertise.
 func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
-	port := fmt.Sprint(bind.Port())
-	host, _, err := hostPort(a.advertise, port)
+	host, port, err := hostPort(a.advertise, fmt.Sprint(bind.Port()))
 	if err != nil {
 		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise: %v", err)
 	}
-	addr, err = lookUpOne(ctx, a.advertise, port, func(ip netip.Addr) bool {
+	addr, err = lookUpOne(ctx, host, port, func(ip netip.Addr) bool {
 		return !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr())
 	})
 	if err == nil {
@@ -1647,23 +1639,24 @@ func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why stri
 // interfaceAddress is the address of -iface.
 func (a *agent) interfaceAddress() (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
-	ips, err := addressesOf(a.iface)
+	iface := a.gossip.iface
+	ips, err := addressesOf(iface)
 	if err != nil {
-		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", a.iface)
+		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", iface)
 	}
 	if slices.Contains(ips, bind.Addr()) {
-		return bind, "the bound address, of " + a.iface, nil
+		return bind, "the bound address, of " + iface, nil
 	}
 	if !bind.Addr().IsUnspecified() {
 		return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
-			"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
+			"-iface %s and -bind %s: the interface does not have that address", iface, bind)
 	}
 
 	ip := bestAddress(ips, bind.Addr())
 	if !ip.IsValid() {
-		return addr, "", notYetf("-iface: %s has no address yet at which others could reach %s", a.iface, bind)
+		return addr, "", notYetf("-iface: %s has no address yet at which others could reach %s", iface, bind)
 	}
-	return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
+	return netip.AddrPortFrom(ip, bind.Port()), "address of " + iface, nil
 }
 
 // routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then

@@ -151,10 +151,10 @@ func TestConfigurationFilesOfSerfAreRead(t *testing.T) {
 	} {
 		a := agentCalledWith()
 		err := a.setFromJSON(nil, "f.json", []byte(text))
-		got := fmt.Sprint(a.gossip.member.Name, " ", a.bind, " ", a.logLevel, " handlers ", strings.Join(a.handlers.specs, " "),
+		got := fmt.Sprint(a.gossip.member.Name, " ", a.bind, " ", a.logLevel, " handlers ", strings.Join(a.options.set["event-handler"], " "),
 			" tags ", a.tags, " seeds ", strings.Join(a.gossip.seeds, " "), " retry ", a.gossip.retryMax, " ")
 		got += fmt.Sprint(map[bool]string{true: "replay "}[a.gossip.replay], "rpc ", a.rpcAddr, " ",
-			map[bool]string{true: "leave "}[a.leaveOnTerminate], a.gossip.reapAfter, " ", a.iface, " keys ", strings.Join(a.keys, " "),
+			map[bool]string{true: "leave "}[a.leaveOnTerminate], a.gossip.reapAfter, " ", a.gossip.iface, " keys ", strings.Join(a.options.set["encrypt"], " "),
 			" timeout ", a.handlers.timeout, " error ", err)
 		for _, note := range a.options.notes {
 			got += " note " + note + ";"
@@ -179,7 +179,7 @@ func TestFlagWinsOverEnvironmentAndThatOverFiles(t *testing.T) {
 	if err := a.read([]string{"HAMLET_NODE=env", "HAMLET_LOG_LEVEL=debug", "HAMLET_JOIN=env"}); err != nil {
 		t.Fatal(err)
 	}
-	got := strings.TrimSpace(fmt.Sprintln(a.gossip.member.Name, a.logLevel, a.gossip.cluster, a.tags, a.handlers.specs, a.gossip.seeds, a.keys))
+	got := strings.TrimSpace(fmt.Sprintln(a.gossip.member.Name, a.logLevel, a.gossip.cluster, a.tags, a.handlers.specs, a.gossip.seeds, a.options.set["encrypt"]))
 	want := "flag debug file map[role:flag zone:file] [flag.sh file.sh] [env file] [" + key + "]"
 	if got != want {
 		t.Errorf("got %s, want %s", got, want)
@@ -414,7 +414,7 @@ func TestEnvironmentListsAreSplitAtCommasOrLines(t *testing.T) {
 	} {
 		a := agentCalledWith()
 		err := a.options.setFromVariable("HAMLET_X", in, "event-handler")
-		if got := a.handlers.specs; err != nil || !slices.Equal(got, want) {
+		if got := a.options.set["event-handler"]; err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
 		}
 	}
@@ -422,11 +422,11 @@ func TestEnvironmentListsAreSplitAtCommasOrLines(t *testing.T) {
 	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
 		a := agentCalledWith()
 		if err := a.options.setFromVariable("HAMLET_X", in, name); err == nil || !strings.Contains(err.Error(), "newline") {
-			t.Errorf("%s: %q, %v", in, a.handlers.specs, err)
+			t.Errorf("%s: %q, %v", in, a.options.set, err)
 		}
 		a = agentCalledWith()
 		err := a.options.setFromVariable("HAMLET_X", in+"\n", name)
-		if got := append(a.handlers.specs, "note="+a.tags["note"]); err != nil || got[0] != in {
+		if got := append(a.options.set["event-handler"], "note="+a.tags["note"]); err != nil || got[0] != in {
 			t.Errorf("%s with a newline: %q, %v", in, got, err)
 		}
 	}
