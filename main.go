@@ -993,7 +993,8 @@ func (o *options) setFromVariable(variable, text, name string) error {
 
 	// Commas that belong to one item have split it: what is left of it is no item, or breaks off inside quotes.
 	for _, item := range items {
-		if strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0 {
+		isBroken := strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0
+		if err == nil && isBroken {
 			err = fmt.Errorf("invalid value %q for %s: it breaks off inside quotes", item, variable)
 		}
 	}

@@ -61,7 +61,9 @@ func TestHelpHasEveryCommandAndOption(t *testing.T) {
 		}
 
 		o := newOptions(c, []string{"-h"})
-		if err := c.run(o); err != flag.ErrHelp {
+		if c.name == "agent" { // which would start another process where it is the first one
+			newAgent(o)
+		} else if err := c.run(o); err != flag.ErrHelp {
 			t.Errorf("%s -h: %v", c.name, err)
 		}
 		said := optionsInHelp(c.name)
