@@ -387,12 +387,13 @@ var serfAdvice = map[string]string{
 	"-mdns-disable-ipv4": discoverAdvice,
 	"-mdns-disable-ipv6": discoverAdvice,
 	"-mdns-iface":        discoverAdvice,
-	"-keyring-file":      "give its keys with HAMLET_ENCRYPT, or as encrypt_key in a file: the first seals, any opens",
-	"-tags-file":         "give tags with -tag or HAMLET_TAG, and change them with the tags command",
-	"keys":               "change -encrypt to OLD,NEW, then NEW,OLD, then NEW, with a SIGHUP to every agent each time",
-	"monitor":            "'watch' streams events, and the log is the agent's stderr",
-	"reachability":       "every member is looked at all the time: see 'members' and 'info'",
-	"rtt":                "there are no network coordinates: use ping",
+
+	"-keyring-file": "give its keys with HAMLET_ENCRYPT, or as encrypt_key in a file: the first seals, any opens",
+	"-tags-file":    "give tags with -tag or HAMLET_TAG, and change them with the tags command",
+	"keys":          "change -encrypt to OLD,NEW, then NEW,OLD, then NEW, with a SIGHUP to every agent each time",
+	"monitor":       "'watch' streams events, and the log is the agent's stderr",
+	"reachability":  "every member is looked at all the time: see 'members' and 'info'",
+	"rtt":           "there are no network coordinates: use ping",
 }
 
 // serfHas is the error of a word that only Serf has; nil: it is no such word.
@@ -508,23 +509,20 @@ func reason(err error) error {
 
 // rpcOptions defines the options that say where the agent is.
 func (o *options) rpcOptions() *client {
-	addr := rpcVariable("ADDR")
-	if addr == "" {
-		addr = defaultRPC
-	}
 	agent := &client{}
-	o.flags.StringVar(&agent.addr, "rpc-addr", addr, "")
-	o.flags.StringVar(&agent.token, "rpc-auth", "", "")
-	agent.token = rpcVariable("AUTH") // not as a default, which help would show
+	o.flags.StringVar(&agent.addr, "rpc-addr", rpcVariable("ADDR", defaultRPC), "")
+	o.flags.StringVar(&agent.token, "rpc-auth", rpcVariable("AUTH", ""), "")
 	return agent
 }
 
 // rpcVariable is SERF_RPC_name, which handlers have, or what the agent of the same container was configured with.
-func rpcVariable(name string) string {
-	if value := os.Getenv("SERF_RPC_" + name); value != "" {
-		return value
+func rpcVariable(name, byDefault string) string {
+	for _, prefix := range []string{"SERF_RPC_", "HAMLET_RPC_"} {
+		if value := os.Getenv(prefix + name); value != "" {
+			return value
+		}
 	}
-	return os.Getenv("HAMLET_RPC_" + name)
+	return byDefault
 }
 
 func infoCommand(o *options) error {
@@ -973,9 +971,10 @@ func (o *options) setFromEnvironment(environ []string) error {
 // isServiceLink reports whether a variable was set by Kubernetes or by a Docker link, for a service or a container
 // that is called hamlet or hamlet-something, and not by the user.
 func isServiceLink(kv string) bool {
+	// A user may set HAMLET_PORT and HAMLET_NAME by mistake, but not to tcp://10.0.0.1:7946 and /web/hamlet.
 	is, _ := regexp.MatchString(`^HAMLET(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|ENV_\w+|`+
 		`PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END|PORT_START|PORT_END))?)=|`+
-		`^HAMLET_(\w+_)?PORT=.*://|^HAMLET_(\w+_)?NAME=/`, kv) // HAMLET_PORT=tcp://10.0.0.1:7946, HAMLET_NAME=/web/hamlet
+		`^HAMLET_(\w+_)?PORT=.*://|^HAMLET_(\w+_)?NAME=/`, kv)
 	return is
 }
 
@@ -1357,7 +1356,8 @@ func tagChanges(was, is map[string]string) (set map[string]string, remove []stri
 
 // fixedChanges names the options that are set to something else in b, and cannot change while the agent runs.
 func (a *agent) fixedChanges(b *agent) (names []string) {
-	fixed := "advertise bind cluster iface join leave-on-terminate node reap-after replay retry-join retry-max rpc-addr rpc-auth"
+	fixed := "advertise bind cluster iface join leave-on-terminate node reap-after replay " +
+		"retry-join retry-max rpc-addr rpc-auth"
 	for name := range strings.FieldsSeq(fixed) {
 		if !slices.Equal(a.options.set[name], b.options.set[name]) {
 			names = append(names, name)

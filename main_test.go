@@ -49,8 +49,9 @@ func optionsInHelp(name string) map[string]string {
 }
 
 func TestHelpHasEveryCommandAndOption(t *testing.T) {
-	t.Setenv("SERF_RPC_ADDR", "")
-	t.Setenv("HAMLET_RPC_ADDR", "")
+	for _, variable := range []string{"SERF_RPC_ADDR", "SERF_RPC_AUTH", "HAMLET_RPC_ADDR", "HAMLET_RPC_AUTH"} {
+		t.Setenv(variable, "")
+	}
 	for _, c := range commands() {
 		if !strings.Contains(help("help"), "\n  "+c.name+" ") || !strings.HasPrefix(help(c.name), "Usage: "+prog+" "+c.name) {
 			t.Errorf("docs/commands.txt lacks %s", c.name)
