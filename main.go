@@ -242,12 +242,13 @@ func (o *options) parseOptions() error {
 			return o.unknownOption(name)
 		}
 
-		if !hasValue && o.isSwitch(name) {
+		switch {
+		case hasValue:
+		case o.isSwitch(name):
 			value = "true"
-		} else if !hasValue {
-			if len(typed) == 0 {
-				return fmt.Errorf("-%s needs a value", name)
-			}
+		case len(typed) == 0:
+			return fmt.Errorf("-%s needs a value", name)
+		default:
 			value = typed[0]
 			typed = typed[1:]
 		}
@@ -281,8 +282,9 @@ func (o *options) keepsOthersOut(option string) bool {
 // setOption sets an option to values that came from source: a flag, a variable or a key of a file.
 func (o *options) setOption(source, name string, values ...string) error {
 	if len(values) == 0 && o.keepsOthersOut(name) {
-		values = []string{""}
+		values = []string{""} // which is refused
 	}
+
 	for _, value := range values {
 		err := o.flags.Set(name, value)
 		if err != nil && o.isSwitch(name) {
@@ -306,6 +308,7 @@ func (o *options) unknownOption(name string) error {
 	if err := serfHas("-" + name); err != nil {
 		return err
 	}
+
 	var names []string
 	o.flags.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
 	if near := nearest(name, names); near != "" {
@@ -1280,7 +1283,8 @@ func (a *agent) run(environ []string) error {
 		go a.awaitAddress(g)
 	}
 	r.logNotes(a.options.notes, nil)
-	logs.pumping.Go(logs.pump)
+	logs.pumping.Go(logs.pump) // only now, so that the banner comes before the log
+
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
 	go func() {
@@ -1324,10 +1328,12 @@ func (r *runningAgent) reload() error {
 		return err
 	}
 
+	// All of it can be used.
 	r.logNotes(a.options.notes, r.lastRead.options.notes)
 	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
 		r.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
 	}
+
 	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
 	r.gossip.setKeys(a.gossip.keys)
 	set, remove := tagChanges(r.lastRead.tags, a.tags)
@@ -1375,6 +1381,7 @@ func prepareProcess() <-chan os.Signal {
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
 	}
+
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // signal.Ignore would be inherited by handlers
@@ -1438,6 +1445,7 @@ func (a *agent) warnOfAddress(addr netip.AddrPort, why string) {
 // info is what the agent knows of itself: group, key, value; and so on.
 func (r *runningAgent) info() (facts []string) {
 	add := func(group, key string, value any) { facts = append(facts, group, key, fmt.Sprint(value)) }
+
 	self, _ := r.gossip.self()
 	add("agent", "name", self.Name)
 	add("agent", "addr", self.Addr)
@@ -1683,6 +1691,7 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 			return ip, "address of " + seed.Zone()
 		}
 	}
+
 	for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
 		ip = sourceTo(netip.MustParseAddr(far))
 		if isReachable(ip, bind) {
