@@ -24,7 +24,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -286,10 +285,7 @@ func (o *options) setOption(source, name string, values ...string) error {
 	}
 
 	for _, value := range values {
-		err := o.flags.Set(name, value)
-		if err != nil && o.isSwitch(name) {
-			err = errors.New("want true or false")
-		}
+		err := setValue(o.flags.Lookup(name).Value, value)
 		if o.keepsOthersOut(name) && strings.TrimSpace(value) == "" {
 			err = errors.New("it is empty; leave it out altogether if there is to be none")
 		}
@@ -299,6 +295,30 @@ func (o *options) setOption(source, name string, values ...string) error {
 		o.set[name] = append(o.set[name], value)
 	}
 	return nil
+}
+
+// setValue sets an option to a value of its type. Numbers are 0 or more, and durations above 0.
+func setValue(option flag.Value, value string) error {
+	err := option.Set(value)
+	typed, ok := option.(flag.Getter)
+	if !ok {
+		return err
+	}
+	switch is := typed.Get().(type) {
+	case bool:
+		if err != nil {
+			return errors.New("want true or false")
+		}
+	case int:
+		if err != nil || is < 0 {
+			return errors.New("want a number, 0 or more")
+		}
+	case time.Duration:
+		if err != nil || is <= 0 {
+			return errors.New("want a duration, such as 500ms, 20s or 10m")
+		}
+	}
+	return err
 }
 
 func (o *options) unknownOption(name string) error {
@@ -436,30 +456,6 @@ func plainText(markdown string) string {
 // listOption defines an option whose values are all in set.
 func (o *options) listOption(name string) {
 	o.flags.Func(name, "", func(string) error { return nil })
-}
-
-// numberOption defines an option that takes a number of 0 or more.
-func (o *options) numberOption(n *int, name string) {
-	o.flags.Func(name, "", func(s string) error {
-		u, err := strconv.ParseUint(s, 10, 31)
-		if err != nil {
-			return errors.New("want a number, 0 or more")
-		}
-		*n = int(u)
-		return nil
-	})
-}
-
-// durationOption defines an option that takes a duration above 0.
-func (o *options) durationOption(d *time.Duration, name string) {
-	o.flags.Func(name, "", func(s string) error {
-		parsed, err := time.ParseDuration(s)
-		if err != nil || parsed <= 0 {
-			return errors.New("want a duration, such as 500ms, 20s or 10m")
-		}
-		*d = parsed
-		return nil
-	})
 }
 
 // formatOption defines -format, and returns whether JSON is wanted.
@@ -703,27 +699,25 @@ func membersCommand(o *options) error {
 	agent := o.rpcOptions()
 	asJSON := o.formatOption()
 	filter := make(memberFilter)
-	var wait int
-	var timeout time.Duration
 	o.flags.Func("status", "", filter.set("status="))
 	o.flags.Func("name", "", filter.set("name="))
 	o.flags.Func("tag", "", filter.set("tag "))
 	o.flags.Func("role", "", filter.set("tag role="))
 	detailed := o.flags.Bool("detailed", false, "")
-	o.numberOption(&wait, "wait")
-	o.durationOption(&timeout, "timeout")
+	wait := o.flags.Int("wait", 0, "")
+	timeout := o.flags.Duration("timeout", 0, "")
 	if err := o.parse(); err != nil {
 		return err
 	}
 
-	if timeout > 0 && wait == 0 {
+	if *timeout > 0 && *wait == 0 {
 		return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
 	}
 	status := filter["status"]
-	if wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
+	if *wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
 		return usagef("", "-wait counts members that are alive, and -status leaves them out")
 	}
-	members, err := agent.waitForMembers(filter, wait, timeout)
+	members, err := agent.waitForMembers(filter, *wait, *timeout)
 	if err != nil {
 		return err
 	}
@@ -739,20 +733,18 @@ func watchCommand(o *options) error {
 	agent := o.rpcOptions()
 	asJSON := o.formatOption()
 	events := o.flags.String("event", "*", "")
-	var count int
-	var timeout time.Duration
-	o.numberOption(&count, "n")
-	o.durationOption(&timeout, "timeout")
+	count := o.flags.Int("n", 0, "")
+	timeout := o.flags.Duration("timeout", 0, "")
 	if err := o.parse(); err != nil {
 		return err
 	}
 	kinds := strings.Split(*events, ",")
-	if err := checkWatch(kinds, count, timeout); err != nil {
+	if err := checkWatch(kinds, *count, *timeout); err != nil {
 		return err
 	}
 
-	if timeout > 0 {
-		time.AfterFunc(timeout, func() { exit(failf("", "fewer than %d events within %v", count, timeout)) })
+	if *timeout > 0 {
+		time.AfterFunc(*timeout, func() { exit(failf("", "fewer than %d events within %v", *count, *timeout)) })
 	}
 	seen := 0
 	err := agent.call(rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
@@ -769,13 +761,13 @@ func watchCommand(o *options) error {
 		if err := output(text); err != nil {
 			return err
 		}
-		if count > 0 && seen >= count {
+		if *count > 0 && seen >= *count {
 			return io.EOF
 		}
 		return nil
 	})
-	if err == nil && seen < count {
-		return failf("", "the agent has ended: %d of %d events", seen, count)
+	if err == nil && seen < *count {
+		return failf("", "the agent has ended: %d of %d events", seen, *count)
 	}
 	return err
 }
@@ -802,20 +794,19 @@ func queryCommand(o *options) error {
 	agent := o.rpcOptions()
 	asJSON := o.formatOption()
 	filter := make(memberFilter)
-	timeout := 15 * time.Second
 	var nodes []string
 	o.flags.Func("node", "", func(name string) error {
 		nodes = append(nodes, name)
 		return validName(name) // an empty one would ask all
 	})
 	o.flags.Func("tag", "", filter.set("tag "))
-	o.durationOption(&timeout, "timeout")
+	timeout := o.flags.Duration("timeout", 15*time.Second, "")
 	noAck := o.flags.Bool("no-ack", false, "")
 	if err := o.parse(); err != nil {
 		return err
 	}
-	if timeout > maxQueryTimeout {
-		return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, timeout)
+	if *timeout > maxQueryTimeout {
+		return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, *timeout)
 	}
 
 	result := newQueryResult(*noAck)
@@ -826,7 +817,7 @@ func queryCommand(o *options) error {
 		return output(printable(text, "\n\t"))
 	}
 	payload := strings.Join(o.args[1:], "") // one word, or none
-	req := rpcRequest{Op: "query", Name: o.args[0], Payload: []byte(payload), Timeout: timeout}
+	req := rpcRequest{Op: "query", Name: o.args[0], Payload: []byte(payload), Timeout: *timeout}
 	if err := agent.query(req, nodes, filter, result, show); err != nil {
 		return err
 	}
@@ -888,20 +879,18 @@ func newAgent(o *options) *agent {
 	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "")
 	fs.Func("join", "", a.seed)
 	fs.Func("retry-join", "", a.seed)
-	o.numberOption(&g.retryMax, "retry-max")
+	fs.IntVar(&g.retryMax, "retry-max", 0, "")
 	fs.BoolVar(&g.replay, "replay", false, "")
 	fs.StringVar(&g.cluster, "cluster", "", "")
 	o.listOption("encrypt")
-	g.reapAfter = 24 * time.Hour
-	o.durationOption(&g.reapAfter, "reap-after")
+	fs.DurationVar(&g.reapAfter, "reap-after", 24*time.Hour, "")
 	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "")
 	o.listOption("event-handler")
-	a.handlers.grace = handlerGrace
-	a.handlers.timeout = 10 * time.Minute
-	o.durationOption(&a.handlers.timeout, "handler-timeout")
+	fs.DurationVar(&a.handlers.timeout, "handler-timeout", 10*time.Minute, "")
 	fs.StringVar(&a.logLevel, "log-level", "info", "")
 	o.listOption("config-file")
 	o.listOption("config-dir")
+	a.handlers.grace = handlerGrace
 	return a
 }
 
