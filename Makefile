@@ -24,7 +24,7 @@ build:
 
 # As install needs it: built, unless it is there and newer than its sources, so
 # that "sudo make install" needs no Go.
-hamlet: $(filter-out %_test.go,$(wildcard *.go)) go.mod
+hamlet: $(filter-out %_test.go,$(wildcard *.go)) docs/commands.txt docs/handlers.md go.mod
 	$(GOBUILD) -o hamlet .
 
 install: hamlet

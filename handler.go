@@ -270,7 +270,15 @@ func (h *handler) take() []delivery {
 // info returns what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME; one may
 // come more than once.
 func (hs *handlers) info() (facts []string) {
-	add := func(key, value string) { facts = append(facts, "event_handlers", key, value) }
+	add := func(key, value string) {
+		for i := 0; i < len(facts); i += 3 { // handlers of one event share its keys
+			if facts[i+1] == key {
+				facts[i+2] += ", " + value
+				return
+			}
+		}
+		facts = append(facts, "event_handlers", key, value)
+	}
 	for _, h := range *hs.all.Load() {
 		for _, ev := range h.events {
 			kind, name, _ := strings.Cut(ev, ":")

@@ -24,7 +24,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -39,6 +38,11 @@ const version = "0.2.0"
 //
 //go:embed docs/handlers.md
 var handlersPage string
+
+// helpPages are the help, and that of each command; {} stands for the program's name.
+//
+//go:embed docs/commands.txt
+var helpPages string
 
 var prog = filepath.Base(os.Args[0]) // the name that the program was called by
 
@@ -108,13 +112,13 @@ func exit(err error) {
 func execute(name string, args []string) error {
 	switch name {
 	case "":
-		if err := output(help()); err != nil {
+		if err := output(help("help")); err != nil {
 			return err
 		}
 		return usagef("", "no command given")
 	case "help", "-h", "-help", "--help":
 		if len(args) == 0 || args[0] == "help" {
-			return output(help())
+			return output(help("help"))
 		}
 		if args[0] == "handlers" {
 			return output(plainText(handlersPage))
@@ -128,12 +132,16 @@ func execute(name string, args []string) error {
 	var names []string
 	for _, c := range commands() {
 		if c.name == name {
-			return c.execute(args)
+			err := c.run(newOptions(c, args))
+			if errors.Is(err, flag.ErrHelp) {
+				return output(help(name))
+			}
+			return err
 		}
 		names = append(names, c.name)
 	}
-	if advice := serfAdvice(name); advice != "" {
-		return usagef("", "hamlet has no %s: %s", name, advice)
+	if err := serfHas(name); err != nil {
+		return err
 	}
 	hint := fmt.Sprintf("'%s help' lists the commands; '%s agent' starts a node", prog, prog)
 	if near := nearest(name, names); near != "" {
@@ -144,110 +152,119 @@ func execute(name string, args []string) error {
 
 // ---- commands and options ----
 
-// command is one command. Its define declares the options on fs, and returns what runs the command with its
-// arguments, once the options are set.
+// command is one command.
 type command struct {
-	name     string
-	args     string // what follows the options: WORD, [WORD] or WORD...
-	short    string
-	examples string // {} stands for the program's name
-	define   func(fs *flag.FlagSet) (run func(args []string) error)
+	name string
+	args string // what follows the options: WORD, [WORD] or WORD...
+	run  func(*options) error
 }
 
-// commands are all commands, in the order in which help lists them.
+// commands are all commands. Their help stands in docs/commands.txt.
 func commands() []command {
 	return []command{
-		{"agent", "", "runs a node until it is told to stop", agentExamples, agentCommand},
-		{"members", "", "lists the members of the cluster", membersExamples, membersCommand},
-		{"watch", "", "lists the members, then shows events as they happen", watchExamples, watchCommand},
-		{"query", "NAME [PAYLOAD]", "asks members; their handlers' output is the answer", queryExamples, queryCommand},
-		{"info", "", "shows what the agent knows of itself", infoExamples, infoCommand},
-		{"tags", "", "changes the tags of the running agent", tagsExamples, tagsCommand},
-		{"event", "NAME [PAYLOAD]", "sends a user event to the handlers of every member", eventExamples, eventCommand},
-		{"join", "ADDR...", "makes the agent join the cluster of another node", joinExamples, joinCommand},
-		{"leave", "", "makes the agent leave the cluster and stop", leaveExamples, leaveCommand},
-		{"force-leave", "NAME", "turns a failed member into one that left", forceLeaveExamples, forceLeaveCommand},
-		{"keygen", "", "prints a new key for -encrypt", keygenExamples, keygenCommand},
-		{"version", "", "prints the version", versionExamples, versionCommand},
+		{"agent", "", agentCommand},
+		{"members", "", membersCommand},
+		{"watch", "", watchCommand},
+		{"query", "NAME [PAYLOAD]", queryCommand},
+		{"info", "", infoCommand},
+		{"tags", "", tagsCommand},
+		{"event", "NAME [PAYLOAD]", eventCommand},
+		{"join", "ADDR...", joinCommand},
+		{"leave", "", leaveCommand},
+		{"force-leave", "NAME", forceLeaveCommand},
+		{"keygen", "", keygenCommand},
+		{"version", "", versionCommand},
 	}
 }
 
-// execute sets the options from args, and runs the command.
-func (c command) execute(args []string) error {
-	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
-	run := c.define(fs)
-	operands, ignored, err := parseArgs(fs, args)
-	if errors.Is(err, flag.ErrHelp) {
-		return output(c.help(fs))
-	}
+// options are the options and arguments of a command. The command defines its options in flags, and then parses.
+type options struct {
+	command command
+	flags   *flag.FlagSet
+	typed   []string            // options and arguments
+	args    []string            // the arguments
+	set     map[string][]string // what each option was set to
+	notes   []string            // what was not understood, for the user or the log
+}
+
+func newOptions(c command, typed []string) *options {
+	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	return &options{command: c, flags: flags, typed: typed, set: make(map[string][]string)}
+}
+
+// parse sets the options and arguments from what was typed.
+func (o *options) parse() error {
+	err := o.parseOptions()
 	if err == nil {
-		err = c.checkOperands(operands)
+		err = o.checkArgs()
 	}
 	if err != nil {
-		return wrongUsage(c.name, err)
+		return o.wrongUsage(err)
+	}
+	if o.command.name == "agent" { // which has a log, and its own way with signals
+		return nil
 	}
 
-	for _, name := range ignored {
-		warning := logLine{levelWarn, fmt.Sprintf("-%s has no effect: %s", name, serfIgnored[name])}
-		fmt.Fprint(os.Stderr, formatLine(warning, underJournal()))
+	for _, note := range o.notes {
+		fmt.Fprint(os.Stderr, formatLine(logLine{levelWarn, note}, underJournal()))
 	}
-	if c.name != "agent" { // which has its own way with signals
-		quit := make(chan os.Signal, 1)
-		signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
-		go func() {
-			<-quit
-			os.Exit(128 + int(syscall.SIGQUIT))
-		}()
-	}
-	return run(operands)
+	quit := make(chan os.Signal, 1)
+	signal.Notify(quit, syscall.SIGQUIT) // Go would print stacks
+	go func() {
+		<-quit
+		os.Exit(128 + int(syscall.SIGQUIT))
+	}()
+	return nil
 }
 
-// parseArgs sets options wherever they stand, and returns all other arguments. It also names the options of Serf that
-// have no effect here.
-func parseArgs(fs *flag.FlagSet, args []string) (operands, ignored []string, err error) {
-	for len(args) > 0 {
-		arg := args[0]
-		args = args[1:]
-		if arg == "--" { // after which nothing is an option
-			return append(operands, args...), ignored, nil
+// parseOptions sets options wherever they stand. All else that was typed are arguments.
+func (o *options) parseOptions() error {
+	typed := o.typed
+	for len(typed) > 0 {
+		word := typed[0]
+		typed = typed[1:]
+		if word == "--" { // after which nothing is an option
+			o.args = append(o.args, typed...)
+			return nil
 		}
 
 		// Behind an argument, what looks like an option and is none is an argument, too: a payload may be "-5".
-		name, value, hasValue := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
-		option := fs.Lookup(name)
-		_, isSerfs := serfIgnored[name]
-		isKnown := option != nil || isSerfs
-		looksLikeOption := len(arg) > 1 && arg[0] == '-'
-		if !looksLikeOption || !isKnown && len(operands) > 0 {
-			operands = append(operands, arg)
+		name, value, hasValue := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(word, "-"), "-"), "=")
+		instead, isSerfs := serfIgnored[name]
+		isKnown := o.flags.Lookup(name) != nil || isSerfs
+		looksLikeOption := len(word) > 1 && word[0] == '-'
+		if !looksLikeOption || !isKnown && len(o.args) > 0 {
+			o.args = append(o.args, word)
 			continue
 		}
 		if !isKnown {
-			return nil, nil, unknownOption(fs, name)
+			return o.unknownOption(name)
 		}
 
-		if !hasValue && isSwitch(name, option) {
+		switch {
+		case hasValue:
+		case o.isSwitch(name):
 			value = "true"
-		} else if !hasValue {
-			if len(args) == 0 {
-				return nil, nil, fmt.Errorf("-%s needs a value", name)
-			}
-			value = args[0]
-			args = args[1:]
+		case len(typed) == 0:
+			return fmt.Errorf("-%s needs a value", name)
+		default:
+			value = typed[0]
+			typed = typed[1:]
 		}
-		if option == nil {
-			ignored = append(ignored, name)
+		if isSerfs {
+			o.notes = append(o.notes, fmt.Sprintf("-%s has no effect: %s", name, instead))
 			continue
 		}
-		if err := setOption(fs, "-"+name, name, value); err != nil {
-			return nil, nil, err
+		if err := o.setOption("-"+name, name, value); err != nil {
+			return err
 		}
 	}
-	return operands, ignored, nil
+	return nil
 }
 
-// isSwitch reports whether an option, or (nil) one of Serf's, stands without a value.
-func isSwitch(name string, option *flag.Flag) bool {
+// isSwitch reports whether an option, ours or one of Serf's, stands without a value.
+func (o *options) isSwitch(name string) bool {
+	option := o.flags.Lookup(name)
 	if option == nil {
 		return slices.Contains([]string{"disable-compression", "rejoin", "syslog"}, name)
 	}
@@ -255,115 +272,120 @@ func isSwitch(name string, option *flag.Flag) bool {
 	return ok && b.IsBoolFlag()
 }
 
-// setOption sets an option of fs to a value that came from source: a flag, a variable or a key of a file.
-func setOption(fs *flag.FlagSet, source, name, value string) error {
-	err := fs.Set(name, value)
-	if err != nil && isSwitch(name, fs.Lookup(name)) {
-		err = errors.New("want true or false")
+// keepsOthersOut reports whether the option of that name is there to keep others out of the agent. Without a value
+// that would silently not happen, so none is refused, wherever it comes from.
+func (o *options) keepsOthersOut(option string) bool {
+	return o.command.name == "agent" && slices.Contains([]string{"encrypt", "rpc-auth", "cluster"}, option)
+}
+
+// setOption sets an option to values that came from source: a flag, a variable or a key of a file.
+func (o *options) setOption(source, name string, values ...string) error {
+	if len(values) == 0 && o.keepsOthersOut(name) {
+		values = []string{""} // which is refused
 	}
-	if err != nil {
-		return fmt.Errorf("invalid value %q for %s: %w", value, source, err)
+
+	for _, value := range values {
+		err := setValue(o.flags.Lookup(name).Value, value)
+		if o.keepsOthersOut(name) && strings.TrimSpace(value) == "" {
+			err = errors.New("it is empty; leave it out altogether if there is to be none")
+		}
+		if err != nil {
+			return fmt.Errorf("invalid value %q for %s: %w", value, source, err)
+		}
+		o.set[name] = append(o.set[name], value)
 	}
 	return nil
 }
 
-// setValues sets an option to each of several values. Without any, an option that is there to keep others out is
-// refused as if it were empty.
-func setValues(fs *flag.FlagSet, source, name string, values []string) error {
-	if len(values) == 0 && keepsOthersOut(name) {
-		values = []string{""}
+// setValue sets an option to a value of its type. Numbers are 0 or more, and durations above 0.
+func setValue(option flag.Value, value string) error {
+	err := option.Set(value)
+	typed, ok := option.(flag.Getter)
+	if !ok {
+		return err
 	}
-	for _, value := range values {
-		if err := setOption(fs, source, name, value); err != nil {
-			return err
+	switch is := typed.Get().(type) {
+	case bool:
+		if err != nil {
+			return errors.New("want true or false")
+		}
+	case int:
+		if err != nil || is < 0 {
+			return errors.New("want a number, 0 or more")
+		}
+	case time.Duration:
+		if err != nil || is <= 0 {
+			return errors.New("want a duration, such as 500ms, 20s or 10m")
 		}
 	}
-	return nil
+	return err
 }
 
-// givenOptions are the names of the options of fs that are set.
-func givenOptions(fs *flag.FlagSet) map[string]bool {
-	given := make(map[string]bool)
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	return given
-}
-
-func unknownOption(fs *flag.FlagSet, name string) error {
+func (o *options) unknownOption(name string) error {
 	if name == "h" || name == "help" {
 		return flag.ErrHelp
 	}
-	if advice := serfAdvice("-" + name); advice != "" {
-		return usagef("", "hamlet has no -%s: %s", name, advice)
+	if err := serfHas("-" + name); err != nil {
+		return err
 	}
+
 	var names []string
-	fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
+	o.flags.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
 	if near := nearest(name, names); near != "" {
 		return fmt.Errorf("there is no option -%s; did you mean -%s?", name, near)
 	}
 	return fmt.Errorf("there is no option -%s", name)
 }
 
-// checkOperands compares the arguments with what the command takes.
-func (c command) checkOperands(operands []string) error {
-	takes := strings.Fields(c.args)
-	if len(operands) == 0 && len(takes) > 0 {
-		return fmt.Errorf("%s is missing", c.args)
+// checkArgs compares the arguments with what the command takes.
+func (o *options) checkArgs() error {
+	takes := strings.Fields(o.command.args)
+	if len(o.args) == 0 && len(takes) > 0 {
+		return fmt.Errorf("%s is missing", o.command.args)
 	}
-	if len(operands) <= len(takes) || strings.HasSuffix(c.args, "...") {
+	if len(o.args) <= len(takes) || strings.HasSuffix(o.command.args, "...") {
 		return nil
 	}
-	extra := operands[len(takes)]
-	if _, err := parseKeys(strings.Split(extra, ",")); err == nil {
+	extra := o.args[len(takes)]
+	if _, err := parseKeys([]string{extra}); err == nil {
 		extra = "(a key)" // which is never shown
 	}
 	return fmt.Errorf("unexpected argument %q", extra)
 }
 
-func wrongUsage(command string, err error) error {
-	if _, ok := errors.AsType[*failure](err); ok {
+// wrongUsage adds to err where to read how the command is used.
+func (o *options) wrongUsage(err error) error {
+	_, isComplete := errors.AsType[*failure](err)
+	if isComplete || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
-	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, command), "%s: %v", command, err)
+	name := o.command.name
+	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, name), "%s: %v", name, err)
 }
 
-// nearest is the word of a list that was probably meant by word, which is not in it: at most two letters differ,
-// and fewer than half. It is "" where none is near.
-func nearest(word string, list []string) string {
-	best := ""
-	least := min(2, (len(word)-1)/2)
+// nearest is the word of a list that was probably meant by word, which is not in it. It is "" where none is near.
+func nearest(word string, list []string) (best string) {
+	limit := min(2, len(word)/2)
 	for _, candidate := range list {
-		if d := editDistance(word, candidate); d <= least && (best == "" || d < editDistance(word, best)) {
+		if n := difference(word, candidate); n <= limit {
 			best = candidate
+			limit = n - 1
 		}
 	}
 	return best
 }
 
-// editDistance counts the letters to insert, delete, change or swap with the next one that lead from a to b (the
-// restricted form of the distance of Damerau and Levenshtein).
-func editDistance(a, b string) int {
-	d := make([][]int, len(a)+1)
-	for i := range d {
-		d[i] = make([]int, len(b)+1)
-		d[i][0] = i
+// difference counts the letters between the common beginning and the common end of two words, in the longer one.
+func difference(a, b string) int {
+	for a != "" && b != "" && a[0] == b[0] {
+		a = a[1:]
+		b = b[1:]
 	}
-	for j := range b {
-		d[0][j+1] = j + 1
+	for a != "" && b != "" && a[len(a)-1] == b[len(b)-1] {
+		a = a[:len(a)-1]
+		b = b[:len(b)-1]
 	}
-	for i := range a {
-		for j := range b {
-			change := 1
-			if a[i] == b[j] {
-				change = 0
-			}
-			d[i+1][j+1] = min(d[i][j+1]+1, d[i+1][j]+1, d[i][j]+change)
-			swapped := i > 0 && j > 0 && a[i] == b[j-1]
-			if swapped && a[i-1] == b[j] {
-				d[i+1][j+1] = min(d[i+1][j+1], d[i-1][j-1]+1)
-			}
-		}
-	}
-	return d[len(a)][len(b)]
+	return max(len(a), len(b))
 }
 
 // serfIgnored are the options of Serf that could only tune what needs no tuning here, with what happens instead.
@@ -380,62 +402,36 @@ var serfIgnored = map[string]string{
 	"syslog":              "the log goes to stderr: let systemd or 'logger' take it",
 }
 
-// serfAdvice is what to do instead of what Serf has and hamlet has not; "": it is no such word.
-func serfAdvice(word string) string {
-	switch word {
-	case "-discover", "-mdns-iface", "-mdns-disable-ipv4", "-mdns-disable-ipv6":
-		return "name the seeds with -join: one DNS name will do"
-	case "-keyring-file":
-		return "give its keys with HAMLET_ENCRYPT, or as encrypt_key in a file: the first seals, any opens"
-	case "-tags-file":
-		return "give tags with -tag or HAMLET_TAG, and change them with the tags command"
-	case "keys":
-		return "change -encrypt to OLD,NEW, then NEW,OLD, then NEW, with a SIGHUP to every agent each time"
-	case "reachability":
-		return "every member is looked at all the time: see 'members' and 'info'"
-	case "rtt":
-		return "there are no network coordinates: use ping"
-	case "monitor":
-		return "'watch' streams events, and the log is the agent's stderr"
-	}
-	return ""
+const discoverAdvice = "name the seeds with -join: one DNS name will do"
+
+// serfAdvice is what to use instead of the options and commands of Serf that would change what the user gets.
+var serfAdvice = map[string]string{
+	"-discover":          discoverAdvice,
+	"-mdns-disable-ipv4": discoverAdvice,
+	"-mdns-disable-ipv6": discoverAdvice,
+	"-mdns-iface":        discoverAdvice,
+
+	"-keyring-file": "give its keys with HAMLET_ENCRYPT, or as encrypt_key in a file: the first seals, any opens",
+	"-tags-file":    "give tags with -tag or HAMLET_TAG, and change them with the tags command",
+	"keys":          "change -encrypt to OLD,NEW, then NEW,OLD, then NEW, with a SIGHUP to every agent each time",
+	"monitor":       "'watch' streams events, and the log is the agent's stderr",
+	"reachability":  "every member is looked at all the time: see 'members' and 'info'",
+	"rtt":           "there are no network coordinates: use ping",
 }
 
-func help() string {
-	text := `  {} agent                     start a node on this machine
-  {} agent -join 10.0.2.15     start one that joins the cluster of that host
-  {} agent -log-level=debug -event-handler=./handler.sh
-                                   run a script when members come and go
-  {} members                   list the members of the cluster
-  {} leave                     leave the cluster and stop the agent
-
-Commands:
-`
-	for _, c := range commands() {
-		text += fmt.Sprintf("  %-12s %s\n", c.name, c.short)
+// serfHas is the error of a word that only Serf has; nil: it is no such word.
+func serfHas(word string) error {
+	if advice, ok := serfAdvice[word]; ok {
+		return usagef("", "hamlet has no %s: %s", word, advice)
 	}
-	text += "\n'{} help COMMAND' shows how to use a command, and its options,\n" +
-		"'{} help handlers' what scripts are told.\n"
-	return strings.ReplaceAll(text, "{}", prog)
+	return nil
 }
 
-func (c command) help(fs *flag.FlagSet) string {
-	var list strings.Builder
-	fs.SetOutput(&list)
-	fs.PrintDefaults()
-
-	usage := c.name
-	if list.Len() > 0 {
-		usage += " [OPTION...]"
-	}
-	if c.args != "" {
-		usage += " " + c.args
-	}
-	text := "Usage: {} " + usage + "\n\n" + c.examples
-	if list.Len() > 0 {
-		text += "\n" + list.String()
-	}
-	return strings.ReplaceAll(text, "{}", prog)
+// help is the page of that name.
+func help(name string) string {
+	_, page, _ := strings.Cut(helpPages, "# "+name+"\n\n")
+	page, _, _ = strings.Cut(page, "\n# ")
+	return strings.ReplaceAll(page, "{}", prog)
 }
 
 // plainText is a page of Markdown as a terminal shows it: headings in capitals, code indented.
@@ -443,16 +439,13 @@ func plainText(markdown string) string {
 	var b strings.Builder
 	inCode := false
 	for line := range strings.Lines(markdown) {
-		if strings.HasPrefix(line, "```") {
-			inCode = !inCode
-			continue
-		}
-		heading := strings.TrimLeft(line, "#")
 		switch {
-		case inCode && line != "\n":
+		case strings.HasPrefix(line, "```"):
+			inCode = !inCode
+		case inCode:
 			b.WriteString("    " + line)
-		case !inCode && heading != line:
-			b.WriteString(strings.ToUpper(strings.TrimLeft(heading, " ")))
+		case line[0] == '#':
+			b.WriteString(strings.ToUpper(strings.TrimLeft(line, "# ")))
 		default:
 			b.WriteString(strings.ReplaceAll(line, "`", ""))
 		}
@@ -460,42 +453,15 @@ func plainText(markdown string) string {
 	return b.String()
 }
 
-// numberOption defines an option that takes a number of 0 or more.
-func numberOption(fs *flag.FlagSet, n *int, name, usage string) {
-	fs.Func(name, usage, func(s string) error {
-		u, err := strconv.ParseUint(s, 10, 31)
-		if err != nil {
-			return errors.New("want a number, 0 or more")
-		}
-		*n = int(u)
-		return nil
-	})
-}
-
-// listOption defines an option that adds to a list.
-func listOption(fs *flag.FlagSet, list *[]string, name, usage string) {
-	fs.Func(name, usage, func(s string) error {
-		*list = append(*list, s)
-		return nil
-	})
-}
-
-// durationOption defines an option that takes a duration above 0.
-func durationOption(fs *flag.FlagSet, d *time.Duration, name, usage string) {
-	fs.Func(name, usage, func(s string) error {
-		parsed, err := time.ParseDuration(s)
-		if err != nil || parsed <= 0 {
-			return errors.New("want a duration, such as 500ms, 20s or 10m")
-		}
-		*d = parsed
-		return nil
-	})
+// listOption defines an option whose values are all in set.
+func (o *options) listOption(name string) {
+	o.flags.Func(name, "", func(string) error { return nil })
 }
 
 // formatOption defines -format, and returns whether JSON is wanted.
-func formatOption(fs *flag.FlagSet) (asJSON *bool) {
+func (o *options) formatOption() (asJSON *bool) {
 	asJSON = new(bool)
-	fs.Func("format", "`FORMAT` of the output: text or json (default text)", func(s string) error {
+	o.flags.Func("format", "", func(s string) error {
 		if s != "json" && s != "text" {
 			return errors.New("want text or json")
 		}
@@ -541,335 +507,269 @@ func reason(err error) error {
 // ---- the commands that ask a running agent ----
 
 // rpcOptions defines the options that say where the agent is.
-func rpcOptions(fs *flag.FlagSet) *client {
-	addr := rpcVariable("ADDR")
-	if addr == "" {
-		addr = defaultRPC
-	}
-	c := &client{}
-	fs.StringVar(&c.addr, "rpc-addr", addr, "`HOST:PORT` of its RPC, or SERF_RPC_ADDR")
-	fs.StringVar(&c.token, "rpc-auth", "", "the `TOKEN` that it asks for, or SERF_RPC_AUTH")
-	c.token = rpcVariable("AUTH") // not as a default, which help would show
-	return c
+func (o *options) rpcOptions() *client {
+	agent := &client{}
+	o.flags.StringVar(&agent.addr, "rpc-addr", rpcVariable("ADDR", defaultRPC), "")
+	o.flags.StringVar(&agent.token, "rpc-auth", rpcVariable("AUTH", ""), "")
+	return agent
 }
 
 // rpcVariable is SERF_RPC_name, which handlers have, or what the agent of the same container was configured with.
-func rpcVariable(name string) string {
-	if value := os.Getenv("SERF_RPC_" + name); value != "" {
-		return value
+func rpcVariable(name, byDefault string) string {
+	for _, prefix := range []string{"SERF_RPC_", "HAMLET_RPC_"} {
+		if value := os.Getenv(prefix + name); value != "" {
+			return value
+		}
 	}
-	return os.Getenv("HAMLET_RPC_" + name)
+	return byDefault
 }
 
-// argument is the i-th of the arguments, or "".
-func argument(args []string, i int) string {
-	if i < len(args) {
-		return args[i]
+func infoCommand(o *options) error {
+	agent := o.rpcOptions()
+	asJSON := o.formatOption()
+	if err := o.parse(); err != nil {
+		return err
 	}
-	return ""
-}
 
-const infoExamples = `  {} info
-  {} info -format json
-`
-
-func infoCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-	asJSON := formatOption(fs)
-
-	return func([]string) error {
-		var facts []string
-		err := agent.call(rpcRequest{Op: "info"}, rpcTimeout, func(a rpcResponse, _ []update) error {
-			facts = append(facts, splitNUL(a.Text)...)
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-		facts = joinFacts(facts)
-		if *asJSON {
-			return output(infoJSON(facts))
-		}
-		return output(infoText(facts))
+	var facts []string
+	err := agent.call(rpcRequest{Op: "info"}, rpcTimeout, func(a rpcResponse, _ []update) error {
+		facts = append(facts, splitNUL(a.Text)...)
+		return nil
+	})
+	if err != nil {
+		return err
 	}
-}
-
-// joinFacts joins the values of equal keys, as those of handlers of one event.
-func joinFacts(facts []string) (joined []string) {
-	place := make(map[[2]string]int) // of each key's value
-	for fact := range slices.Chunk(facts[:len(facts)/3*3], 3) {
-		key := [2]string{fact[0], fact[1]}
-		if i, ok := place[key]; ok {
-			joined[i] += ", " + fact[2]
-			continue
-		}
-		place[key] = len(joined) + 2
-		joined = append(joined, fact...)
+	facts = facts[:len(facts)/3*3] // an agent of another version may say anything
+	if *asJSON {
+		return output(infoJSON(facts))
 	}
-	return joined
+	return output(infoText(facts))
 }
 
 // infoText shows facts: group, key, value; and so on.
 func infoText(facts []string) string {
-	var b strings.Builder
+	text := ""
 	group := ""
 	for fact := range slices.Chunk(facts, 3) {
 		if fact[0] != group {
 			group = fact[0]
-			fmt.Fprintf(&b, "%s:\n", printable(group, ""))
+			text += printable(group, "") + ":\n"
 		}
 		if fact[1] != "" {
-			fmt.Fprintf(&b, "\t%s = %s\n", printable(fact[1], ""), printable(fact[2], ""))
+			text += fmt.Sprintf("\t%s = %s\n", printable(fact[1], ""), printable(fact[2], ""))
 		}
 	}
-	return b.String()
+	return text
 }
 
 func infoJSON(facts []string) string {
 	groups := make(map[string]map[string]string)
 	for fact := range slices.Chunk(facts, 3) {
-		group := groups[fact[0]]
-		if group == nil {
-			group = make(map[string]string)
-			groups[fact[0]] = group
+		if groups[fact[0]] == nil {
+			groups[fact[0]] = make(map[string]string)
 		}
 		if fact[1] != "" {
-			group[fact[1]] = fact[2]
+			groups[fact[0]][fact[1]] = fact[2]
 		}
 	}
 	return toJSON(groups)
 }
 
-const tagsExamples = `  {} tags -set state=drain
-  {} tags -set health=ok -set zone=b -delete state
-`
-
-func tagsCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
+func tagsCommand(o *options) error {
+	agent := o.rpcOptions()
 	set := make(map[string]string)
 	var remove []string
-	fs.Func("set", "set the tag `KEY=VALUE`; repeatable", setTag(set, ""))
-	fs.Func("delete", "remove the tag `KEY`; repeatable", func(key string) error {
+	o.flags.Func("set", "", setTag(set, ""))
+	o.flags.Func("delete", "", func(key string) error {
 		if key == "" || strings.Contains(key, "=") {
 			return errors.New("want KEY, such as state")
 		}
 		remove = append(remove, key)
 		return nil
 	})
+	if err := o.parse(); err != nil {
+		return err
+	}
 
-	return func([]string) error {
-		tags, err := makeTags(set)
-		if err != nil {
-			return usagef("", "-set: %v", err)
+	tags, err := makeTags(set)
+	if err != nil {
+		return usagef("", "-set: %v", err)
+	}
+	if len(set)+len(remove) == 0 {
+		return usagef("for example: -set state=drain", "nothing to change: give -set or -delete")
+	}
+	req := rpcRequest{Op: "tags", Args: string(tags), DeleteTags: strings.Join(remove, "\x00")}
+	return agent.tell(req, rpcTimeout, "Successfully updated agent tags\n")
+}
+
+func eventCommand(o *options) error {
+	agent := o.rpcOptions()
+	coalesce := o.flags.Bool("coalesce", true, "")
+	if err := o.parse(); err != nil {
+		return err
+	}
+
+	payload := strings.Join(o.args[1:], "") // one word, or none
+	req := rpcRequest{Op: "event", Name: o.args[0], Payload: []byte(payload), Coalesce: *coalesce}
+	done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(req.Name, ""), *coalesce)
+	return agent.tell(req, rpcTimeout, done)
+}
+
+func joinCommand(o *options) error {
+	agent := o.rpcOptions()
+	replay := o.flags.Bool("replay", false, "")
+	if err := o.parse(); err != nil {
+		return err
+	}
+
+	if err := checkAddrs(o.args); err != nil {
+		return usagef("", "join: %v", err)
+	}
+	req := rpcRequest{Op: "join", Args: strings.Join(o.args, "\x00"), Replay: *replay}
+	return agent.call(req, slowTimeout, func(a rpcResponse, _ []update) error {
+		if a.More {
+			return nil // the agent is at it
 		}
-		if len(set)+len(remove) == 0 {
-			return usagef("for example: -set state=drain", "nothing to change: give -set or -delete")
+		text := fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count)
+		if a.Text != "" { // one of them is the agent itself
+			text += printable(a.Text, "") + "\n"
 		}
-		req := rpcRequest{Op: "tags", Args: string(tags), DeleteTags: strings.Join(remove, "\x00")}
-		return agent.tell(req, rpcTimeout, "Successfully updated agent tags\n")
-	}
+		return output(text)
+	})
 }
 
-const eventExamples = `  {} event deploy
-  {} event deploy 3f2c1aa       with a payload, the handlers' input
-  {} event -coalesce=false log "$(uptime)"
-`
-
-func eventCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-	coalesce := fs.Bool("coalesce", true, "of events of one name that wait, run only the last")
-
-	return func(args []string) error {
-		req := rpcRequest{Op: "event", Name: args[0], Payload: []byte(argument(args, 1)), Coalesce: *coalesce}
-		done := fmt.Sprintf("Event '%s' dispatched! Coalescing enabled: %v\n", printable(args[0], ""), *coalesce)
-		return agent.tell(req, rpcTimeout, done)
+func leaveCommand(o *options) error {
+	agent := o.rpcOptions()
+	if err := o.parse(); err != nil {
+		return err
 	}
+	return agent.tell(rpcRequest{Op: "leave"}, slowTimeout, "Graceful leave complete\n")
 }
 
-const joinExamples = `  {} join 10.0.2.15
-  {} join 10.0.2.15:7946 node2.example.com '[2001:db8::7]:7946'
-`
-
-func joinCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-	replay := fs.Bool("replay", false, "run handlers for the remembered events of that cluster")
-
-	return func(addrs []string) error {
-		if err := checkAddrs(addrs); err != nil {
-			return usagef("", "join: %v", err)
-		}
-		req := rpcRequest{Op: "join", Args: strings.Join(addrs, "\x00"), Replay: *replay}
-		return agent.call(req, slowTimeout, func(a rpcResponse, _ []update) error {
-			if a.More {
-				return nil // the agent is at it
-			}
-			text := fmt.Sprintf("Successfully joined cluster by contacting %d nodes.\n", a.Count)
-			if a.Text != "" { // one of them is the agent itself
-				text += printable(a.Text, "") + "\n"
-			}
-			return output(text)
-		})
+func forceLeaveCommand(o *options) error {
+	agent := o.rpcOptions()
+	prune := o.flags.Bool("prune", false, "")
+	if err := o.parse(); err != nil {
+		return err
 	}
+	return agent.tell(rpcRequest{Op: "force-leave", Name: o.args[0], Prune: *prune}, rpcTimeout, "")
 }
 
-const leaveExamples = "  {} leave\n"
-
-func leaveCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-
-	return func([]string) error {
-		return agent.tell(rpcRequest{Op: "leave"}, slowTimeout, "Graceful leave complete\n")
+func keygenCommand(o *options) error {
+	if err := o.parse(); err != nil {
+		return err
 	}
+	key := make([]byte, keySize)
+	rand.Read(key) // never fails
+	return output(base64.StdEncoding.EncodeToString(key) + "\n")
 }
 
-const forceLeaveExamples = `  {} force-leave web3           a failed member counts as left, everywhere
-  {} force-leave -prune web3    it vanishes from the list
-`
-
-func forceLeaveCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-	prune := fs.Bool("prune", false, "forget the member altogether")
-
-	return func(args []string) error {
-		return agent.tell(rpcRequest{Op: "force-leave", Name: args[0], Prune: *prune}, rpcTimeout, "")
+func versionCommand(o *options) error {
+	if err := o.parse(); err != nil {
+		return err
 	}
-}
-
-const keygenExamples = `  {} keygen
-  HAMLET_ENCRYPT=$({} keygen) {} agent
-`
-
-func keygenCommand(*flag.FlagSet) func([]string) error {
-	return func([]string) error {
-		key := make([]byte, keySize)
-		rand.Read(key) // never fails
-		return output(base64.StdEncoding.EncodeToString(key) + "\n")
-	}
-}
-
-const versionExamples = "  {} version\n"
-
-func versionCommand(*flag.FlagSet) func([]string) error {
-	return func([]string) error {
-		return output(fmt.Sprintf("hamlet %s (%sprotocol %d, %s, %s/%s)\n", version, commit(), protocolVersion,
-			runtime.Version(), runtime.GOOS, runtime.GOARCH))
-	}
+	return output(fmt.Sprintf("hamlet %s (%sprotocol %d, %s, %s/%s)\n", version, commit(), protocolVersion,
+		runtime.Version(), runtime.GOOS, runtime.GOARCH))
 }
 
 // commit is what the program was built from, where the build knows it.
 func commit() string {
-	info, _ := debug.ReadBuildInfo()
-	settings := make(map[string]string)
-	if info != nil {
-		for _, s := range info.Settings {
-			settings[s.Key] = s.Value
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	var revision, changes string
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			revision = s.Value
+		case s.Key == "vcs.modified" && s.Value == "true":
+			changes = " with changes"
 		}
 	}
-	revision := settings["vcs.revision"]
 	if revision == "" {
 		return ""
 	}
-	if settings["vcs.modified"] == "true" {
-		return fmt.Sprintf("commit %.10s with changes, ", revision)
-	}
-	return fmt.Sprintf("commit %.10s, ", revision)
+	return fmt.Sprintf("commit %.10s%s, ", revision, changes)
 }
 
 // ---- members ----
 
-const membersExamples = `  {} members                                list all members
-  {} members -status alive -tag role=web    alive members with a tag
-  {} members -name 'db[0-9]+' -format json
-  {} members -wait 3 -timeout 20s           wait until three are alive
-`
-
-func membersCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-	asJSON := formatOption(fs)
+func membersCommand(o *options) error {
+	agent := o.rpcOptions()
+	asJSON := o.formatOption()
 	filter := make(memberFilter)
-	var wait int
-	var timeout time.Duration
-	fs.Func("status", "only those of status `RE`: alive, leaving, left or failed", filter.set("status="))
-	fs.Func("name", "only those whose name matches `RE`, a regular expression, as a whole", filter.set("name="))
-	fs.Func("tag", "only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
-	fs.Func("role", "the same as -tag role=`RE`", filter.set("tag role="))
-	detailed := fs.Bool("detailed", false, "show each one's version and protocol, and for how long it has had its\n"+
-		"status")
-	numberOption(fs, &wait, "wait", "wait until `N` of those listed are alive, and for the agent to start;\n"+
-		"exit status 1 if it took too long")
-	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait (default: for ever)")
-
-	return func([]string) error {
-		if timeout > 0 && wait == 0 {
-			return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
-		}
-		status := filter["status"]
-		if wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
-			return usagef("", "-wait counts members that are alive, and -status leaves them out")
-		}
-		members, err := agent.waitForMembers(filter, wait, timeout)
-		if err != nil {
-			return err
-		}
-		if *asJSON {
-			return output(membersJSON(members, *detailed))
-		}
-		return output(membersText(members, *detailed))
+	o.flags.Func("status", "", filter.set("status="))
+	o.flags.Func("name", "", filter.set("name="))
+	o.flags.Func("tag", "", filter.set("tag "))
+	o.flags.Func("role", "", filter.set("tag role="))
+	detailed := o.flags.Bool("detailed", false, "")
+	wait := o.flags.Int("wait", 0, "")
+	timeout := o.flags.Duration("timeout", 0, "")
+	if err := o.parse(); err != nil {
+		return err
 	}
+
+	if *timeout > 0 && *wait == 0 {
+		return usagef("for example: -wait 3 -timeout 20s", "-timeout needs -wait N")
+	}
+	status := filter["status"]
+	if *wait > 0 && status != nil && !status.MatchString(statusAlive.String()) {
+		return usagef("", "-wait counts members that are alive, and -status leaves them out")
+	}
+	members, err := agent.waitForMembers(filter, *wait, *timeout)
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		return output(membersJSON(members, *detailed))
+	}
+	return output(membersText(members, *detailed))
 }
 
 // ---- watch ----
 
-const watchExamples = `  {} watch
-  {} watch -event member-failed,user:deploy
-  {} watch -format json      one object a line, for programs
-  {} watch -event user:done -n 1 -timeout 60s   wait for an event
-`
-
-func watchCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-	asJSON := formatOption(fs)
-	events := fs.String("event", "*", "what to show, `EVENT[,EVENT...]` as in -event-handler; 'member' is\n"+
-		"each member that is there at the start")
-	var count int
-	var timeout time.Duration
-	numberOption(fs, &count, "n", "end after `N` events, not counting the members at the start")
-	durationOption(fs, &timeout, "timeout", "with -n: exit status 1 if it takes longer, a `DURATION`")
-
-	return func([]string) error {
-		kinds := strings.Split(*events, ",")
-		if err := checkWatch(kinds, count, timeout); err != nil {
-			return err
-		}
-		if timeout > 0 {
-			time.AfterFunc(timeout, func() { exit(failf("", "fewer than %d events within %v", count, timeout)) })
-		}
-
-		seen := 0
-		err := agent.call(rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
-			text := droppedLine(a.Dropped, *asJSON)
-			for _, u := range us {
-				if !matches(kinds, a.Kind, u.Name) {
-					continue
-				}
-				text += watchLine(time.Unix(0, a.At), Event{kind: a.Kind, update: u, changed: a.Text}, *asJSON)
-				if a.Kind != 0 { // a member that was there at the start is no event
-					seen++
-				}
-			}
-			if err := output(text); err != nil {
-				return err
-			}
-			if count > 0 && seen >= count {
-				return io.EOF
-			}
-			return nil
-		})
-		if err == nil && seen < count {
-			return failf("", "the agent has ended: %d of %d events", seen, count)
-		}
+func watchCommand(o *options) error {
+	agent := o.rpcOptions()
+	asJSON := o.formatOption()
+	events := o.flags.String("event", "*", "")
+	count := o.flags.Int("n", 0, "")
+	timeout := o.flags.Duration("timeout", 0, "")
+	if err := o.parse(); err != nil {
 		return err
 	}
+	kinds := strings.Split(*events, ",")
+	if err := checkWatch(kinds, *count, *timeout); err != nil {
+		return err
+	}
+
+	if *timeout > 0 {
+		time.AfterFunc(*timeout, func() { exit(failf("", "fewer than %d events within %v", *count, *timeout)) })
+	}
+	seen := 0
+	err := agent.call(rpcRequest{Op: "watch"}, rpcTimeout, func(a rpcResponse, us []update) error {
+		text := droppedLine(a.Dropped, *asJSON)
+		for _, u := range us {
+			if !matches(kinds, a.Kind, u.Name) {
+				continue
+			}
+			text += watchLine(time.Unix(0, a.At), Event{kind: a.Kind, update: u, changed: a.Text}, *asJSON)
+			if a.Kind != 0 { // a member that was there at the start is no event
+				seen++
+			}
+		}
+		if err := output(text); err != nil {
+			return err
+		}
+		if *count > 0 && seen >= *count {
+			return io.EOF
+		}
+		return nil
+	})
+	if err == nil && seen < *count {
+		return failf("", "the agent has ended: %d of %d events", seen, *count)
+	}
+	return err
 }
 
 // checkWatch says what is wrong with the options of watch.
@@ -890,182 +790,137 @@ func checkWatch(kinds []string, count int, timeout time.Duration) error {
 
 // ---- query ----
 
-const queryExamples = `  {} query load
-  {} query -tag role=db master
-  {} query -node web1 -node web2 -timeout 3s -format json health
-`
-
-func queryCommand(fs *flag.FlagSet) func([]string) error {
-	agent := rpcOptions(fs)
-	asJSON := formatOption(fs)
+func queryCommand(o *options) error {
+	agent := o.rpcOptions()
+	asJSON := o.formatOption()
 	filter := make(memberFilter)
-	timeout := 15 * time.Second
 	var nodes []string
-	fs.Func("node", "ask only the member `NAME`; repeatable", func(name string) error {
+	o.flags.Func("node", "", func(name string) error {
 		nodes = append(nodes, name)
 		return validName(name) // an empty one would ask all
 	})
-	fs.Func("tag", "ask only those with such a tag, `KEY=RE`; repeatable", filter.set("tag "))
-	durationOption(fs, &timeout, "timeout", "the `DURATION` to wait for the slowest (default 15s)")
-	noAck := fs.Bool("no-ack", false, "do not show which members have received the query")
-
-	return func(args []string) error {
-		if timeout > maxQueryTimeout {
-			return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, timeout)
-		}
-		result := newQueryResult(*noAck)
-		show := func(text string) error { return output(printable(text, "\n\t")) }
-		if *asJSON {
-			show = func(string) error { return nil } // programs get all at the end
-		}
-		req := rpcRequest{Op: "query", Name: args[0], Payload: []byte(argument(args, 1)), Timeout: timeout}
-		if err := agent.query(req, nodes, filter, result, show); err != nil {
-			return err
-		}
-
-		text := result.totals()
-		if *asJSON {
-			text = toJSON(result)
-		}
-		if err := output(text); err != nil {
-			return err
-		}
-		if len(result.waiting) > 0 {
-			return failf("'members' shows which are alive; -timeout sets how long to wait", "no answer from %s",
-				strings.Join(slices.Sorted(maps.Keys(result.waiting)), ", "))
-		}
-		return nil
+	o.flags.Func("tag", "", filter.set("tag "))
+	timeout := o.flags.Duration("timeout", 15*time.Second, "")
+	noAck := o.flags.Bool("no-ack", false, "")
+	if err := o.parse(); err != nil {
+		return err
 	}
+	if *timeout > maxQueryTimeout {
+		return usagef("", "-timeout is at most %v, not %v", maxQueryTimeout, *timeout)
+	}
+
+	result := newQueryResult(*noAck)
+	show := func(text string) error {
+		if *asJSON {
+			return nil // programs get all at the end
+		}
+		return output(printable(text, "\n\t"))
+	}
+	payload := strings.Join(o.args[1:], "") // one word, or none
+	req := rpcRequest{Op: "query", Name: o.args[0], Payload: []byte(payload), Timeout: *timeout}
+	if err := agent.query(req, nodes, filter, result, show); err != nil {
+		return err
+	}
+
+	text := result.totals()
+	if *asJSON {
+		text = toJSON(result)
+	}
+	if err := output(text); err != nil {
+		return err
+	}
+	if len(result.waiting) > 0 {
+		return failf("'members' shows which are alive; -timeout sets how long to wait", "no answer from %s",
+			strings.Join(slices.Sorted(maps.Keys(result.waiting)), ", "))
+	}
+	return nil
 }
 
 // ---- the agent ----
 
 // agent is what the agent's options say; some need checking as the user wrote them.
 type agent struct {
+	options          *options
 	gossip           gossipConfig
 	handlers         handlerConfig
 	bind             string
 	advertise        string
-	iface            string
 	rpcAddr          string
 	rpcAuth          string
 	logLevel         string
-	keys             []string
 	tags             map[string]string
 	leaveOnTerminate bool
-	files            []string // of configuration, and folders of such
-	folders          []string
-	notes            []string // what was not understood, for the log
 }
 
-const agentExamples = `  {} agent
-  {} agent -join 10.0.2.15
-  {} agent -node web1 -role web -join seed1.example.com,seed2
-  {} agent -log-level=debug -event-handler=./handler.sh
-  {} agent -event-handler 'member-join,member-leave,member-failed=./lb.sh'
-  {} agent -event-handler 'query:load=uptime'
-  HAMLET_JOIN=seed1,seed2 HAMLET_TAG=role=web,zone=b {} agent
-
-Every option can also be set in the environment: -log-level as HAMLET_LOG_LEVEL.
-Lists are split on commas, or on newlines if there are any. A flag wins over the
-environment, and that over files. '{} help handlers' tells what scripts get.
-
-SIGINT (Ctrl-C) leaves the cluster gracefully. SIGTERM ends at once, so that the
-others see this node fail. A second signal ends at once, with exit status 1.
-SIGHUP reads the files and options again: handlers, tags, the log level and keys
-change while the agent runs.
-
-It works over lines with a round trip of up to 1.6 s that lose some per cent,
-without a setting, since round trips are measured. Up to 300 ms, a death is
-noticed about as fast as on a LAN.
-`
-
-func agentCommand(fs *flag.FlagSet) func([]string) error {
-	newAgent(fs)
-
-	return func([]string) error {
-		if os.Getpid() == 1 {
-			os.Exit(runAsInit())
-		}
-		return agentSource{os.Args[2:], os.Environ()}.run()
+func agentCommand(o *options) error {
+	if os.Getpid() == 1 {
+		os.Exit(runAsInit())
 	}
+	a := newAgent(o)
+	environ := os.Environ()
+	if err := a.read(environ); err != nil {
+		return err
+	}
+	return a.run(environ)
 }
 
-// agentSource is where an agent's options come from. They are read at the start, and again at SIGHUP.
-type agentSource struct {
-	args    []string
-	environ []string
-}
-
-// newAgent defines the agent's options on fs.
-func newAgent(fs *flag.FlagSet) *agent {
-	a := &agent{tags: make(map[string]string)}
+// newAgent defines the agent's options.
+func newAgent(o *options) *agent {
+	a := &agent{options: o, tags: make(map[string]string)}
+	g := &a.gossip
+	fs := o.flags
+	fs.StringVar(&g.member.Name, "node", "", "")
+	fs.Func("role", "", setTag(a.tags, "role="))
+	fs.Func("tag", "", setTag(a.tags, ""))
+	fs.StringVar(&a.bind, "bind", "", "")
+	fs.StringVar(&a.advertise, "advertise", "", "")
+	fs.StringVar(&g.iface, "iface", "", "")
+	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "")
+	fs.StringVar(&a.rpcAuth, "rpc-auth", "", "")
+	fs.Func("join", "", a.seed)
+	fs.Func("retry-join", "", a.seed)
+	fs.IntVar(&g.retryMax, "retry-max", 0, "")
+	fs.BoolVar(&g.replay, "replay", false, "")
+	fs.StringVar(&g.cluster, "cluster", "", "")
+	o.listOption("encrypt")
+	fs.DurationVar(&g.reapAfter, "reap-after", 24*time.Hour, "")
+	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "")
+	o.listOption("event-handler")
+	fs.DurationVar(&a.handlers.timeout, "handler-timeout", 10*time.Minute, "")
+	fs.StringVar(&a.logLevel, "log-level", "info", "")
+	o.listOption("config-file")
+	o.listOption("config-dir")
 	a.handlers.grace = handlerGrace
-	a.options(fs)
 	return a
 }
 
-// read reads the options: a flag wins over the environment, and that over files. What is a list adds up.
-func (src agentSource) read() (*agent, error) {
-	fs := flag.NewFlagSet("agent", flag.ContinueOnError)
-	a := newAgent(fs)
-	if _, _, err := parseArgs(fs, src.args); err != nil {
-		return nil, wrongUsage("agent", err)
+// read sets the options: a flag wins over the environment, and that over files. What is a list adds up.
+func (a *agent) read(environ []string) error {
+	if err := a.options.parse(); err != nil {
+		return err
 	}
-	unknown, err := setFromEnvironment(fs, src.environ)
+	if err := a.options.setFromEnvironment(environ); err != nil {
+		return a.options.wrongUsage(err)
+	}
+	if err := a.readFiles(); err != nil {
+		return err
+	}
+
+	var err error
+	a.handlers.specs = a.options.set["event-handler"]
+	a.gossip.member.Tags, err = makeTags(a.tags)
 	if err != nil {
-		return nil, wrongUsage("agent", err)
+		return usagef("", "-tag: %v", err)
 	}
-	if len(unknown) > 0 {
-		a.notes = append(a.notes, fmt.Sprintf("there is no option %s: ignored", strings.Join(unknown, ", ")))
-	}
-	if err := a.readFiles(fs); err != nil {
-		return nil, err
+	a.gossip.keys, err = parseKeys(a.options.set["encrypt"])
+	if err != nil {
+		return usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
 	}
 	if logLevelOf(a.logLevel) < 0 {
 		names := strings.ToLower(strings.Join(levelNames, ", "))
-		return nil, usagef("", "-log-level: %q is none of %s", a.logLevel, names)
+		return usagef("", "-log-level: %q is none of %s", a.logLevel, names)
 	}
-	return a, nil
-}
-
-func (a *agent) options(fs *flag.FlagSet) {
-	g := &a.gossip
-	fs.StringVar(&g.member.Name, "node", "", "its `NAME`, unique in the cluster (default: the host name)")
-	fs.Func("role", "the same as -tag role=`ROLE`", setTag(a.tags, "role="))
-	fs.Func("tag", "a tag `KEY=VALUE` that others see; repeatable", setTag(a.tags, ""))
-	fs.StringVar(&a.bind, "bind", "", "`HOST:PORT` where to listen for gossip, UDP and TCP (default\n"+
-		"0.0.0.0:7946; [::]:7946 where only IPv6 will do)")
-	fs.StringVar(&a.advertise, "advertise", "", "the address that others are told, `HOST[:PORT]` (default: the one\n"+
-		"from which packets to the first seed go out)")
-	fs.StringVar(&a.iface, "iface", "", "advertise the address of the network interface `NAME`, also when\n"+
-		"it changes")
-	fs.StringVar(&a.rpcAddr, "rpc-addr", defaultRPC, "`HOST:PORT` of the RPC, for the other commands")
-	fs.Func("rpc-auth", "a `TOKEN` that the other commands must give", secret(func(s string) { a.rpcAuth = s }))
-	fs.Func("join", "a node to join, `HOST[:PORT]`, tried until it answers; repeatable, or\n"+
-		"separated by commas", a.seed)
-	fs.Func("retry-join", "the same as -join `HOST[:PORT]`; repeatable", a.seed)
-	numberOption(fs, &g.retryMax, "retry-max", "give up when every seed has failed `N` times: 10 take some 7 s,\n"+
-		"70 some 80 s, each further one up to 30 s (default: never)")
-	fs.BoolVar(&g.replay, "replay", false, "also run handlers for remembered events from before this node joined")
-	fs.Func("cluster", "nodes with another cluster `NAME` are not let in", secret(func(s string) { g.cluster = s }))
-	fs.Func("encrypt", "a `KEY` from '{} keygen': only nodes with the key can read or join;\n"+
-		"repeatable, or separated by commas: the first seals, all can open;\n"+
-		"'none' among them stands for no encryption, while keys are introduced.\n"+
-		"Others can see arguments: better set HAMLET_ENCRYPT",
-		secret(func(s string) { a.keys = append(a.keys, strings.Split(s, ",")...) }))
-	g.reapAfter = 24 * time.Hour
-	durationOption(fs, &g.reapAfter, "reap-after", "forget failed and left members after `DURATION` (default 24h)")
-	fs.BoolVar(&a.leaveOnTerminate, "leave-on-terminate", false, "leave gracefully at SIGTERM, too")
-	listOption(fs, &a.handlers.specs, "event-handler", "a script to run on events; repeatable. `SPEC` is SCRIPT or\n"+
-		"EVENT[,EVENT...]=SCRIPT; an EVENT is member-join, member-leave,\n"+
-		"member-failed, member-update, member-reap, user, user:NAME, query,\n"+
-		"query:NAME or * (all of them)")
-	a.handlers.timeout = 10 * time.Minute
-	durationOption(fs, &a.handlers.timeout, "handler-timeout", "stop a script after `DURATION` (default 10m)")
-	fs.StringVar(&a.logLevel, "log-level", "info", "`LEVEL` is trace, debug, info, warn or err")
-	listOption(fs, &a.files, "config-file", "read options from `FILE`, in the JSON of Serf; repeatable")
-	listOption(fs, &a.folders, "config-dir", "read options from all *.json files in `DIR`; repeatable")
+	return nil
 }
 
 func (a *agent) seed(s string) error {
@@ -1074,91 +929,70 @@ func (a *agent) seed(s string) error {
 	return checkAddrs(seeds)
 }
 
-// setFromEnvironment sets the options that were not given from their variables, and names the variables of none.
-func setFromEnvironment(fs *flag.FlagSet, environ []string) (unknown []string, err error) {
-	given := givenOptions(fs)
+// setFromEnvironment sets the options that were not given from their variables.
+func (o *options) setFromEnvironment(environ []string) error {
+	var unknown []string
 	for _, kv := range environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
-		if !ours || given[name] {
+		if !ours || o.set[name] != nil {
 			continue
 		}
-		if fs.Lookup(name) == nil {
-			if !isServiceLink(variable, text) {
+		if o.flags.Lookup(name) == nil {
+			if !isServiceLink(kv) {
 				unknown = append(unknown, variable)
 			}
 			continue
 		}
 
 		// Templates set all variables, also those that have no value. But an empty secret is one that is missing.
-		if text == "" && !keepsOthersOut(name) {
+		if text == "" && !o.keepsOthersOut(name) {
 			continue
 		}
-		if err := setFromVariable(fs, variable, text, name); err != nil {
-			return nil, err
+		if err := o.setFromVariable(variable, text, name); err != nil {
+			return err
 		}
 	}
-	return unknown, nil
-}
-
-// keepsOthersOut reports whether the option of that name is there to keep others out. Without a value that would
-// silently not happen, so none is refused, wherever it comes from.
-func keepsOthersOut(option string) bool {
-	return slices.Contains([]string{"encrypt", "rpc-auth", "cluster"}, option)
-}
-
-// secret returns the way to take the value of an option that keeps others out.
-func secret(set func(string)) func(string) error {
-	return func(s string) error {
-		if strings.TrimSpace(s) == "" {
-			return errors.New("it is empty; leave it out altogether if there is to be none")
-		}
-		set(s)
-		return nil
+	if len(unknown) > 0 {
+		o.notes = append(o.notes, fmt.Sprintf("there is no option %s: ignored", strings.Join(unknown, ", ")))
 	}
+	return nil
 }
 
 // isServiceLink reports whether a variable was set by Kubernetes or by a Docker link, for a service or a container
 // that is called hamlet or hamlet-something, and not by the user.
-func isServiceLink(variable, text string) bool {
-	if strings.HasSuffix(variable, "_PORT") && strings.Contains(text, "://") { // HAMLET_PORT=tcp://10.0.0.1:7946
-		return true
-	}
-	if strings.HasSuffix(variable, "_NAME") && strings.HasPrefix(text, "/") { // HAMLET_NAME=/web/hamlet
-		return true
-	}
-	is, _ := regexp.MatchString(`^HAMLET(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|`+
-		`PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END|PORT_START|PORT_END))?|ENV_\w+)$`, variable)
+func isServiceLink(kv string) bool {
+	// A user may set HAMLET_PORT and HAMLET_NAME by mistake, but not to tcp://10.0.0.1:7946 and /web/hamlet.
+	is, _ := regexp.MatchString(`^HAMLET(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|ENV_\w+|`+
+		`PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END|PORT_START|PORT_END))?)=|`+
+		`^HAMLET_(\w+_)?PORT=.*://|^HAMLET_(\w+_)?NAME=/`, kv)
 	return is
 }
 
 // setFromVariable sets an option to the text of a variable, or to each item of it where that is a list.
-func setFromVariable(fs *flag.FlagSet, variable, text, name string) error {
+func (o *options) setFromVariable(variable, text, name string) error {
 	lists := []string{"config-dir", "config-file", "encrypt", "event-handler", "join", "retry-join", "tag"}
 	if !slices.Contains(lists, name) {
-		return setOption(fs, variable, name, text)
+		return o.setOption(variable, name, text)
 	}
 	items := splitList(text)
-	err := setValues(fs, variable, name, items)
-	if len(items) < 2 || strings.Contains(text, "\n") || keepsOthersOut(name) { // no error may show a key
+	err := o.setOption(variable, name, items...)
+	if len(items) < 2 || strings.Contains(text, "\n") || name == "encrypt" { // no error may show a key
 		return err
 	}
 
 	// Commas that belong to one item have split it: what is left of it is no item, or breaks off inside quotes.
-	broken := slices.IndexFunc(items, breaksOff)
-	if err == nil && broken >= 0 {
-		err = fmt.Errorf("invalid value %q for %s: it breaks off inside quotes", items[broken], variable)
+	for _, item := range items {
+		isBroken := strings.Count(item, `"`)%2 > 0 || strings.Count(item, "'")%2 > 0
+		if err == nil && isBroken {
+			err = fmt.Errorf("invalid value %q for %s: it breaks off inside quotes", item, variable)
+		}
 	}
 	if err != nil {
 		err = fmt.Errorf("%w; it is split at its commas: end it with a newline to have it split at newlines only", err)
 	}
 	return err
-}
-
-// breaksOff reports whether text ends inside quotes.
-func breaksOff(text string) bool {
-	return strings.Count(text, `"`)%2 > 0 || strings.Count(text, "'")%2 > 0
 }
 
 // splitList takes a list apart at its commas, or at its newlines if there are any. The events in
@@ -1168,24 +1002,23 @@ func splitList(text string) (items []string) {
 	if strings.Contains(text, "\n") {
 		sep = "\n"
 	}
-	events := "" // that wait for their script
 	for item := range strings.SplitSeq(text, sep) {
 		item = strings.TrimSpace(item)
-		if item == "" {
-			continue
+		last := len(items) - 1
+		switch {
+		case item == "":
+		case last >= 0 && isEventList(items[last]):
+			items[last] += "," + item
+		default:
+			items = append(items, item)
 		}
-		item = events + item
-		events = ""
-		if !strings.Contains(item, "=") && checkEvents(strings.Split(item, ",")) == nil {
-			events = item + ","
-			continue
-		}
-		items = append(items, item)
-	}
-	if events != "" {
-		items = append(items, strings.TrimSuffix(events, ","))
 	}
 	return items
+}
+
+// isEventList reports whether text names events, and no script for them.
+func isEventList(text string) bool {
+	return !strings.Contains(text, "=") && checkEvents(strings.Split(text, ",")) == nil
 }
 
 // serfKeys are the keys of Serf's configuration files whose option has another name than the key with '-' for '_'.
@@ -1208,14 +1041,14 @@ var serfKeys = map[string]string{
 
 // readFiles sets the options that files give. What flags or the environment have set stays; tags, seeds and handlers
 // are added to those.
-func (a *agent) readFiles(fs *flag.FlagSet) error {
-	given := givenOptions(fs)
+func (a *agent) readFiles() error {
+	given := maps.Clone(a.options.set)
 	for _, list := range []string{"tag", "role", "join", "retry-join", "event-handler"} {
 		delete(given, list)
 	}
 
-	files := a.files
-	for _, folder := range a.folders {
+	files := slices.Clone(given["config-file"])
+	for _, folder := range given["config-dir"] {
 		entries, err := os.ReadDir(folder) // sorted by name
 		if err != nil {
 			return failf("", "-config-dir %s: %v", folder, reason(err))
@@ -1231,7 +1064,7 @@ func (a *agent) readFiles(fs *flag.FlagSet) error {
 		if err != nil {
 			return failf("", "-config-file %s: %v", file, reason(err))
 		}
-		if err := a.setFromJSON(fs, given, file, text); err != nil {
+		if err := a.setFromJSON(given, file, text); err != nil {
 			return err
 		}
 	}
@@ -1239,34 +1072,35 @@ func (a *agent) readFiles(fs *flag.FlagSet) error {
 }
 
 // setFromJSON sets options from one file. What an earlier file has set and is no list is set anew.
-func (a *agent) setFromJSON(fs *flag.FlagSet, given map[string]bool, file string, text []byte) error {
+func (a *agent) setFromJSON(given map[string][]string, file string, text []byte) error {
 	object, err := decodeObject(text)
 	if err != nil {
 		return failf("want an object, such as {\"node_name\": \"web1\"}", "%s: %v", file, err)
 	}
 
+	before := maps.Clone(a.tags) // which stay
+	clear(a.tags)
 	for _, key := range slices.Sorted(maps.Keys(object)) {
 		name, ok := serfKeys[key]
 		if !ok {
 			name = strings.ReplaceAll(key, "_", "-")
 		}
 		if name == "keyring-file" { // without the keys in it, the agent would send in clear
-			return usagef(serfAdvice("-"+name), "%s: hamlet has no %q", file, key)
+			return usagef(serfAdvice["-"+name], "%s: hamlet has no %q", file, key)
 		}
-		if fs.Lookup(name) == nil {
-			a.notes = append(a.notes, unknownKey(file, key, name))
+		if a.options.flags.Lookup(name) == nil {
+			a.options.notes = append(a.options.notes, unknownKey(file, key, name))
 			continue
 		}
-		if given[name] {
+		if given[name] != nil {
 			continue
 		}
 
-		isSet := func(value string) bool { return a.hasTag(name, value) }
-		values := slices.DeleteFunc(optionTexts(object[key]), isSet)
-		if err := setValues(fs, "-"+name, name, values); err != nil {
+		if err := a.options.setOption("-"+name, name, optionTexts(object[key])...); err != nil {
 			return failf("", "%s: %s: %v", file, key, err)
 		}
 	}
+	maps.Copy(a.tags, before)
 	return nil
 }
 
@@ -1304,27 +1138,12 @@ func optionTexts(value any) (texts []string) {
 	return texts
 }
 
-// hasTag reports whether a flag or the environment has set the tag that this option is about.
-func (a *agent) hasTag(option, value string) bool {
-	var key string
-	switch option {
-	case "role":
-		key = "role"
-	case "tag":
-		key, _, _ = strings.Cut(value, "=")
-	default:
-		return false
-	}
-	_, ok := a.tags[key]
-	return ok
-}
-
 // unknownKey is what the log says of a key in a file that is no option.
 func unknownKey(file, key, option string) string {
 	if instead, ok := serfIgnored[option]; ok {
 		return fmt.Sprintf("%s: %q has no effect: %s", file, key, instead)
 	}
-	if advice := serfAdvice("-" + option); advice != "" {
+	if advice, ok := serfAdvice["-"+option]; ok {
 		return fmt.Sprintf("%s: hamlet has no %q: %s", file, key, advice)
 	}
 	return fmt.Sprintf("%s: there is no option %q: ignored", file, key)
@@ -1339,35 +1158,20 @@ func (a *agent) check() (why string, err error) {
 	if err := validName(cfg.member.Name); err != nil {
 		return "", usagef("choose a name with -node", "%v", err)
 	}
-	cfg.member.Tags, err = makeTags(a.tags)
-	if err != nil {
-		return "", usagef("", "-tag: %v", err)
-	}
-	cfg.keys, err = parseKeys(a.keys)
-	if err != nil {
-		return "", usagef(fmt.Sprintf("'%s keygen' makes a key", prog), "-encrypt: %v", err)
-	}
-
 	cfg.bind, err = a.bindAddress()
 	if err != nil {
 		return "", err
 	}
 	cfg.moves = cfg.bind.Addr().IsUnspecified() && a.advertise == ""
-	cfg.iface = a.iface
-	return a.chooseAddress()
-}
 
-// chooseAddress chooses the address to advertise. Where it may become known later, a stopgap is taken until then.
-func (a *agent) chooseAddress() (why string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
 	defer cancel()
-	cfg := &a.gossip
 	cfg.member.Addr, why, err = a.advertised(ctx)
 	f, _ := errors.AsType[*failure](err)
 	if f == nil || !f.retriable {
 		return why, err
 	}
-
+	// The address may become known later. Until then a stopgap is taken.
 	cfg.awaits = f.msg
 	_, port, _ := hostPort(a.advertise, fmt.Sprint(cfg.bind.Port()))
 	cfg.member.Addr = netip.MustParseAddrPort(net.JoinHostPort("127.0.0.1", port))
@@ -1391,19 +1195,23 @@ func (a *agent) awaitAddress(g *gossip) {
 	}
 }
 
-// parseKeys decodes the keys. Its errors never show a key.
-func parseKeys(list []string) (keys [][]byte, err error) {
-	for i, s := range list {
-		if s == "none" {
+// parseKeys decodes lists of keys. Its errors never show a key.
+func parseKeys(lists []string) (keys [][]byte, err error) {
+	if lists == nil {
+		return nil, nil
+	}
+	texts := strings.Split(strings.Join(lists, ","), ",")
+	for i, text := range texts {
+		if text == "none" {
 			keys = append(keys, noKey)
 			continue
 		}
-		key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(s))
+		key, err := base64.StdEncoding.DecodeString(strings.TrimSpace(text))
 		if err != nil {
-			return nil, fmt.Errorf("key %d of %d is not base64", i+1, len(list))
+			return nil, fmt.Errorf("key %d of %d is not base64", i+1, len(texts))
 		}
 		if len(key) != 16 && len(key) != 24 && len(key) != 32 {
-			return nil, fmt.Errorf("key %d of %d has %d bytes, a key has 32, 24 or 16", i+1, len(list), len(key))
+			return nil, fmt.Errorf("key %d of %d has %d bytes, a key has 32, 24 or 16", i+1, len(texts), len(key))
 		}
 		keys = append(keys, key)
 	}
@@ -1412,9 +1220,9 @@ func parseKeys(list []string) (keys [][]byte, err error) {
 
 // runningAgent is an agent that runs, and what it can change while it does.
 type runningAgent struct {
-	source   agentSource
-	started  agent // the options as they were read at the start
-	lastRead *agent
+	environ  []string
+	started  *agent // the options as they were read at the start
+	lastRead *agent // and as they were read last
 	gossip   *gossip
 	handlers *handlers
 	logs     *logWriter
@@ -1423,16 +1231,11 @@ type runningAgent struct {
 }
 
 // run runs the agent until it is told to stop.
-func (src agentSource) run() error {
-	a, err := src.read()
-	if err != nil {
-		return err
-	}
+func (a *agent) run(environ []string) error {
 	logs := newLogWriter(logLevelOf(a.logLevel))
 	a.gossip.member.Version = version
 	a.gossip.log = logs.log
 	a.handlers.log = logs.log
-	started := *a // check completes what was read
 	why, err := a.check()
 	if err != nil {
 		return err
@@ -1459,7 +1262,7 @@ func (src agentSource) run() error {
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
 	r := &runningAgent{
-		source: src, started: started, lastRead: &started,
+		environ: environ, started: a, lastRead: a,
 		gossip: g, handlers: handlers, logs: logs, log: logs.log, ended: make(chan struct{}),
 	}
 
@@ -1468,8 +1271,9 @@ func (src agentSource) run() error {
 	if a.gossip.awaits != "" {
 		go a.awaitAddress(g)
 	}
-	r.logNotes(a.notes)
-	logs.pumping.Go(logs.pump)
+	r.logNotes(a.options.notes, nil)
+	logs.pumping.Go(logs.pump) // only now, so that the banner comes before the log
+
 	defer logs.flush()
 	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
 	go func() {
@@ -1481,9 +1285,12 @@ func (src agentSource) run() error {
 	return r.wait(signals)
 }
 
-func (r *runningAgent) logNotes(notes []string) {
+// logNotes warns of what was not understood, and was not told before.
+func (r *runningAgent) logNotes(notes, told []string) {
 	for _, note := range notes {
-		r.log.printf(levelWarn, "%s", note)
+		if !slices.Contains(told, note) {
+			r.log.printf(levelWarn, "%s", note)
+		}
 	}
 }
 
@@ -1502,76 +1309,56 @@ func (a *agent) listenRPC() (net.Listener, error) {
 
 // reload reads the options again, and changes what can change while the agent runs. An error changes nothing.
 func (r *runningAgent) reload() error {
-	a, err := r.source.read()
-	if err != nil {
+	a := newAgent(newOptions(r.started.options.command, r.started.options.typed))
+	if err := a.read(r.environ); err != nil {
 		return err
-	}
-	keys, err := parseKeys(a.keys)
-	if err != nil {
-		return fmt.Errorf("-encrypt: %w", err)
-	}
-	if _, err := makeTags(a.tags); err != nil {
-		return fmt.Errorf("-tag: %w", err)
 	}
 	if err := r.handlers.reload(a.handlers); err != nil {
 		return err
 	}
 
-	wasTold := func(note string) bool { return slices.Contains(r.lastRead.notes, note) }
-	r.logNotes(slices.DeleteFunc(slices.Clone(a.notes), wasTold))
+	// All of it can be used.
+	r.logNotes(a.options.notes, r.lastRead.options.notes)
 	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
 		r.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
 	}
+
 	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
-	r.gossip.setKeys(keys)
+	r.gossip.setKeys(a.gossip.keys)
 	set, remove := tagChanges(r.lastRead.tags, a.tags)
 	r.lastRead = a
-	return r.gossip.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
+	err := r.gossip.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
+	if err == nil {
+		r.log.printf(levelInfo, "hangup: read the options again")
+	}
+	return err
 }
 
 // tagChanges is what leads from one set of tags to another. What the tags command has changed meanwhile stays.
 func tagChanges(was, is map[string]string) (set map[string]string, remove []string) {
 	set = maps.Clone(is)
-	maps.DeleteFunc(set, func(key, value string) bool {
-		old, ok := was[key]
-		return ok && old == value
-	})
-	for key := range was {
-		if _, ok := is[key]; !ok {
+	for key, old := range was {
+		value, ok := is[key]
+		if !ok {
 			remove = append(remove, key)
+		}
+		if value == old {
+			delete(set, key)
 		}
 	}
 	return set, remove
 }
 
-// fixedChanges names the options that differ in b, and cannot change while the agent runs.
+// fixedChanges names the options that are set to something else in b, and cannot change while the agent runs.
 func (a *agent) fixedChanges(b *agent) (names []string) {
-	values := b.fixed()
-	for name, value := range a.fixed() {
-		if value != values[name] {
+	fixed := "advertise bind cluster iface join leave-on-terminate node reap-after replay " +
+		"retry-join retry-max rpc-addr rpc-auth"
+	for name := range strings.FieldsSeq(fixed) {
+		if !slices.Equal(a.options.set[name], b.options.set[name]) {
 			names = append(names, name)
 		}
 	}
-	slices.Sort(names)
 	return names
-}
-
-// fixed are the options that cannot change while the agent runs.
-func (a *agent) fixed() map[string]any {
-	return map[string]any{
-		"advertise":          a.advertise,
-		"bind":               a.bind,
-		"cluster":            a.gossip.cluster,
-		"iface":              a.iface,
-		"join":               strings.Join(a.gossip.seeds, ","),
-		"leave-on-terminate": a.leaveOnTerminate,
-		"node":               a.gossip.member.Name,
-		"reap-after":         a.gossip.reapAfter,
-		"replay":             a.gossip.replay,
-		"retry-max":          a.gossip.retryMax,
-		"rpc-addr":           a.rpcAddr,
-		"rpc-auth":           a.rpcAuth,
-	}
 }
 
 // prepareProcess fits the process to an agent, and returns the signals that it gets.
@@ -1583,6 +1370,7 @@ func prepareProcess() <-chan os.Signal {
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20) // soft: the garbage of a flood is collected earlier
 	}
+
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // signal.Ignore would be inherited by handlers
@@ -1646,6 +1434,7 @@ func (a *agent) warnOfAddress(addr netip.AddrPort, why string) {
 // info is what the agent knows of itself: group, key, value; and so on.
 func (r *runningAgent) info() (facts []string) {
 	add := func(group, key string, value any) { facts = append(facts, group, key, fmt.Sprint(value)) }
+
 	self, _ := r.gossip.self()
 	add("agent", "name", self.Name)
 	add("agent", "addr", self.Addr)
@@ -1695,7 +1484,9 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 		case s := <-signals:
 			switch {
 			case s == syscall.SIGHUP:
-				r.hangUp()
+				if err := r.reload(); err != nil {
+					r.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
+				}
 			case told.IsZero():
 				told = time.Now()
 				r.stop(s)
@@ -1704,14 +1495,6 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 			}
 		}
 	}
-}
-
-func (r *runningAgent) hangUp() {
-	if err := r.reload(); err != nil {
-		r.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
-		return
-	}
-	r.log.printf(levelInfo, "hangup: read the options again")
 }
 
 // stop begins to end the agent, in the way that the signal asks for.
@@ -1784,18 +1567,13 @@ func (a *agent) bindAddress() (bind netip.AddrPort, err error) {
 		}
 	}
 
-	if ip, err := netip.ParseAddr(host); err == nil {
-		if ip.IsMulticast() {
-			return bind, wrong
-		}
-		return netip.ParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port))
-	}
+	ip, notIP := netip.ParseAddr(host)
 	isName := strings.ContainsFunc(host, unicode.IsLetter) && !strings.Contains(host, ":")
-	if !isName {
+	if ip.IsMulticast() || notIP != nil && !isName {
 		return bind, wrong
 	}
-	isOwn := func(ip netip.Addr) bool { return ip.IsLoopback() || isOwnAddress(ip) }
-	bind, err = lookUpOne(context.Background(), host, port, isOwn)
+	fits := func(ip netip.Addr) bool { return notIP == nil || ip.IsLoopback() || isOwnAddress(ip) }
+	bind, err = lookUpOne(context.Background(), host, port, fits)
 	if err != nil {
 		err = failf("-bind takes HOST:PORT; HOST must be, or resolve to, an address of this machine",
 			"-bind: cannot listen on %q: %v", a.bind, err)
@@ -1813,9 +1591,8 @@ func (a *agent) needsIPv6() bool {
 		}
 	}
 	all, _ := addressesOf("")
-	own, _ := addressesOf(a.iface)
-	is4 := func(ip netip.Addr) bool { return ip.Is4() && !ip.IsLoopback() }
-	return !slices.ContainsFunc(own, is4) && slices.ContainsFunc(all, netip.Addr.Is6)
+	own, _ := addressesOf(a.gossip.iface)
+	return !bestAddress(own, netip.IPv4Unspecified()).IsValid() && slices.ContainsFunc(all, netip.Addr.Is6)
 }
 
 // advertised returns the address that others are told, and the reason. It is never a wildcard, and loopback only if
@@ -1823,11 +1600,11 @@ func (a *agent) needsIPv6() bool {
 func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
 	switch {
-	case a.advertise != "" && a.iface != "":
-		return addr, "", usagef("give one of them", "-advertise %s and -iface %s", a.advertise, a.iface)
+	case a.advertise != "" && a.gossip.iface != "":
+		return addr, "", usagef("give one of them", "-advertise %s and -iface %s", a.advertise, a.gossip.iface)
 	case a.advertise != "":
 		return a.namedAddress(ctx)
-	case a.iface != "":
+	case a.gossip.iface != "":
 		return a.interfaceAddress()
 	case !bind.Addr().IsUnspecified():
 		return bind, "the bound address", nil
@@ -1839,12 +1616,11 @@ func (a *agent) advertised(ctx context.Context) (addr netip.AddrPort, why string
 // namedAddress is the address of -advertise.
 func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
-	port := fmt.Sprint(bind.Port())
-	host, _, err := hostPort(a.advertise, port)
+	host, port, err := hostPort(a.advertise, fmt.Sprint(bind.Port()))
 	if err != nil {
 		return addr, "", usagef("-advertise takes HOST or HOST:PORT", "-advertise: %v", err)
 	}
-	addr, err = lookUpOne(ctx, a.advertise, port, func(ip netip.Addr) bool {
+	addr, err = lookUpOne(ctx, host, port, func(ip netip.Addr) bool {
 		return !ip.IsUnspecified() && !ip.IsMulticast() && sameFamily(ip, bind.Addr())
 	})
 	if err == nil {
@@ -1861,23 +1637,24 @@ func (a *agent) namedAddress(ctx context.Context) (addr netip.AddrPort, why stri
 // interfaceAddress is the address of -iface.
 func (a *agent) interfaceAddress() (addr netip.AddrPort, why string, err error) {
 	bind := a.gossip.bind
-	ips, err := addressesOf(a.iface)
+	iface := a.gossip.iface
+	ips, err := addressesOf(iface)
 	if err != nil {
-		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", a.iface)
+		return addr, "", failf("-iface takes the name of an interface", "-iface: there is no interface %q", iface)
 	}
 	if slices.Contains(ips, bind.Addr()) {
-		return bind, "the bound address, of " + a.iface, nil
+		return bind, "the bound address, of " + iface, nil
 	}
 	if !bind.Addr().IsUnspecified() {
 		return addr, "", failf("leave one of them out, or give an address of the interface with -bind",
-			"-iface %s and -bind %s: the interface does not have that address", a.iface, bind)
+			"-iface %s and -bind %s: the interface does not have that address", iface, bind)
 	}
 
 	ip := bestAddress(ips, bind.Addr())
 	if !ip.IsValid() {
-		return addr, "", notYetf("-iface: %s has no address yet at which others could reach %s", a.iface, bind)
+		return addr, "", notYetf("-iface: %s has no address yet at which others could reach %s", iface, bind)
 	}
-	return netip.AddrPortFrom(ip, bind.Port()), "address of " + a.iface, nil
+	return netip.AddrPortFrom(ip, bind.Port()), "address of " + iface, nil
 }
 
 // routeAddress asks the kernel which address of this machine leads to the seeds that are given as addresses, then
@@ -1903,6 +1680,7 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 			return ip, "address of " + seed.Zone()
 		}
 	}
+
 	for _, far := range []string{"198.51.100.1", "2001:db8::1"} { // reserved for documentation, so never near
 		ip = sourceTo(netip.MustParseAddr(far))
 		if isReachable(ip, bind) {
@@ -1911,22 +1689,16 @@ func routeAddress(seeds []string, bind netip.Addr) (ip netip.Addr, why string) {
 	}
 
 	// There is no route. Machines on some network of this one may be peers all the same.
-	var ips []netip.Addr
-	interfaceOf := make(map[netip.Addr]string)
 	ifcs, _ := net.Interfaces()
-	for _, ifc := range ifcs {
-		if ifc.Flags&net.FlagUp == 0 {
-			continue
+	for _, fits := range []func(ip, bind netip.Addr) bool{usable, isReachable} {
+		for _, ifc := range ifcs {
+			ips, _ := addressesOf(ifc.Name)
+			for _, ip := range ips {
+				if ifc.Flags&net.FlagUp != 0 && fits(ip, bind) {
+					return ip, "address of " + ifc.Name
+				}
+			}
 		}
-		addrs, _ := ifc.Addrs()
-		for _, ip := range ipsOf(addrs) {
-			ips = append(ips, ip)
-			interfaceOf[ip] = ifc.Name
-		}
-	}
-	ip = bestAddress(ips, bind)
-	if ip.IsValid() {
-		return ip, "address of " + interfaceOf[ip]
 	}
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1}), "no other address was found" // which [::] takes as well
 }

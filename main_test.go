@@ -19,18 +19,56 @@ import (
 
 // --- what the user types
 
-// Most defaults are shown by package flag, which knows them; these are not.
-func TestHelpShowsTheTrueDefaults(t *testing.T) {
-	a := &agent{tags: make(map[string]string)}
-	fs := flag.NewFlagSet("", flag.ContinueOnError)
-	a.options(fs)
-	for option, value := range map[string]time.Duration{
-		"reap-after":      a.gossip.reapAfter,
-		"handler-timeout": a.handlers.timeout,
-	} {
-		_, said, _ := strings.Cut(fs.Lookup(option).Usage, "(default ")
-		if d, err := time.ParseDuration(strings.TrimSuffix(said, ")")); err != nil || d != value {
-			t.Errorf("agent -%s: the help says %s, it is %v", option, said, value)
+// agentCalledWith is an agent whose options are defined and not yet set.
+func agentCalledWith(typed ...string) *agent {
+	return newAgent(newOptions(command{name: "agent"}, typed))
+}
+
+// optionsInHelp are what the help of a command says of each of its options.
+func optionsInHelp(name string) map[string]string {
+	said := make(map[string]string)
+	for _, text := range strings.Split(help(name), "\n  -")[1:] {
+		option := strings.Fields(text)[0]
+		said[option] = text
+	}
+	return said
+}
+
+func TestHelpHasEveryCommandAndOptionWithItsDefault(t *testing.T) {
+	for _, variable := range []string{"SERF_RPC_ADDR", "SERF_RPC_AUTH", "HAMLET_RPC_ADDR", "HAMLET_RPC_AUTH"} {
+		t.Setenv(variable, "")
+	}
+	for _, c := range commands() {
+		if !strings.Contains(help("help"), "\n  "+c.name+" ") || !strings.HasPrefix(help(c.name), "Usage: "+prog+" "+c.name) {
+			t.Errorf("docs/commands.txt lacks %s", c.name)
+		}
+		usage, _, _ := strings.Cut(help(c.name), "\n")
+		if !strings.HasSuffix(usage, c.args) {
+			t.Errorf("help %s: the arguments are %s", c.name, c.args)
+		}
+
+		o := newOptions(c, []string{"-h"})
+		if c.name == "agent" { // which would start another process where it is the first one
+			newAgent(o)
+		} else if err := c.run(o); err != flag.ErrHelp {
+			t.Errorf("%s -h: %v", c.name, err)
+		}
+		said := optionsInHelp(c.name)
+		o.flags.VisitAll(func(f *flag.Flag) {
+			text, ok := said[f.Name]
+			_, byDefault, _ := strings.Cut(strings.ReplaceAll(text, `"`, ""), "(default ")
+			byDefault, _, _ = strings.Cut(byDefault, ")")
+			if d, err := time.ParseDuration(byDefault); err == nil {
+				byDefault = d.String()
+			}
+			isZero := slices.Contains([]string{"", "false", "0", "0s"}, f.DefValue)
+			if !ok || !isZero && byDefault != f.DefValue {
+				t.Errorf("help %s: -%s, whose default is %q: %q", c.name, f.Name, f.DefValue, text)
+			}
+			delete(said, f.Name)
+		})
+		if len(said) > 0 {
+			t.Errorf("help %s has options that do not exist: %q", c.name, said)
 		}
 	}
 }
@@ -53,12 +91,11 @@ func TestOptionsMayStandBehindArguments(t *testing.T) {
 		"-h":                  flag.ErrHelp.Error(),
 		"-syslogs -snapshott": "there is no option -syslogs",
 	} {
-		fs := flag.NewFlagSet("", flag.ContinueOnError)
-		var n int
-		numberOption(fs, &n, "n", "")
-		on := fs.Bool("switch", false, "")
-		operands, _, err := parseArgs(fs, strings.Fields(args))
-		got := fmt.Sprintf("%s, n %d", strings.Join(operands, " "), n)
+		o := newOptions(command{}, strings.Fields(args))
+		n := o.flags.Int("n", 0, "")
+		on := o.flags.Bool("switch", false, "")
+		err := o.parseOptions()
+		got := fmt.Sprintf("%s, n %d", strings.Join(o.args, " "), *n)
 		if *on {
 			got += " switch"
 		}
@@ -105,15 +142,14 @@ func TestConfigurationFilesOfSerfAreRead(t *testing.T) {
 		`{"replay_on_join": "maybe"}`:                                               "error f.json: replay_on_join: invalid value",
 		``:                                                                          "error f.json: line 1",
 	} {
-		fs := flag.NewFlagSet("agent", flag.ContinueOnError)
-		a := newAgent(fs)
-		err := a.setFromJSON(fs, nil, "f.json", []byte(text))
-		got := fmt.Sprint(a.gossip.member.Name, " ", a.bind, " ", a.logLevel, " handlers ", strings.Join(a.handlers.specs, " "),
+		a := agentCalledWith()
+		err := a.setFromJSON(nil, "f.json", []byte(text))
+		got := fmt.Sprint(a.gossip.member.Name, " ", a.bind, " ", a.logLevel, " handlers ", strings.Join(a.options.set["event-handler"], " "),
 			" tags ", a.tags, " seeds ", strings.Join(a.gossip.seeds, " "), " retry ", a.gossip.retryMax, " ")
 		got += fmt.Sprint(map[bool]string{true: "replay "}[a.gossip.replay], "rpc ", a.rpcAddr, " ",
-			map[bool]string{true: "leave "}[a.leaveOnTerminate], a.gossip.reapAfter, " ", a.iface, " keys ", strings.Join(a.keys, " "),
+			map[bool]string{true: "leave "}[a.leaveOnTerminate], a.gossip.reapAfter, " ", a.gossip.iface, " keys ", strings.Join(a.options.set["encrypt"], " "),
 			" timeout ", a.handlers.timeout, " error ", err)
-		for _, note := range a.notes {
+		for _, note := range a.options.notes {
 			got += " note " + note + ";"
 		}
 		for _, w := range strings.Split(want, "; ") {
@@ -127,20 +163,17 @@ func TestConfigurationFilesOfSerfAreRead(t *testing.T) {
 func TestFlagWinsOverEnvironmentAndThatOverFiles(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "a.json")
 	config := `{"node_name": "file", "log_level": "warn", "cluster": "file", "tags": {"role": "file", "zone": "file"},
-		"event_handlers": ["file.sh"], "start_join": ["file"], "encrypt_key": "file"}`
+		"event_handlers": ["file.sh"], "start_join": ["file"], "encrypt_key": "c2VjcmV0c2VjcmV0c2VjcmV0"}`
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	src := agentSource{
-		args:    []string{"-node", "flag", "-tag", "role=flag", "-config-file", file, "-event-handler", "flag.sh", "-encrypt", "flag"},
-		environ: []string{"HAMLET_NODE=env", "HAMLET_LOG_LEVEL=debug", "HAMLET_JOIN=env"},
-	}
-	a, err := src.read()
-	if err != nil {
+	const key = "Y2x1c3RlcnNsaWtldGhpcw=="
+	a := agentCalledWith("-node", "flag", "-tag", "role=flag", "-config-file", file, "-event-handler", "flag.sh", "-encrypt", key)
+	if err := a.read([]string{"HAMLET_NODE=env", "HAMLET_LOG_LEVEL=debug", "HAMLET_JOIN=env"}); err != nil {
 		t.Fatal(err)
 	}
-	got := strings.TrimSpace(fmt.Sprintln(a.gossip.member.Name, a.logLevel, a.gossip.cluster, a.tags, a.handlers.specs, a.gossip.seeds, a.keys))
-	want := "flag debug file map[role:flag zone:file] [flag.sh file.sh] [env file] [flag]"
+	got := strings.TrimSpace(fmt.Sprintln(a.gossip.member.Name, a.logLevel, a.gossip.cluster, a.tags, a.handlers.specs, a.gossip.seeds, a.options.set["encrypt"]))
+	want := "flag debug file map[role:flag zone:file] [flag.sh file.sh] [env file] [" + key + "]"
 	if got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
@@ -157,11 +190,11 @@ func TestConfigurationFolderIsReadInOrderOfNames(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	a, err := agentSource{args: []string{"-config-dir", dir}}.read()
-	if err != nil || a.logLevel != "debug" || !slices.Equal(a.handlers.specs, []string{"a", "b"}) {
+	a := agentCalledWith("-config-dir", dir)
+	if err := a.read(nil); err != nil || a.logLevel != "debug" || !slices.Equal(a.handlers.specs, []string{"a", "b"}) {
 		t.Errorf("%+v, %v", a, err)
 	}
-	if _, err := (agentSource{args: []string{"-config-dir", dir + "/none"}}).read(); err == nil || !strings.Contains(err.Error(), "none: no such file") {
+	if err := agentCalledWith("-config-dir", dir+"/none").read(nil); err == nil || !strings.Contains(err.Error(), "none: no such file") {
 		t.Errorf("a folder that is not there: %v", err)
 	}
 }
@@ -372,24 +405,21 @@ func TestEnvironmentListsAreSplitAtCommasOrLines(t *testing.T) {
 		"a=1,2\nb=3":                   {"a=1,2", "b=3"},
 		",":                            nil,
 	} {
-		var got []string
-		fs := flag.NewFlagSet("", flag.ContinueOnError)
-		fs.Func("event-handler", "", func(s string) error { got = append(got, s); return nil })
-		if err := setFromVariable(fs, "HAMLET_X", in, "event-handler"); err != nil || !slices.Equal(got, want) {
+		a := agentCalledWith()
+		err := a.options.setFromVariable("HAMLET_X", in, "event-handler")
+		if got := a.options.set["event-handler"]; err != nil || !slices.Equal(got, want) {
 			t.Errorf("%q: %q, %v; want %q", in, got, err, want)
 		}
 	}
 	// What would become two broken parts is told.
 	for name, in := range map[string]string{"event-handler": `awk "{print $1,$2}"`, "tag": "note=a,b"} {
-		a, fs := &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
-		a.options(fs)
-		if err := setFromVariable(fs, "HAMLET_X", in, name); err == nil || !strings.Contains(err.Error(), "newline") {
-			t.Errorf("%s: %q, %v", in, a.handlers.specs, err)
+		a := agentCalledWith()
+		if err := a.options.setFromVariable("HAMLET_X", in, name); err == nil || !strings.Contains(err.Error(), "newline") {
+			t.Errorf("%s: %q, %v", in, a.options.set, err)
 		}
-		a, fs = &agent{tags: make(map[string]string)}, flag.NewFlagSet("", flag.ContinueOnError)
-		a.options(fs)
-		err := setFromVariable(fs, "HAMLET_X", in+"\n", name)
-		if got := append(a.handlers.specs, "note="+a.tags["note"]); err != nil || got[0] != in {
+		a = agentCalledWith()
+		err := a.options.setFromVariable("HAMLET_X", in+"\n", name)
+		if got := append(a.options.set["event-handler"], "note="+a.tags["note"]); err != nil || got[0] != in {
 			t.Errorf("%s with a newline: %q, %v", in, got, err)
 		}
 	}

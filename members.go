@@ -1214,7 +1214,7 @@ func displayWidth(s string) (width int) {
 	for _, r := range s {
 		switch {
 		case unicode.In(r, unicode.Mn, unicode.Me):
-		case r >= 0x1100 && isWide(r):
+		case isWide(r):
 			width += 2
 		default:
 			width++
@@ -1224,11 +1224,9 @@ func displayWidth(s string) (width int) {
 }
 
 func isWide(r rune) bool {
-	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul) {
-		return true
-	}
 	for _, wide := range [][2]rune{
-		{0x2e80, 0x303e}, {0x3041, 0x33ff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff},
+		{0x1100, 0x115f}, {0x2e80, 0x303e}, {0x3041, 0xa4cf}, {0xac00, 0xd7a3}, {0xf900, 0xfaff}, {0xfe30, 0xfe6f},
+		{0xff00, 0xff60}, {0xffe0, 0xffe6}, {0x1f300, 0x1faff}, {0x20000, 0x3fffd},
 	} {
 		if r >= wide[0] && r <= wide[1] {
 			return true
