@@ -685,6 +685,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
+	n.joining.memberAt = n.now
 	return n
 }
 
@@ -2738,6 +2739,7 @@ func (n *node) syncDone(sync *stateSync) {
 // on its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
 type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
+	memberAt time.Duration // when a seed was last an alive member, or this node began
 	seeds    []seed        // in the order of nodeConfig.seeds
 	failing  bool          // it was reported that no seed answers
 	warned   rareWarning
@@ -2747,10 +2749,7 @@ type joining struct {
 type seed struct {
 	nextTry time.Duration // never: a try is under way
 	failed  int           // tries in a row
-	failing time.Duration // when the first of them had failed
-	dubious int           // tries in a row after which no seed was an alive member, although this one had answered
 	last    seedResult
-	tried   bool // last holds the result of a try
 }
 
 // seedResult is what one try of a seed has brought.
@@ -2779,7 +2778,7 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 func (j *joining) step(n *node) {
 	for _, s := range j.seeds {
 		if s.isMember(n) {
-			j.clearDubious()
+			j.memberAt = n.now
 			return
 		}
 	}
@@ -2792,12 +2791,6 @@ func (j *joining) step(n *node) {
 			s.nextTry = never
 		}
 		n.wakeAt(s.nextTry)
-	}
-}
-
-func (j *joining) clearDubious() {
-	for i := range j.seeds {
-		j.seeds[i].dubious = 0
 	}
 }
 
@@ -2816,26 +2809,21 @@ func (s seed) isMember(n *node) bool {
 func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 	s := &j.seeds[i]
 	s.last = r
-	s.tried = true
+	wait := j.wait(n.now)
+	s.nextTry = n.now + wait - n.jitter(wait/4)
 
 	isNewcomer := j.joinedAt == 0
-	if isNewcomer && errors.Is(r.taken, errNameHeld) {
-		// The name is free as soon as the cluster has noticed that its holder is gone.
-		s.nextTry = n.now + nameRetry
+	switch {
+	case isNewcomer && errors.Is(r.taken, errNameTaken):
+		n.out.fatal = r.taken
 		return
-	}
-	if taken, isTaken := errors.AsType[*nameTakenError](r.taken); isTaken {
-		if isNewcomer {
-			n.out.fatal = r.taken
-			return
-		}
-		n.identity.handleSelfClaim(n, taken.holder, "") // two halves of a cluster meet
-	}
-
-	if len(r.names) > 0 {
-		s.noteAnswered(n)
-	} else {
-		s.noteFailed(n)
+	case isNewcomer && errors.Is(r.taken, errNameHeld):
+		s.nextTry = n.now + nameRetry // it is free as soon as the cluster has noticed that its holder is gone
+		return
+	case len(r.names) > 0:
+		s.failed = 0
+	default:
+		s.failed++
 	}
 	if isNewcomer && j.hasGivenUp(n) {
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.cfg.retryMax, j.errors(5))
@@ -2844,32 +2832,12 @@ func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 	j.report(n)
 }
 
-// noteAnswered plans the next try after one that was answered.
-func (s *seed) noteAnswered(n *node) {
-	s.failed = 0
-	// If none of those that answered is then believed alive, for instance since it advertises another address,
-	// where it does not answer, to join it again every second would never change that.
-	s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
-	s.dubious++
-}
-
-// noteFailed plans the next try after one that failed.
-func (s *seed) noteFailed(n *node) {
-	if s.failed == 0 {
-		s.failing = n.now
-	}
-	wait := s.wait(n.now)
-	s.nextTry = n.now + wait - n.jitter(wait/4)
-	s.failed++
-}
-
-// wait is how long to wait after a try that failed.
-func (s *seed) wait(now time.Duration) time.Duration {
-	// At first a try a second costs nothing, and clusters start in any order. A seed that has been missing for
-	// long is tried more and more rarely.
-	first := 250 * ms << min(s.failed, 10)
-	later := (now - s.failing - seedsOftenFor) / 2
-	return min(first, max(later, seedsOften), seedsMax)
+// wait is how long to wait after a try. At first one a second costs nothing, and clusters start in any order. When
+// no seed has been an alive member for long, they are tried more and more rarely.
+func (j *joining) wait(now time.Duration) time.Duration {
+	missing := now - j.memberAt
+	later := (missing - seedsOftenFor) / 2
+	return min(max(missing, 250*ms), max(later, seedsOften), seedsMax)
 }
 
 // hasGivenUp reports whether each seed has failed as often as the user allows.
@@ -2891,10 +2859,10 @@ func (j *joining) report(n *node) {
 	dead := false
 	for _, s := range j.seeds {
 		switch {
-		case !s.tried:
-			return
 		case len(s.last.names) > 0:
 			answered = s.last.names[0]
+		case len(s.last.errs) == 0: // the first try is under way
+			return
 		case !s.last.isSelf:
 			dead = true
 		}
