@@ -2387,7 +2387,7 @@ type stateSync struct {
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
 	conflict  *probe        // of the holder of this newcomer's name; the state sync waits for it
-	joins     bool          // it was dialled to join, by a command or as a seed
+	joins     bool          // a user has asked for it: it fails where the name is taken
 	replay    bool
 	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
@@ -2461,7 +2461,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
 			continue
 		}
-		if err := n.identity.resolveConflict(n, sync, *u, hdr); err != nil {
+		if err := n.identity.resolveNameConflict(n, sync, *u, hdr); err != nil {
 			return err
 		}
 	}
@@ -2489,7 +2489,7 @@ func (n *node) identifyPeer(peer Member) error {
 	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
 		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
 		n.detector.probeHolder(n, e.Member, peer.Addr)
-		return errors.New(nameTaken(e.Member, 0).Error())
+		return errors.New(nameTaken(e.Member).Error())
 	}
 	return nil
 }
@@ -2910,70 +2910,43 @@ type identity struct {
 	conflictWarned rareWarning
 }
 
-// nameTakenError says that a living member has this node's name.
-type nameTakenError struct{ holder update }
-
-func nameTaken(by Member, age uint64) error {
-	return &nameTakenError{update{Member: by, Age: age}}
+func nameTaken(holder Member) error {
+	return fmt.Errorf("the name %q %w: the member at %s has it", holder.Name, errNameTaken, holder.Addr)
 }
 
-func (e *nameTakenError) Error() string {
-	holder := e.holder.Member
-	return fmt.Sprintf("the name %q %v: the member at %s has it", holder.Name, errNameTaken, holder.Addr)
-}
-
-func (e *nameTakenError) Is(err error) bool { return err == errNameTaken }
-
-// resolveConflict decides whether u, which a dialled peer claims about this node's name, keeps this node out of
+// resolveNameConflict decides whether u, which a dialled peer believes of this node's name, keeps this node out of
 // the peer's cluster.
 //
 // A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told,
-// never times, since a clock may be wrong.
-func (o *identity) resolveConflict(n *node, sync *stateSync, u update, hdr header) error {
-	if n.joining.joinedAt != 0 {
-		return o.resolveAsMember(n, sync, u, hdr.From)
-	}
-	if !isOtherAgent(n.self.Member, u.Member) {
-		o.handleSelfClaim(n, u, hdr.From)
-		return nil
-	}
-	if hdr.From != n.self.Name {
-		return o.resolveAsNewcomer(n, sync, u)
-	}
-
-	// The peer itself has the name. If it is a newcomer, too, only one of the two ends.
-	o.noteRival(n, u)
-	if hdr.More || o.givesWay(n) {
-		return nameTaken(u.Member, u.Age)
-	}
-	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node",
-		u.Member.Name)
-}
-
-// resolveAsMember decides for a node that is in a cluster and has dialled a peer of perhaps another one.
-func (o *identity) resolveAsMember(n *node, sync *stateSync, u update, via string) error {
-	if !o.mayBeRival(n.self.Member, u.Member) {
-		o.handleSelfClaim(n, u, via)
-		return nil
-	}
-	// A join that a user has asked for fails. Where two clusters meet by themselves, after a split, the tables say
-	// the same as u, and the agent that came in later gives way.
-	if sync.joins {
-		return nameTaken(u.Member, u.Age)
-	}
-	return nil
-}
-
-// resolveAsNewcomer decides for a newcomer whose name has a holder that the cluster believes alive. It never takes
-// the name: it ends if the holder answers, and waits otherwise. The holder may have stalled, or only this node
-// cannot reach it.
-func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
+// never times, since a clock may be wrong. Of two that are in, the younger gives way: see conflictResolved.
+func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr header) error {
 	holder := u.Member
-	if sync.conflict != nil && sync.conflict.result == verdictAlive {
-		return nameTaken(holder, u.Age)
+	isNewcomer := n.joining.joinedAt == 0
+	switch {
+	case isNewcomer && isOtherAgent(n.self.Member, holder):
+		return o.resolveAsNewcomer(n, sync, u, hdr)
+	case !o.mayBeRival(n.self.Member, holder):
+		o.handleSelfClaim(n, u, hdr.From)
+	case sync.joins:
+		return nameTaken(holder)
 	}
+	return nil // where two clusters meet by themselves, after a split, the tables say the same as u
+}
 
-	foundGone := o.former.Instance == holder.Instance
+// resolveAsNewcomer decides for a newcomer. It never takes the name of one that is in the cluster: it ends if the
+// holder answers, and waits otherwise. The holder may have stalled, or only this node cannot reach it.
+func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update, hdr header) error {
+	holder := u.Member
+	answers := hdr.From == n.self.Name || sync.conflict != nil && sync.conflict.result == verdictAlive
+	foundGone := !o.mayBeRival(n.self.Member, holder)
+	if answers {
+		o.noteRival(n, u)
+		if hdr.More || o.givesWay(n) {
+			return nameTaken(holder)
+		}
+		return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node",
+			holder.Name)
+	}
 	if !foundGone {
 		sync.conflict = n.detector.startProbe(n, holder) // or the one that runs
 		if sync.conflict != nil {
@@ -2988,9 +2961,8 @@ func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
 		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
 			"waiting until the cluster calls it failed", holder.Addr)
 	}
-	clusterReachesIt := n.now-o.heldSince > nameHeldTimeout
-	if clusterReachesIt {
-		return nameTaken(holder, u.Age)
+	if n.now-o.heldSince > nameHeldTimeout {
+		return nameTaken(holder) // the cluster reaches it
 	}
 	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer",
 		holder.Name, errNameHeld, holder.Addr)
@@ -3112,7 +3084,7 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 		}
 	case n.joining.joinedAt == 0: // only the join that met it fails
 	case o.givesWay(n):
-		n.out.fatal = nameTaken(m, 0)
+		n.out.fatal = nameTaken(m)
 	default:
 		o.warnOfConflict(n, n.self.Member, m.Addr)
 		o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
@@ -4532,7 +4504,7 @@ func (g *gossip) perform(out outputs) {
 	}
 	for _, i := range out.seeds {
 		g.wg.Go(func() {
-			r := g.joinSeed(g.cfg.seeds[i], false)
+			r := g.joinSeed(g.cfg.seeds[i], stateSync{})
 			g.post(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 		})
 	}

@@ -881,7 +881,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	results := make(chan seedResult, len(seeds))
 	for _, seed := range seeds {
-		g.wg.Go(func() { results <- g.joinSeed(seed, replay) })
+		g.wg.Go(func() { results <- g.joinSeed(seed, stateSync{joins: true, replay: replay}) })
 	}
 	for range seeds {
 		r := <-results
@@ -892,8 +892,8 @@ func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	return all
 }
 
-// joinSeed syncs with every address of a seed, with each as soon as it is known.
-func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
+// joinSeed syncs with every address of a seed, as the given sync says, with each as soon as it is known.
+func (g *gossip) joinSeed(seed string, as stateSync) (r seedResult) {
 	ctx, cancel := context.WithCancel(g.ctx)
 	defer cancel()
 	select {
@@ -909,7 +909,7 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 	}
 	outcomes := make(chan outcome, maxDials)
 	sync := func(at netip.AddrPort) {
-		sync := stateSync{joins: true, replay: replay}
+		sync := as
 		err := g.syncWith(at, &sync, true)
 		outcomes <- outcome{at, sync.peer.Name, err}
 	}

@@ -1001,7 +1001,7 @@ func (p *proc) join(to ...netip.AddrPort) {
 
 // trySeed tries a seed that has one address, as rpc.go does.
 func (p *proc) trySeed(i int) {
-	sync := &stateSync{joins: true}
+	sync := &stateSync{}
 	p.s.compare(p, p.seeds[i], sync, func(err error) {
 		var r seedResult
 		r.add(p.seeds[i], sync.peer.Name, err)
