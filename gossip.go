@@ -2413,26 +2413,21 @@ type eventCount struct {
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
 	e := n.table.get(hdr.From)
 	if e != nil && !e.reaped {
-		n.noteNameConflict(e, hdr)
+		n.noteNamesake(e, hdr)
 		about = append(about, n.claim(e))
 	}
 	return n.header(msgHandshakeReply), about
 }
 
-// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is
-// kept out, so it is found out at once whether e is still there.
-func (n *node) noteNameConflict(e *entry, hdr header) {
+// noteNamesake looks whether another agent of the name of e has dialled.
+func (n *node) noteNamesake(e *entry, hdr header) {
 	at, err := netip.ParseAddrPort(hdr.Target)
-	restarted := err != nil || at == e.Addr
-	if e.Instance == hdr.instance() || e.Status.isDead() || restarted {
-		return
-	}
-
-	if e == n.self {
+	isOther := isOtherAgent(Member{Instance: hdr.instance(), Addr: at}, e.Member)
+	switch {
+	case err != nil || !isOther:
+	case e == n.self:
 		n.identity.warnOfConflict(n, e.Member, at)
-		return
-	}
-	if hdr.Kind == msgSync {
+	case hdr.Kind == msgSync: // it is kept out while e counts as alive, so whether e is there is found out at once
 		n.detector.probeHolder(n, e.Member, at)
 	}
 }
@@ -3021,14 +3016,11 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 		o.noteCalledFailed(n, m, via)
 		o.refute(n, m.Incarnation+1)
 	}
-	e := n.table.get(via)
-	if e == nil || e == n.self {
-		return
-	}
 	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
 	// stays on its own side of a split.
-	broadcast := !missedRefutation && e.isValidated() && slices.Contains(n.heartbeats.watchers, e)
-	if !broadcast {
+	e := n.table.get(via)
+	isTold := !missedRefutation && slices.Contains(n.heartbeats.watchers, e) && e.isValidated()
+	if e != nil && e != n.self && !isTold {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
 }
@@ -3052,10 +3044,9 @@ func (o *identity) noteCalledFailed(n *node, m Member, via string) {
 	if m.Status != statusFailed || m.Instance != n.self.Instance {
 		return
 	}
-	o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1)
-	if o.calledFailed.has(1) { // once may be a split that heals
-		o.calledFailed.spend(1)
-		return
+	isFirst := o.calledFailed.takeEvery(flapWindow, 1, n.now)
+	if isFirst {
+		return // it may be a split that heals
 	}
 
 	by := via
@@ -3079,17 +3070,16 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	switch {
 	case !alive:
 		o.former = m
-		if m.Incarnation >= n.self.Incarnation {
-			o.refute(n, m.Incarnation+1)
-		}
-	case n.joining.joinedAt == 0: // only the join that met it fails
+	case n.joining.joinedAt == 0:
+		return // only the join that met it fails
 	case o.givesWay(n):
 		n.out.fatal = nameTaken(m)
+		return
 	default:
 		o.warnOfConflict(n, n.self.Member, m.Addr)
-		o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
 		n.sync(m) // it does not count the datagrams of an instance that it does not know
 	}
+	o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
 }
 
 // addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
