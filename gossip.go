@@ -2443,20 +2443,23 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	sync.peer.Instance = hdr.instance()
 	sync.digest = hdr.Digest
 	n.detector.heardFrom(n.now)
-	if err := n.identifyPeer(sync.peer); err != nil {
-		return err
-	}
 
-	for i := range about {
-		u := &about[i]
+	e := n.table.get(hdr.From)
+	isMember := e != nil && e != n.self && e.displayStatus() == statusAlive
+	if isMember && isOtherAgent(sync.peer, e.Member) {
+		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
+		n.detector.probeHolder(n, e.Member, sync.peer.Addr)
+		return errors.New(nameTaken(e.Member).Error())
+	}
+	for _, u := range about {
 		if hdr.From == n.self.Name {
 			u.Member.Addr = sync.peer.Addr // the peer is the other holder: it lives where it answers
 		}
-		err := n.sanitizeClaim(u)
+		err := n.sanitizeClaim(&u)
 		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
 			continue
 		}
-		if err := n.identity.resolveNameConflict(n, sync, *u, hdr); err != nil {
+		if err := n.identity.resolveNameConflict(n, sync, u, hdr); err != nil {
 			return err
 		}
 	}
@@ -2464,28 +2467,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	if n.joining.joinedAt == 0 {
 		n.self.since = n.now // this is when the node comes in
 	}
-	n.identity.noteSeedAnswered()
-	return nil
-}
-
-// identifyPeer compares the peer that answered with what the table says about its name.
-func (n *node) identifyPeer(peer Member) error {
-	e := n.table.get(peer.Name)
-	if e == nil || e == n.self {
-		return nil
-	}
-	if e.Instance == peer.Instance {
-		n.detector.noteAnswered(n, e)
-		if e.Addr == peer.Addr { // one that answers elsewhere is still to answer where it says that it lives
-			n.noteValidated(e)
-		}
-		return nil
-	}
-	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
-		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
-		n.detector.probeHolder(n, e.Member, peer.Addr)
-		return errors.New(nameTaken(e.Member).Error())
-	}
+	n.identity.seedAnswered = true
 	return nil
 }
 
@@ -2646,7 +2628,6 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	if !hdr.More {
 		sync.endTable()
 		n.takeCounts(sync)
-		n.joining.noteJoined(n, sync.peer.Addr.IsValid())
 		n.noteSynced(sync)
 	}
 	return hdr.More, bad, nil
@@ -2656,6 +2637,7 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 // One that has dialled may be far away, and know no other yet: it is asked for its digest, which tells what it has
 // missed.
 func (n *node) noteSynced(sync *stateSync) {
+	n.joining.noteJoined(n, sync.peer.Addr.IsValid())
 	e := n.table.get(sync.peer.Name)
 	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
 		return
@@ -2707,7 +2689,6 @@ func (n *node) takeCounts(sync *stateSync) {
 
 // syncDone notes that a state sync that this node has dialled went well.
 func (n *node) syncDone(sync *stateSync) {
-	n.joining.noteJoined(n, true)
 	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(n.now, e, false) // the other side would have said so
@@ -2717,6 +2698,7 @@ func (n *node) syncDone(sync *stateSync) {
 	if e == nil || e == n.self {
 		return
 	}
+	n.detector.noteAnswered(n, e) // wherever
 	e.peer().syncedDigests = sync.digest ^ n.digest()
 	if e.roundTrip() == 0 {
 		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
@@ -2962,9 +2944,6 @@ func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update, hdr hea
 	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer",
 		holder.Name, errNameHeld, holder.Addr)
 }
-
-// noteSeedAnswered is told that a seed has answered.
-func (o *identity) noteSeedAnswered() { o.seedAnswered = true }
 
 // noteRival notes what is known of another living agent of this node's name.
 func (o *identity) noteRival(n *node, u update) {
