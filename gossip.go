@@ -2802,7 +2802,7 @@ func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 	default:
 		s.failed++
 	}
-	if isNewcomer && j.hasGivenUp(n) {
+	if isNewcomer && j.hasGivenUp(n.cfg.retryMax) {
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.cfg.retryMax, j.errors(5))
 		return
 	}
@@ -2818,16 +2818,13 @@ func (j *joining) wait(now time.Duration) time.Duration {
 }
 
 // hasGivenUp reports whether each seed has failed as often as the user allows.
-func (j *joining) hasGivenUp(n *node) bool {
-	if n.cfg.retryMax == 0 {
-		return false
-	}
+func (j *joining) hasGivenUp(retryMax int) bool {
 	for _, s := range j.seeds {
-		if s.failed < n.cfg.retryMax {
+		if s.failed < retryMax {
 			return false
 		}
 	}
-	return true
+	return retryMax > 0
 }
 
 // report logs how it stands with the seeds, once each of them has been tried.
@@ -2895,36 +2892,30 @@ func nameTaken(holder Member) error {
 // the peer's cluster.
 //
 // A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told,
-// never times, since a clock may be wrong. Of two that are in, the younger gives way: see conflictResolved.
+// never times, since a clock may be wrong. A newcomer never takes the name of one that is in the cluster. Of two
+// that are in, after a split, the younger gives way: the tables say the same as u; see conflictResolved.
 func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr header) error {
 	holder := u.Member
-	isNewcomer := n.joining.joinedAt == 0
+	isNewcomer := n.joining.joinedAt == 0 && hdr.More
 	switch {
 	case isNewcomer && isOtherAgent(n.self.Member, holder):
-		return o.resolveAsNewcomer(n, sync, u, hdr)
+		answers := hdr.From == n.self.Name || sync.conflict != nil && sync.conflict.result == verdictAlive
+		if answers {
+			return nameTaken(holder)
+		}
+		return o.awaitName(n, sync, holder)
 	case !o.mayBeRival(n.self.Member, holder):
 		o.handleSelfClaim(n, u, hdr.From)
 	case sync.joins:
 		return nameTaken(holder)
 	}
-	return nil // where two clusters meet by themselves, after a split, the tables say the same as u
+	return nil
 }
 
-// resolveAsNewcomer decides for a newcomer. It never takes the name of one that is in the cluster: it ends if the
-// holder answers, and waits otherwise. The holder may have stalled, or only this node cannot reach it.
-func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update, hdr header) error {
-	holder := u.Member
-	answers := hdr.From == n.self.Name || sync.conflict != nil && sync.conflict.result == verdictAlive
-	foundGone := !o.mayBeRival(n.self.Member, holder)
-	if answers {
-		o.noteRival(n, u)
-		if hdr.More || o.givesWay(n) {
-			return nameTaken(holder)
-		}
-		return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node",
-			holder.Name)
-	}
-	if !foundGone {
+// awaitName has the holder of a newcomer's name probed. If it does not answer, the newcomer waits for the
+// cluster's verdict: the holder may have stalled, or only this node cannot reach it.
+func (o *identity) awaitName(n *node, sync *stateSync, holder Member) error {
+	if o.mayBeRival(n.self.Member, holder) {
 		sync.conflict = n.detector.startProbe(n, holder) // or the one that runs
 		if sync.conflict != nil {
 			// The line to the peer is the only one that a newcomer knows.
@@ -2947,13 +2938,11 @@ func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update, hdr hea
 
 // noteRival notes what is known of another living agent of this node's name.
 func (o *identity) noteRival(n *node, u update) {
-	since := n.now - u.age()
 	if o.rival.Instance != u.Member.Instance {
 		o.rivalMet = 0
-		o.rivalSince = since
 	}
 	o.rival = u.Member
-	o.rivalSince = min(o.rivalSince, since)
+	o.rivalSince = n.now - u.age()
 	o.rivalMet++
 }
 
@@ -2990,14 +2979,14 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 		return
 	}
 
+	e := n.table.get(via)
 	missedRefutation := m.Incarnation < n.self.Incarnation
 	if !missedRefutation {
-		o.noteCalledFailed(n, m, via)
+		o.noteCalledFailed(n, m, e)
 		o.refute(n, m.Incarnation+1)
 	}
 	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
 	// stays on its own side of a split.
-	e := n.table.get(via)
 	isTold := !missedRefutation && slices.Contains(n.heartbeats.watchers, e) && e.isValidated()
 	if e != nil && e != n.self && !isTold {
 		n.sendClaim(e.Member, n.claim(n.self))
@@ -3018,22 +3007,17 @@ func (o *identity) mayBeRival(self, m Member) bool {
 	return isOtherAgent(self, m) && !foundGone
 }
 
-// noteCalledFailed is told that via has called this node failed, which is not refuted yet.
-func (o *identity) noteCalledFailed(n *node, m Member, via string) {
-	if m.Status != statusFailed || m.Instance != n.self.Instance {
+// noteCalledFailed is told that by, if it is a member, has called this node failed, which is not refuted yet.
+func (o *identity) noteCalledFailed(n *node, m Member, by *entry) {
+	if by == nil || m.Status != statusFailed || m.Instance != n.self.Instance {
 		return
 	}
 	isFirst := o.calledFailed.takeEvery(flapWindow, 1, n.now)
 	if isFirst {
 		return // it may be a split that heals
 	}
-
-	by := via
-	if e := n.table.get(via); e != nil {
-		by = fmt.Sprintf("%s at %s", via, e.Addr)
-	}
-	n.warnOfAddress("this node is called failed again and again, now by %s: "+
-		"not all members reach it at %s, which it advertises", by, n.self.Addr)
+	n.warnOfAddress("this node is called failed again and again, now by %s at %s: "+
+		"not all members reach it at %s, which it advertises", by.Name, by.Addr, n.self.Addr)
 }
 
 // refute takes a higher incarnation and tells everybody.
