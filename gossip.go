@@ -1834,7 +1834,7 @@ func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
 	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead
 	// the claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared
 	// with it.
-	otherHolder := e.displayStatus() == statusAlive && m.Addr != e.Addr
+	otherHolder := isOtherAgent(m, e.Member) && !e.failedLocally()
 	return otherHolder && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
 }
 
@@ -1860,7 +1860,7 @@ func (n *node) applyAndForward(u *update) {
 		return // members that forget later than this node would bring it back again and again
 	}
 
-	otherHolder := believedAlive && m.Instance != e.Instance && m.Addr != e.Addr
+	otherHolder := e != nil && isOtherAgent(m, e.Member)
 	if otherHolder && m.supersedes(e.Member) {
 		n.sendClaim(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
@@ -2387,7 +2387,8 @@ type stateSync struct {
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
 	conflict  *probe        // of the holder of this newcomer's name; the state sync waits for it
-	joins     bool          // a user has asked for it: it fails where the name is taken
+	joins     bool          // it was dialled to join, by a command or as a seed
+	asked     bool          // by a command, which fails where this node's name is taken
 	replay    bool
 	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
@@ -2445,7 +2446,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	n.detector.heardFrom(n.now)
 
 	e := n.table.get(hdr.From)
-	isMember := e != nil && e != n.self && e.displayStatus() == statusAlive
+	isMember := e != nil && e != n.self && !e.failedLocally()
 	if isMember && isOtherAgent(sync.peer, e.Member) {
 		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
 		n.detector.probeHolder(n, e.Member, sync.peer.Addr)
@@ -2874,7 +2875,7 @@ type identity struct {
 	former       Member        // another holder of the name, or a former self, that was found gone
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
 
-	rival      Member        // another living agent of the name
+	rival      uint64        // the instance of another living agent of the name
 	rivalSince time.Duration // when it came into its cluster, as far as is known
 	rivalMet   int           // how often
 	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
@@ -2906,7 +2907,7 @@ func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr h
 		return o.awaitName(n, sync, holder)
 	case !o.mayBeRival(n.self.Member, holder):
 		o.handleSelfClaim(n, u, hdr.From)
-	case sync.joins:
+	case sync.asked:
 		return nameTaken(holder)
 	}
 	return nil
@@ -2938,10 +2939,10 @@ func (o *identity) awaitName(n *node, sync *stateSync, holder Member) error {
 
 // noteRival notes what is known of another living agent of this node's name.
 func (o *identity) noteRival(n *node, u update) {
-	if o.rival.Instance != u.Member.Instance {
+	if o.rival != u.Member.Instance {
 		o.rivalMet = 0
 	}
-	o.rival = u.Member
+	o.rival = u.Member.Instance
 	o.rivalSince = n.now - u.age()
 	o.rivalMet++
 }
@@ -2955,7 +2956,7 @@ func (o *identity) givesWay(n *node) bool {
 	// Neither does if they came in at the same time, but for what the way takes. Then, when the one that may know
 	// better has had the time to, the higher instance does.
 	atOnce := later > -nameTie && o.rivalMet >= 3
-	return atOnce && n.self.Instance > o.rival.Instance
+	return atOnce && n.self.Instance > o.rival
 }
 
 // warnOfConflict says that two agents have one name: at the holder, and at those that were told of both.
@@ -2983,7 +2984,7 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	missedRefutation := m.Incarnation < n.self.Incarnation
 	if !missedRefutation {
 		o.noteCalledFailed(n, m, e)
-		o.refute(n, m.Incarnation+1)
+		o.refute(n, m.Incarnation)
 	}
 	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
 	// stays on its own side of a split.
@@ -2993,10 +2994,10 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	}
 }
 
-// isOtherAgent reports whether m is another agent with the name of self, and not a former self or one that has
-// gone.
-func isOtherAgent(self, m Member) bool {
-	return m.Instance != self.Instance && m.Addr != self.Addr && !m.Status.isDead()
+// isOtherAgent reports whether holder, which is believed alive, is another agent than m, which has its name too: one
+// that comes back at its address has only restarted.
+func isOtherAgent(m, holder Member) bool {
+	return holder.Instance != m.Instance && holder.Addr != m.Addr && !holder.Status.isDead()
 }
 
 // mayBeRival reports whether m can be another living agent with the name of self.
@@ -3020,11 +3021,11 @@ func (o *identity) noteCalledFailed(n *node, m Member, by *entry) {
 		"not all members reach it at %s, which it advertises", by.Name, by.Addr, n.self.Addr)
 }
 
-// refute takes a higher incarnation and tells everybody.
-func (o *identity) refute(n *node, incarnation uint64) {
+// refute takes an incarnation above the one that is claimed, and tells everybody.
+func (o *identity) refute(n *node, claimed uint64) {
 	m := n.self.Member
-	m.Incarnation = incarnation
-	n.logf(levelDebug, "refuting what is said of this node, incarnation %d", incarnation)
+	m.Incarnation = max(m.Incarnation, claimed) + 1
+	n.logf(levelDebug, "refuting what is said of this node, incarnation %d", m.Incarnation)
 	n.applyAndBroadcast(m)
 }
 
@@ -3042,7 +3043,7 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 		o.warnOfConflict(n, n.self.Member, m.Addr)
 		n.sync(m) // it does not count the datagrams of an instance that it does not know
 	}
-	o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
+	o.refute(n, m.Incarnation)
 }
 
 // addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
@@ -3066,9 +3067,7 @@ func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unix
 
 	events := n.table.events
 	age := n.now - n.self.since // it has been in the cluster all the time
-	if e := n.table.apply(n.now, m, age); e != nil {
-		n.broadcast(e)
-	}
+	n.broadcast(n.table.apply(n.now, m, age))
 	n.table.events = events // it has neither failed nor joined for itself
 }
 
@@ -3108,13 +3107,12 @@ func (o *identity) startLeave(n *node) {
 // forceLeave makes everybody believe that a failed member has left; with prune it also vanishes.
 func (n *node) forceLeave(name string, prune bool) error {
 	e := n.table.get(name)
-	if e == nil || e.displayStatus() == 0 {
+	switch {
+	case e == nil || e.displayStatus() == 0:
 		return fmt.Errorf("no member is called %q", name)
-	}
-	if e.displayStatus() == statusAlive {
+	case e.displayStatus() == statusAlive:
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
-	}
-	if !e.Status.isDead() {
+	case !e.Status.isDead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
 
@@ -4450,14 +4448,14 @@ func (g *gossip) perform(out outputs) {
 	}
 	for _, m := range out.syncs { // one that fails is wanted again
 		sync := &stateSync{roundTrip: g.state.node.roundTripTo(m)}
-		g.wg.Go(func() { g.syncWith(m.Addr, sync, false) })
+		g.wg.Go(func() { g.syncWith(m.Addr, sync) })
 	}
 	if out.links != nil {
 		g.relink(g.state.node.self.Member, out.links)
 	}
 	for _, i := range out.seeds {
 		g.wg.Go(func() {
-			r := g.joinSeed(g.cfg.seeds[i], stateSync{})
+			r := g.joinSeed(g.cfg.seeds[i], stateSync{joins: true})
 			g.post(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 		})
 	}

@@ -751,9 +751,9 @@ func (g *gossip) linkOnce(ctx context.Context, m Member) error {
 	return nil
 }
 
-// syncWith syncs with the peer at to, as sync says; joins: in order to join. It fills sync.peer.
-func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync, joins bool) error {
-	c, err := g.connect(g.ctx, to, joins, redialAfter(sync.roundTrip)...)
+// syncWith syncs with the peer at to, as sync says. It fills sync.peer.
+func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync) error {
+	c, err := g.connect(g.ctx, to, sync.joins, redialAfter(sync.roundTrip)...)
 	if err != nil {
 		return err
 	}
@@ -881,7 +881,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	results := make(chan seedResult, len(seeds))
 	for _, seed := range seeds {
-		g.wg.Go(func() { results <- g.joinSeed(seed, stateSync{joins: true, replay: replay}) })
+		g.wg.Go(func() { results <- g.joinSeed(seed, stateSync{joins: true, asked: true, replay: replay}) })
 	}
 	for range seeds {
 		r := <-results
@@ -910,7 +910,7 @@ func (g *gossip) joinSeed(seed string, as stateSync) (r seedResult) {
 	outcomes := make(chan outcome, maxDials)
 	sync := func(at netip.AddrPort) {
 		sync := as
-		err := g.syncWith(at, &sync, true)
+		err := g.syncWith(at, &sync)
 		outcomes <- outcome{at, sync.peer.Name, err}
 	}
 

@@ -995,13 +995,13 @@ func (s *sim) frame(b []byte) (hdr header, us []update) {
 // join is a join command; its ends come to p.joins.
 func (p *proc) join(to ...netip.AddrPort) {
 	for _, a := range to {
-		p.s.compare(p, a, &stateSync{joins: true}, func(err error) { p.joins = append(p.joins, err) })
+		p.s.compare(p, a, &stateSync{joins: true, asked: true}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
 // trySeed tries a seed that has one address, as rpc.go does.
 func (p *proc) trySeed(i int) {
-	sync := &stateSync{}
+	sync := &stateSync{joins: true}
 	p.s.compare(p, p.seeds[i], sync, func(err error) {
 		var r seedResult
 		r.add(p.seeds[i], sync.peer.Name, err)
