@@ -1076,7 +1076,6 @@ type peerState struct {
 // peerPath is what is known about the way to and from a member, beside whether its address is validated.
 type peerPath struct {
 	source          netip.AddrPort // where its last datagram that counted came from
-	reachedAt       netip.AddrPort // where tables were compared, if it does not advertise that
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
@@ -2645,7 +2644,6 @@ func (n *node) noteSynced(sync *stateSync) {
 	}
 	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
-		return
 	}
 	if e.Addr.Addr() != sync.from {
 		return
@@ -2704,11 +2702,6 @@ func (n *node) syncDone(sync *stateSync) {
 	if e.roundTrip() == 0 {
 		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
 	}
-	reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
-	if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
-		e.peer().path.reachedAt = sync.peer.Addr
-		n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
-	}
 }
 
 // ---- joining ----
@@ -2726,7 +2719,7 @@ type joining struct {
 // seed is what is known of one seed.
 type seed struct {
 	nextTry time.Duration // never: a try is under way
-	failed  int           // tries in a row
+	tries   int           // of a newcomer, all have failed
 	last    seedResult
 }
 
@@ -2791,23 +2784,19 @@ func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 	s.nextTry = n.now + wait - n.jitter(wait/4)
 
 	isNewcomer := j.joinedAt == 0
+	if errors.Is(r.taken, errNameHeld) {
+		s.nextTry = n.now + nameRetry // it is free as soon as the cluster has noticed that its holder is gone
+		return
+	}
+	s.tries++
 	switch {
 	case isNewcomer && errors.Is(r.taken, errNameTaken):
 		n.out.fatal = r.taken
-		return
-	case isNewcomer && errors.Is(r.taken, errNameHeld):
-		s.nextTry = n.now + nameRetry // it is free as soon as the cluster has noticed that its holder is gone
-		return
-	case len(r.names) > 0:
-		s.failed = 0
-	default:
-		s.failed++
-	}
-	if isNewcomer && j.hasGivenUp(n.cfg.retryMax) {
+	case isNewcomer && j.hasGivenUp(n.cfg.retryMax):
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.cfg.retryMax, j.errors(5))
-		return
+	default:
+		j.report(n)
 	}
-	j.report(n)
 }
 
 // wait is how long to wait after a try. At first one a second costs nothing, and clusters start in any order. When
@@ -2818,10 +2807,10 @@ func (j *joining) wait(now time.Duration) time.Duration {
 	return min(max(missing, 250*ms), max(later, seedsOften), seedsMax)
 }
 
-// hasGivenUp reports whether each seed has failed as often as the user allows.
+// hasGivenUp reports whether a newcomer has tried each seed as often as the user allows.
 func (j *joining) hasGivenUp(retryMax int) bool {
 	for _, s := range j.seeds {
-		if s.failed < retryMax {
+		if s.tries < retryMax {
 			return false
 		}
 	}
@@ -3049,12 +3038,10 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 // addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
 // address of this machine; joins: it has dialled for a join.
 func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unixMs uint64) {
-	settles := joins && !o.seedAnswered && n.joining.joinedAt == 0 // the way to the first seed that answers
-	if !settles && !gone {
-		return
-	}
 	m := n.self.Member
-	if o.leaving != 0 || ip == m.Addr.Addr() {
+	settles := joins && !o.seedAnswered && n.joining.joinedAt == 0 // the way to the first seed that answers
+	moves := (settles || gone) && ip != m.Addr.Addr()
+	if !moves || o.leaving != 0 {
 		return
 	}
 
@@ -3094,9 +3081,7 @@ func (o *identity) setTags(n *node, set map[string]string, drop []string) error 
 // over.
 func (o *identity) startLeave(n *node) {
 	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
-	if o.leaving == 0 {
-		o.leaving = n.now + within
-	}
+	o.leaving = n.now + within
 	n.requests.removeAll() // the leave waits for nothing but its own
 	left := wire.encode(nil, &update{Member: n.self.with(statusLeft)})
 	for _, w := range n.heartbeats.watchers {

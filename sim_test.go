@@ -2193,9 +2193,9 @@ func TestSeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	p := s.start(s.host(), "w", s.host())
 	tries := func(d time.Duration) int {
-		before := p.n.joining.seeds[0].failed
+		before := p.n.joining.seeds[0].tries
 		s.run(d)
-		return p.n.joining.seeds[0].failed - before
+		return p.n.joining.seeds[0].tries - before
 	}
 	if got := tries(time.Minute); got < 50 || got > 80 {
 		t.Errorf("%d tries in the first minute", got)
