@@ -132,14 +132,13 @@ const (
 )
 
 var (
-	errMalformed       = errors.New("sent a malformed message")
-	errSelf            = errors.New("that is this node itself")
-	errConflictPending = errors.New("whether the name is taken is being found out")
-	errNameTaken       = errors.New("is taken")
-	errNameHeld        = errors.New("is not free yet")
-	errNobodyAsked     = errors.New("nobody is asked: no living member is as the query wants it")
-	errStopped         = errors.New("the agent is stopping")
-	errEventsWait      = errors.New("earlier events of this agent have not reached all members yet")
+	errMalformed   = errors.New("sent a malformed message")
+	errSelf        = errors.New("that is this node itself")
+	errNameTaken   = errors.New("is taken")
+	errNameHeld    = errors.New("is not free yet")
+	errNobodyAsked = errors.New("nobody is asked: no living member is as the query wants it")
+	errStopped     = errors.New("the agent is stopping")
+	errEventsWait  = errors.New("earlier events of this agent have not reached all members yet")
 )
 
 // The detector's times and bounds; a probe counts from its start. They are those of a short line: see schedule.
@@ -169,7 +168,7 @@ const (
 	unansweredFor      = 5 * time.Second // a watcher does not answer, though it is heard
 	tolerableLoss      = 8               // heartbeats in a row
 
-	nameRetry       = 250 * ms                     // while a newcomer waits for its name
+	nameRetry       = 100 * ms                     // while a newcomer waits for its name
 	nameHeldTimeout = stallTimeout + 2*time.Second // by then the cluster has noticed that the holder is gone
 	nameTie         = time.Second                  // that two agents of one name came in one after the other
 )
@@ -1823,18 +1822,20 @@ func (n *node) noteRevived(e *entry) {
 
 // needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
+	losesToIt := !e.Status.isDead() && !e.failedLocally() && m.supersedes(e.Member)
+	if !losesToIt {
+		return false
+	}
 	if m.Instance == e.Instance {
 		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old
 		// verdicts.
-		believedAlive := !e.Status.isDead() && !e.failedLocally()
-		return m.Status == statusFailed && believedAlive && m.Incarnation >= e.Incarnation
+		return m.Status == statusFailed
 	}
 
 	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead
 	// the claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared
 	// with it.
-	otherHolder := isOtherAgent(m, e.Member) && !e.failedLocally()
-	return otherHolder && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+	return m.Addr != e.Addr && !m.sameInstance(sync.peer)
 }
 
 // probeClaimed probes e, of which another table claims u. It is also told, so that it can refute that, or settle
@@ -2385,7 +2386,6 @@ type stateSync struct {
 	peer      Member        // that answered or dialled, once known; its Addr is the one that was dialled
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
-	conflict  *probe        // of the holder of this newcomer's name; the state sync waits for it
 	joins     bool          // it was dialled to join, by a command or as a seed
 	asked     bool          // by a command, which fails where this node's name is taken
 	replay    bool
@@ -2433,8 +2433,6 @@ func (n *node) noteNamesake(e *entry, hdr header) {
 }
 
 // handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
-// errConflictPending means that the name's holder is being probed, and that the caller must call again in a
-// moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
 	if hdr.From == n.self.Name && hdr.instance() == n.self.Instance {
 		return errSelf
@@ -2861,13 +2859,14 @@ func (j *joining) errors(limit int) string {
 // identity is what concerns this node's own record.
 type identity struct {
 	seedAnswered bool          // a seed has answered: it is known which address leads there
+	holder       uint64        // the instance of a holder of this newcomer's name that answers
 	former       Member        // another holder of the name, or a former self, that was found gone
+	formerSince  time.Duration // when it was
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
 
 	rival      uint64        // the instance of another living agent of the name
 	rivalSince time.Duration // when it came into its cluster, as far as is known
 	rivalMet   int           // how often
-	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
 
 	addressWarned  rareWarning // see warnOfAddress
 	calledFailed   bucket      // by others
@@ -2887,17 +2886,15 @@ func nameTaken(holder Member) error {
 func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr header) error {
 	holder := u.Member
 	isNewcomer := n.joining.joinedAt == 0 && hdr.More
+	holderAnswers := hdr.From == n.self.Name || holder.Instance == o.holder
+	foundGone := !o.mayBeRival(n.self.Member, holder)
 	switch {
-	case isNewcomer && isOtherAgent(n.self.Member, holder):
-		answers := hdr.From == n.self.Name || sync.conflict != nil && sync.conflict.result == verdictAlive
-		if answers {
-			return nameTaken(holder)
-		}
-		return o.awaitName(n, sync, holder)
-	case !o.mayBeRival(n.self.Member, holder):
+	case !isOtherAgent(n.self.Member, holder), !isNewcomer && foundGone:
 		o.handleSelfClaim(n, u, hdr.From)
-	case sync.asked:
+	case isNewcomer && holderAnswers, sync.asked && !foundGone:
 		return nameTaken(holder)
+	case isNewcomer:
+		return o.awaitName(n, sync, holder)
 	}
 	return nil
 }
@@ -2906,24 +2903,14 @@ func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr h
 // cluster's verdict: the holder may have stalled, or only this node cannot reach it.
 func (o *identity) awaitName(n *node, sync *stateSync, holder Member) error {
 	if o.mayBeRival(n.self.Member, holder) {
-		sync.conflict = n.detector.startProbe(n, holder) // or the one that runs
-		if sync.conflict != nil {
-			// The line to the peer is the only one that a newcomer knows.
-			sync.conflict.noteRoundTrip(sync.roundTrip)
+		p := n.detector.startProbe(n, holder)
+		if p != nil {
+			p.noteRoundTrip(sync.roundTrip) // a newcomer knows no other line
 		}
-		return errConflictPending
-	}
-
-	if o.heldSince == 0 {
-		o.heldSince = n.now
-		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
-			"waiting until the cluster calls it failed", holder.Addr)
-	}
-	if n.now-o.heldSince > nameHeldTimeout {
+	} else if n.now-o.formerSince > nameHeldTimeout {
 		return nameTaken(holder) // the cluster reaches it
 	}
-	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer",
-		holder.Name, errNameHeld, holder.Addr)
+	return fmt.Errorf("the name %q %w: the member at %s has it", holder.Name, errNameHeld, holder.Addr)
 }
 
 // noteRival notes what is known of another living agent of this node's name.
@@ -3020,11 +3007,17 @@ func (o *identity) refute(n *node, claimed uint64) {
 
 // conflictResolved settles what becomes of the name once the probe of m, another holder, is over.
 func (o *identity) conflictResolved(n *node, m Member, alive bool) {
+	isNewcomer := n.joining.joinedAt == 0
 	switch {
+	case !alive && isNewcomer:
+		o.noteGone(n, m)
+		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
+			"waiting until the cluster calls it failed", m.Addr)
 	case !alive:
-		o.former = m
-	case n.joining.joinedAt == 0:
-		return // only the join that met it fails
+		o.noteGone(n, m)
+	case isNewcomer:
+		o.holder = m.Instance // only the next join that meets it fails
+		return
 	case o.givesWay(n):
 		n.out.fatal = nameTaken(m)
 		return
@@ -3033,6 +3026,12 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 		n.sync(m) // it does not count the datagrams of an instance that it does not know
 	}
 	o.refute(n, m.Incarnation)
+}
+
+// noteGone notes that m, of this node's name, is no more.
+func (o *identity) noteGone(n *node, m Member) {
+	o.former = m
+	o.formerSince = n.now
 }
 
 // addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
@@ -3046,7 +3045,7 @@ func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unix
 	}
 
 	// To the others this is a restart.
-	o.former = m
+	o.noteGone(n, m)
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Instance = max(newInstanceID(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Instance

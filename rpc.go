@@ -762,18 +762,11 @@ func (g *gossip) syncWith(to netip.AddrPort, sync *stateSync) error {
 	sync.peer.Addr = to
 	sync.roundTrip = s.roundTrip
 
-	// The reply is handled again until it is settled which node has this node's name.
 	differ := false
-	handle := func(n *node) error {
+	g.doFor(s, func(n *node) error {
 		differ = w.Digest != n.digest()
 		return n.handleWelcome(sync, w, about)
-	}
-	g.doFor(s, handle)
-	for errors.Is(s.err, errConflictPending) {
-		s.err = nil
-		time.Sleep(20 * ms)
-		g.doFor(s, handle)
-	}
+	})
 
 	if differ {
 		s.end = time.Now().Add(syncTimeout)

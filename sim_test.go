@@ -942,8 +942,6 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 func (s *sim) welcomed(c *simSession, n *node, w header, about []update, sync, y *stateSync, finish func(error)) {
 	same := w.Digest == n.digest()
 	switch err := n.handleWelcome(sync, w, about); {
-	case errors.Is(err, errConflictPending):
-		s.after(20*ms, func() { c.end[0].tell(func(n *node) { s.welcomed(c, n, w, about, sync, y, finish) }) })
 	case err != nil:
 		finish(err)
 	case same:
