@@ -2913,16 +2913,6 @@ func (o *identity) awaitName(n *node, sync *stateSync, holder Member) error {
 	return fmt.Errorf("the name %q %w: the member at %s has it", holder.Name, errNameHeld, holder.Addr)
 }
 
-// noteRival notes what is known of another living agent of this node's name.
-func (o *identity) noteRival(n *node, u update) {
-	if o.rival != u.Member.Instance {
-		o.rivalMet = 0
-	}
-	o.rival = u.Member.Instance
-	o.rivalSince = n.now - u.age()
-	o.rivalMet++
-}
-
 // givesWay reports whether this node leaves its name to the rival: whether it came in later.
 func (o *identity) givesWay(n *node) bool {
 	later := n.self.since - o.rivalSince
@@ -2951,7 +2941,12 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 		return
 	}
 	if o.mayBeRival(n.self.Member, m) {
-		o.noteRival(n, u)
+		if o.rival != m.Instance {
+			o.rivalMet = 0
+		}
+		o.rival = m.Instance
+		o.rivalSince = n.now - u.age()
+		o.rivalMet++
 		n.detector.startProbe(n, m)
 		return
 	}
@@ -3009,29 +3004,24 @@ func (o *identity) refute(n *node, claimed uint64) {
 func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	isNewcomer := n.joining.joinedAt == 0
 	switch {
-	case !alive && isNewcomer:
-		o.noteGone(n, m)
-		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
-			"waiting until the cluster calls it failed", m.Addr)
-	case !alive:
-		o.noteGone(n, m)
-	case isNewcomer:
-		o.holder = m.Instance // only the next join that meets it fails
+	case alive && isNewcomer:
+		o.holder = m.Instance // the next join that meets it fails
 		return
-	case o.givesWay(n):
+	case alive && o.givesWay(n):
 		n.out.fatal = nameTaken(m)
 		return
-	default:
+	case alive:
 		o.warnOfConflict(n, n.self.Member, m.Addr)
 		n.sync(m) // it does not count the datagrams of an instance that it does not know
+	case isNewcomer:
+		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
+			"waiting until the cluster calls it failed", m.Addr)
+	}
+	if !alive {
+		o.former = m
+		o.formerSince = n.now
 	}
 	o.refute(n, m.Incarnation)
-}
-
-// noteGone notes that m, of this node's name, is no more.
-func (o *identity) noteGone(n *node, m Member) {
-	o.former = m
-	o.formerSince = n.now
 }
 
 // addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
@@ -3045,7 +3035,8 @@ func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unix
 	}
 
 	// To the others this is a restart.
-	o.noteGone(n, m)
+	o.former = m
+	o.formerSince = n.now
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Instance = max(newInstanceID(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Instance
