@@ -2462,10 +2462,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 		}
 	}
 
-	if n.joining.joinedAt == 0 {
-		n.self.since = n.now // this is when the node comes in
-	}
-	n.identity.seedAnswered = true
+	n.identity.noteLetIn(n)
 	return nil
 }
 
@@ -2897,6 +2894,14 @@ func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr h
 		return o.awaitName(n, sync, holder)
 	}
 	return nil
+}
+
+// noteLetIn is told that nothing keeps this node out of the cluster of a peer that it has dialled.
+func (o *identity) noteLetIn(n *node) {
+	o.seedAnswered = true
+	if n.joining.joinedAt == 0 {
+		n.self.since = n.now // this is when the node comes in
+	}
 }
 
 // awaitName has the holder of a newcomer's name probed. If it does not answer, the newcomer waits for the
