@@ -2694,9 +2694,6 @@ func (n *node) syncDone(sync *stateSync) {
 	}
 	n.detector.noteAnswered(n, e) // wherever
 	e.peer().syncedDigests = sync.digest ^ n.digest()
-	if e.roundTrip() == 0 {
-		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
-	}
 }
 
 // ---- joining ----
