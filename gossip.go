@@ -132,14 +132,13 @@ const (
 )
 
 var (
-	errMalformed       = errors.New("sent a malformed message")
-	errSelf            = errors.New("that is this node itself")
-	errConflictPending = errors.New("whether the name is taken is being found out")
-	errNameTaken       = errors.New("is taken")
-	errNameHeld        = errors.New("is not free yet")
-	errNobodyAsked     = errors.New("nobody is asked: no living member is as the query wants it")
-	errStopped         = errors.New("the agent is stopping")
-	errEventsWait      = errors.New("earlier events of this agent have not reached all members yet")
+	errMalformed   = errors.New("sent a malformed message")
+	errSelf        = errors.New("that is this node itself")
+	errNameTaken   = errors.New("is taken")
+	errNameHeld    = errors.New("is not free yet")
+	errNobodyAsked = errors.New("nobody is asked: no living member is as the query wants it")
+	errStopped     = errors.New("the agent is stopping")
+	errEventsWait  = errors.New("earlier events of this agent have not reached all members yet")
 )
 
 // The detector's times and bounds; a probe counts from its start. They are those of a short line: see schedule.
@@ -169,7 +168,7 @@ const (
 	unansweredFor      = 5 * time.Second // a watcher does not answer, though it is heard
 	tolerableLoss      = 8               // heartbeats in a row
 
-	nameRetry       = 250 * ms                     // while a newcomer waits for its name
+	nameRetry       = 100 * ms                     // while a newcomer waits for its name
 	nameHeldTimeout = stallTimeout + 2*time.Second // by then the cluster has noticed that the holder is gone
 	nameTie         = time.Second                  // that two agents of one name came in one after the other
 )
@@ -685,6 +684,7 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
+	n.joining.memberAt = n.now
 	return n
 }
 
@@ -1075,7 +1075,6 @@ type peerState struct {
 // peerPath is what is known about the way to and from a member, beside whether its address is validated.
 type peerPath struct {
 	source          netip.AddrPort // where its last datagram that counted came from
-	reachedAt       netip.AddrPort // where tables were compared, if it does not advertise that
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
@@ -1823,18 +1822,20 @@ func (n *node) noteRevived(e *entry) {
 
 // needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
 func (n *node) needsProbe(sync *stateSync, m Member, e *entry) bool {
+	losesToIt := !e.Status.isDead() && !e.failedLocally() && m.supersedes(e.Member)
+	if !losesToIt {
+		return false
+	}
 	if m.Instance == e.Instance {
 		// Adopting that e has failed undid heals: each side of a split would kill the other anew with its old
 		// verdicts.
-		believedAlive := !e.Status.isDead() && !e.failedLocally()
-		return m.Status == statusFailed && believedAlive && m.Incarnation >= e.Incarnation
+		return m.Status == statusFailed
 	}
 
 	// Two clusters meet, and a name lives in both: neither must be called failed for it. Once the holder is dead
 	// the claim may come again. A peer that speaks of itself has met the holder, if it dialled, or was compared
 	// with it.
-	otherHolder := e.displayStatus() == statusAlive && m.Addr != e.Addr
-	return otherHolder && m.supersedes(e.Member) && !m.sameInstance(sync.peer)
+	return m.Addr != e.Addr && !m.sameInstance(sync.peer)
 }
 
 // probeClaimed probes e, of which another table claims u. It is also told, so that it can refute that, or settle
@@ -1859,7 +1860,7 @@ func (n *node) applyAndForward(u *update) {
 		return // members that forget later than this node would bring it back again and again
 	}
 
-	otherHolder := believedAlive && m.Instance != e.Instance && m.Addr != e.Addr
+	otherHolder := e != nil && isOtherAgent(m, e.Member)
 	if otherHolder && m.supersedes(e.Member) {
 		n.sendClaim(e.Member, *u) // it may live: of two that begin at once, the wrong one may win for a moment
 	}
@@ -2385,8 +2386,8 @@ type stateSync struct {
 	peer      Member        // that answered or dialled, once known; its Addr is the one that was dialled
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
-	conflict  *probe        // of the holder of this newcomer's name; the state sync waits for it
 	joins     bool          // it was dialled to join, by a command or as a seed
+	asked     bool          // by a command, which fails where this node's name is taken
 	replay    bool
 	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
@@ -2412,33 +2413,26 @@ type eventCount struct {
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
 	e := n.table.get(hdr.From)
 	if e != nil && !e.reaped {
-		n.noteNameConflict(e, hdr)
+		n.noteNamesake(e, hdr)
 		about = append(about, n.claim(e))
 	}
 	return n.header(msgHandshakeReply), about
 }
 
-// noteNameConflict looks whether another agent of the name of e has dialled. While e counts as alive, that one is
-// kept out, so it is found out at once whether e is still there.
-func (n *node) noteNameConflict(e *entry, hdr header) {
+// noteNamesake looks whether another agent of the name of e has dialled.
+func (n *node) noteNamesake(e *entry, hdr header) {
 	at, err := netip.ParseAddrPort(hdr.Target)
-	restarted := err != nil || at == e.Addr
-	if e.Instance == hdr.instance() || e.Status.isDead() || restarted {
-		return
-	}
-
-	if e == n.self {
+	isOther := isOtherAgent(Member{Instance: hdr.instance(), Addr: at}, e.Member)
+	switch {
+	case err != nil || !isOther:
+	case e == n.self:
 		n.identity.warnOfConflict(n, e.Member, at)
-		return
-	}
-	if hdr.Kind == msgSync {
+	case hdr.Kind == msgSync: // it is kept out while e counts as alive, so whether e is there is found out at once
 		n.detector.probeHolder(n, e.Member, at)
 	}
 }
 
 // handleWelcome takes the dialled peer's first answer: who it is, and what it believes about this node's name.
-// errConflictPending means that the name's holder is being probed, and that the caller must call again in a
-// moment.
 func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error {
 	if hdr.From == n.self.Name && hdr.instance() == n.self.Instance {
 		return errSelf
@@ -2447,49 +2441,28 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 	sync.peer.Instance = hdr.instance()
 	sync.digest = hdr.Digest
 	n.detector.heardFrom(n.now)
-	if err := n.identifyPeer(sync.peer); err != nil {
-		return err
-	}
 
-	for i := range about {
-		u := &about[i]
+	e := n.table.get(hdr.From)
+	isMember := e != nil && e != n.self && !e.failedLocally()
+	if isMember && isOtherAgent(sync.peer, e.Member) {
+		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
+		n.detector.probeHolder(n, e.Member, sync.peer.Addr)
+		return errors.New(nameTaken(e.Member).Error())
+	}
+	for _, u := range about {
 		if hdr.From == n.self.Name {
 			u.Member.Addr = sync.peer.Addr // the peer is the other holder: it lives where it answers
 		}
-		err := n.sanitizeClaim(u)
+		err := n.sanitizeClaim(&u)
 		if err != nil || u.Member.Name != n.self.Name || !n.isPlausibleClaim(u.Member, n.self, sync) {
 			continue
 		}
-		if err := n.identity.resolveConflict(n, sync, *u, hdr); err != nil {
+		if err := n.identity.resolveNameConflict(n, sync, u, hdr); err != nil {
 			return err
 		}
 	}
 
-	if n.joining.joinedAt == 0 {
-		n.self.since = n.now // this is when the node comes in
-	}
-	n.identity.noteSeedAnswered()
-	return nil
-}
-
-// identifyPeer compares the peer that answered with what the table says about its name.
-func (n *node) identifyPeer(peer Member) error {
-	e := n.table.get(peer.Name)
-	if e == nil || e == n.self {
-		return nil
-	}
-	if e.Instance == peer.Instance {
-		n.detector.noteAnswered(n, e)
-		if e.Addr == peer.Addr { // one that answers elsewhere is still to answer where it says that it lives
-			n.noteValidated(e)
-		}
-		return nil
-	}
-	if e.displayStatus() == statusAlive && e.Addr != peer.Addr {
-		// Two others share a name. This is not errNameTaken, which ends a newcomer: its own name is free.
-		n.detector.probeHolder(n, e.Member, peer.Addr)
-		return errors.New(nameTaken(e.Member, 0).Error())
-	}
+	n.identity.noteLetIn(n)
 	return nil
 }
 
@@ -2650,7 +2623,6 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 	if !hdr.More {
 		sync.endTable()
 		n.takeCounts(sync)
-		n.joining.noteJoined(n, sync.peer.Addr.IsValid())
 		n.noteSynced(sync)
 	}
 	return hdr.More, bad, nil
@@ -2660,13 +2632,13 @@ func (n *node) mergeChunk(sync *stateSync, hdr header, us []update) (more bool, 
 // One that has dialled may be far away, and know no other yet: it is asked for its digest, which tells what it has
 // missed.
 func (n *node) noteSynced(sync *stateSync) {
+	n.joining.noteJoined(n, sync.peer.Addr.IsValid())
 	e := n.table.get(sync.peer.Name)
 	if e == nil || e == n.self || e.Instance != sync.peer.Instance {
 		return
 	}
 	if e.Addr == sync.peer.Addr {
 		n.noteValidated(e)
-		return
 	}
 	if e.Addr.Addr() != sync.from {
 		return
@@ -2711,7 +2683,6 @@ func (n *node) takeCounts(sync *stateSync) {
 
 // syncDone notes that a state sync that this node has dialled went well.
 func (n *node) syncDone(sync *stateSync) {
-	n.joining.noteJoined(n, true)
 	n.noteSynced(sync)
 	for _, e := range n.table.ordered {
 		n.table.setIsolated(n.now, e, false) // the other side would have said so
@@ -2721,15 +2692,8 @@ func (n *node) syncDone(sync *stateSync) {
 	if e == nil || e == n.self {
 		return
 	}
+	n.detector.noteAnswered(n, e) // wherever
 	e.peer().syncedDigests = sync.digest ^ n.digest()
-	if e.roundTrip() == 0 {
-		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
-	}
-	reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
-	if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
-		e.peer().path.reachedAt = sync.peer.Addr
-		n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
-	}
 }
 
 // ---- joining ----
@@ -2738,6 +2702,7 @@ func (n *node) syncDone(sync *stateSync) {
 // on its own: a name that is slow to resolve, or a host that is far away, must not hold up the others.
 type joining struct {
 	joinedAt time.Duration // when this node first came in, on the caller's clock; 0: not yet
+	memberAt time.Duration // when a seed was last an alive member, or this node began
 	seeds    []seed        // in the order of nodeConfig.seeds
 	failing  bool          // it was reported that no seed answers
 	warned   rareWarning
@@ -2746,11 +2711,8 @@ type joining struct {
 // seed is what is known of one seed.
 type seed struct {
 	nextTry time.Duration // never: a try is under way
-	failed  int           // tries in a row
-	failing time.Duration // when the first of them had failed
-	dubious int           // tries in a row after which no seed was an alive member, although this one had answered
+	tries   int           // of a newcomer, all have failed
 	last    seedResult
-	tried   bool // last holds the result of a try
 }
 
 // seedResult is what one try of a seed has brought.
@@ -2779,7 +2741,7 @@ func (j *joining) noteJoined(n *node, dialled bool) {
 func (j *joining) step(n *node) {
 	for _, s := range j.seeds {
 		if s.isMember(n) {
-			j.clearDubious()
+			j.memberAt = n.now
 			return
 		}
 	}
@@ -2792,12 +2754,6 @@ func (j *joining) step(n *node) {
 			s.nextTry = never
 		}
 		n.wakeAt(s.nextTry)
-	}
-}
-
-func (j *joining) clearDubious() {
-	for i := range j.seeds {
-		j.seeds[i].dubious = 0
 	}
 }
 
@@ -2816,73 +2772,41 @@ func (s seed) isMember(n *node) bool {
 func (j *joining) handleSeedTried(n *node, i int, r seedResult) {
 	s := &j.seeds[i]
 	s.last = r
-	s.tried = true
+	wait := j.wait(n.now)
+	s.nextTry = n.now + wait - n.jitter(wait/4)
 
 	isNewcomer := j.joinedAt == 0
-	if isNewcomer && errors.Is(r.taken, errNameHeld) {
-		// The name is free as soon as the cluster has noticed that its holder is gone.
-		s.nextTry = n.now + nameRetry
+	if errors.Is(r.taken, errNameHeld) {
+		s.nextTry = n.now + nameRetry // it is free as soon as the cluster has noticed that its holder is gone
 		return
 	}
-	if taken, isTaken := errors.AsType[*nameTakenError](r.taken); isTaken {
-		if isNewcomer {
-			n.out.fatal = r.taken
-			return
-		}
-		n.identity.handleSelfClaim(n, taken.holder, "") // two halves of a cluster meet
-	}
-
-	if len(r.names) > 0 {
-		s.noteAnswered(n)
-	} else {
-		s.noteFailed(n)
-	}
-	if isNewcomer && j.hasGivenUp(n) {
+	s.tries++
+	switch {
+	case isNewcomer && errors.Is(r.taken, errNameTaken):
+		n.out.fatal = r.taken
+	case isNewcomer && j.hasGivenUp(n.cfg.retryMax):
 		n.out.fatal = fmt.Errorf("no seed answered in %d rounds (%s)", n.cfg.retryMax, j.errors(5))
-		return
+	default:
+		j.report(n)
 	}
-	j.report(n)
 }
 
-// noteAnswered plans the next try after one that was answered.
-func (s *seed) noteAnswered(n *node) {
-	s.failed = 0
-	// If none of those that answered is then believed alive, for instance since it advertises another address,
-	// where it does not answer, to join it again every second would never change that.
-	s.nextTry = n.now + min(time.Second<<min(s.dubious, 10), seedsMax)
-	s.dubious++
+// wait is how long to wait after a try. At first one a second costs nothing, and clusters start in any order. When
+// no seed has been an alive member for long, they are tried more and more rarely.
+func (j *joining) wait(now time.Duration) time.Duration {
+	missing := now - j.memberAt
+	later := (missing - seedsOftenFor) / 2
+	return min(max(missing, 250*ms), max(later, seedsOften), seedsMax)
 }
 
-// noteFailed plans the next try after one that failed.
-func (s *seed) noteFailed(n *node) {
-	if s.failed == 0 {
-		s.failing = n.now
-	}
-	wait := s.wait(n.now)
-	s.nextTry = n.now + wait - n.jitter(wait/4)
-	s.failed++
-}
-
-// wait is how long to wait after a try that failed.
-func (s *seed) wait(now time.Duration) time.Duration {
-	// At first a try a second costs nothing, and clusters start in any order. A seed that has been missing for
-	// long is tried more and more rarely.
-	first := 250 * ms << min(s.failed, 10)
-	later := (now - s.failing - seedsOftenFor) / 2
-	return min(first, max(later, seedsOften), seedsMax)
-}
-
-// hasGivenUp reports whether each seed has failed as often as the user allows.
-func (j *joining) hasGivenUp(n *node) bool {
-	if n.cfg.retryMax == 0 {
-		return false
-	}
+// hasGivenUp reports whether a newcomer has tried each seed as often as the user allows.
+func (j *joining) hasGivenUp(retryMax int) bool {
 	for _, s := range j.seeds {
-		if s.failed < n.cfg.retryMax {
+		if s.tries < retryMax {
 			return false
 		}
 	}
-	return true
+	return retryMax > 0
 }
 
 // report logs how it stands with the seeds, once each of them has been tried.
@@ -2891,10 +2815,10 @@ func (j *joining) report(n *node) {
 	dead := false
 	for _, s := range j.seeds {
 		switch {
-		case !s.tried:
-			return
 		case len(s.last.names) > 0:
 			answered = s.last.names[0]
+		case len(s.last.errs) == 0: // the first try is under way
+			return
 		case !s.last.isSelf:
 			dead = true
 		}
@@ -2929,118 +2853,66 @@ func (j *joining) errors(limit int) string {
 // identity is what concerns this node's own record.
 type identity struct {
 	seedAnswered bool          // a seed has answered: it is known which address leads there
+	holder       uint64        // the instance of a holder of this newcomer's name that answers
 	former       Member        // another holder of the name, or a former self, that was found gone
+	formerSince  time.Duration // when it was
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
 
-	rival      Member        // another living agent of the name
+	rival      uint64        // the instance of another living agent of the name
 	rivalSince time.Duration // when it came into its cluster, as far as is known
 	rivalMet   int           // how often
-	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
 
 	addressWarned  rareWarning // see warnOfAddress
 	calledFailed   bucket      // by others
 	conflictWarned rareWarning
 }
 
-// nameTakenError says that a living member has this node's name.
-type nameTakenError struct{ holder update }
-
-func nameTaken(by Member, age uint64) error {
-	return &nameTakenError{update{Member: by, Age: age}}
+func nameTaken(holder Member) error {
+	return fmt.Errorf("the name %q %w: the member at %s has it", holder.Name, errNameTaken, holder.Addr)
 }
 
-func (e *nameTakenError) Error() string {
-	holder := e.holder.Member
-	return fmt.Sprintf("the name %q %v: the member at %s has it", holder.Name, errNameTaken, holder.Addr)
-}
-
-func (e *nameTakenError) Is(err error) bool { return err == errNameTaken }
-
-// resolveConflict decides whether u, which a dialled peer claims about this node's name, keeps this node out of
+// resolveNameConflict decides whether u, which a dialled peer believes of this node's name, keeps this node out of
 // the peer's cluster.
 //
 // A name belongs to the agent that has been in the cluster for longer, as its members know it: ages are told,
-// never times, since a clock may be wrong.
-func (o *identity) resolveConflict(n *node, sync *stateSync, u update, hdr header) error {
-	if n.joining.joinedAt != 0 {
-		return o.resolveAsMember(n, sync, u, hdr.From)
-	}
-	if !isOtherAgent(n.self.Member, u.Member) {
+// never times, since a clock may be wrong. A newcomer never takes the name of one that is in the cluster. Of two
+// that are in, after a split, the younger gives way: the tables say the same as u; see conflictResolved.
+func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr header) error {
+	holder := u.Member
+	isNewcomer := n.joining.joinedAt == 0 && hdr.More
+	holderAnswers := hdr.From == n.self.Name || holder.Instance == o.holder
+	foundGone := !o.mayBeRival(n.self.Member, holder)
+	switch {
+	case !isOtherAgent(n.self.Member, holder), !isNewcomer && foundGone:
 		o.handleSelfClaim(n, u, hdr.From)
-		return nil
-	}
-	if hdr.From != n.self.Name {
-		return o.resolveAsNewcomer(n, sync, u)
-	}
-
-	// The peer itself has the name. If it is a newcomer, too, only one of the two ends.
-	o.noteRival(n, u)
-	if hdr.More || o.givesWay(n) {
-		return nameTaken(u.Member, u.Age)
-	}
-	return fmt.Errorf("has the name of this node, %q, and is as new: one of the two must get another -node",
-		u.Member.Name)
-}
-
-// resolveAsMember decides for a node that is in a cluster and has dialled a peer of perhaps another one.
-func (o *identity) resolveAsMember(n *node, sync *stateSync, u update, via string) error {
-	if !o.mayBeRival(n.self.Member, u.Member) {
-		o.handleSelfClaim(n, u, via)
-		return nil
-	}
-	// A join that a user has asked for fails. Where two clusters meet by themselves, after a split, the tables say
-	// the same as u, and the agent that came in later gives way.
-	if sync.joins {
-		return nameTaken(u.Member, u.Age)
+	case isNewcomer && holderAnswers, sync.asked && !foundGone:
+		return nameTaken(holder)
+	case isNewcomer:
+		return o.awaitName(n, sync, holder)
 	}
 	return nil
 }
 
-// resolveAsNewcomer decides for a newcomer whose name has a holder that the cluster believes alive. It never takes
-// the name: it ends if the holder answers, and waits otherwise. The holder may have stalled, or only this node
-// cannot reach it.
-func (o *identity) resolveAsNewcomer(n *node, sync *stateSync, u update) error {
-	holder := u.Member
-	if sync.conflict != nil && sync.conflict.result == verdictAlive {
-		return nameTaken(holder, u.Age)
+// noteLetIn is told that nothing keeps this node out of the cluster of a peer that it has dialled.
+func (o *identity) noteLetIn(n *node) {
+	o.seedAnswered = true
+	if n.joining.joinedAt == 0 {
+		n.self.since = n.now // this is when the node comes in
 	}
-
-	foundGone := o.former.Instance == holder.Instance
-	if !foundGone {
-		sync.conflict = n.detector.startProbe(n, holder) // or the one that runs
-		if sync.conflict != nil {
-			// The line to the peer is the only one that a newcomer knows.
-			sync.conflict.noteRoundTrip(sync.roundTrip)
-		}
-		return errConflictPending
-	}
-
-	if o.heldSince == 0 {
-		o.heldSince = n.now
-		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
-			"waiting until the cluster calls it failed", holder.Addr)
-	}
-	clusterReachesIt := n.now-o.heldSince > nameHeldTimeout
-	if clusterReachesIt {
-		return nameTaken(holder, u.Age)
-	}
-	return fmt.Errorf("the name %q %w: the member at %s has it and does not answer",
-		holder.Name, errNameHeld, holder.Addr)
 }
 
-// noteSeedAnswered is told that a seed has answered.
-func (o *identity) noteSeedAnswered() { o.seedAnswered = true }
-
-// noteRival notes what is known of another living agent of this node's name.
-func (o *identity) noteRival(n *node, u update) {
-	since := n.now - u.age()
-	if o.rival.Instance != u.Member.Instance {
-		o.rivalMet = 0
-		o.rivalSince = since
+// awaitName has the holder of a newcomer's name probed. If it does not answer, the newcomer waits for the
+// cluster's verdict: the holder may have stalled, or only this node cannot reach it.
+func (o *identity) awaitName(n *node, sync *stateSync, holder Member) error {
+	if o.mayBeRival(n.self.Member, holder) {
+		p := n.detector.startProbe(n, holder)
+		if p != nil {
+			p.noteRoundTrip(sync.roundTrip) // a newcomer knows no other line
+		}
+	} else if n.now-o.formerSince > nameHeldTimeout {
+		return nameTaken(holder) // the cluster reaches it
 	}
-	o.rival = u.Member
-	o.rivalSince = min(o.rivalSince, since)
-	o.rivalMet++
+	return fmt.Errorf("the name %q %w: the member at %s has it", holder.Name, errNameHeld, holder.Addr)
 }
 
 // givesWay reports whether this node leaves its name to the rival: whether it came in later.
@@ -3052,7 +2924,7 @@ func (o *identity) givesWay(n *node) bool {
 	// Neither does if they came in at the same time, but for what the way takes. Then, when the one that may know
 	// better has had the time to, the higher instance does.
 	atOnce := later > -nameTie && o.rivalMet >= 3
-	return atOnce && n.self.Instance > o.rival.Instance
+	return atOnce && n.self.Instance > o.rival
 }
 
 // warnOfConflict says that two agents have one name: at the holder, and at those that were told of both.
@@ -3071,32 +2943,34 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 		return
 	}
 	if o.mayBeRival(n.self.Member, m) {
-		o.noteRival(n, u)
+		if o.rival != m.Instance {
+			o.rivalMet = 0
+		}
+		o.rival = m.Instance
+		o.rivalSince = n.now - u.age()
+		o.rivalMet++
 		n.detector.startProbe(n, m)
 		return
 	}
 
+	e := n.table.get(via)
 	missedRefutation := m.Incarnation < n.self.Incarnation
 	if !missedRefutation {
-		o.noteCalledFailed(n, m, via)
-		o.refute(n, m.Incarnation+1)
-	}
-	e := n.table.get(via)
-	if e == nil || e == n.self {
-		return
+		o.noteCalledFailed(n, m, e)
+		o.refute(n, m.Incarnation)
 	}
 	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
 	// stays on its own side of a split.
-	broadcast := !missedRefutation && e.isValidated() && slices.Contains(n.heartbeats.watchers, e)
-	if !broadcast {
+	isTold := !missedRefutation && slices.Contains(n.heartbeats.watchers, e) && e.isValidated()
+	if e != nil && e != n.self && !isTold {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
 }
 
-// isOtherAgent reports whether m is another agent with the name of self, and not a former self or one that has
-// gone.
-func isOtherAgent(self, m Member) bool {
-	return m.Instance != self.Instance && m.Addr != self.Addr && !m.Status.isDead()
+// isOtherAgent reports whether holder, which is believed alive, is another agent than m, which has its name too: one
+// that comes back at its address has only restarted.
+func isOtherAgent(m, holder Member) bool {
+	return holder.Instance != m.Instance && holder.Addr != m.Addr && !holder.Status.isDead()
 }
 
 // mayBeRival reports whether m can be another living agent with the name of self.
@@ -3107,65 +2981,64 @@ func (o *identity) mayBeRival(self, m Member) bool {
 	return isOtherAgent(self, m) && !foundGone
 }
 
-// noteCalledFailed is told that via has called this node failed, which is not refuted yet.
-func (o *identity) noteCalledFailed(n *node, m Member, via string) {
-	if m.Status != statusFailed || m.Instance != n.self.Instance {
+// noteCalledFailed is told that by, if it is a member, has called this node failed, which is not refuted yet.
+func (o *identity) noteCalledFailed(n *node, m Member, by *entry) {
+	if by == nil || m.Status != statusFailed || m.Instance != n.self.Instance {
 		return
 	}
-	o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1)
-	if o.calledFailed.has(1) { // once may be a split that heals
-		o.calledFailed.spend(1)
-		return
+	isFirst := o.calledFailed.takeEvery(flapWindow, 1, n.now)
+	if isFirst {
+		return // it may be a split that heals
 	}
-
-	by := via
-	if e := n.table.get(via); e != nil {
-		by = fmt.Sprintf("%s at %s", via, e.Addr)
-	}
-	n.warnOfAddress("this node is called failed again and again, now by %s: "+
-		"not all members reach it at %s, which it advertises", by, n.self.Addr)
+	n.warnOfAddress("this node is called failed again and again, now by %s at %s: "+
+		"not all members reach it at %s, which it advertises", by.Name, by.Addr, n.self.Addr)
 }
 
-// refute takes a higher incarnation and tells everybody.
-func (o *identity) refute(n *node, incarnation uint64) {
+// refute takes an incarnation above the one that is claimed, and tells everybody.
+func (o *identity) refute(n *node, claimed uint64) {
 	m := n.self.Member
-	m.Incarnation = incarnation
-	n.logf(levelDebug, "refuting what is said of this node, incarnation %d", incarnation)
+	m.Incarnation = max(m.Incarnation, claimed) + 1
+	n.logf(levelDebug, "refuting what is said of this node, incarnation %d", m.Incarnation)
 	n.applyAndBroadcast(m)
 }
 
 // conflictResolved settles what becomes of the name once the probe of m, another holder, is over.
 func (o *identity) conflictResolved(n *node, m Member, alive bool) {
+	isNewcomer := n.joining.joinedAt == 0
 	switch {
-	case !alive:
-		o.former = m
-		if m.Incarnation >= n.self.Incarnation {
-			o.refute(n, m.Incarnation+1)
-		}
-	case n.joining.joinedAt == 0: // only the join that met it fails
-	case o.givesWay(n):
-		n.out.fatal = nameTaken(m, 0)
-	default:
+	case alive && isNewcomer:
+		o.holder = m.Instance // the next join that meets it fails
+		return
+	case alive && o.givesWay(n):
+		n.out.fatal = nameTaken(m)
+		return
+	case alive:
 		o.warnOfConflict(n, n.self.Member, m.Addr)
-		o.refute(n, max(m.Incarnation, n.self.Incarnation)+1)
 		n.sync(m) // it does not count the datagrams of an instance that it does not know
+	case isNewcomer:
+		n.logf(levelInfo, "the member at %s has the name of this node and does not answer: "+
+			"waiting until the cluster calls it failed", m.Addr)
 	}
+	if !alive {
+		o.former = m
+		o.formerSince = n.now
+	}
+	o.refute(n, m.Incarnation)
 }
 
 // addressChanged is told from which address this node has dialled. gone: what it advertises is no longer an
 // address of this machine; joins: it has dialled for a join.
 func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unixMs uint64) {
-	settles := joins && !o.seedAnswered && n.joining.joinedAt == 0 // the way to the first seed that answers
-	if !settles && !gone {
-		return
-	}
 	m := n.self.Member
-	if o.leaving != 0 || ip == m.Addr.Addr() {
+	settles := joins && !o.seedAnswered && n.joining.joinedAt == 0 // the way to the first seed that answers
+	moves := (settles || gone) && ip != m.Addr.Addr()
+	if !moves || o.leaving != 0 {
 		return
 	}
 
 	// To the others this is a restart.
 	o.former = m
+	o.formerSince = n.now
 	m.Addr = netip.AddrPortFrom(ip, m.Addr.Port())
 	m.Instance = max(newInstanceID(unixMs, n.rng.Uint64()), m.Incarnation+1)
 	m.Incarnation = m.Instance
@@ -3173,9 +3046,7 @@ func (o *identity) addressChanged(n *node, ip netip.Addr, gone, joins bool, unix
 
 	events := n.table.events
 	age := n.now - n.self.since // it has been in the cluster all the time
-	if e := n.table.apply(n.now, m, age); e != nil {
-		n.broadcast(e)
-	}
+	n.broadcast(n.table.apply(n.now, m, age))
 	n.table.events = events // it has neither failed nor joined for itself
 }
 
@@ -3202,9 +3073,7 @@ func (o *identity) setTags(n *node, set map[string]string, drop []string) error 
 // over.
 func (o *identity) startLeave(n *node) {
 	within := max(leaveTimeout, 3*n.longestRoundTrip()) // time to send it again
-	if o.leaving == 0 {
-		o.leaving = n.now + within
-	}
+	o.leaving = n.now + within
 	n.requests.removeAll() // the leave waits for nothing but its own
 	left := wire.encode(nil, &update{Member: n.self.with(statusLeft)})
 	for _, w := range n.heartbeats.watchers {
@@ -3215,13 +3084,12 @@ func (o *identity) startLeave(n *node) {
 // forceLeave makes everybody believe that a failed member has left; with prune it also vanishes.
 func (n *node) forceLeave(name string, prune bool) error {
 	e := n.table.get(name)
-	if e == nil || e.displayStatus() == 0 {
+	switch {
+	case e == nil || e.displayStatus() == 0:
 		return fmt.Errorf("no member is called %q", name)
-	}
-	if e.displayStatus() == statusAlive {
+	case e.displayStatus() == statusAlive:
 		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
-	}
-	if !e.Status.isDead() {
+	case !e.Status.isDead():
 		return fmt.Errorf("this node is cut off and cannot judge %q", name)
 	}
 
@@ -4565,7 +4433,7 @@ func (g *gossip) perform(out outputs) {
 	}
 	for _, i := range out.seeds {
 		g.acceptor.wg.Go(func() {
-			r := g.joinSeed(g.cfg.seeds[i], false)
+			r := g.joinSeed(g.cfg.seeds[i], stateSync{joins: true})
 			g.post(func(n *node) { n.joining.handleSeedTried(n, i, r) })
 		})
 	}

@@ -716,18 +716,11 @@ func (g *gossip) syncWith(sync *stateSync) error {
 	s, w, about := g.openSession(c, msgSync)
 	sync.roundTrip = s.roundTrip
 
-	// The reply is handled again until it is settled which node has this node's name.
 	differ := false
-	handle := func(n *node) error {
+	g.doFor(s, func(n *node) error {
 		differ = w.Digest != n.digest()
 		return n.handleWelcome(sync, w, about)
-	}
-	g.doFor(s, handle)
-	for errors.Is(s.err, errConflictPending) {
-		s.err = nil
-		time.Sleep(20 * ms)
-		g.doFor(s, handle)
-	}
+	})
 
 	if differ {
 		defer s.endAfter(syncTimeout).Stop()
@@ -835,7 +828,8 @@ func (g *gossip) holdLink(s *session, m Member) error {
 func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	results := make(chan seedResult, len(seeds))
 	for _, seed := range seeds {
-		g.acceptor.wg.Go(func() { results <- g.joinSeed(seed, replay) })
+		asked := stateSync{joins: true, asked: true, replay: replay}
+		g.acceptor.wg.Go(func() { results <- g.joinSeed(seed, asked) })
 	}
 	for range seeds {
 		r := <-results
@@ -846,8 +840,8 @@ func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	return all
 }
 
-// joinSeed syncs with every address of a seed, with each as soon as it is known.
-func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
+// joinSeed syncs with every address of a seed, as the given sync says, with each as soon as it is known.
+func (g *gossip) joinSeed(seed string, as stateSync) (r seedResult) {
 	ctx, cancel := context.WithCancel(g.acceptor.ctx)
 	defer cancel()
 	select {
@@ -867,8 +861,9 @@ func (g *gossip) joinSeed(seed string, replay bool) (r seedResult) {
 		}
 		for _, at := range l.addrs[:min(len(l.addrs), maxDials)] {
 			tries.Go(func() {
-				sync := &stateSync{peer: Member{Addr: at}, joins: true, replay: replay}
-				err := g.syncWith(sync)
+				sync := as
+				sync.peer.Addr = at
+				err := g.syncWith(&sync)
 				mu.Lock()
 				defer mu.Unlock()
 				r.add(sync.peer, err)

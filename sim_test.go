@@ -940,8 +940,6 @@ func (s *sim) compare(p *proc, to netip.AddrPort, sync *stateSync, done func(err
 func (s *sim) welcomed(c *simSession, n *node, w header, about []update, sync, y *stateSync, finish func(error)) {
 	same := w.Digest == n.digest()
 	switch err := n.handleWelcome(sync, w, about); {
-	case errors.Is(err, errConflictPending):
-		s.after(20*ms, func() { c.end[0].tell(func(n *node) { s.welcomed(c, n, w, about, sync, y, finish) }) })
 	case err != nil:
 		finish(err)
 	case same:
@@ -993,7 +991,7 @@ func (s *sim) frame(b []byte) (hdr header, us []update) {
 // join is a join command; its ends come to p.joins.
 func (p *proc) join(to ...netip.AddrPort) {
 	for _, a := range to {
-		p.s.compare(p, a, &stateSync{joins: true}, func(err error) { p.joins = append(p.joins, err) })
+		p.s.compare(p, a, &stateSync{joins: true, asked: true}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
@@ -2191,9 +2189,9 @@ func TestSeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
 	s := newSim(t, seedFor(t.Name()))
 	p := s.start(s.host(), "w", s.host())
 	tries := func(d time.Duration) int {
-		before := p.n.joining.seeds[0].failed
+		before := p.n.joining.seeds[0].tries
 		s.run(d)
-		return p.n.joining.seeds[0].failed - before
+		return p.n.joining.seeds[0].tries - before
 	}
 	if got := tries(time.Minute); got < 50 || got > 80 {
 		t.Errorf("%d tries in the first minute", got)
