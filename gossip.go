@@ -151,7 +151,7 @@ const (
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
-	linkOverlap       = time.Second // of a former link and a new one
+	linkOverlap       = time.Second // for so long a former link stands beside the new ones
 	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
@@ -3389,15 +3389,9 @@ func (r *heartbeats) step(n *node) {
 
 // beat sends what is due now.
 func (r *heartbeats) beat(n *node) {
-	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each
-	// of them starts a probe.
-	if n.real >= r.nextBeat+heartbeatInterval {
-		r.nextBeat = n.real + heartbeatInterval
-		for place, w := range r.queue {
-			r.sendHeartbeat(n, w, place)
-		}
-		return
-	}
+	// After a stop each watcher gets one heartbeat, and not all that it has missed.
+	missed := time.Duration(len(r.queue)-1) * heartbeatInterval
+	r.nextBeat = max(r.nextBeat, n.real-missed)
 
 	for n.real >= r.nextBeat {
 		first := r.queue[0]
@@ -3408,13 +3402,13 @@ func (r *heartbeats) beat(n *node) {
 	}
 }
 
-// planLinks notes that other watch links may be wanted.
+// planLinks plans to ask for other watch links.
 func (r *heartbeats) planLinks(n *node) {
 	// While many join, rings change all the time, and links follow a little later. But a missing link is made at
 	// once, or a kill in between is not noticed before a heartbeat is overdue.
 	delay := relinkDelay
-	r.links = slices.DeleteFunc(r.links, n.table.ended)
-	if len(r.links) < min(linksWanted, len(r.watchers)) {
+	wanted := min(linksWanted, len(r.watchers))
+	if len(r.links) < wanted || slices.ContainsFunc(r.links, n.table.ended) {
 		delay = 0
 	}
 	r.linkAt = min(r.linkAt, n.now+delay)
@@ -3423,36 +3417,13 @@ func (r *heartbeats) planLinks(n *node) {
 // relink asks for watch links to the first watchers that have answered.
 func (r *heartbeats) relink(n *node) {
 	r.linkAt = never
-	var wanted []Member
-	isNew := false
+	r.links = []Member{} // none is a wish, too
 	for _, w := range r.watchers {
-		if len(wanted) < linksWanted && w.isValidated() {
-			wanted = append(wanted, w.Member)
-			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
+		if len(r.links) < linksWanted && w.isValidated() {
+			r.links = append(r.links, w.Member)
 		}
 	}
-
-	// Former links last for a while beside new ones, so that there is no moment without any.
-	if isNew {
-		former := r.formerLinks(n, wanted)
-		if len(former) > 0 {
-			wanted = append(wanted, former...)
-			r.linkAt = n.now + linkOverlap
-		}
-	}
-	r.links = wanted
-	n.out.links = append([]Member{}, wanted...)
-}
-
-// formerLinks are the links, linksWanted of them at most, that stand and are not wanted any more.
-func (r *heartbeats) formerLinks(n *node, wanted []Member) (former []Member) {
-	for _, m := range r.links {
-		isWanted := slices.ContainsFunc(wanted, m.sameInstance)
-		if len(former) < linksWanted && !isWanted && !n.table.ended(m) {
-			former = append(former, m)
-		}
-	}
-	return former
+	n.out.links = r.links
 }
 
 // ---- probes ----

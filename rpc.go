@@ -681,7 +681,7 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	}
 }
 
-// relink makes links the watch links that stand, and ends all others.
+// relink makes links the watch links that stand, and ends all others a little later.
 func (g *gossip) relink(self Member, links []Member) {
 	old := g.state.links
 	g.state.links = make(map[string]context.CancelFunc)
@@ -697,8 +697,9 @@ func (g *gossip) relink(self Member, links []Member) {
 		delete(old, key)
 	}
 
+	// There is to be no moment without a link.
 	for _, end := range old {
-		end()
+		time.AfterFunc(linkOverlap, end)
 	}
 }
 

@@ -851,10 +851,12 @@ func (p *proc) relink(links []Member) {
 		if wanted[k] {
 			continue
 		}
-		if l.over = true; l.c != nil { // a bye
-			l.c.close()
-		}
 		delete(p.links, k)
+		p.s.after(linkOverlap, func() {
+			if l.over = true; l.c != nil { // a bye
+				l.c.close()
+			}
+		})
 	}
 }
 
