@@ -3443,6 +3443,7 @@ type probe struct {
 	m            Member        // whom, as it was believed
 	e            *entry        // of that name; this node's own: a name conflict, whose other side has no entry
 	requester    *entry        // the peer that wants this node's result; nil: none
+	localOnly    bool          // no other is asked: a helper asks nobody, and of a conflict no peer can tell
 	start        time.Duration // of the round
 	deciding     bool          // the target is suspect, and this round decides
 	seq          uint32        // of the indirect probes: this node's, or what the requester wrote
@@ -3469,46 +3470,33 @@ const (
 )
 
 // nextStageAt is when the next stage of the round is due.
-func (p *probe) nextStageAt(n *node) time.Duration { return p.start + p.schedule(n)[p.stage] }
+func (p *probe) nextStageAt() time.Duration { return p.start + p.schedule()[p.stage] }
 
 // schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for
 // at least two round trips; up to shortLine the fixed times do.
-func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
+func (p *probe) schedule() [stageEnd + 1]time.Duration {
 	twice := 2 * p.roundTrip
+	due := [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
 	if p.requester != nil {
-		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(helperTimeout, twice)}
+		due[stageEnd] = max(helperTimeout, twice)
 	}
-	if p.deciding || p.localOnly(n) {
-		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
+	if p.deciding || p.localOnly {
+		return due
 	}
 
 	// The helpers' answers take one round trip more than their own probes.
-	helpersAt := max(indirectAfter, twice)
-	againAt := helpersAt + max(indirectAgainAfter-indirectAfter, twice)
-	endAt := helpersAt + max(probeTimeout-indirectAfter, twice+p.roundTrip)
-	due := [...]time.Duration{0, 0, helpersAt, againAt, endAt}
+	due[stageHelpers] = max(indirectAfter, twice)
+	due[stageHelpersLate] = due[stageHelpers] + max(indirectAgainAfter-indirectAfter, twice)
+	due[stageEnd] = due[stageHelpers] + max(probeTimeout-indirectAfter, twice+p.roundTrip)
 
-	// On a long line a lost heartbeat is to cost a ping and its answer, so a probe that begins with one asks by
-	// ping alone before it dials and asks helpers.
 	isLong := p.roundTrip > shortLine
-	refused := p.result == verdictRefused
-	if isLong && !p.linkEnded && !refused {
-		due[stageTCP] = helpersAt
-	}
-	seemsDead := refused || isLong && p.linkEnded
-	if seemsDead { // no time is to be lost
-		due[stageHelpers] = 0
+	seemsDead := p.result == verdictRefused || isLong && p.linkEnded
+	if seemsDead {
+		due[stageHelpers] = 0 // no time is to be lost
+	} else if isLong {
+		due[stageTCP] = due[stageHelpers] // a lost heartbeat is to cost a ping and its answer
 	}
 	return due
-}
-
-// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more.
-func (p *probe) suspicion(n *node) (whole, round time.Duration) {
-	// What the first round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host
-	// has failed as soon.
-	first := p.schedule(n)[stageEnd]
-	round = max(probeTimeout, 2*p.roundTrip)
-	return max(round, probeTimeout+suspicionTimeout-first), round
 }
 
 // noteRoundTrip is told how long the line to the target may be, as somebody else knows it.
@@ -3539,6 +3527,7 @@ func (d *detector) addProbe(n *node, m Member) *probe {
 	p := &probe{
 		m:         m,
 		e:         n.table.get(m.Name),
+		localOnly: m.Name == n.self.Name,
 		start:     n.now,
 		seq:       n.nonce(),
 		roundTrip: n.roundTripTo(m),
@@ -3573,10 +3562,10 @@ func (d *detector) probeHolder(n *node, m Member, rival netip.AddrPort) {
 // a row none could be made.
 func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
 	e := n.table.get(m.Name)
-	if n.table.ended(m) || e == n.self || n.identity.leaving != 0 {
+	if n.table.ended(m) || e == n.self || e.failedLocally() {
 		return
 	}
-	if e.failedLocally() || tries > linkTries { // a firewall stays, and says nothing about the member
+	if tries > linkTries { // a firewall stays, and says nothing about the member
 		return
 	}
 	if tries == linkTries {
@@ -3604,20 +3593,16 @@ func (d *detector) step(n *node) {
 
 // stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
-	settled := p.result == verdictAlive || p.result == verdictRefused
-	switch {
-	case settled && p.localOnly(n):
-		d.conclude(n, p)
-		return
-	case p.obsolete(n):
+	if p.isObsolete(n) {
 		d.remove(p)
 		return
-	case p.refusedTwice():
-		d.declareFailed(n, p)
+	}
+	if p.isSettled() {
+		d.conclude(n, p)
 		return
 	}
 
-	for n.now >= p.nextStageAt(n) {
+	for n.now >= p.nextStageAt() {
 		switch p.stage {
 		case stagePing:
 			p.pending = d.chooseHelpers(n, p)
@@ -3638,38 +3623,33 @@ func (d *detector) stepProbe(n *node, p *probe) {
 		}
 		p.stage++
 	}
-	n.wakeAt(p.nextStageAt(n))
+	n.wakeAt(p.nextStageAt())
 }
 
-// localOnly reports whether what this node sees is the verdict: a helper asks nobody, and of a conflict no peer
-// can tell.
-func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
-
-// obsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
+// isObsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
 // here, or the suspect has refuted.
-func (p *probe) obsolete(n *node) bool {
-	if p.e != n.self {
-		isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead()
-		if isOver || p.e.isolated {
-			return true
-		}
-	}
-	refuted := p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation
-	return p.deciding && refuted
-}
-
-// refusedTwice reports whether two observers were refused and no other contradicts, after a watch link has ended:
-// TCP did work, so it is no firewall that refuses.
-func (p *probe) refusedTwice() bool {
-	if !p.linkEnded || p.result > verdictRefused {
+func (p *probe) isObsolete(n *node) bool {
+	if p.e == n.self {
 		return false
 	}
-	return p.countOf(verdictRefused) >= 2 && p.countOf(verdictAlive) == 0
+	isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.isolated
+	refuted := p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation
+	return isOver || p.deciding && refuted
+}
+
+// isSettled reports whether the rest of the round cannot change the verdict.
+func (p *probe) isSettled() bool {
+	if p.localOnly {
+		return p.result == verdictAlive || p.result == verdictRefused
+	}
+	// After a watch link has ended it is no firewall that refuses: TCP did work.
+	contradicted := p.countOf(verdictSilent)+p.countOf(verdictAlive) > 0
+	return p.linkEnded && p.countOf(verdictRefused) >= 2 && !contradicted
 }
 
 // chooseHelpers are the target's other watchers and one random member.
 func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
-	if p.localOnly(n) {
+	if p.localOnly {
 		return nil
 	}
 	if p.unanswered == 0 {
@@ -3732,23 +3712,29 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	if e == nil || e == n.self || by.Status.isDead() {
 		return
 	}
+	asked := 0
 	for _, p := range d.probes {
-		if p.requester == by && p.seq == hdr.Seq { // asked again
+		if p.requester != by {
+			continue
+		}
+		if p.seq == hdr.Seq { // asked again
 			return
 		}
+		asked++
 	}
 	if e.Status.isDead() { // the requester has missed it, and may have nobody else to ask
 		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
 		return
 	}
 	// This node needs the other half for probes of its own.
-	if len(d.probes) >= maxProbes/2 || d.countFor(by) >= maxProbesForPeer {
+	if len(d.probes) >= maxProbes/2 || asked >= maxProbesForPeer {
 		return
 	}
 
 	running := d.probesOf(e.Member)
 	p := d.addProbe(n, e.Member)
 	p.requester = by
+	p.localOnly = true
 	p.seq = hdr.Seq
 	// The line from here may not be known, and may be as long.
 	p.noteRoundTrip(min(time.Duration(hdr.Promise)*ms, longestLine))
@@ -3757,16 +3743,6 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 		p.stage = stageEnd
 		p.record(running[0].result)
 	}
-}
-
-// countFor counts the probes that by has asked for.
-func (d *detector) countFor(by *entry) (count int) {
-	for _, p := range d.probes {
-		if p.requester == by {
-			count++
-		}
-	}
-	return count
 }
 
 // sendProbeResult tells the requester what this node saw.
@@ -3851,7 +3827,7 @@ func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome he
 // handleSignOfLife is told that m was heard of by UDP just now.
 func (d *detector) handleSignOfLife(n *node, m Member) {
 	for _, p := range d.probesOf(m) {
-		if p.localOnly(n) {
+		if p.localOnly {
 			p.record(verdictAlive)
 		} else {
 			d.clear(n, p)
@@ -3869,13 +3845,13 @@ func (p *probe) record(v verdict) {
 
 // conclude gives the verdict at the end of a round.
 func (d *detector) conclude(n *node, p *probe) {
+	silent := p.countOf(verdictSilent) > 0
+	stalled := silent && (p.stalledSince == 0 || n.now < p.stalledSince+stallTimeout)
 	switch {
 	case p.requester != nil:
 		d.remove(p)
 		d.sendProbeResult(n, p)
-	case p.e == n.self && p.isStalled(n.now): // a name is not lost by a moment of silence
-		d.handleStall(n, p)
-	case p.e == n.self:
+	case p.e == n.self && !stalled: // a name is not lost by a moment of silence
 		d.remove(p)
 		n.identity.conflictResolved(n, p.m, p.result == verdictAlive)
 	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have cleared it
@@ -3889,9 +3865,9 @@ func (d *detector) conclude(n *node, p *probe) {
 		if n.now-d.lastHeard <= probeTimeout {
 			d.declareFailed(n, p)
 		}
-	case p.countOf(verdictSilent) > 0:
+	case stalled:
 		d.handleStall(n, p)
-	case p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
+	case silent, p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
 		d.declareFailed(n, p)
 	default:
 		d.concludeUnreachable(n, p)
@@ -3924,11 +3900,6 @@ func (d *detector) noteOnlyTCP(n *node, p *probe) {
 			p.m.Name, p.m.Addr, n.self.Addr)
 	}
 	n.sync(p.e.Member) // no broadcast reaches it
-}
-
-// isStalled reports whether the target accepts connections in silence, and not for too long yet.
-func (p *probe) isStalled(now time.Duration) bool {
-	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
 }
 
 // restart begins another round.
@@ -3967,32 +3938,33 @@ func (d *detector) noteMissingBeat(n *node, e *entry) {
 	}
 }
 
-// handleStall handles a member whose kernel accepts while the process is silent.
+// handleStall waits for a member whose kernel accepts while the process is silent: every busy machine stalls for
+// some seconds, and is not dead.
 func (d *detector) handleStall(n *node, p *probe) {
 	if p.stalledSince == 0 {
 		n.logf(levelDebug, "%s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
 		p.stalledSince = p.start
 	}
-	end := p.stalledSince + stallTimeout
-	if n.now >= end { // every busy machine stalls for some seconds, and is not dead
-		d.declareFailed(n, p)
-		return
-	}
 	// Each round dials anew: a host that vanishes right after it accepted would otherwise count as stalled.
 	clear(p.results)
-	concludeAt := min(n.now+stallRound, end)
-	d.restart(n, p, max(n.now, concludeAt-p.schedule(n)[stageEnd]))
+	concludeAt := min(n.now+stallRound, p.stalledSince+stallTimeout)
+	d.restart(n, p, max(n.now, concludeAt-p.schedule()[stageEnd]))
 }
 
 // declareSuspect tells everybody that the target is unreachable, and gives it time to contradict.
 func (d *detector) declareSuspect(n *node, p *probe) {
 	n.logf(levelDebug, "%s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
-	whole, round := p.suspicion(n)
+
+	// The suspicion ends with another round. What this one took longer than on a short line is saved before it: up
+	// to 300 ms of round trip, a lost host has failed as soon.
+	saved := p.schedule()[stageEnd] - probeTimeout
+	wait := suspicionTimeout - saved - max(probeTimeout, 2*p.roundTrip)
+
 	p.m = p.e.Member // with all that was said of it meanwhile
 	p.deciding = true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
 	n.sendClaim(p.m, n.claim(p.e)) // a suspect that hears of it refutes, and no broadcast may reach it
-	d.restart(n, p, n.now+whole-round)
+	d.restart(n, p, n.now+max(wait, 0))
 }
 
 // declareFailed is the verdict: the target has failed, and everybody is told.
@@ -4052,8 +4024,8 @@ func (d *detector) stepRetry(n *node) {
 	// Each node takes its share, so a failed member gets as many pings in a cluster of any size.
 	rate := retryRate * float64(n.table.failed) / float64(n.table.total)
 	d.retry.fill(n.now, rate, 2)
-	if d.retry.has(1) {
-		d.retry.spend(1)
+	due := d.retry.take(1)
+	if due {
 		isFailed := func(e *entry) bool { return e.displayStatus() == statusFailed }
 		if e := n.randomMember(n.table.ordered, isFailed); e != nil {
 			n.ping(e.Member)
