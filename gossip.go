@@ -109,17 +109,17 @@ const (
 	maxRequests      = 2 * maxMembers
 	maxQueries       = 64          // of one's own at a time
 	replyTimeout     = time.Minute // a reply is sent again for so long at most
-	maxQueryTimeout  = time.Hour   // a query that arrives again is known for so long at most
-	reliableRate     = 64000       // reliable sends a second
-	reliableBurst    = 64          // and in one go: a thousand at once would be lost
-	replayedPingRate = 1000        // answers a second to pings that may be recordings
-	maxInputs        = 1024        // that wait for the loop; more datagrams are lost
-	drainFor         = 20 * ms     // inputs may keep the loop from its tick
-	writeFor         = 20 * ms     // what the socket does not take by then is lost, as UDP may be
+	maxQueryTimeout  = time.Hour
+	reliableRate     = 64000   // reliable sends a second
+	reliableBurst    = 64      // and in one go: a thousand at once would be lost
+	replayedPingRate = 1000    // answers a second to pings that may be recordings
+	maxInputs        = 1024    // that wait for the loop; more datagrams are lost
+	drainFor         = 20 * ms // inputs may keep the loop from its tick
+	writeFor         = 20 * ms // what the socket does not take by then is lost, as UDP may be
 
 	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries
 	// queries under way, and a few probes.
-	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
+	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered, its last ones
 	maxRequestsToPeer = 8 * maxQueries
 	maxProbesForPeer  = maxProbes / 8
 
@@ -1066,7 +1066,7 @@ type peerState struct {
 	syncedDigests uint64        // both digests after the last state sync
 	newsRate      bucket        // with news that it may have missed
 	line          line
-	heard         []heardQuery // its queries whose time is not over
+	heard         []uint32 // its last queries: they may arrive again
 
 	path peerPath
 	flap flapState
@@ -4085,12 +4085,6 @@ type query struct {
 	waiting []Member // whose answer has not come
 }
 
-// heardQuery is one of a peer, remembered until its time is over: it may arrive again.
-type heardQuery struct {
-	id    uint32
-	until time.Duration
-}
-
 // ask asks the living members that nodes names; none: all of them. It returns the query's number, which the events
 // of its answers bear, and the names of those that were asked. The last of those events has replyNone.
 func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, within time.Duration) (
@@ -4139,12 +4133,10 @@ func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, wit
 
 // askable are the living members that names has; none: all of them.
 func (n *node) askable(names []string) (asked []*entry) {
-	isNamed := make(map[string]bool)
-	for _, name := range names {
-		isNamed[name] = true
-	}
+	slices.Sort(names)
 	for _, e := range n.table.ordered {
-		wanted := len(names) == 0 || isNamed[e.Name]
+		_, isNamed := slices.BinarySearch(names, e.Name)
+		wanted := isNamed || len(names) == 0
 		if wanted && e.displayStatus() == statusAlive {
 			asked = append(asked, e)
 		}
@@ -4161,14 +4153,10 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 
 	// It may arrive again: it is sent until it is acknowledged.
 	peer := e.peer()
-	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
-	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
+	if slices.Contains(peer.heard, hdr.Query) {
 		return nil
 	}
-	// A peer that asks more than its share has its own oldest queries forgotten.
-	peer.heard = peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):]
-	within := min(time.Duration(u.Timeout)*ms, maxQueryTimeout)
-	peer.heard = append(peer.heard, heardQuery{hdr.Query, n.now + within})
+	peer.heard = appendBounded(peer.heard, maxHeardOfPeer, hdr.Query)
 
 	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
@@ -4201,29 +4189,19 @@ func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
 	if hdr.Reply == replyNone || hdr.Reply > replyFailed {
 		return
 	}
-	q := qs.waitingFor(e, hdr.Query)
-	if q == nil {
+	i := slices.IndexFunc(qs.open, func(q *query) bool { return q.id == hdr.Query })
+	if i < 0 || !slices.ContainsFunc(qs.open[i].waiting, e.sameInstance) {
 		return
 	}
 
 	if hdr.Reply != replyAck {
-		q.waiting = slices.DeleteFunc(q.waiting, e.sameInstance)
+		qs.open[i].waiting = slices.DeleteFunc(qs.open[i].waiting, e.sameInstance)
 	}
 	ev := Event{kind: eventAnswer, update: update{Member: e.Member}, id: hdr.Query, reply: hdr.Reply}
 	for _, u := range us {
 		ev.Payload = u.Payload[:min(len(u.Payload), maxPayload)]
 	}
 	n.out.events = append(n.out.events, ev)
-}
-
-// waitingFor is the query of that number, if it waits for the answer of e, or nil.
-func (qs *queries) waitingFor(e *entry, id uint32) *query {
-	for _, q := range qs.open {
-		if q.id == id && slices.ContainsFunc(q.waiting, e.sameInstance) {
-			return q
-		}
-	}
-	return nil
 }
 
 // step ends queries: when all that live have answered, or their time is over.
