@@ -3319,27 +3319,25 @@ func (r *heartbeats) refresh(n *node) {
 // requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a
 // heartbeat.
 func (r *heartbeats) requeue(n *node) {
-	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
-	if len(r.queue) == 0 {
+	isOver := func(w *entry) bool { return !w.peer().greeted || !slices.Contains(r.watchers, w) } // or another instance
+	r.queue = slices.DeleteFunc(r.queue, isOver)
+	former := len(r.queue)
+	if former == 0 {
 		r.nextBeat = n.real + n.jitter(heartbeatInterval/2)
 	}
 	for _, w := range r.watchers {
 		if !slices.Contains(r.queue, w) {
 			r.queue = append(r.queue, w)
-			w.peer().greeted = false
 		}
 	}
 
 	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with
 	// those that were promised an early one; each of them cost half a second more.
-	isNew := func(w *entry) bool { return !w.peer().greeted } // or another instance
-	if slices.ContainsFunc(r.queue, isNew) {
+	if len(r.queue) > former {
 		r.early = len(r.queue) - 1
 	}
-	for place, w := range r.queue {
-		if isNew(w) {
-			r.sendHeartbeat(n, w, place)
-		}
+	for place := former; place < len(r.queue); place++ {
+		r.sendHeartbeat(n, r.queue[place], place)
 	}
 }
 
@@ -3560,7 +3558,7 @@ func (d *detector) probeHolder(n *node, m Member, rival netip.AddrPort) {
 
 // linkEnded is told that a watch link with an instance of m has ended (tries 0), or that for the tries-th time in
 // a row none could be made.
-func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
+func (d *detector) linkEnded(n *node, m Member, tries int) {
 	e := n.table.get(m.Name)
 	if n.table.ended(m) || e == n.self || e.failedLocally() {
 		return
@@ -3574,11 +3572,9 @@ func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
 	}
 
 	// This is evidence, never a verdict.
-	if p := d.startProbe(n, e.Member); p != nil {
+	p := d.startProbe(n, e.Member)
+	if p != nil {
 		p.linkEnded = p.linkEnded || tries == 0
-		if refused {
-			p.record(verdictRefused)
-		}
 	}
 }
 
@@ -3860,11 +3856,6 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.countOf(verdictAlive) > 0: // only this node does not reach it
 		n.table.release(n.now, p.e)
 		d.clear(n, p)
-	case p.e.held: // it is alive by the word of others alone
-		d.remove(p) // until it is probed again, later than this time
-		if n.now-d.lastHeard <= probeTimeout {
-			d.declareFailed(n, p)
-		}
 	case stalled:
 		d.handleStall(n, p)
 	case silent, p.result == verdictRefused, p.countOf(verdictRefused) >= 2:

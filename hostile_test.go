@@ -293,9 +293,9 @@ func (r *rig) step() {
 			r.tables = slices.Delete(r.tables, i, i+1)
 		}
 	case 8: // a link ends
-		name, tries, refused := r.name(), r.pick(6), r.byte()&1 > 0
+		name, tries := r.name(), r.pick(6)
 		if e := r.n.table.get(name); e != nil {
-			r.tell(func(n *node) { n.detector.linkEnded(n, e.Member, tries, refused) })
+			r.tell(func(n *node) { n.detector.linkEnded(n, e.Member, tries) })
 		}
 	case 9:
 		if len(r.looks) > 0 {

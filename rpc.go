@@ -711,7 +711,7 @@ func (g *gossip) keepLink(ctx context.Context, m Member) {
 			tries = 0
 		}
 		if ctx.Err() == nil {
-			g.post(func(n *node) { n.detector.linkEnded(n, m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
+			g.post(func(n *node) { n.detector.linkEnded(n, m, tries) })
 		}
 
 		// Where no link can be had it is tried more and more rarely: each failure starts a probe, and a firewall stays.
@@ -871,7 +871,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 			if quiet && !n.table.ended(m) {
 				return nil
 			}
-			n.detector.linkEnded(n, m, 0, false) // no news about an instance that has ended
+			n.detector.linkEnded(n, m, 0) // no news about an instance that has ended
 			return errHungUp
 		})
 	}

@@ -865,7 +865,7 @@ func (p *proc) keepLink(l *simLink) {
 	if l.over || p.state == procDead {
 		return
 	}
-	ended := func(up bool, err error) {
+	ended := func(up bool) {
 		if l.over {
 			return
 		}
@@ -873,34 +873,34 @@ func (p *proc) keepLink(l *simLink) {
 			l.tries = 0
 		}
 		tries := l.tries
-		p.tell(func(n *node) { n.detector.linkEnded(n, l.m, tries, err == syscall.ECONNREFUSED) })
+		p.tell(func(n *node) { n.detector.linkEnded(n, l.m, tries) })
 		s.after(min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait), func() { p.keepLink(l) })
 	}
 	deadline := s.now + sessionTimeout
 	s.dial(p, l.m.Addr, deadline, func(c *simSession, err error) {
 		if err != nil {
-			ended(false, err)
+			ended(false)
 			return
 		}
 		l.c = c
 		up := false
 		c.failed = func(end int, err error) {
 			if end == 0 {
-				ended(up, err)
+				ended(up)
 			} else if dialler := p.n.self.Member; up {
-				c.end[1].tell(func(n *node) { n.detector.linkEnded(n, dialler, 0, false) })
+				c.end[1].tell(func(n *node) { n.detector.linkEnded(n, dialler, 0) })
 			}
 		}
 		s.after(deadline-s.now, func() {
 			if !up && !c.over {
 				c.close()
-				ended(false, errTimedOut)
+				ended(false)
 			}
 		})
 		c.meet(msgLink, func(n *node, w header, _ []update) {
 			if up = true; w.From != l.m.Name || w.instance() != l.m.Instance {
 				c.close()
-				ended(true, nil)
+				ended(true)
 			}
 		})
 	}, redialAfter(p.n.roundTripTo(l.m))...)
