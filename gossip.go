@@ -162,9 +162,8 @@ const (
 	stallTimeout       = 10 * time.Second
 	stallRound         = time.Second
 	isolatedAfter      = 3 * time.Second
-	lastResortGap      = 150 * ms
-	lastResortTimeout  = 900 * ms
-	retryRate          = 2.0 // pings a second, times the failed share of the table
+	isolatedMargin     = 900 * ms // or two round trips: what was asked for by then may be answered
+	retryRate          = 2.0      // pings a second, times the failed share of the table
 	maxProbes          = 256
 	unansweredFor      = 5 * time.Second // a watcher does not answer, though it is heard
 	tolerableLoss      = 8               // heartbeats in a row
@@ -3428,11 +3427,10 @@ func (r *heartbeats) relink(n *node) {
 
 // detector is all probes that run, and whether this node hears anybody.
 type detector struct {
-	probes       []*probe
-	lastHeard    time.Duration // last sign of anybody
-	lastResortAt time.Duration // when to try any member next, while this node hears nobody
-	isolated     bool
-	retry        bucket
+	probes    []*probe
+	lastHeard time.Duration // last sign of anybody
+	isolated  bool
+	retry     bucket
 }
 
 // probe is an examination of a member: for a verdict of this node, of which a target has one at a time, or for a
@@ -3966,29 +3964,19 @@ func (d *detector) declareFailed(n *node, p *probe) {
 
 // ---- isolation ----
 
-// stepIsolation decides whether this node is the one that is cut off.
+// stepIsolation decides whether this node is the one that is cut off. By then the probes of those that it watches
+// have asked many others, of which any that answers would have shown that it is not.
 func (d *detector) stepIsolation(n *node) {
-	silent := n.now - d.lastHeard
-	if silent < isolatedAfter {
-		n.wakeAt(d.lastHeard + isolatedAfter)
-		return
-	}
-	e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() })
-	if e == nil {
-		return
-	}
-	if silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()) {
-		d.isolate(n)
+	isolatedAt := d.lastHeard + isolatedAfter + max(isolatedMargin, 2*n.longestRoundTrip())
+	if n.now < isolatedAt {
+		n.wakeAt(isolatedAt)
 		return
 	}
 
-	// Until then any member that answers shows that this node is not cut off.
-	if n.now >= d.lastResortAt {
-		d.lastResortAt = n.now + lastResortGap
-		n.ping(e.Member)
-		n.tcpProbe(e.Member)
+	seemsAlive := func(e *entry) bool { return e != n.self && !e.failedLocally() }
+	if slices.ContainsFunc(n.table.ring[0], seemsAlive) {
+		d.isolate(n)
 	}
-	n.wakeAt(d.lastResortAt)
 }
 
 // isolate notes that this node is cut off. What it then believes of the others stays here, and is told to nobody.
