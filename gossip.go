@@ -3318,10 +3318,11 @@ func (r *heartbeats) refresh(n *node) {
 // requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a
 // heartbeat.
 func (r *heartbeats) requeue(n *node) {
-	isOver := func(w *entry) bool { return !w.peer().greeted || !slices.Contains(r.watchers, w) } // or another instance
-	r.queue = slices.DeleteFunc(r.queue, isOver)
-	former := len(r.queue)
-	if former == 0 {
+	// Another instance of a watcher has not been greeted.
+	isFormer := func(w *entry) bool { return !w.peer().greeted || !slices.Contains(r.watchers, w) }
+	r.queue = slices.DeleteFunc(r.queue, isFormer)
+	stayed := len(r.queue)
+	if stayed == 0 {
 		r.nextBeat = n.real + n.jitter(heartbeatInterval/2)
 	}
 	for _, w := range r.watchers {
@@ -3332,10 +3333,10 @@ func (r *heartbeats) requeue(n *node) {
 
 	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with
 	// those that were promised an early one; each of them cost half a second more.
-	if len(r.queue) > former {
+	if len(r.queue) > stayed {
 		r.early = len(r.queue) - 1
 	}
-	for place := former; place < len(r.queue); place++ {
+	for place := stayed; place < len(r.queue); place++ {
 		r.sendHeartbeat(n, r.queue[place], place)
 	}
 }
@@ -3444,7 +3445,7 @@ type probe struct {
 	deciding     bool          // the target is suspect, and this round decides
 	seq          uint32        // of the indirect probes: this node's, or what the requester wrote
 	roundTrip    time.Duration // to the target, or what the requester says
-	stage        probeStage    // of the round: what comes next
+	stage        int           // of the round: what comes next
 	result       verdict       // what this node saw
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
@@ -3454,14 +3455,12 @@ type probe struct {
 	unanswered   int            // rounds in which no helper has answered
 }
 
-// probeStage is a step of a round.
-type probeStage uint8
-
+// The stages of a round.
 const (
-	stagePing        probeStage = iota
-	stageTCP                    // with the ping, unless the line is long
-	stageHelpers                // a second ping, and the helpers
-	stageHelpersLate            // those that have not answered
+	stagePing        = iota
+	stageTCP         // with the ping, unless the line is long
+	stageHelpers     // a second ping, and the helpers
+	stageHelpersLate // those that have not answered
 	stageEnd
 )
 
@@ -3795,11 +3794,10 @@ func (d *detector) heardFrom(now time.Duration) { d.lastHeard = now }
 // (verdictSilent), then verdictRefused, that it hung up (verdictNone), or verdictAlive and welcome, the handshake
 // reply of what is there.
 func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome header) {
-	isName := welcome.From == m.Name
-	answered := v == verdictAlive && isName && m.Name != n.self.Name
-	if answered || m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
+	if m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
 		d.heardFrom(n.now)
 	}
+	isName := welcome.From == m.Name
 	isTarget := isName && welcome.instance() == m.Instance
 	if v == verdictAlive && !isTarget {
 		v = verdictRefused // another process lives at its address
@@ -4019,7 +4017,7 @@ func (d *detector) stepRetry(n *node) {
 // stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others,
 // ever more rarely.
 func (d *detector) stepHeld(n *node) {
-	for _, e := range slices.Clone(n.table.held) {
+	for _, e := range n.table.held {
 		flap := &e.peer().flap
 		if flap.heldUntil == 0 { // it is held from now on
 			flap.heldUntil = n.now + flapWait(flap.count)
@@ -4030,9 +4028,7 @@ func (d *detector) stepHeld(n *node) {
 		} else if n.now >= flap.heldUntil {
 			flap.count++
 			flap.heldUntil = n.now + flapWait(flap.count)
-			if !e.Status.isDead() {
-				d.startProbe(n, e.Member)
-			}
+			d.startProbe(n, e.Member)
 		}
 		n.wakeAt(flap.heldUntil)
 	}
