@@ -4074,10 +4074,6 @@ func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, wit
 	if len(qs.open) >= maxQueries || len(n.requests.open) >= maxRequests/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
-	asked := n.askable(nodes)
-	if len(asked) == 0 {
-		return 0, nil, errNobodyAsked
-	}
 
 	q := &query{id: n.nonce(), until: n.now + within}
 	u := update{
@@ -4090,33 +4086,29 @@ func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, wit
 	hdr := n.header(msgQuery)
 	hdr.Query = q.id
 	body := wire.encode(nil, &u)
-	for _, e := range asked {
+	slices.Sort(nodes)
+	for _, e := range n.table.ordered {
+		_, isNamed := slices.BinarySearch(nodes, e.Name)
+		wanted := isNamed || len(nodes) == 0
+		if !wanted || e.displayStatus() != statusAlive {
+			continue
+		}
 		q.waiting = append(q.waiting, e.Member)
 		names = append(names, e.Name)
 		if e != n.self {
 			n.sendReliable(e.Member, hdr, body, within)
 		}
 	}
+	if len(names) == 0 {
+		return 0, nil, errNobodyAsked
+	}
 
 	qs.open = append(qs.open, q)
-	if slices.Contains(asked, n.self) {
+	if slices.Contains(names, n.self.Name) {
 		qs.handleAnswer(n, n.self, header{Query: q.id, Reply: replyAck}, nil)
 		err = qs.handleQuery(n, n.self, hdr, []update{u})
 	}
 	return q.id, names, err
-}
-
-// askable are the living members that names has; none: all of them.
-func (n *node) askable(names []string) (asked []*entry) {
-	slices.Sort(names)
-	for _, e := range n.table.ordered {
-		_, isNamed := slices.BinarySearch(names, e.Name)
-		wanted := isNamed || len(names) == 0
-		if wanted && e.displayStatus() == statusAlive {
-			asked = append(asked, e)
-		}
-	}
-	return asked
 }
 
 // handleQuery takes a query of e.
@@ -4181,7 +4173,7 @@ func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
 
 // step ends queries: when all that live have answered, or their time is over.
 func (qs *queries) step(n *node) {
-	open := qs.open[:0]
+	var open []*query
 	for _, q := range qs.open {
 		q.waiting = slices.DeleteFunc(q.waiting, n.table.ended)
 		if len(q.waiting) == 0 || n.now >= q.until {
@@ -4191,7 +4183,6 @@ func (qs *queries) step(n *node) {
 		open = append(open, q)
 		n.wakeAt(q.until)
 	}
-	clear(qs.open[len(open):])
 	qs.open = open
 }
 
