@@ -679,7 +679,6 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.noteFirstHeard(now) // what a former instance of this name has sent is over
 
-	n.heartbeats.linkAt = never
 	n.requests.ofPeer = make(map[string]int)
 	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
@@ -3275,8 +3274,7 @@ func (n *node) info() (facts []string) {
 //
 // The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises
 // the next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is
-// broken, whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then
-// all watchers probed this node at each beat.
+// broken, whatever happens to the others.
 type heartbeats struct {
 	version  uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
@@ -3385,7 +3383,6 @@ func (r *heartbeats) step(n *node) {
 	n.wakeAt(r.linkAt)
 }
 
-// beat sends what is due now.
 func (r *heartbeats) beat(n *node) {
 	// After a stop each watcher gets one heartbeat, and not all that it has missed.
 	missed := time.Duration(len(r.queue)-1) * heartbeatInterval
@@ -3584,7 +3581,6 @@ func (d *detector) step(n *node) {
 	d.stepHeld(n)
 }
 
-// stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
 	if p.isObsolete(n) {
 		d.remove(p)
@@ -3738,7 +3734,6 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	}
 }
 
-// sendProbeResult tells the requester what this node saw.
 func (d *detector) sendProbeResult(n *node, p *probe) {
 	hdr := n.header(msgProbeResult)
 	hdr.Seq = p.seq
@@ -3889,7 +3884,6 @@ func (d *detector) noteOnlyTCP(n *node, p *probe) {
 	n.sync(p.e.Member) // no broadcast reaches it
 }
 
-// restart begins another round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
 	p.start = start
@@ -3906,23 +3900,19 @@ func (d *detector) clear(n *node, p *probe) {
 	if p.rival.IsValid() {
 		n.identity.warnOfConflict(n, p.e.Member, p.rival)
 	}
-	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	peer := p.e.peer()
-	if peer.due <= n.now {
-		d.noteMissingBeat(n, p.e)
-		cycle := min(rings, n.table.aliveCount()-1) + 1
-		peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(p.m)
+	if peer.due > n.now {
+		return // what it promised before holds
 	}
-}
 
-// noteMissingBeat is told that e lives although its heartbeat has not come. A few times is loss.
-func (d *detector) noteMissingBeat(n *node, e *entry) {
-	path := &e.peer().path
-	path.missingBeats++
-	if path.missingBeats >= tolerableLoss {
+	peer.path.missingBeats++
+	if peer.path.missingBeats >= tolerableLoss {
 		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: "+
-			"it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
+			"it may not reach this node at %s, which it advertises", p.e.Name, p.e.Addr, n.self.Addr)
 	}
+	// This sign of life promises nothing, so a whole cycle may pass.
+	cycle := min(rings, n.table.aliveCount()-1) + 1
+	peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(p.m)
 }
 
 // handleStall waits for a member whose kernel accepts while the process is silent: every busy machine stalls for
@@ -3972,13 +3962,11 @@ func (d *detector) stepIsolation(n *node) {
 	}
 
 	seemsAlive := func(e *entry) bool { return e != n.self && !e.failedLocally() }
-	if slices.ContainsFunc(n.table.ring[0], seemsAlive) {
-		d.isolate(n)
+	if !slices.ContainsFunc(n.table.ring[0], seemsAlive) {
+		return
 	}
-}
 
-// isolate notes that this node is cut off. What it then believes of the others stays here, and is told to nobody.
-func (d *detector) isolate(n *node) {
+	// What this node believes of the others from now on stays here, and is told to nobody.
 	d.isolated = true
 	n.logf(levelWarn, "no member answers: this node seems to be cut off, it goes on trying")
 	for _, e := range n.table.ordered {
@@ -4111,7 +4099,6 @@ func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, wit
 	return q.id, names, err
 }
 
-// handleQuery takes a query of e.
 func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error {
 	if len(us) != 1 || !isValidEvent(&us[0]) {
 		return errors.New("sent a bad query")
