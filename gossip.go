@@ -109,17 +109,17 @@ const (
 	maxRequests      = 2 * maxMembers
 	maxQueries       = 64          // of one's own at a time
 	replyTimeout     = time.Minute // a reply is sent again for so long at most
-	maxQueryTimeout  = time.Hour   // a query that arrives again is known for so long at most
-	reliableRate     = 64000       // reliable sends a second
-	reliableBurst    = 64          // and in one go: a thousand at once would be lost
-	replayedPingRate = 1000        // answers a second to pings that may be recordings
-	maxInputs        = 1024        // that wait for the loop; more datagrams are lost
-	drainFor         = 20 * ms     // inputs may keep the loop from its tick
-	writeFor         = 20 * ms     // what the socket does not take by then is lost, as UDP may be
+	maxQueryTimeout  = time.Hour
+	reliableRate     = 64000   // reliable sends a second
+	reliableBurst    = 64      // and in one go: a thousand at once would be lost
+	replayedPingRate = 1000    // answers a second to pings that may be recordings
+	maxInputs        = 1024    // that wait for the loop; more datagrams are lost
+	drainFor         = 20 * ms // inputs may keep the loop from its tick
+	writeFor         = 20 * ms // what the socket does not take by then is lost, as UDP may be
 
 	// What one peer can occupy is a share, never the whole. An honest peer comes nowhere near: it has maxQueries
 	// queries under way, and a few probes.
-	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered
+	maxHeardOfPeer    = 4 * maxQueries // queries that are remembered, its last ones
 	maxRequestsToPeer = 8 * maxQueries
 	maxProbesForPeer  = maxProbes / 8
 
@@ -150,7 +150,7 @@ const (
 	newWatchGrace     = 500 * ms
 	linksWanted       = 2 // watchers that hold a watch link
 	relinkDelay       = 100 * ms
-	linkOverlap       = time.Second // of a former link and a new one
+	linkOverlap       = time.Second // for so long a former link stands beside the new ones
 	linkTries         = 4           // in a row that failed: no further one is evidence
 
 	indirectAfter      = 100 * ms // a second ping, and helpers
@@ -161,9 +161,8 @@ const (
 	stallTimeout       = 10 * time.Second
 	stallRound         = time.Second
 	isolatedAfter      = 3 * time.Second
-	lastResortGap      = 150 * ms
-	lastResortTimeout  = 900 * ms
-	retryRate          = 2.0 // pings a second, times the failed share of the table
+	isolatedMargin     = 900 * ms // or two round trips: what was asked for by then may be answered
+	retryRate          = 2.0      // pings a second, times the failed share of the table
 	maxProbes          = 256
 	unansweredFor      = 5 * time.Second // a watcher does not answer, though it is heard
 	tolerableLoss      = 8               // heartbeats in a row
@@ -679,7 +678,6 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.noteFirstHeard(now) // what a former instance of this name has sent is over
 
-	n.heartbeats.linkAt = never
 	n.requests.ofPeer = make(map[string]int)
 	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
@@ -1066,7 +1064,7 @@ type peerState struct {
 	syncedDigests uint64        // both digests after the last state sync
 	newsRate      bucket        // with news that it may have missed
 	line          line
-	heard         []heardQuery // its queries whose time is not over
+	heard         []uint32 // its last queries: they may arrive again
 
 	path peerPath
 	flap flapState
@@ -3144,8 +3142,7 @@ func (n *node) info() (facts []string) {
 //
 // The watchers are a queue: the first one is sent the next heartbeat, and goes to the end. Each heartbeat promises
 // the next one by the watcher's place in the queue, and a watcher only ever moves forward in it. So no promise is
-// broken, whatever happens to the others: slots that were chosen one by one could be lost one for ever, and then
-// all watchers probed this node at each beat.
+// broken, whatever happens to the others.
 type heartbeats struct {
 	version  uint64   // version of the table that this follows
 	watchers []*entry // in the order of the rings
@@ -3187,27 +3184,26 @@ func (r *heartbeats) refresh(n *node) {
 // requeue drops the former watchers from the queue, and greets the new ones at its end: the greeting is a
 // heartbeat.
 func (r *heartbeats) requeue(n *node) {
-	r.queue = slices.DeleteFunc(r.queue, func(w *entry) bool { return !slices.Contains(r.watchers, w) })
-	if len(r.queue) == 0 {
+	// Another instance of a watcher has not been greeted.
+	isFormer := func(w *entry) bool { return !w.peer().greeted || !slices.Contains(r.watchers, w) }
+	r.queue = slices.DeleteFunc(r.queue, isFormer)
+	stayed := len(r.queue)
+	if stayed == 0 {
 		r.nextBeat = n.real + n.jitter(heartbeatInterval/2)
 	}
 	for _, w := range r.watchers {
 		if !slices.Contains(r.queue, w) {
 			r.queue = append(r.queue, w)
-			w.peer().greeted = false
 		}
 	}
 
 	// All new watchers get their next heartbeat soon. A host may vanish right after it has joined, together with
 	// those that were promised an early one; each of them cost half a second more.
-	isNew := func(w *entry) bool { return !w.peer().greeted } // or another instance
-	if slices.ContainsFunc(r.queue, isNew) {
+	if len(r.queue) > stayed {
 		r.early = len(r.queue) - 1
 	}
-	for place, w := range r.queue {
-		if isNew(w) {
-			r.sendHeartbeat(n, w, place)
-		}
+	for place := stayed; place < len(r.queue); place++ {
+		r.sendHeartbeat(n, r.queue[place], place)
 	}
 }
 
@@ -3255,17 +3251,10 @@ func (r *heartbeats) step(n *node) {
 	n.wakeAt(r.linkAt)
 }
 
-// beat sends what is due now.
 func (r *heartbeats) beat(n *node) {
-	// This node was stopped, and more than one promise is broken. All watchers get new ones, which hold, or each
-	// of them starts a probe.
-	if n.real >= r.nextBeat+heartbeatInterval {
-		r.nextBeat = n.real + heartbeatInterval
-		for place, w := range r.queue {
-			r.sendHeartbeat(n, w, place)
-		}
-		return
-	}
+	// After a stop each watcher gets one heartbeat, and not all that it has missed.
+	missed := time.Duration(len(r.queue)-1) * heartbeatInterval
+	r.nextBeat = max(r.nextBeat, n.real-missed)
 
 	for n.real >= r.nextBeat {
 		first := r.queue[0]
@@ -3276,13 +3265,13 @@ func (r *heartbeats) beat(n *node) {
 	}
 }
 
-// planLinks notes that other watch links may be wanted.
+// planLinks plans to ask for other watch links.
 func (r *heartbeats) planLinks(n *node) {
 	// While many join, rings change all the time, and links follow a little later. But a missing link is made at
 	// once, or a kill in between is not noticed before a heartbeat is overdue.
 	delay := relinkDelay
-	r.links = slices.DeleteFunc(r.links, n.table.ended)
-	if len(r.links) < min(linksWanted, len(r.watchers)) {
+	wanted := min(linksWanted, len(r.watchers))
+	if len(r.links) < wanted || slices.ContainsFunc(r.links, n.table.ended) {
 		delay = 0
 	}
 	r.linkAt = min(r.linkAt, n.now+delay)
@@ -3291,47 +3280,23 @@ func (r *heartbeats) planLinks(n *node) {
 // relink asks for watch links to the first watchers that have answered.
 func (r *heartbeats) relink(n *node) {
 	r.linkAt = never
-	var wanted []Member
-	isNew := false
+	r.links = []Member{} // none is a wish, too
 	for _, w := range r.watchers {
-		if len(wanted) < linksWanted && w.isValidated() {
-			wanted = append(wanted, w.Member)
-			isNew = isNew || !slices.ContainsFunc(r.links, w.sameInstance)
+		if len(r.links) < linksWanted && w.isValidated() {
+			r.links = append(r.links, w.Member)
 		}
 	}
-
-	// Former links last for a while beside new ones, so that there is no moment without any.
-	if isNew {
-		former := r.formerLinks(n, wanted)
-		if len(former) > 0 {
-			wanted = append(wanted, former...)
-			r.linkAt = n.now + linkOverlap
-		}
-	}
-	r.links = wanted
-	n.out.links = append([]Member{}, wanted...)
-}
-
-// formerLinks are the links, linksWanted of them at most, that stand and are not wanted any more.
-func (r *heartbeats) formerLinks(n *node, wanted []Member) (former []Member) {
-	for _, m := range r.links {
-		isWanted := slices.ContainsFunc(wanted, m.sameInstance)
-		if len(former) < linksWanted && !isWanted && !n.table.ended(m) {
-			former = append(former, m)
-		}
-	}
-	return former
+	n.out.links = r.links
 }
 
 // ---- probes ----
 
 // detector is all probes that run, and whether this node hears anybody.
 type detector struct {
-	probes       []*probe
-	lastHeard    time.Duration // last sign of anybody
-	lastResortAt time.Duration // when to try any member next, while this node hears nobody
-	isolated     bool
-	retry        bucket
+	probes    []*probe
+	lastHeard time.Duration // last sign of anybody
+	isolated  bool
+	retry     bucket
 }
 
 // probe is an examination of a member: for a verdict of this node, of which a target has one at a time, or for a
@@ -3340,11 +3305,12 @@ type probe struct {
 	m            Member        // whom, as it was believed
 	e            *entry        // of that name; this node's own: a name conflict, whose other side has no entry
 	requester    *entry        // the peer that wants this node's result; nil: none
+	localOnly    bool          // no other is asked: a helper asks nobody, and of a conflict no peer can tell
 	start        time.Duration // of the round
 	deciding     bool          // the target is suspect, and this round decides
 	seq          uint32        // of the indirect probes: this node's, or what the requester wrote
 	roundTrip    time.Duration // to the target, or what the requester says
-	stage        probeStage    // of the round: what comes next
+	stage        int           // of the round: what comes next
 	result       verdict       // what this node saw
 	stalledSince time.Duration // since when it accepts without answering; 0: it does not
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
@@ -3354,58 +3320,43 @@ type probe struct {
 	unanswered   int            // rounds in which no helper has answered
 }
 
-// probeStage is a step of a round.
-type probeStage uint8
-
+// The stages of a round.
 const (
-	stagePing        probeStage = iota
-	stageTCP                    // with the ping, unless the line is long
-	stageHelpers                // a second ping, and the helpers
-	stageHelpersLate            // those that have not answered
+	stagePing        = iota
+	stageTCP         // with the ping, unless the line is long
+	stageHelpers     // a second ping, and the helpers
+	stageHelpersLate // those that have not answered
 	stageEnd
 )
 
 // nextStageAt is when the next stage of the round is due.
-func (p *probe) nextStageAt(n *node) time.Duration { return p.start + p.schedule(n)[p.stage] }
+func (p *probe) nextStageAt() time.Duration { return p.start + p.schedule()[p.stage] }
 
 // schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for
 // at least two round trips; up to shortLine the fixed times do.
-func (p *probe) schedule(n *node) [stageEnd + 1]time.Duration {
+func (p *probe) schedule() [stageEnd + 1]time.Duration {
 	twice := 2 * p.roundTrip
+	due := [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
 	if p.requester != nil {
-		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(helperTimeout, twice)}
+		due[stageEnd] = max(helperTimeout, twice)
 	}
-	if p.deciding || p.localOnly(n) {
-		return [...]time.Duration{0, 0, indirectAfter, indirectAgainAfter, max(probeTimeout, twice)}
+	if p.deciding || p.localOnly {
+		return due
 	}
 
 	// The helpers' answers take one round trip more than their own probes.
-	helpersAt := max(indirectAfter, twice)
-	againAt := helpersAt + max(indirectAgainAfter-indirectAfter, twice)
-	endAt := helpersAt + max(probeTimeout-indirectAfter, twice+p.roundTrip)
-	due := [...]time.Duration{0, 0, helpersAt, againAt, endAt}
+	due[stageHelpers] = max(indirectAfter, twice)
+	due[stageHelpersLate] = due[stageHelpers] + max(indirectAgainAfter-indirectAfter, twice)
+	due[stageEnd] = due[stageHelpers] + max(probeTimeout-indirectAfter, twice+p.roundTrip)
 
-	// On a long line a lost heartbeat is to cost a ping and its answer, so a probe that begins with one asks by
-	// ping alone before it dials and asks helpers.
 	isLong := p.roundTrip > shortLine
-	refused := p.result == verdictRefused
-	if isLong && !p.linkEnded && !refused {
-		due[stageTCP] = helpersAt
-	}
-	seemsDead := refused || isLong && p.linkEnded
-	if seemsDead { // no time is to be lost
-		due[stageHelpers] = 0
+	seemsDead := p.result == verdictRefused || isLong && p.linkEnded
+	if seemsDead {
+		due[stageHelpers] = 0 // no time is to be lost
+	} else if isLong {
+		due[stageTCP] = due[stageHelpers] // a lost heartbeat is to cost a ping and its answer
 	}
 	return due
-}
-
-// suspicion is how long a suspect has to contradict, and for how much of that it is probed once more.
-func (p *probe) suspicion(n *node) (whole, round time.Duration) {
-	// What the first round took longer than on a short line is saved here: up to 300 ms of round trip, a lost host
-	// has failed as soon.
-	first := p.schedule(n)[stageEnd]
-	round = max(probeTimeout, 2*p.roundTrip)
-	return max(round, probeTimeout+suspicionTimeout-first), round
 }
 
 // noteRoundTrip is told how long the line to the target may be, as somebody else knows it.
@@ -3436,6 +3387,7 @@ func (d *detector) addProbe(n *node, m Member) *probe {
 	p := &probe{
 		m:         m,
 		e:         n.table.get(m.Name),
+		localOnly: m.Name == n.self.Name,
 		start:     n.now,
 		seq:       n.nonce(),
 		roundTrip: n.roundTripTo(m),
@@ -3468,12 +3420,12 @@ func (d *detector) probeHolder(n *node, m Member, rival netip.AddrPort) {
 
 // linkEnded is told that a watch link with an instance of m has ended (tries 0), or that for the tries-th time in
 // a row none could be made.
-func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
+func (d *detector) linkEnded(n *node, m Member, tries int) {
 	e := n.table.get(m.Name)
-	if n.table.ended(m) || e == n.self || n.identity.leaving != 0 {
+	if n.table.ended(m) || e == n.self || e.failedLocally() {
 		return
 	}
-	if e.failedLocally() || tries > linkTries { // a firewall stays, and says nothing about the member
+	if tries > linkTries { // a firewall stays, and says nothing about the member
 		return
 	}
 	if tries == linkTries {
@@ -3482,11 +3434,9 @@ func (d *detector) linkEnded(n *node, m Member, tries int, refused bool) {
 	}
 
 	// This is evidence, never a verdict.
-	if p := d.startProbe(n, e.Member); p != nil {
+	p := d.startProbe(n, e.Member)
+	if p != nil {
 		p.linkEnded = p.linkEnded || tries == 0
-		if refused {
-			p.record(verdictRefused)
-		}
 	}
 }
 
@@ -3499,22 +3449,17 @@ func (d *detector) step(n *node) {
 	d.stepHeld(n)
 }
 
-// stepProbe does what is due in a probe.
 func (d *detector) stepProbe(n *node, p *probe) {
-	settled := p.result == verdictAlive || p.result == verdictRefused
-	switch {
-	case settled && p.localOnly(n):
-		d.conclude(n, p)
-		return
-	case p.obsolete(n):
+	if p.isObsolete(n) {
 		d.remove(p)
 		return
-	case p.refusedTwice():
-		d.declareFailed(n, p)
+	}
+	if p.isSettled() {
+		d.conclude(n, p)
 		return
 	}
 
-	for n.now >= p.nextStageAt(n) {
+	for n.now >= p.nextStageAt() {
 		switch p.stage {
 		case stagePing:
 			p.pending = d.chooseHelpers(n, p)
@@ -3535,38 +3480,33 @@ func (d *detector) stepProbe(n *node, p *probe) {
 		}
 		p.stage++
 	}
-	n.wakeAt(p.nextStageAt(n))
+	n.wakeAt(p.nextStageAt())
 }
 
-// localOnly reports whether what this node sees is the verdict: a helper asks nobody, and of a conflict no peer
-// can tell.
-func (p *probe) localOnly(n *node) bool { return p.requester != nil || p.e == n.self }
-
-// obsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
+// isObsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
 // here, or the suspect has refuted.
-func (p *probe) obsolete(n *node) bool {
-	if p.e != n.self {
-		isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead()
-		if isOver || p.e.isolated {
-			return true
-		}
-	}
-	refuted := p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation
-	return p.deciding && refuted
-}
-
-// refusedTwice reports whether two observers were refused and no other contradicts, after a watch link has ended:
-// TCP did work, so it is no firewall that refuses.
-func (p *probe) refusedTwice() bool {
-	if !p.linkEnded || p.result > verdictRefused {
+func (p *probe) isObsolete(n *node) bool {
+	if p.e == n.self {
 		return false
 	}
-	return p.countOf(verdictRefused) >= 2 && p.countOf(verdictAlive) == 0
+	isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.isolated
+	refuted := p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation
+	return isOver || p.deciding && refuted
+}
+
+// isSettled reports whether the rest of the round cannot change the verdict.
+func (p *probe) isSettled() bool {
+	if p.localOnly {
+		return p.result == verdictAlive || p.result == verdictRefused
+	}
+	// After a watch link has ended it is no firewall that refuses: TCP did work.
+	contradicted := p.countOf(verdictSilent)+p.countOf(verdictAlive) > 0
+	return p.linkEnded && p.countOf(verdictRefused) >= 2 && !contradicted
 }
 
 // chooseHelpers are the target's other watchers and one random member.
 func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
-	if p.localOnly(n) {
+	if p.localOnly {
 		return nil
 	}
 	if p.unanswered == 0 {
@@ -3629,23 +3569,29 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	if e == nil || e == n.self || by.Status.isDead() {
 		return
 	}
+	asked := 0
 	for _, p := range d.probes {
-		if p.requester == by && p.seq == hdr.Seq { // asked again
+		if p.requester != by {
+			continue
+		}
+		if p.seq == hdr.Seq { // asked again
 			return
 		}
+		asked++
 	}
 	if e.Status.isDead() { // the requester has missed it, and may have nobody else to ask
 		d.sendProbeResult(n, &probe{m: e.Member, requester: by, seq: hdr.Seq})
 		return
 	}
 	// This node needs the other half for probes of its own.
-	if len(d.probes) >= maxProbes/2 || d.countFor(by) >= maxProbesForPeer {
+	if len(d.probes) >= maxProbes/2 || asked >= maxProbesForPeer {
 		return
 	}
 
 	running := d.probesOf(e.Member)
 	p := d.addProbe(n, e.Member)
 	p.requester = by
+	p.localOnly = true
 	p.seq = hdr.Seq
 	// The line from here may not be known, and may be as long.
 	p.noteRoundTrip(min(time.Duration(hdr.Promise)*ms, longestLine))
@@ -3656,17 +3602,6 @@ func (d *detector) handleIndirectProbe(n *node, by *entry, hdr header) {
 	}
 }
 
-// countFor counts the probes that by has asked for.
-func (d *detector) countFor(by *entry) (count int) {
-	for _, p := range d.probes {
-		if p.requester == by {
-			count++
-		}
-	}
-	return count
-}
-
-// sendProbeResult tells the requester what this node saw.
 func (d *detector) sendProbeResult(n *node, p *probe) {
 	hdr := n.header(msgProbeResult)
 	hdr.Seq = p.seq
@@ -3722,11 +3657,10 @@ func (d *detector) heardFrom(now time.Duration) { d.lastHeard = now }
 // (verdictSilent), then verdictRefused, that it hung up (verdictNone), or verdictAlive and welcome, the handshake
 // reply of what is there.
 func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome header) {
-	isName := welcome.From == m.Name
-	answered := v == verdictAlive && isName && m.Name != n.self.Name
-	if answered || m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
+	if m.Addr != n.self.Addr { // what this machine says of its own port proves nothing
 		d.heardFrom(n.now)
 	}
+	isName := welcome.From == m.Name
 	isTarget := isName && welcome.instance() == m.Instance
 	if v == verdictAlive && !isTarget {
 		v = verdictRefused // another process lives at its address
@@ -3748,7 +3682,7 @@ func (d *detector) handleTCPProbeResult(n *node, m Member, v verdict, welcome he
 // handleSignOfLife is told that m was heard of by UDP just now.
 func (d *detector) handleSignOfLife(n *node, m Member) {
 	for _, p := range d.probesOf(m) {
-		if p.localOnly(n) {
+		if p.localOnly {
 			p.record(verdictAlive)
 		} else {
 			d.clear(n, p)
@@ -3766,13 +3700,13 @@ func (p *probe) record(v verdict) {
 
 // conclude gives the verdict at the end of a round.
 func (d *detector) conclude(n *node, p *probe) {
+	silent := p.countOf(verdictSilent) > 0
+	stalled := silent && (p.stalledSince == 0 || n.now < p.stalledSince+stallTimeout)
 	switch {
 	case p.requester != nil:
 		d.remove(p)
 		d.sendProbeResult(n, p)
-	case p.e == n.self && p.isStalled(n.now): // a name is not lost by a moment of silence
-		d.handleStall(n, p)
-	case p.e == n.self:
+	case p.e == n.self && !stalled: // a name is not lost by a moment of silence
 		d.remove(p)
 		n.identity.conflictResolved(n, p.m, p.result == verdictAlive)
 	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have cleared it
@@ -3781,14 +3715,9 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.countOf(verdictAlive) > 0: // only this node does not reach it
 		n.table.release(n.now, p.e)
 		d.clear(n, p)
-	case p.e.held: // it is alive by the word of others alone
-		d.remove(p) // until it is probed again, later than this time
-		if n.now-d.lastHeard <= probeTimeout {
-			d.declareFailed(n, p)
-		}
-	case p.countOf(verdictSilent) > 0:
+	case stalled:
 		d.handleStall(n, p)
-	case p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
+	case silent, p.result == verdictRefused, p.countOf(verdictRefused) >= 2:
 		d.declareFailed(n, p)
 	default:
 		d.concludeUnreachable(n, p)
@@ -3823,12 +3752,6 @@ func (d *detector) noteOnlyTCP(n *node, p *probe) {
 	n.sync(p.e.Member) // no broadcast reaches it
 }
 
-// isStalled reports whether the target accepts connections in silence, and not for too long yet.
-func (p *probe) isStalled(now time.Duration) bool {
-	return p.result == verdictSilent && (p.stalledSince == 0 || now < p.stalledSince+stallTimeout)
-}
-
-// restart begins another round.
 func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	n.wakeAt(start)
 	p.start = start
@@ -3845,51 +3768,48 @@ func (d *detector) clear(n *node, p *probe) {
 	if p.rival.IsValid() {
 		n.identity.warnOfConflict(n, p.e.Member, p.rival)
 	}
-	// What it promised before holds, or a whole cycle may pass: this sign of life promises nothing.
 	peer := p.e.peer()
-	if peer.due <= n.now {
-		d.noteMissingBeat(n, p.e)
-		cycle := min(rings, n.table.aliveCount()-1) + 1
-		peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(p.m)
+	if peer.due > n.now {
+		return // what it promised before holds
 	}
-}
 
-// noteMissingBeat is told that e lives although its heartbeat has not come. A few times is loss.
-func (d *detector) noteMissingBeat(n *node, e *entry) {
-	path := &e.peer().path
-	path.missingBeats++
-	if path.missingBeats >= tolerableLoss {
+	peer.path.missingBeats++
+	if peer.path.missingBeats >= tolerableLoss {
 		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: "+
-			"it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
+			"it may not reach this node at %s, which it advertises", p.e.Name, p.e.Addr, n.self.Addr)
 	}
+	// This sign of life promises nothing, so a whole cycle may pass.
+	cycle := min(rings, n.table.aliveCount()-1) + 1
+	peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(p.m)
 }
 
-// handleStall handles a member whose kernel accepts while the process is silent.
+// handleStall waits for a member whose kernel accepts while the process is silent: every busy machine stalls for
+// some seconds, and is not dead.
 func (d *detector) handleStall(n *node, p *probe) {
 	if p.stalledSince == 0 {
 		n.logf(levelDebug, "%s at %s is stalled: it accepts connections and does not answer", p.m.Name, p.m.Addr)
 		p.stalledSince = p.start
 	}
-	end := p.stalledSince + stallTimeout
-	if n.now >= end { // every busy machine stalls for some seconds, and is not dead
-		d.declareFailed(n, p)
-		return
-	}
 	// Each round dials anew: a host that vanishes right after it accepted would otherwise count as stalled.
 	clear(p.results)
-	concludeAt := min(n.now+stallRound, end)
-	d.restart(n, p, max(n.now, concludeAt-p.schedule(n)[stageEnd]))
+	concludeAt := min(n.now+stallRound, p.stalledSince+stallTimeout)
+	d.restart(n, p, max(n.now, concludeAt-p.schedule()[stageEnd]))
 }
 
 // declareSuspect tells everybody that the target is unreachable, and gives it time to contradict.
 func (d *detector) declareSuspect(n *node, p *probe) {
 	n.logf(levelDebug, "%s at %s is suspect: nothing at all comes back", p.m.Name, p.m.Addr)
-	whole, round := p.suspicion(n)
+
+	// The suspicion ends with another round. What this one took longer than on a short line is saved before it: up
+	// to 300 ms of round trip, a lost host has failed as soon.
+	saved := p.schedule()[stageEnd] - probeTimeout
+	wait := suspicionTimeout - saved - max(probeTimeout, 2*p.roundTrip)
+
 	p.m = p.e.Member // with all that was said of it meanwhile
 	p.deciding = true
 	n.applyAndBroadcast(p.m.with(statusSuspect))
 	n.sendClaim(p.m, n.claim(p.e)) // a suspect that hears of it refutes, and no broadcast may reach it
-	d.restart(n, p, n.now+whole-round)
+	d.restart(n, p, n.now+max(wait, 0))
 }
 
 // declareFailed is the verdict: the target has failed, and everybody is told.
@@ -3900,33 +3820,21 @@ func (d *detector) declareFailed(n *node, p *probe) {
 
 // ---- isolation ----
 
-// stepIsolation decides whether this node is the one that is cut off.
+// stepIsolation decides whether this node is the one that is cut off. By then the probes of those that it watches
+// have asked many others, of which any that answers would have shown that it is not.
 func (d *detector) stepIsolation(n *node) {
-	silent := n.now - d.lastHeard
-	if silent < isolatedAfter {
-		n.wakeAt(d.lastHeard + isolatedAfter)
-		return
-	}
-	e := n.randomMember(n.table.ring[0], func(e *entry) bool { return !e.failedLocally() })
-	if e == nil {
-		return
-	}
-	if silent >= isolatedAfter+max(lastResortTimeout, 2*n.longestRoundTrip()) {
-		d.isolate(n)
+	isolatedAt := d.lastHeard + isolatedAfter + max(isolatedMargin, 2*n.longestRoundTrip())
+	if n.now < isolatedAt {
+		n.wakeAt(isolatedAt)
 		return
 	}
 
-	// Until then any member that answers shows that this node is not cut off.
-	if n.now >= d.lastResortAt {
-		d.lastResortAt = n.now + lastResortGap
-		n.ping(e.Member)
-		n.tcpProbe(e.Member)
+	seemsAlive := func(e *entry) bool { return e != n.self && !e.failedLocally() }
+	if !slices.ContainsFunc(n.table.ring[0], seemsAlive) {
+		return
 	}
-	n.wakeAt(d.lastResortAt)
-}
 
-// isolate notes that this node is cut off. What it then believes of the others stays here, and is told to nobody.
-func (d *detector) isolate(n *node) {
+	// What this node believes of the others from now on stays here, and is told to nobody.
 	d.isolated = true
 	n.logf(levelWarn, "no member answers: this node seems to be cut off, it goes on trying")
 	for _, e := range n.table.ordered {
@@ -3949,8 +3857,8 @@ func (d *detector) stepRetry(n *node) {
 	// Each node takes its share, so a failed member gets as many pings in a cluster of any size.
 	rate := retryRate * float64(n.table.failed) / float64(n.table.total)
 	d.retry.fill(n.now, rate, 2)
-	if d.retry.has(1) {
-		d.retry.spend(1)
+	due := d.retry.take(1)
+	if due {
 		isFailed := func(e *entry) bool { return e.displayStatus() == statusFailed }
 		if e := n.randomMember(n.table.ordered, isFailed); e != nil {
 			n.ping(e.Member)
@@ -3965,7 +3873,7 @@ func (d *detector) stepRetry(n *node) {
 // stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others,
 // ever more rarely.
 func (d *detector) stepHeld(n *node) {
-	for _, e := range slices.Clone(n.table.held) {
+	for _, e := range n.table.held {
 		flap := &e.peer().flap
 		if flap.heldUntil == 0 { // it is held from now on
 			flap.heldUntil = n.now + flapWait(flap.count)
@@ -3976,9 +3884,7 @@ func (d *detector) stepHeld(n *node) {
 		} else if n.now >= flap.heldUntil {
 			flap.count++
 			flap.heldUntil = n.now + flapWait(flap.count)
-			if !e.Status.isDead() {
-				d.startProbe(n, e.Member)
-			}
+			d.startProbe(n, e.Member)
 		}
 		n.wakeAt(flap.heldUntil)
 	}
@@ -4010,12 +3916,6 @@ type query struct {
 	waiting []Member // whose answer has not come
 }
 
-// heardQuery is one of a peer, remembered until its time is over: it may arrive again.
-type heardQuery struct {
-	id    uint32
-	until time.Duration
-}
-
 // ask asks the living members that nodes names; none: all of them. It returns the query's number, which the events
 // of its answers bear, and the names of those that were asked. The last of those events has replyNone.
 func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, within time.Duration) (
@@ -4030,10 +3930,6 @@ func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, wit
 	if len(qs.open) >= maxQueries || len(n.requests.open) >= maxRequests/2 {
 		return 0, nil, fmt.Errorf("too many queries of this agent are under way: %d", len(qs.open))
 	}
-	asked := n.askable(nodes)
-	if len(asked) == 0 {
-		return 0, nil, errNobodyAsked
-	}
 
 	q := &query{id: n.nonce(), until: n.now + within}
 	u := update{
@@ -4046,38 +3942,31 @@ func (qs *queries) ask(n *node, name string, payload []byte, nodes []string, wit
 	hdr := n.header(msgQuery)
 	hdr.Query = q.id
 	body := wire.encode(nil, &u)
-	for _, e := range asked {
+	slices.Sort(nodes)
+	for _, e := range n.table.ordered {
+		_, isNamed := slices.BinarySearch(nodes, e.Name)
+		wanted := isNamed || len(nodes) == 0
+		if !wanted || e.displayStatus() != statusAlive {
+			continue
+		}
 		q.waiting = append(q.waiting, e.Member)
 		names = append(names, e.Name)
 		if e != n.self {
 			n.sendReliable(e.Member, hdr, body, within)
 		}
 	}
+	if len(names) == 0 {
+		return 0, nil, errNobodyAsked
+	}
 
 	qs.open = append(qs.open, q)
-	if slices.Contains(asked, n.self) {
+	if slices.Contains(names, n.self.Name) {
 		qs.handleAnswer(n, n.self, header{Query: q.id, Reply: replyAck}, nil)
 		err = qs.handleQuery(n, n.self, hdr, []update{u})
 	}
 	return q.id, names, err
 }
 
-// askable are the living members that names has; none: all of them.
-func (n *node) askable(names []string) (asked []*entry) {
-	isNamed := make(map[string]bool)
-	for _, name := range names {
-		isNamed[name] = true
-	}
-	for _, e := range n.table.ordered {
-		wanted := len(names) == 0 || isNamed[e.Name]
-		if wanted && e.displayStatus() == statusAlive {
-			asked = append(asked, e)
-		}
-	}
-	return asked
-}
-
-// handleQuery takes a query of e.
 func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error {
 	if len(us) != 1 || !isValidEvent(&us[0]) {
 		return errors.New("sent a bad query")
@@ -4086,14 +3975,10 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 
 	// It may arrive again: it is sent until it is acknowledged.
 	peer := e.peer()
-	peer.heard = slices.DeleteFunc(peer.heard, func(q heardQuery) bool { return n.now >= q.until })
-	if slices.ContainsFunc(peer.heard, func(q heardQuery) bool { return q.id == hdr.Query }) {
+	if slices.Contains(peer.heard, hdr.Query) {
 		return nil
 	}
-	// A peer that asks more than its share has its own oldest queries forgotten.
-	peer.heard = peer.heard[max(0, len(peer.heard)-maxHeardOfPeer+1):]
-	within := min(time.Duration(u.Timeout)*ms, maxQueryTimeout)
-	peer.heard = append(peer.heard, heardQuery{hdr.Query, n.now + within})
+	peer.heard = appendBounded(peer.heard, maxHeardOfPeer, hdr.Query)
 
 	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
@@ -4126,13 +4011,13 @@ func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
 	if hdr.Reply == replyNone || hdr.Reply > replyFailed {
 		return
 	}
-	q := qs.waitingFor(e, hdr.Query)
-	if q == nil {
+	i := slices.IndexFunc(qs.open, func(q *query) bool { return q.id == hdr.Query })
+	if i < 0 || !slices.ContainsFunc(qs.open[i].waiting, e.sameInstance) {
 		return
 	}
 
 	if hdr.Reply != replyAck {
-		q.waiting = slices.DeleteFunc(q.waiting, e.sameInstance)
+		qs.open[i].waiting = slices.DeleteFunc(qs.open[i].waiting, e.sameInstance)
 	}
 	ev := Event{kind: eventAnswer, update: update{Member: e.Member}, id: hdr.Query, reply: hdr.Reply}
 	for _, u := range us {
@@ -4141,19 +4026,9 @@ func (qs *queries) handleAnswer(n *node, e *entry, hdr header, us []update) {
 	n.out.events = append(n.out.events, ev)
 }
 
-// waitingFor is the query of that number, if it waits for the answer of e, or nil.
-func (qs *queries) waitingFor(e *entry, id uint32) *query {
-	for _, q := range qs.open {
-		if q.id == id && slices.ContainsFunc(q.waiting, e.sameInstance) {
-			return q
-		}
-	}
-	return nil
-}
-
 // step ends queries: when all that live have answered, or their time is over.
 func (qs *queries) step(n *node) {
-	open := qs.open[:0]
+	var open []*query
 	for _, q := range qs.open {
 		q.waiting = slices.DeleteFunc(q.waiting, n.table.ended)
 		if len(q.waiting) == 0 || n.now >= q.until {
@@ -4163,7 +4038,6 @@ func (qs *queries) step(n *node) {
 		open = append(open, q)
 		n.wakeAt(q.until)
 	}
-	clear(qs.open[len(open):])
 	qs.open = open
 }
 

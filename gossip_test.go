@@ -115,7 +115,7 @@ func (l *lab) check(name string) uint32 { return l.n.detector.ownProbe(l.n.table
 
 // breaks ends the watch link with a member, as its death would.
 func (l *lab) breaks(with int) {
-	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.detector.linkEnded(n, labMember(with), 0, false) })
+	l.tell("link to "+labMember(with).Name+" breaks", func(n *node) { n.detector.linkEnded(n, labMember(with), 0) })
 }
 
 var kindWords = map[msgKind]string{msgHeartbeat: "heartbeat", msgPing: "ping", msgAck: "ack", msgIndirectProbe: "check", msgProbeResult: "vote", msgBroadcast: "flood", msgQuery: "query", msgReply: "reply", msgEventCheck: "event check", msgEventRequest: "event request"}

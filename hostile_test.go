@@ -293,9 +293,9 @@ func (r *rig) step() {
 			r.tables = slices.Delete(r.tables, i, i+1)
 		}
 	case 8: // a link ends
-		name, tries, refused := r.name(), r.pick(6), r.byte()&1 > 0
+		name, tries := r.name(), r.pick(6)
 		if e := r.n.table.get(name); e != nil {
-			r.tell(func(n *node) { n.detector.linkEnded(n, e.Member, tries, refused) })
+			r.tell(func(n *node) { n.detector.linkEnded(n, e.Member, tries) })
 		}
 	case 9:
 		if len(r.looks) > 0 {
@@ -1176,7 +1176,13 @@ func TestProbesForOnePeerLeaveRoomForOthers(t *testing.T) {
 	}
 	r.datagram(rigAddr(2), r.from("b", header{Kind: msgIndirectProbe, Target: "m000", Seq: 7}))
 	for name, want := range map[string]int{"a": maxProbesForPeer, "b": 1} {
-		if got := r.n.detector.countFor(r.n.table.get(name)); got != want {
+		got := 0
+		for _, p := range r.n.detector.probes {
+			if p.requester == r.n.table.get(name) {
+				got++
+			}
+		}
+		if got != want {
 			t.Errorf("%d probes for %s, want %d", got, name, want)
 		}
 	}

@@ -639,7 +639,7 @@ func (g *gossip) tcpProbe(m Member, roundTrip time.Duration) {
 	}
 }
 
-// relink makes links the watch links that stand, and ends all others.
+// relink makes links the watch links that stand, and ends all others a little later.
 func (g *gossip) relink(self Member, links []Member) {
 	old := g.state.links
 	g.state.links = make(map[string]context.CancelFunc)
@@ -656,8 +656,9 @@ func (g *gossip) relink(self Member, links []Member) {
 		delete(old, key)
 	}
 
+	// There is to be no moment without a link.
 	for _, end := range old {
-		end()
+		time.AfterFunc(linkOverlap, end)
 	}
 }
 
@@ -669,7 +670,7 @@ func (g *gossip) keepLink(ctx context.Context, m Member, roundTrip time.Duration
 			tries = 0
 		}
 		if ctx.Err() == nil {
-			g.post(func(n *node) { n.detector.linkEnded(n, m, tries, errors.Is(err, syscall.ECONNREFUSED)) })
+			g.post(func(n *node) { n.detector.linkEnded(n, m, tries) })
 		}
 
 		// Where no link can be had it is tried more and more rarely: each failure starts a probe, and a firewall stays.
@@ -817,7 +818,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 			if quiet && !n.table.ended(m) {
 				return nil
 			}
-			n.detector.linkEnded(n, m, 0, false) // no news about an instance that has ended
+			n.detector.linkEnded(n, m, 0) // no news about an instance that has ended
 			return errHungUp
 		})
 	}

@@ -706,7 +706,7 @@ func TestLinkTellsOfTheEndOfAProcessAtOnceAndAByeDoesNot(t *testing.T) {
 	time.Sleep(50 * ms)
 	probes := func() (n int) { red.run(func(m *node) error { n = len(m.detector.probes); return nil }); return n }
 	blue.run(func(n *node) error { blue.relink(n.self.Member, nil); return nil })
-	time.Sleep(20 * ms)
+	time.Sleep(linkOverlap + 20*ms)
 	if probes() > 0 {
 		t.Error("a bye starts a probe")
 	}

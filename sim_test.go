@@ -849,10 +849,12 @@ func (p *proc) relink(links []Member) {
 		if wanted[k] {
 			continue
 		}
-		if l.over = true; l.c != nil { // a bye
-			l.c.close()
-		}
 		delete(p.links, k)
+		p.s.after(linkOverlap, func() {
+			if l.over = true; l.c != nil { // a bye
+				l.c.close()
+			}
+		})
 	}
 }
 
@@ -861,7 +863,7 @@ func (p *proc) keepLink(l *simLink) {
 	if l.over || p.state == procDead {
 		return
 	}
-	ended := func(up bool, err error) {
+	ended := func(up bool) {
 		if l.over {
 			return
 		}
@@ -869,34 +871,34 @@ func (p *proc) keepLink(l *simLink) {
 			l.tries = 0
 		}
 		tries := l.tries
-		p.tell(func(n *node) { n.detector.linkEnded(n, l.m, tries, err == syscall.ECONNREFUSED) })
+		p.tell(func(n *node) { n.detector.linkEnded(n, l.m, tries) })
 		s.after(min(time.Second<<min(max(tries-1, 0), 10), maxLinkWait), func() { p.keepLink(l) })
 	}
 	deadline := s.now + sessionTimeout
 	s.dial(p, l.m.Addr, deadline, func(c *simSession, err error) {
 		if err != nil {
-			ended(false, err)
+			ended(false)
 			return
 		}
 		l.c = c
 		up := false
 		c.failed = func(end int, err error) {
 			if end == 0 {
-				ended(up, err)
+				ended(up)
 			} else if dialler := p.n.self.Member; up {
-				c.end[1].tell(func(n *node) { n.detector.linkEnded(n, dialler, 0, false) })
+				c.end[1].tell(func(n *node) { n.detector.linkEnded(n, dialler, 0) })
 			}
 		}
 		s.after(deadline-s.now, func() {
 			if !up && !c.over {
 				c.close()
-				ended(false, errTimedOut)
+				ended(false)
 			}
 		})
 		c.meet(msgLink, func(n *node, w header, _ []update) {
 			if up = true; w.From != l.m.Name || w.instance() != l.m.Instance {
 				c.close()
-				ended(true, nil)
+				ended(true)
 			}
 		})
 	}, redialAfter(p.n.roundTripTo(l.m)))
