@@ -1105,61 +1105,45 @@ func (e *entry) roundTrip() time.Duration {
 	if e.state == nil {
 		return 0
 	}
-	return e.state.line.roundTrip()
+	return e.state.line.roundTrip
 }
 
-// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer
-// is known at once, and a peer that stalled once is soon forgiven.
+// line is how long the way to a peer is.
 type line struct {
-	roundTrips  [2]time.Duration // the last one first; 0: not measured
-	remeasureAt time.Duration
+	roundTrip time.Duration // the last one that was measured; 0: none was
+	measureAt time.Duration // when to measure it again, if it is long
 }
 
-func (l *line) roundTrip() time.Duration { return max(l.roundTrips[0], l.roundTrips[1]) }
-
-// isSettled reports whether the line needs no measurement: it is short, or its last two agree and are not old.
+// isSettled reports whether the line needs no measurement.
 func (l *line) isSettled(now time.Duration) bool {
-	longer := l.roundTrip()
-	if longer <= shortLine {
-		return longer > 0
+	isShort := l.roundTrip > 0 && l.roundTrip <= shortLine
+	return isShort || now < l.measureAt
+}
+
+// note takes a measured round trip, which holds for so long.
+func (l *line) note(now, took, holds time.Duration) {
+	was := l.roundTrip
+	l.roundTrip = min(max(took, 1), longestLine)
+	l.measureAt = now + holds
+	// One that is much longer than the last may have been a stall, and is measured once more.
+	if l.roundTrip > 3*was+shortLine {
+		l.measureAt = now
 	}
-	shorter := min(l.roundTrips[0], l.roundTrips[1])
-	return longer < 3*shorter+shortLine && now < l.remeasureAt
 }
 
-// note takes a measured round trip; the line is measured again at remeasureAt.
-func (l *line) note(took, remeasureAt time.Duration) {
-	l.roundTrips[1] = l.roundTrips[0]
-	l.roundTrips[0] = min(max(took, 1), longestLine)
-	l.remeasureAt = remeasureAt
-}
-
-// noteRoundTrip notes how long an answer of that instance of name took.
-func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
-	e := n.table.get(name)
-	if e == nil || e == n.self || e.Instance != instance {
-		return
-	}
-	// The jitter keeps all lines from being measured in the same moments.
-	e.peer().line.note(took, n.now+remeasureAfter+n.jitter(remeasureAfter))
-}
-
-// noteSessionRoundTrip notes how long a hello and its answer took.
+// noteSessionRoundTrip notes how long a hello and its answer took, if nothing better is known: TCP may have sent one
+// of them again.
 func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
 	e := n.table.get(name)
-	if e == nil || e == n.self || e.Instance != instance {
-		return
+	if e != nil && e != n.self && e.Instance == instance && e.roundTrip() == 0 {
+		n.noteRoundTrip(e, took)
 	}
+}
 
-	// TCP may have sent one of them again, so that a line that was short is not believed to have become long: a
-	// ping shows that.
-	known := e.roundTrip()
-	isShort := known > 0 && known <= shortLine
-	if isShort && took > known+2*shortLine {
-		n.pingAtBoundedRate(e)
-		return
-	}
-	n.noteRoundTrip(name, instance, took)
+// noteRoundTrip notes how long an answer of e took.
+func (n *node) noteRoundTrip(e *entry, took time.Duration) {
+	// The jitter keeps all lines from being measured in the same moments.
+	e.peer().line.note(n.now, took, remeasureAfter+n.jitter(remeasureAfter))
 }
 
 // roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the
@@ -1369,7 +1353,7 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
 	n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
 	if q.sent > 0 {
-		n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+		n.noteRoundTrip(e, n.now-q.sent)
 	}
 
 	switch q.h.Kind {
@@ -2722,9 +2706,7 @@ func (n *node) syncDone(sync *stateSync) {
 		return
 	}
 	e.peer().syncedDigests = sync.digest ^ n.digest()
-	if e.roundTrip() == 0 {
-		n.noteRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
-	}
+	n.noteSessionRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
 	reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
 	if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
 		e.peer().path.reachedAt = sync.peer.Addr
