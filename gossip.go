@@ -104,7 +104,7 @@ const (
 	maxFrame         = 32 << 10
 	maxQueue         = 4096 // claims and events that wait to be broadcast
 	maxRecent        = 64
-	maxJoined        = 16
+	maxReceivers     = 20
 	recentFor        = 3 * time.Second
 	maxRequests      = 2 * maxMembers
 	maxQueries       = 64          // of one's own at a time
@@ -1079,7 +1079,6 @@ type peerPath struct {
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
-	deadAnswers     int            // since the last state sync because it answers and is believed to have failed
 }
 
 // flapState is how a member came back; see damp.
@@ -1099,6 +1098,12 @@ func (e *entry) peer() *peerState {
 
 // isValidated reports whether e has answered at its address.
 func (e *entry) isValidated() bool { return e.state != nil && e.state.validated }
+
+// isHeard reports whether a datagram of e has counted.
+func (e *entry) isHeard() bool { return e.state != nil && e.state.path.source.IsValid() }
+
+// isUnreached reports whether what is broadcast may not reach e.
+func (e *entry) isUnreached() bool { return e.isSkipped() || !e.isValidated() }
 
 // roundTrip is how long an answer of e takes; 0: that is not known.
 func (e *entry) roundTrip() time.Duration {
@@ -1366,26 +1371,12 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	n.noteValidated(e)
 	n.detector.handleSignOfLife(n, q.m)
 	n.noteContact(e, hdr)
-	n.noteDeadAnswer(e, hdr)
-}
 
-// noteDeadAnswer looks whether e has answered that is believed to have failed.
-func (n *node) noteDeadAnswer(e *entry, hdr header) {
-	if e.Status != statusFailed || hdr.Incarnation > e.Incarnation {
-		return
+	// A split has ended, and e knows of many more; or e does not take what this node sends, since it knows another
+	// agent of its name.
+	if e.Status == statusFailed {
+		n.antiEntropy.syncNow(n, e.Member)
 	}
-
-	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two
-	// agents with this node's name it knows the other one. So it is asked once more, at once: the next ping to one
-	// of many that have failed may be far away, or lost.
-	path := &e.peer().path
-	path.deadAnswers++
-	if path.deadAnswers == 1 {
-		n.pingAtBoundedRate(e)
-		return
-	}
-	path.deadAnswers = 0
-	n.sync(e.Member)
 }
 
 // noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
@@ -1448,7 +1439,6 @@ func (n *node) noteContact(e *entry, hdr header) {
 		return
 	}
 	e.peer().tcpOnly = 0
-	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
 		n.noteHeartbeat(e, hdr.Promise)
 	}
@@ -1496,8 +1486,6 @@ type broadcasts struct {
 	flow    eventFlow
 
 	recent []recentEntry // whose claims were broadcast last, the newest last
-	joined []recentEntry // that have compared tables with this node, and have not been heard of since
-	former []*entry      // watchers whose successors have not answered yet
 }
 
 // broadcastQueue holds updates on their way to the watchers.
@@ -1590,7 +1578,6 @@ func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 		return
 	}
 
-	n.broadcasts.dropStandIns(n)
 	receivers := n.broadcasts.receivers(n)
 	for len(q.queue) > 0 && q.rate.has(0) {
 		body := q.takeBody()
@@ -1619,52 +1606,17 @@ func (q *broadcastQueue) takeBody() (body []byte) {
 	return body
 }
 
-// receivers are the watchers that have answered, and those that stand in for others: until all watchers have
-// answered, the former ones, or members between newcomers from far away would hear of nothing for so long; and
-// those that have just joined through this node, which know no other over a long line for a while.
-func (s *broadcasts) receivers(n *node) (es []*entry) {
-	candidates := slices.Clone(n.heartbeats.watchers)
-	candidates = slices.DeleteFunc(candidates, func(w *entry) bool { return !w.isValidated() })
-	candidates = append(candidates, s.former...)
-	for _, j := range s.joined {
-		candidates = append(candidates, j.e)
-	}
-
-	for _, e := range candidates {
-		if !e.Status.isDead() && !slices.Contains(es, e) {
-			es = append(es, e)
+// receivers are the next members on each ring that have answered: watchers from far away may not have, for a while.
+// Those that have just joined through this node, and were not heard of since, know no other yet.
+func (s *broadcasts) receivers(n *node) []*entry {
+	es := n.table.successors(n.self, (*entry).isUnreached)
+	for _, r := range slices.Backward(s.recent) {
+		isNew := n.now-r.at <= recentFor && r.e.isValidated() && !r.e.isHeard()
+		if isNew && !r.e.isSkipped() && !slices.Contains(es, r.e) {
+			es = append(es, r.e)
 		}
 	}
-	return es
-}
-
-// dropStandIns drops the receivers that are not needed any more beside the watchers.
-func (s *broadcasts) dropStandIns(n *node) {
-	missing := func(w *entry) bool { return !w.isValidated() || w.Status.isDead() }
-	if !slices.ContainsFunc(n.heartbeats.watchers, missing) {
-		s.former = nil
-	}
-	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
-}
-
-// noteFormerWatchers notes who watched this node before others do.
-func (s *broadcasts) noteFormerWatchers(former []*entry) {
-	for _, w := range former {
-		if w.isValidated() && !slices.Contains(s.former, w) {
-			s.former = appendBounded(s.former, rings, w)
-		}
-	}
-}
-
-// noteJoined notes that e has joined through this node.
-func (s *broadcasts) noteJoined(e *entry, now time.Duration) {
-	s.heardFrom(e)
-	s.joined = appendBounded(s.joined, maxJoined, recentEntry{e, now})
-}
-
-// heardFrom notes a datagram of e.
-func (s *broadcasts) heardFrom(e *entry) {
-	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
+	return es[:min(len(es), maxReceivers)]
 }
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim is kept: the rest may
@@ -1742,7 +1694,7 @@ func (n *node) handleImplausible(m Member, e *entry) error {
 	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
 		n.pingAtBoundedRate(e)
 	default:
-		n.antiEntropy.askFirstHand(n, m)
+		n.antiEntropy.syncNow(n, m)
 	}
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
@@ -1784,25 +1736,12 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	case sync != nil && e != nil && n.needsProbe(sync, m, e):
 		n.probeClaimed(e, u, via)
 	default:
-		hadFailed := e != nil && e.Status == statusFailed
 		n.applyAndForward(u)
-		ownWord := sync == nil && m.Name == via
-		if hadFailed && ownWord {
-			n.noteRevived(e)
-		}
 	}
 	if firstHand {
 		n.table.prove(m)
 	}
 	return nil
-}
-
-// noteRevived looks whether a split has ended: e, which had failed, has said that it is alive, and knows of many
-// more.
-func (n *node) noteRevived(e *entry) {
-	if e.Status == statusAlive && n.table.failed > 0 {
-		n.sync(e.Member)
-	}
 }
 
 // needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
@@ -2311,8 +2250,8 @@ func (r *antiEntropy) plan(e *entry, digest uint64, at time.Duration) {
 	r.at = at
 }
 
-// askFirstHand compares tables with m now, as often as tables may be compared.
-func (r *antiEntropy) askFirstHand(n *node, m Member) {
+// syncNow compares tables with m, as often as tables may be compared.
+func (r *antiEntropy) syncNow(n *node, m Member) {
 	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
 	if allowed {
 		n.sync(m)
@@ -2661,7 +2600,6 @@ func (n *node) noteSynced(sync *stateSync) {
 	n.noteHostValidated(e)
 	if !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
-		n.broadcasts.noteJoined(e, n.now)
 	}
 }
 
@@ -3067,9 +3005,8 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	if e == nil || e == n.self {
 		return
 	}
-	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
-	// stays on its own side of a split.
-	broadcast := !missedRefutation && e.isValidated() && slices.Contains(n.heartbeats.watchers, e)
+	// Who does not get the broadcast of the refutation is told directly: it stays on its own side of a split.
+	broadcast := !missedRefutation && slices.Contains(n.broadcasts.receivers(n), e)
 	if !broadcast {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
@@ -3283,7 +3220,6 @@ func (r *heartbeats) refresh(n *node) {
 		grace = overdueAfter
 	}
 	r.version = n.table.version
-	n.broadcasts.noteFormerWatchers(r.watchers)
 	r.watchers = n.table.watchers(n.self)
 
 	formerlyWatched := r.watched
