@@ -1075,7 +1075,6 @@ type peerState struct {
 // peerPath is what is known about the way to and from a member, beside whether its address is validated.
 type peerPath struct {
 	source          netip.AddrPort // where its last datagram that counted came from
-	reachedAt       netip.AddrPort // where tables were compared, if it does not advertise that
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
@@ -1401,27 +1400,32 @@ func (n *node) noteValidated(e *entry) {
 
 // noteUnanswered notes that w, a watcher, is sent a heartbeat and has never answered one.
 func (n *node) noteUnanswered(w *entry) {
-	path := &w.peer().path
-	if !path.source.IsValid() {
+	if !w.isHeard() {
 		return
 	}
+	path := &w.peer().path
 	if path.unansweredSince == 0 {
 		path.unansweredSince = n.now
 		n.tcpProbe(w.Member) // UDP may be what is blocked
-		return
 	}
-	if n.now-path.unansweredSince <= unansweredFor {
-		return
+	if n.now-path.unansweredSince > unansweredFor {
+		n.warnOfSilence(w)
 	}
+}
 
-	// It is heard all the same, so the address that it advertises is not its own, or does not lead there from this
-	// host. It counts as alive, and what is sent to it is lost.
-	where := w.Addr.String()
-	if path.occupant != "" {
-		where += fmt.Sprintf(" (%s does)", path.occupant)
+// warnOfSilence says that e, which is there by its own or others' word, does not answer here: the address that it
+// advertises is not its own, or does not lead there from this host.
+func (n *node) warnOfSilence(e *entry) {
+	heard := "is called alive by others"
+	if e.isHeard() {
+		heard = "is heard from " + e.peer().path.source.String()
 	}
-	n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: "+
-		"what is sent to it from here, %s, is lost", w.Name, path.source, where, n.self.Addr)
+	occupied := ""
+	if e.peer().path.occupant != "" {
+		occupied = fmt.Sprintf(" (%s does)", e.peer().path.occupant)
+	}
+	n.warnOfAddress("%s %s and does not answer at %s%s, which it advertises: "+
+		"what is sent to it from here, %s, is lost", e.Name, heard, e.Addr, occupied, n.self.Addr)
 }
 
 // warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it
@@ -2645,11 +2649,6 @@ func (n *node) syncDone(sync *stateSync) {
 	}
 	e.peer().syncedDigests = sync.digest ^ n.digest()
 	n.noteSessionRoundTrip(e.Name, sync.peer.Instance, sync.roundTrip)
-	reachedElsewhere := e.Addr != sync.peer.Addr && sync.peer.Instance == e.Instance
-	if reachedElsewhere && e.peer().path.reachedAt != sync.peer.Addr {
-		e.peer().path.reachedAt = sync.peer.Addr
-		n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, sync.peer.Addr, e.Addr)
-	}
 }
 
 // ---- joining ----
@@ -2858,7 +2857,6 @@ type identity struct {
 	heldSince  time.Duration // when this newcomer was first told of a holder that does not answer; 0: never
 
 	addressWarned  rareWarning // see warnOfAddress
-	calledFailed   bucket      // by others
 	conflictWarned rareWarning
 }
 
@@ -2998,7 +2996,6 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 
 	missedRefutation := m.Incarnation < n.self.Incarnation
 	if !missedRefutation {
-		o.noteCalledFailed(n, m, via)
 		o.refute(n, m.Incarnation+1)
 	}
 	e := n.table.get(via)
@@ -3024,25 +3021,6 @@ func (o *identity) mayBeRival(self, m Member) bool {
 	// claim the name for ever.
 	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
 	return isOtherAgent(self, m) && !foundGone
-}
-
-// noteCalledFailed is told that via has called this node failed, which is not refuted yet.
-func (o *identity) noteCalledFailed(n *node, m Member, via string) {
-	if m.Status != statusFailed || m.Instance != n.self.Instance {
-		return
-	}
-	o.calledFailed.fill(n.now, 1/flapWindow.Seconds(), 1)
-	if o.calledFailed.has(1) { // once may be a split that heals
-		o.calledFailed.spend(1)
-		return
-	}
-
-	by := via
-	if e := n.table.get(via); e != nil {
-		by = fmt.Sprintf("%s at %s", via, e.Addr)
-	}
-	n.warnOfAddress("this node is called failed again and again, now by %s: "+
-		"not all members reach it at %s, which it advertises", by, n.self.Addr)
 }
 
 // refute takes a higher incarnation and tells everybody.
@@ -4022,7 +4000,7 @@ func (d *detector) stepHeld(n *node) {
 			hdr := n.header(msgPing)
 			hdr.Target = e.Name
 			n.sendReliable(e.Member, hdr, nil, requestTimeout)
-			d.warnOfFlap(n, e)
+			n.warnOfSilence(e)
 		} else if n.now >= flap.heldUntil {
 			flap.count++
 			flap.heldUntil = n.now + flapWait(flap.count)
@@ -4032,17 +4010,6 @@ func (d *detector) stepHeld(n *node) {
 		}
 		n.wakeAt(flap.heldUntil)
 	}
-}
-
-// warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
-func (d *detector) warnOfFlap(n *node, e *entry) {
-	from := ""
-	source := e.peer().path.source
-	if source.IsValid() && source != e.Addr {
-		from = fmt.Sprintf(", though its datagrams come from %s", source)
-	}
-	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive",
-		e.Name, n.self.Addr, e.Addr, from)
 }
 
 // ---- queries ----
