@@ -681,7 +681,6 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self.noteFirstHeard(now) // what a former instance of this name has sent is over
 
 	n.heartbeats.linkAt = never
-	n.requests.ofPeer = make(map[string]int)
 	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
@@ -913,11 +912,13 @@ func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Durat
 
 // addRequest opens a request.
 func (n *node) addRequest(q request) {
+	peer := &peerState{}
 	e := n.table.get(q.m.Name)
 	if e != nil && e.Instance == q.m.Instance {
-		q.asked = e.peer().datagrams.top
+		peer = e.peer()
 	}
-	n.requests.add(q)
+	q.asked = peer.datagrams.top
+	n.requests.add(q, peer)
 }
 
 // nonce is a number that cannot be guessed.
@@ -968,6 +969,7 @@ type request struct {
 	h     header
 	asked uint64 // the highest number of its datagrams, before
 	body  []byte
+	peer  *peerState // of m, which counts them
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
 	wait  time.Duration // how long that is after the last time
@@ -975,30 +977,25 @@ type request struct {
 }
 
 type requests struct {
-	open   []*request
-	ofPeer map[string]int // how many of them each name has
-	rate   bucket         // of reliable sends
+	open []*request
+	rate bucket // of reliable sends
 }
 
-func (qs *requests) add(q request) {
-	if len(qs.open) >= maxRequests || qs.ofPeer[q.m.Name] >= maxRequestsToPeer {
+// add opens a request to a peer.
+func (qs *requests) add(q request, peer *peerState) {
+	if len(qs.open) >= maxRequests || peer.requests >= maxRequestsToPeer {
 		return
 	}
+	peer.requests++
+	q.peer = peer
 	qs.open = append(qs.open, &q)
-	qs.ofPeer[q.m.Name]++
-}
-
-// removed notes that q is not open any more.
-func (qs *requests) removed(q *request) {
-	qs.ofPeer[q.m.Name]--
-	if qs.ofPeer[q.m.Name] == 0 {
-		delete(qs.ofPeer, q.m.Name)
-	}
 }
 
 func (qs *requests) removeAll() {
+	for _, q := range qs.open {
+		q.peer.requests--
+	}
 	qs.open = nil
-	clear(qs.ofPeer)
 }
 
 // takeAnswered removes the request of name that carries seq, and returns it; nil: there is none.
@@ -1009,7 +1006,7 @@ func (qs *requests) takeAnswered(name string, seq uint32) *request {
 	}
 	q := qs.open[i]
 	qs.open = slices.Delete(qs.open, i, i+1)
-	qs.removed(q)
+	q.peer.requests--
 	return q
 }
 
@@ -1018,17 +1015,14 @@ func (qs *requests) step(n *node) {
 	qs.rate.fill(n.now, reliableRate, reliableBurst)
 	open := qs.open[:0]
 	for _, q := range qs.open {
-		if n.now >= q.until {
-			qs.removed(q)
+		isDue := n.now >= q.at && qs.rate.has(1)
+		if n.now >= q.until || isDue && n.table.ended(q.m) {
+			q.peer.requests--
 			continue
 		}
 
-		if n.now >= q.at && qs.rate.has(1) {
+		if isDue {
 			qs.rate.spend(1)
-			if n.table.ended(q.m) {
-				qs.removed(q)
-				continue
-			}
 			q.send(n)
 		}
 		n.wakeAt(max(q.at, n.now+ms))
@@ -1055,6 +1049,7 @@ func (q *request) send(n *node) {
 // peerState is what the protocol knows of one instance of a member.
 type peerState struct {
 	datagrams     replayWindow
+	requests      int           // open ones to it
 	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
 	validated     bool          // it has answered: a process lives at its address
 	greeted       bool          // it watches this node and has been sent a heartbeat
@@ -1208,7 +1203,11 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) e
 	}
 	peer := e.peer()
 	if peer.datagrams.isBehind(hdr.Number) {
-		n.handleBehind(e, hdr)
+		// It does not count. But without a key, that highest number may be forged; so, if e waits for an answer, it is
+		// pinged, and its own answer shows which number it has reached.
+		if hdr.Seq != 0 {
+			n.pingAtBoundedRate(e)
+		}
 		return nil
 	}
 	fresh := peer.datagrams.accept(hdr.Number)
@@ -1239,15 +1238,6 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 		}
 	}
 	n.sendAck(from, hdr, size)
-}
-
-// handleBehind handles what is far below the highest number of e. It does not count. But without a key, that
-// highest number may be forged; so, if e waits for an answer, it is pinged, and its own answer shows which number
-// it has reached.
-func (n *node) handleBehind(e *entry, hdr header) {
-	if hdr.Seq != 0 {
-		n.pingAtBoundedRate(e)
-	}
 }
 
 // pingAtBoundedRate pings e about something that only e can settle.
@@ -1330,10 +1320,7 @@ func (n *node) handleAck(hdr header) {
 	if q == nil {
 		return
 	}
-	askedItself := q.m.Addr == n.self.Addr && q.m.Name == n.self.Name
-	if !askedItself {
-		n.detector.heardFrom(n.now)
-	}
+	n.detector.heardFrom(n.now)
 
 	e := n.table.get(q.m.Name)
 	sameInstance := hdr.instance() == q.m.Instance
@@ -1659,18 +1646,14 @@ func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
 	switch {
 	case n.isFirstHand(m, e, sync):
 		limit = firstHandLimit
-	case sync != nil && e == n.self && n.joining.joinedAt == 0:
+	case e == n.self && n.joining.joinedAt == 0 && sync != nil:
 		limit = formerRunLimit
-	}
-
-	known := uint64(0)
-	switch {
 	case e == n.self:
-		known = e.Incarnation
+		limit = max(limit, e.Incarnation+incarnationRoom)
 	case e != nil:
-		known = e.proven
+		limit = max(limit, e.proven+incarnationRoom)
 	}
-	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
+	return m.Incarnation <= limit
 }
 
 // isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled
@@ -2273,9 +2256,8 @@ func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
 	}
 
 	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass
-	// such news on are as new, it would hear of none of them for long: as nothing of theirs counts, they are never
-	// validated, and broadcast nothing to this node. Of a hundred who joined within moments some then took 0.4 s,
-	// and 0.2 s with this.
+	// them on are as new, nothing of theirs counts here, and no broadcast of theirs comes. Of a hundred who joined
+	// within moments some took 0.4 s, and 0.2 s with this.
 	inTouch := func(e *entry) bool { return !e.isSkipped() && e.isValidated() }
 	if other := n.randomMember(n.table.ring[0], inTouch); other != nil {
 		n.antiEntropy.requestSync(n, other, hdr.Digest)
