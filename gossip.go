@@ -104,7 +104,7 @@ const (
 	maxFrame         = 32 << 10
 	maxQueue         = 4096 // claims and events that wait to be broadcast
 	maxRecent        = 64
-	maxJoined        = 16
+	maxReceivers     = 20
 	recentFor        = 3 * time.Second
 	maxRequests      = 2 * maxMembers
 	maxQueries       = 64          // of one's own at a time
@@ -678,7 +678,6 @@ func newNode(cfg nodeConfig, now time.Duration) *node {
 	n.self = n.table.apply(n.now, cfg.member, 0)
 	n.self.noteFirstHeard(now) // what a former instance of this name has sent is over
 
-	n.requests.ofPeer = make(map[string]int)
 	n.detector.heardFrom(n.now)
 	n.detector.retry = bucket{n.rng.Float64(), n.now} // or all members ping at the same moments
 	n.joining.seeds = make([]seed, len(cfg.seeds))
@@ -911,11 +910,13 @@ func (n *node) sendReliable(m Member, hdr header, body []byte, within time.Durat
 
 // addRequest opens a request.
 func (n *node) addRequest(q request) {
+	peer := &peerState{}
 	e := n.table.get(q.m.Name)
 	if e != nil && e.Instance == q.m.Instance {
-		q.asked = e.peer().datagrams.top
+		peer = e.peer()
 	}
-	n.requests.add(q)
+	q.asked = peer.datagrams.top
+	n.requests.add(q, peer)
 }
 
 // nonce is a number that cannot be guessed.
@@ -966,6 +967,7 @@ type request struct {
 	h     header
 	asked uint64 // the highest number of its datagrams, before
 	body  []byte
+	peer  *peerState // of m, which counts them
 	until time.Duration
 	at    time.Duration // when to send it, or send it again; a ping: never
 	wait  time.Duration // how long that is after the last time
@@ -973,30 +975,25 @@ type request struct {
 }
 
 type requests struct {
-	open   []*request
-	ofPeer map[string]int // how many of them each name has
-	rate   bucket         // of reliable sends
+	open []*request
+	rate bucket // of reliable sends
 }
 
-func (qs *requests) add(q request) {
-	if len(qs.open) >= maxRequests || qs.ofPeer[q.m.Name] >= maxRequestsToPeer {
+// add opens a request to a peer.
+func (qs *requests) add(q request, peer *peerState) {
+	if len(qs.open) >= maxRequests || peer.requests >= maxRequestsToPeer {
 		return
 	}
+	peer.requests++
+	q.peer = peer
 	qs.open = append(qs.open, &q)
-	qs.ofPeer[q.m.Name]++
-}
-
-// removed notes that q is not open any more.
-func (qs *requests) removed(q *request) {
-	qs.ofPeer[q.m.Name]--
-	if qs.ofPeer[q.m.Name] == 0 {
-		delete(qs.ofPeer, q.m.Name)
-	}
 }
 
 func (qs *requests) removeAll() {
+	for _, q := range qs.open {
+		q.peer.requests--
+	}
 	qs.open = nil
-	clear(qs.ofPeer)
 }
 
 // takeAnswered removes the request of name that carries seq, and returns it; nil: there is none.
@@ -1007,7 +1004,7 @@ func (qs *requests) takeAnswered(name string, seq uint32) *request {
 	}
 	q := qs.open[i]
 	qs.open = slices.Delete(qs.open, i, i+1)
-	qs.removed(q)
+	q.peer.requests--
 	return q
 }
 
@@ -1016,17 +1013,14 @@ func (qs *requests) step(n *node) {
 	qs.rate.fill(n.now, reliableRate, reliableBurst)
 	open := qs.open[:0]
 	for _, q := range qs.open {
-		if n.now >= q.until {
-			qs.removed(q)
+		isDue := n.now >= q.at && qs.rate.has(1)
+		if n.now >= q.until || isDue && n.table.ended(q.m) {
+			q.peer.requests--
 			continue
 		}
 
-		if n.now >= q.at && qs.rate.has(1) {
+		if isDue {
 			qs.rate.spend(1)
-			if n.table.ended(q.m) {
-				qs.removed(q)
-				continue
-			}
 			q.send(n)
 		}
 		n.wakeAt(max(q.at, n.now+ms))
@@ -1053,6 +1047,7 @@ func (q *request) send(n *node) {
 // peerState is what the protocol knows of one instance of a member.
 type peerState struct {
 	datagrams     replayWindow
+	requests      int           // open ones to it
 	lagging       bool          // it does not keep up with this node's user events, which does not wait for it
 	validated     bool          // it has answered: a process lives at its address
 	greeted       bool          // it watches this node and has been sent a heartbeat
@@ -1076,7 +1071,6 @@ type peerPath struct {
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
-	deadAnswers     int            // since the last state sync because it answers and is believed to have failed
 }
 
 // flapState is how a member came back; see damp.
@@ -1097,66 +1091,56 @@ func (e *entry) peer() *peerState {
 // isValidated reports whether e has answered at its address.
 func (e *entry) isValidated() bool { return e.state != nil && e.state.validated }
 
+// isHeard reports whether a datagram of e has counted.
+func (e *entry) isHeard() bool { return e.state != nil && e.state.path.source.IsValid() }
+
+// isUnreached reports whether what is broadcast may not reach e.
+func (e *entry) isUnreached() bool { return e.isSkipped() || !e.isValidated() }
+
 // roundTrip is how long an answer of e takes; 0: that is not known.
 func (e *entry) roundTrip() time.Duration {
 	if e.state == nil {
 		return 0
 	}
-	return e.state.line.roundTrip()
+	return e.state.line.roundTrip
 }
 
-// line is how long the way to a peer is: the longer of its last two round trips, so that a line that gets longer
-// is known at once, and a peer that stalled once is soon forgiven.
+// line is how long the way to a peer is.
 type line struct {
-	roundTrips  [2]time.Duration // the last one first; 0: not measured
-	remeasureAt time.Duration
+	roundTrip time.Duration // the last one that was measured; 0: none was
+	measureAt time.Duration // when to measure it again, if it is long
 }
 
-func (l *line) roundTrip() time.Duration { return max(l.roundTrips[0], l.roundTrips[1]) }
-
-// isSettled reports whether the line needs no measurement: it is short, or its last two agree and are not old.
+// isSettled reports whether the line needs no measurement.
 func (l *line) isSettled(now time.Duration) bool {
-	longer := l.roundTrip()
-	if longer <= shortLine {
-		return longer > 0
+	isShort := l.roundTrip > 0 && l.roundTrip <= shortLine
+	return isShort || now < l.measureAt
+}
+
+// note takes a measured round trip, which holds for so long.
+func (l *line) note(now, took, holds time.Duration) {
+	was := l.roundTrip
+	l.roundTrip = min(max(took, 1), longestLine)
+	l.measureAt = now + holds
+	// One that is much longer than the last may have been a stall, and is measured once more.
+	if l.roundTrip > 3*was+shortLine {
+		l.measureAt = now
 	}
-	shorter := min(l.roundTrips[0], l.roundTrips[1])
-	return longer < 3*shorter+shortLine && now < l.remeasureAt
 }
 
-// note takes a measured round trip; the line is measured again at remeasureAt.
-func (l *line) note(took, remeasureAt time.Duration) {
-	l.roundTrips[1] = l.roundTrips[0]
-	l.roundTrips[0] = min(max(took, 1), longestLine)
-	l.remeasureAt = remeasureAt
-}
-
-// noteRoundTrip notes how long an answer of that instance of name took.
-func (n *node) noteRoundTrip(name string, instance uint64, took time.Duration) {
-	e := n.table.get(name)
-	if e == nil || e == n.self || e.Instance != instance {
-		return
-	}
-	// The jitter keeps all lines from being measured in the same moments.
-	e.peer().line.note(took, n.now+remeasureAfter+n.jitter(remeasureAfter))
-}
-
-// noteSessionRoundTrip notes how long a hello and its answer took.
+// noteSessionRoundTrip notes how long a hello and its answer took, if nothing better is known: TCP may have sent one
+// of them again.
 func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
 	e := n.table.get(name)
-	if e == nil || e == n.self || e.Instance != instance {
-		return
+	if e != nil && e != n.self && e.Instance == instance && e.roundTrip() == 0 {
+		n.noteRoundTrip(e, took)
 	}
+}
 
-	// TCP may have sent one of them again, so that a line that was short is not believed to have become long: a
-	// ping shows that.
-	known := e.roundTrip()
-	isShort := known > 0 && known <= shortLine
-	if isShort && took > known+2*shortLine {
-		n.pingAtBoundedRate(e)
-		return
-	}
-	n.noteRoundTrip(name, instance, took)
+// noteRoundTrip notes how long an answer of e took.
+func (n *node) noteRoundTrip(e *entry, took time.Duration) {
+	// The jitter keeps all lines from being measured in the same moments.
+	e.peer().line.note(n.now, took, remeasureAfter+n.jitter(remeasureAfter))
 }
 
 // roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the
@@ -1217,7 +1201,11 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) e
 	}
 	peer := e.peer()
 	if peer.datagrams.isBehind(hdr.Number) {
-		n.handleBehind(e, hdr)
+		// It does not count. But without a key, that highest number may be forged; so, if e waits for an answer, it is
+		// pinged, and its own answer shows which number it has reached.
+		if hdr.Seq != 0 {
+			n.pingAtBoundedRate(e)
+		}
 		return nil
 	}
 	fresh := peer.datagrams.accept(hdr.Number)
@@ -1248,15 +1236,6 @@ func (n *node) handlePing(e *entry, from netip.AddrPort, hdr header, size int) {
 		}
 	}
 	n.sendAck(from, hdr, size)
-}
-
-// handleBehind handles what is far below the highest number of e. It does not count. But without a key, that
-// highest number may be forged; so, if e waits for an answer, it is pinged, and its own answer shows which number
-// it has reached.
-func (n *node) handleBehind(e *entry, hdr header) {
-	if hdr.Seq != 0 {
-		n.pingAtBoundedRate(e)
-	}
 }
 
 // pingAtBoundedRate pings e about something that only e can settle.
@@ -1339,10 +1318,7 @@ func (n *node) handleAck(hdr header) {
 	if q == nil {
 		return
 	}
-	askedItself := q.m.Addr == n.self.Addr && q.m.Name == n.self.Name
-	if !askedItself {
-		n.detector.heardFrom(n.now)
-	}
+	n.detector.heardFrom(n.now)
 
 	e := n.table.get(q.m.Name)
 	sameInstance := hdr.instance() == q.m.Instance
@@ -1366,7 +1342,7 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
 	n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
 	if q.sent > 0 {
-		n.noteRoundTrip(e.Name, e.Instance, n.now-q.sent)
+		n.noteRoundTrip(e, n.now-q.sent)
 	}
 
 	switch q.h.Kind {
@@ -1379,26 +1355,12 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	n.noteValidated(e)
 	n.detector.handleSignOfLife(n, q.m)
 	n.noteContact(e, hdr)
-	n.noteDeadAnswer(e, hdr)
-}
 
-// noteDeadAnswer looks whether e has answered that is believed to have failed.
-func (n *node) noteDeadAnswer(e *entry, hdr header) {
-	if e.Status != statusFailed || hdr.Incarnation > e.Incarnation {
-		return
+	// A split has ended, and e knows of many more; or e does not take what this node sends, since it knows another
+	// agent of its name.
+	if e.Status == statusFailed {
+		n.antiEntropy.syncNow(n, e.Member)
 	}
-
-	// It has just been told so, and refutes that. If it does not, it may not accept what this node sends: of two
-	// agents with this node's name it knows the other one. So it is asked once more, at once: the next ping to one
-	// of many that have failed may be far away, or lost.
-	path := &e.peer().path
-	path.deadAnswers++
-	if path.deadAnswers == 1 {
-		n.pingAtBoundedRate(e)
-		return
-	}
-	path.deadAnswers = 0
-	n.sync(e.Member)
 }
 
 // noteHostValidated notes that e lives on the host that it advertises: it may be sent what it has not asked for.
@@ -1423,27 +1385,32 @@ func (n *node) noteValidated(e *entry) {
 
 // noteUnanswered notes that w, a watcher, is sent a heartbeat and has never answered one.
 func (n *node) noteUnanswered(w *entry) {
-	path := &w.peer().path
-	if !path.source.IsValid() {
+	if !w.isHeard() {
 		return
 	}
+	path := &w.peer().path
 	if path.unansweredSince == 0 {
 		path.unansweredSince = n.now
 		n.tcpProbe(w.Member) // UDP may be what is blocked
-		return
 	}
-	if n.now-path.unansweredSince <= unansweredFor {
-		return
+	if n.now-path.unansweredSince > unansweredFor {
+		n.warnOfSilence(w)
 	}
+}
 
-	// It is heard all the same, so the address that it advertises is not its own, or does not lead there from this
-	// host. It counts as alive, and what is sent to it is lost.
-	where := w.Addr.String()
-	if path.occupant != "" {
-		where += fmt.Sprintf(" (%s does)", path.occupant)
+// warnOfSilence says that e, which is there by its own or others' word, does not answer here: the address that it
+// advertises is not its own, or does not lead there from this host.
+func (n *node) warnOfSilence(e *entry) {
+	heard := "is called alive by others"
+	if e.isHeard() {
+		heard = "is heard from " + e.peer().path.source.String()
 	}
-	n.warnOfAddress("%s is heard from %s and does not answer at %s, which it advertises: "+
-		"what is sent to it from here, %s, is lost", w.Name, path.source, where, n.self.Addr)
+	occupied := ""
+	if e.peer().path.occupant != "" {
+		occupied = fmt.Sprintf(" (%s does)", e.peer().path.occupant)
+	}
+	n.warnOfAddress("%s %s and does not answer at %s%s, which it advertises: "+
+		"what is sent to it from here, %s, is lost", e.Name, heard, e.Addr, occupied, n.self.Addr)
 }
 
 // warnOfAddress says that an address does not work, and what to do about it: one line in ten minutes, since it
@@ -1461,7 +1428,6 @@ func (n *node) noteContact(e *entry, hdr header) {
 		return
 	}
 	e.peer().tcpOnly = 0
-	n.broadcasts.heardFrom(e)
 	if hdr.Promise > 0 {
 		n.noteHeartbeat(e, hdr.Promise)
 	}
@@ -1509,8 +1475,6 @@ type broadcasts struct {
 	flow    eventFlow
 
 	recent []recentEntry // whose claims were broadcast last, the newest last
-	joined []recentEntry // that have compared tables with this node, and have not been heard of since
-	former []*entry      // watchers whose successors have not answered yet
 }
 
 // broadcastQueue holds updates on their way to the watchers.
@@ -1603,7 +1567,6 @@ func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 		return
 	}
 
-	n.broadcasts.dropStandIns(n)
 	receivers := n.broadcasts.receivers(n)
 	for len(q.queue) > 0 && q.rate.has(0) {
 		body := q.takeBody()
@@ -1632,52 +1595,17 @@ func (q *broadcastQueue) takeBody() (body []byte) {
 	return body
 }
 
-// receivers are the watchers that have answered, and those that stand in for others: until all watchers have
-// answered, the former ones, or members between newcomers from far away would hear of nothing for so long; and
-// those that have just joined through this node, which know no other over a long line for a while.
-func (s *broadcasts) receivers(n *node) (es []*entry) {
-	candidates := slices.Clone(n.heartbeats.watchers)
-	candidates = slices.DeleteFunc(candidates, func(w *entry) bool { return !w.isValidated() })
-	candidates = append(candidates, s.former...)
-	for _, j := range s.joined {
-		candidates = append(candidates, j.e)
-	}
-
-	for _, e := range candidates {
-		if !e.Status.isDead() && !slices.Contains(es, e) {
-			es = append(es, e)
+// receivers are the next members on each ring that have answered: watchers from far away may not have, for a while.
+// Those that have just joined through this node, and were not heard of since, know no other yet.
+func (s *broadcasts) receivers(n *node) []*entry {
+	es := n.table.successors(n.self, (*entry).isUnreached)
+	for _, r := range slices.Backward(s.recent) {
+		isNew := n.now-r.at <= recentFor && r.e.isValidated() && !r.e.isHeard()
+		if isNew && !r.e.isSkipped() && !slices.Contains(es, r.e) {
+			es = append(es, r.e)
 		}
 	}
-	return es
-}
-
-// dropStandIns drops the receivers that are not needed any more beside the watchers.
-func (s *broadcasts) dropStandIns(n *node) {
-	missing := func(w *entry) bool { return !w.isValidated() || w.Status.isDead() }
-	if !slices.ContainsFunc(n.heartbeats.watchers, missing) {
-		s.former = nil
-	}
-	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return n.now-j.at > recentFor })
-}
-
-// noteFormerWatchers notes who watched this node before others do.
-func (s *broadcasts) noteFormerWatchers(former []*entry) {
-	for _, w := range former {
-		if w.isValidated() && !slices.Contains(s.former, w) {
-			s.former = appendBounded(s.former, rings, w)
-		}
-	}
-}
-
-// noteJoined notes that e has joined through this node.
-func (s *broadcasts) noteJoined(e *entry, now time.Duration) {
-	s.heardFrom(e)
-	s.joined = appendBounded(s.joined, maxJoined, recentEntry{e, now})
-}
-
-// heardFrom notes a datagram of e.
-func (s *broadcasts) heardFrom(e *entry) {
-	s.joined = slices.DeleteFunc(s.joined, func(j recentEntry) bool { return j.e == e })
+	return es[:min(len(es), maxReceivers)]
 }
 
 // sanitizeClaim says what is wrong with a claim from outside. Only what belongs to a claim is kept: the rest may
@@ -1716,18 +1644,14 @@ func (n *node) isPlausibleClaim(m Member, e *entry, sync *stateSync) bool {
 	switch {
 	case n.isFirstHand(m, e, sync):
 		limit = firstHandLimit
-	case sync != nil && e == n.self && n.joining.joinedAt == 0:
+	case e == n.self && n.joining.joinedAt == 0 && sync != nil:
 		limit = formerRunLimit
-	}
-
-	known := uint64(0)
-	switch {
 	case e == n.self:
-		known = e.Incarnation
+		limit = max(limit, e.Incarnation+incarnationRoom)
 	case e != nil:
-		known = e.proven
+		limit = max(limit, e.proven+incarnationRoom)
 	}
-	return m.Incarnation <= limit || m.Incarnation-incarnationRoom <= known
+	return m.Incarnation <= limit
 }
 
 // isFirstHand reports whether m is a member's word about itself, told at its address where this node has dialled
@@ -1755,7 +1679,7 @@ func (n *node) handleImplausible(m Member, e *entry) error {
 	case e != nil && e.Instance == m.Instance && e.Addr == m.Addr:
 		n.pingAtBoundedRate(e)
 	default:
-		n.antiEntropy.askFirstHand(n, m)
+		n.antiEntropy.syncNow(n, m)
 	}
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
@@ -1797,25 +1721,12 @@ func (n *node) handleUpdate(u *update, via string, sync *stateSync) error {
 	case sync != nil && e != nil && n.needsProbe(sync, m, e):
 		n.probeClaimed(e, u, via)
 	default:
-		hadFailed := e != nil && e.Status == statusFailed
 		n.applyAndForward(u)
-		ownWord := sync == nil && m.Name == via
-		if hadFailed && ownWord {
-			n.noteRevived(e)
-		}
 	}
 	if firstHand {
 		n.table.prove(m)
 	}
 	return nil
-}
-
-// noteRevived looks whether a split has ended: e, which had failed, has said that it is alive, and knows of many
-// more.
-func (n *node) noteRevived(e *entry) {
-	if e.Status == statusAlive && n.table.failed > 0 {
-		n.sync(e.Member)
-	}
 }
 
 // needsProbe reports whether m, which another table claims, is not to be believed of e before e has been probed.
@@ -2326,8 +2237,8 @@ func (r *antiEntropy) plan(e *entry, digest uint64, at time.Duration) {
 	r.at = at
 }
 
-// askFirstHand compares tables with m now, as often as tables may be compared.
-func (r *antiEntropy) askFirstHand(n *node, m Member) {
+// syncNow compares tables with m, as often as tables may be compared.
+func (r *antiEntropy) syncNow(n *node, m Member) {
 	allowed := r.rate.takeEvery(syncInterval, syncBurst, n.now)
 	if allowed {
 		n.sync(m)
@@ -2345,9 +2256,8 @@ func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
 	}
 
 	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass
-	// such news on are as new, it would hear of none of them for long: as nothing of theirs counts, they are never
-	// validated, and broadcast nothing to this node. Of a hundred who joined within moments some then took 0.4 s,
-	// and 0.2 s with this.
+	// them on are as new, nothing of theirs counts here, and no broadcast of theirs comes. Of a hundred who joined
+	// within moments some took 0.4 s, and 0.2 s with this.
 	inTouch := func(e *entry) bool { return !e.isSkipped() && e.isValidated() }
 	if other := n.randomMember(n.table.ring[0], inTouch); other != nil {
 		n.antiEntropy.requestSync(n, other, hdr.Digest)
@@ -2647,7 +2557,6 @@ func (n *node) noteSynced(sync *stateSync) {
 	n.noteHostValidated(e)
 	if !e.peer().line.isSettled(n.now) {
 		n.pingAtBoundedRate(e)
-		n.broadcasts.noteJoined(e, n.now)
 	}
 }
 
@@ -2861,7 +2770,6 @@ type identity struct {
 	rivalMet   int           // how often
 
 	addressWarned  rareWarning // see warnOfAddress
-	calledFailed   bucket      // by others
 	conflictWarned rareWarning
 }
 
@@ -2954,12 +2862,10 @@ func (o *identity) handleSelfClaim(n *node, u update, via string) {
 	e := n.table.get(via)
 	missedRefutation := m.Incarnation < n.self.Incarnation
 	if !missedRefutation {
-		o.noteCalledFailed(n, m, e)
 		o.refute(n, m.Incarnation)
 	}
-	// A refutation that was just broadcast reaches the watchers. All others are told directly, since a broadcast
-	// stays on its own side of a split.
-	isTold := !missedRefutation && slices.Contains(n.heartbeats.watchers, e) && e.isValidated()
+	// Who does not get the broadcast of the refutation is told directly: it stays on its own side of a split.
+	isTold := !missedRefutation && slices.Contains(n.broadcasts.receivers(n), e)
 	if e != nil && e != n.self && !isTold {
 		n.sendClaim(e.Member, n.claim(n.self))
 	}
@@ -2977,19 +2883,6 @@ func (o *identity) mayBeRival(self, m Member) bool {
 	// claim the name for ever.
 	foundGone := m.Instance == o.former.Instance && m.Incarnation <= o.former.Incarnation
 	return isOtherAgent(self, m) && !foundGone
-}
-
-// noteCalledFailed is told that by, if it is a member, has called this node failed, which is not refuted yet.
-func (o *identity) noteCalledFailed(n *node, m Member, by *entry) {
-	if by == nil || m.Status != statusFailed || m.Instance != n.self.Instance {
-		return
-	}
-	isFirst := o.calledFailed.takeEvery(flapWindow, 1, n.now)
-	if isFirst {
-		return // it may be a split that heals
-	}
-	n.warnOfAddress("this node is called failed again and again, now by %s at %s: "+
-		"not all members reach it at %s, which it advertises", by.Name, by.Addr, n.self.Addr)
 }
 
 // refute takes an incarnation above the one that is claimed, and tells everybody.
@@ -3166,7 +3059,6 @@ func (r *heartbeats) refresh(n *node) {
 		grace = overdueAfter
 	}
 	r.version = n.table.version
-	n.broadcasts.noteFormerWatchers(r.watchers)
 	r.watchers = n.table.watchers(n.self)
 
 	formerlyWatched := r.watched
@@ -3880,7 +3772,7 @@ func (d *detector) stepHeld(n *node) {
 			hdr := n.header(msgPing)
 			hdr.Target = e.Name
 			n.sendReliable(e.Member, hdr, nil, requestTimeout)
-			d.warnOfFlap(n, e)
+			n.warnOfSilence(e)
 		} else if n.now >= flap.heldUntil {
 			flap.count++
 			flap.heldUntil = n.now + flapWait(flap.count)
@@ -3888,17 +3780,6 @@ func (d *detector) stepHeld(n *node) {
 		}
 		n.wakeAt(flap.heldUntil)
 	}
-}
-
-// warnOfFlap says what the operator can do about a member that keeps coming back by the word of others.
-func (d *detector) warnOfFlap(n *node, e *entry) {
-	from := ""
-	source := e.peer().path.source
-	if source.IsValid() && source != e.Addr {
-		from = fmt.Sprintf(", though its datagrams come from %s", source)
-	}
-	n.warnOfAddress("%s does not answer this node, %s, at %s%s: it fails each time that others call it alive",
-		e.Name, n.self.Addr, e.Addr, from)
 }
 
 // ---- queries ----

@@ -47,7 +47,7 @@ func newLab(t *testing.T, count int) *lab {
 		numbers: make(map[string]uint64), seqs: make(map[string]uint32), looks: make(map[string]Member)}
 	for i := 1; i < count; i++ {
 		l.n.table.apply(l.n.now, labMember(i), 0).peer().validated = true
-		l.n.noteRoundTrip(labMember(i).Name, labMember(i).Instance, ms)
+		l.n.noteSessionRoundTrip(labMember(i).Name, labMember(i).Instance, ms)
 	}
 	l.n.joining.joinedAt = 1
 	l.n.tick(0)

@@ -641,7 +641,7 @@ func (r *rig) checkBounds() {
 	bound("queries", len(n.queries.open), maxQueries)
 	for _, e := range n.table.ordered {
 		bound("queries of a peer", len(e.peer().heard), maxHeardOfPeer)
-		bound("questions to a peer", n.requests.ofPeer[e.Name], maxRequestsToPeer)
+		bound("questions to a peer", e.peer().requests, maxRequestsToPeer)
 	}
 	for _, ev := range n.broadcasts.events.recent {
 		bound("bytes of an event", len(ev.Name)+len(ev.Payload), maxPayload)
@@ -1163,8 +1163,9 @@ func TestRequestsOfOnePeerLeaveRoomForOthers(t *testing.T) {
 	l.now += replyTimeout + time.Second
 	l.n.clock.planned = never
 	l.n.tick(l.now)
-	if open := len(l.n.requests.open); len(l.n.requests.ofPeer) > open {
-		t.Errorf("%d wait, and are counted for %v", open, l.n.requests.ofPeer)
+	open := len(l.n.requests.open)
+	if counted := l.n.table.get("b").peer().requests + l.n.table.get("c").peer().requests; counted > open {
+		t.Errorf("%d wait, and %d are counted", open, counted)
 	}
 }
 

@@ -798,13 +798,16 @@ func (t *table) ringIndex(i int, e *entry) (int, bool) {
 	})
 }
 
-// watchers returns the members that watch e: on each ring the next neighbour that no earlier ring has given, since
-// rings over few members coincide and would leave some with one watcher. In a small cluster all others watch e.
-func (t *table) watchers(e *entry) []*entry {
+// watchers returns the members that watch e. In a small cluster all others do.
+func (t *table) watchers(e *entry) []*entry { return t.successors(e, (*entry).isSkipped) }
+
+// successors returns the members that follow e: on each ring the next neighbour that is not skipped and that no
+// earlier ring has given, since rings over few members coincide and would leave some with one watcher.
+func (t *table) successors(e *entry, isSkipped func(*entry) bool) []*entry {
 	ws := make([]*entry, 0, rings)
 	for i := range t.ring {
 		for w := range t.neighbours(i, e, +1) {
-			if !w.isSkipped() && !slices.Contains(ws, w) {
+			if !isSkipped(w) && !slices.Contains(ws, w) {
 				ws = append(ws, w)
 				break
 			}
