@@ -549,12 +549,13 @@ func (g *gossip) noteLocalAddr(local netip.Addr, dialled, joins bool) {
 		local = bestAddress(ips, bind)
 		gone = true
 	}
+	if !isReachable(local, bind) {
+		return
+	}
 	// A peer may come in at a virtual address, which can move to another machine: of the addresses of one kind and
 	// interface the node keeps its own.
-	elsewhere := dialled || local.Is4() != own.Is4() || !onOneInterface(local, own)
-	if isReachable(local, bind) {
-		g.postAddress(local, gone, joins && elsewhere)
-	}
+	settles := joins && (dialled || !onOneInterface(local, own))
+	g.postAddress(local, gone, settles)
 }
 
 func (g *gossip) postAddress(ip netip.Addr, gone, settles bool) {
@@ -1551,12 +1552,13 @@ func bestAddress(ips []netip.Addr, bind netip.Addr) (best netip.Addr) {
 	return best
 }
 
+// onOneInterface reports whether both are addresses of one kind and of the same interface.
 func onOneInterface(x, y netip.Addr) bool {
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
 		ips, _ := addressesOf(ifc.Name)
 		if slices.Contains(ips, x) && slices.Contains(ips, y) {
-			return true
+			return x.Is4() == y.Is4()
 		}
 	}
 	return false
