@@ -1436,33 +1436,31 @@ type lookup struct {
 func lookUp(ctx context.Context, s, port string) <-chan lookup {
 	results := make(chan lookup, 2)
 	for _, network := range []string{"ip4", "ip6"} {
-		go func() {
-			addrs, err := lookUpFamily(ctx, network, s, port)
-			results <- lookup{addrs, err}
-		}()
+		go func() { results <- lookUpFamily(ctx, network, s, port) }()
 	}
 	return results
 }
 
 // lookUpFamily looks up the addresses of one family.
-func lookUpFamily(ctx context.Context, network, s, port string) (addrs []netip.AddrPort, err error) {
+func lookUpFamily(ctx context.Context, network, s, port string) (l lookup) {
 	host, port, err := hostPort(s, port)
 	if err != nil {
-		return nil, err
+		return lookup{err: err}
 	}
 	ip, err := netip.ParseAddr(host)
 	isOther := ip.Is4() != (network == "ip4")
 	if err == nil && isOther {
-		return nil, nil
+		return lookup{}
 	}
 	ips := []netip.Addr{ip}
 	if err != nil {
 		ips, err = net.DefaultResolver.LookupNetIP(ctx, network, host)
+		l.err = lookupError(err)
 	}
 	for _, ip := range ips {
-		addrs = append(addrs, netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port)))
+		l.addrs = append(l.addrs, netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port)))
 	}
-	return addrs, lookupError(err)
+	return l
 }
 
 // lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
