@@ -4643,26 +4643,19 @@ func (g *gossip) readUDP() {
 			g.lines.logRejected(aboutStrangers, from.Addr(), err)
 			continue
 		}
-		taken := g.takeDatagram(from, slices.Clone(data), anyInstance)
-		if !taken {
+
+		data = slices.Clone(data)
+		input := func(n *node) {
+			err := n.handleDatagram(from, data, anyInstance)
+			g.lines.logRejected(aboutStrangers, from.Addr(), err)
+		}
+		select {
+		case g.inputs <- input:
+		default: // the reader of a socket must not wait
 			dropped++
 			g.lines.printf(aboutHost, "datagrams", levelWarn,
 				"datagrams are dropped, %d so far: more come in than this host has time for", dropped)
 		}
-	}
-}
-
-// takeDatagram has the loop take a datagram, unless its inputs are full: the reader of a socket must not wait.
-func (g *gossip) takeDatagram(from netip.AddrPort, data []byte, anyInstance bool) (taken bool) {
-	input := func(n *node) {
-		err := n.handleDatagram(from, data, anyInstance)
-		g.lines.logRejected(aboutStrangers, from.Addr(), err)
-	}
-	select {
-	case g.inputs <- input:
-		return true
-	default:
-		return false
 	}
 }
 
