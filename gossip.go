@@ -4625,7 +4625,7 @@ func (g *gossip) readUDP() {
 	buf := make([]byte, maxDatagram+1)
 	dropped := 0
 	for {
-		size, from, err := g.udp.ReadFromUDPAddrPort(buf)
+		size, source, err := g.udp.ReadFromUDPAddrPort(buf)
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -4633,9 +4633,9 @@ func (g *gossip) readUDP() {
 			continue // an ICMP answer to something sent before
 		}
 
-		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		from := netip.AddrPortFrom(source.Addr().Unmap(), source.Port())
 		self := g.record.Load().Member
-		data, anyInstance, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self)
+		opened, anyInstance, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self)
 		if errors.Is(err, errNotForMe) {
 			continue
 		}
@@ -4644,7 +4644,7 @@ func (g *gossip) readUDP() {
 			continue
 		}
 
-		data = slices.Clone(data)
+		data := slices.Clone(opened)
 		input := func(n *node) {
 			err := n.handleDatagram(from, data, anyInstance)
 			g.lines.logRejected(aboutStrangers, from.Addr(), err)
