@@ -4248,7 +4248,7 @@ func (g *gossip) readUDP() {
 	buf := make([]byte, maxDatagram+1)
 	dropped := 0
 	for {
-		size, from, err := g.udp.ReadFromUDPAddrPort(buf)
+		size, source, err := g.udp.ReadFromUDPAddrPort(buf)
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -4256,9 +4256,9 @@ func (g *gossip) readUDP() {
 			continue // an ICMP answer to something sent before
 		}
 
-		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		from := netip.AddrPortFrom(source.Addr().Unmap(), source.Port())
 		self := g.record.Load().Member
-		data, anyInstance, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self)
+		opened, anyInstance, err := g.acceptor.sealer.Load().openDatagram(buf[:size], self)
 		if errors.Is(err, errNotForMe) {
 			continue
 		}
@@ -4266,26 +4266,19 @@ func (g *gossip) readUDP() {
 			g.lines.logRejected(aboutStrangers, from.Addr(), err)
 			continue
 		}
-		taken := g.takeDatagram(from, slices.Clone(data), anyInstance)
-		if !taken {
+
+		data := slices.Clone(opened)
+		input := func(n *node) {
+			err := n.handleDatagram(from, data, anyInstance)
+			g.lines.logRejected(aboutStrangers, from.Addr(), err)
+		}
+		select {
+		case g.inputs <- input:
+		default: // the reader of a socket must not wait
 			dropped++
 			g.lines.printf(aboutHost, "datagrams", levelWarn,
 				"datagrams are dropped, %d so far: more come in than this host has time for", dropped)
 		}
-	}
-}
-
-// takeDatagram has the loop take a datagram, unless its inputs are full: the reader of a socket must not wait.
-func (g *gossip) takeDatagram(from netip.AddrPort, data []byte, anyInstance bool) (taken bool) {
-	input := func(n *node) {
-		err := n.handleDatagram(from, data, anyInstance)
-		g.lines.logRejected(aboutStrangers, from.Addr(), err)
-	}
-	select {
-	case g.inputs <- input:
-		return true
-	default:
-		return false
 	}
 }
 

@@ -144,12 +144,12 @@ func splitSpec(spec string) (events []string, script string, err error) {
 	return events, script, checkEvents(events)
 }
 
-// commandLine returns how script is run: by the shell. An image built from scratch has none; there a program with plain
-// arguments must do.
+// commandLine returns how script is run: by the shell, if there is one.
 func commandLine(script, shell string) ([]string, error) {
 	if _, err := exec.LookPath(shell); err == nil {
 		return []string{shell, "-c", script}, nil
 	}
+	// In an image built from scratch a program with plain arguments must do.
 	words := strings.Fields(script)
 	if strings.ContainsAny(script, shellSyntax) || strings.Contains(words[0], "=") {
 		return nil, fmt.Errorf("the script needs a shell, and there is no %s here; "+
@@ -241,8 +241,7 @@ func (h *handler) enqueue(d delivery) {
 	}
 }
 
-// take removes and returns what the next run is about: consecutive member events of one kind, one user event, or one
-// query. When nothing waits it returns nil, and the worker has to stop.
+// take removes and returns what the next run is about. When nothing waits it returns nil, and the worker has to stop.
 func (h *handler) take() []delivery {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -256,6 +255,7 @@ func (h *handler) take() []delivery {
 		h.dropped = 0
 	}
 
+	// Consecutive member events of one kind are one run, each user event and each query is one of its own.
 	h.runningSince = time.Now()
 	n := 1
 	kind := h.queue[0].kind
@@ -267,8 +267,7 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// info returns what is known of the handlers: group, key, value; and so on. The keys are Serf's, EVENT:NAME; one may
-// come more than once.
+// info returns what is known of the handlers: group, key, value; and so on. A key may come more than once.
 func (hs *handlers) info() (facts []string) {
 	add := func(key, value string) {
 		for i := 0; i < len(facts); i += 3 { // handlers of one event share its keys
@@ -280,7 +279,7 @@ func (hs *handlers) info() (facts []string) {
 		facts = append(facts, "event_handlers", key, value)
 	}
 	for _, h := range *hs.all.Load() {
-		for _, ev := range h.events {
+		for _, ev := range h.events { // as Serf names them
 			kind, name, _ := strings.Cut(ev, ":")
 			add(kind+":"+name, h.script)
 		}
@@ -399,6 +398,7 @@ func replyTo(status string, printed, answer *outputCapture) (reply, []byte) {
 
 // runScript runs the script in a process group of its own. The status says how it failed, if it did.
 func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (status string) {
+	// This is what limits a run: once ctx is done, Cancel ends the whole process group.
 	ctx := h.handlers.ending
 	if timeout := time.Duration(h.handlers.timeout.Load()); timeout > 0 {
 		limited, cancel := context.WithTimeoutCause(ctx, timeout, errors.New("timed out"))
@@ -415,7 +415,6 @@ func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (s
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env = h.environ(batch[0].Event)
 	cmd.Stdin = strings.NewReader(stdinFor(batch))
-
 	cmd.Stdout = printed
 	cmd.Stderr = printed
 	if batch[0].answer != nil {

@@ -549,12 +549,13 @@ func (g *gossip) noteLocalAddr(local netip.Addr, dialled, joins bool) {
 		local = bestAddress(ips, bind)
 		gone = true
 	}
+	if !isReachable(local, bind) {
+		return
+	}
 	// A peer may come in at a virtual address, which can move to another machine: of the addresses of one kind and
 	// interface the node keeps its own.
-	elsewhere := dialled || local.Is4() != own.Is4() || !onOneInterface(local, own)
-	if isReachable(local, bind) {
-		g.postAddress(local, gone, joins && elsewhere)
-	}
+	settles := joins && (dialled || !onOneInterface(local, own))
+	g.postAddress(local, gone, settles)
 }
 
 func (g *gossip) postAddress(ip netip.Addr, gone, settles bool) {
@@ -1431,33 +1432,31 @@ type lookup struct {
 func lookUp(ctx context.Context, s, port string) <-chan lookup {
 	results := make(chan lookup, 2)
 	for _, network := range []string{"ip4", "ip6"} {
-		go func() {
-			addrs, err := lookUpFamily(ctx, network, s, port)
-			results <- lookup{addrs, err}
-		}()
+		go func() { results <- lookUpFamily(ctx, network, s, port) }()
 	}
 	return results
 }
 
 // lookUpFamily looks up the addresses of one family.
-func lookUpFamily(ctx context.Context, network, s, port string) (addrs []netip.AddrPort, err error) {
+func lookUpFamily(ctx context.Context, network, s, port string) (l lookup) {
 	host, port, err := hostPort(s, port)
 	if err != nil {
-		return nil, err
+		return lookup{err: err}
 	}
 	ip, err := netip.ParseAddr(host)
 	isOther := ip.Is4() != (network == "ip4")
 	if err == nil && isOther {
-		return nil, nil
+		return lookup{}
 	}
 	ips := []netip.Addr{ip}
 	if err != nil {
 		ips, err = net.DefaultResolver.LookupNetIP(ctx, network, host)
+		l.err = lookupError(err)
 	}
 	for _, ip := range ips {
-		addrs = append(addrs, netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port)))
+		l.addrs = append(l.addrs, netip.MustParseAddrPort(net.JoinHostPort(ip.Unmap().String(), port)))
 	}
-	return addrs, lookupError(err)
+	return l
 }
 
 // lookUpOne returns an address of s that fits, an IPv4 one where there is a choice. The error says that s has none.
@@ -1547,12 +1546,13 @@ func bestAddress(ips []netip.Addr, bind netip.Addr) (best netip.Addr) {
 	return best
 }
 
+// onOneInterface reports whether both are addresses of one kind and of the same interface.
 func onOneInterface(x, y netip.Addr) bool {
 	ifcs, _ := net.Interfaces()
 	for _, ifc := range ifcs {
 		ips, _ := addressesOf(ifc.Name)
 		if slices.Contains(ips, x) && slices.Contains(ips, y) {
-			return true
+			return x.Is4() == y.Is4()
 		}
 	}
 	return false

@@ -1438,6 +1438,16 @@ func TestFeedTellsASlowReaderWhatItHasLost(t *testing.T) {
 	if numbers, lost := asker.reads(); !slices.Equal(numbers, []uint64{2}) || lost > 0 {
 		t.Errorf("an asker reads %d and has lost %d", numbers, lost)
 	}
+
+	f.publish(Event{kind: eventUser, update: update{LTime: 3}})
+	f.unsubscribe(slow)
+	f.publish(Event{kind: eventUser, update: update{LTime: 4}})
+	if numbers, _ := slow.reads(); !slices.Equal(numbers, []uint64{3}) {
+		t.Errorf("after its end it reads %d", numbers)
+	}
+	if _, more := <-slow.waiting; more {
+		t.Error("its end has no end")
+	}
 }
 
 // 250 watchers that never read cost 150 MB: each had a queue of its own.
