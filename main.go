@@ -132,7 +132,7 @@ func execute(name string, args []string) error {
 	var names []string
 	for _, c := range commands() {
 		if c.name == name {
-			err := c.run(newOptions(c, args))
+			err := c.run(newOptions(c, args, os.Environ()))
 			if errors.Is(err, flag.ErrHelp) {
 				return output(help(name))
 			}
@@ -182,26 +182,36 @@ type options struct {
 	command command
 	flags   *flag.FlagSet
 	typed   []string            // options and arguments
+	environ []string            // which has further options of the agent
 	args    []string            // the arguments
 	set     map[string][]string // what each option was set to
 	notes   []string            // what was not understood, for the user or the log
 }
 
-func newOptions(c command, typed []string) *options {
+func newOptions(c command, typed, environ []string) *options {
 	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
-	return &options{command: c, flags: flags, typed: typed, set: make(map[string][]string)}
+	return &options{command: c, flags: flags, typed: typed, environ: environ, set: make(map[string][]string)}
 }
 
-// parse sets the options and arguments from what was typed.
+// parse sets the options and arguments from what was typed, and the agent's options from the environment as well.
 func (o *options) parse() error {
+	isAgent := o.command.name == "agent"
 	err := o.parseOptions()
 	if err == nil {
 		err = o.checkArgs()
 	}
-	if err != nil {
-		return o.wrongUsage(err)
+	if err == nil && isAgent {
+		err = o.setFromEnvironment()
 	}
-	if o.command.name == "agent" { // which has a log, and its own way with signals
+	_, isComplete := errors.AsType[*failure](err)
+	if err != nil && !isComplete && err != flag.ErrHelp {
+		hint := fmt.Sprintf("'%s help %s' shows how to use it", prog, o.command.name)
+		return usagef(hint, "%s: %v", o.command.name, err)
+	}
+	if err != nil {
+		return err
+	}
+	if isAgent { // which has a log, and its own way with signals
 		return nil
 	}
 
@@ -351,16 +361,6 @@ func (o *options) checkArgs() error {
 		extra = "(a key)" // which is never shown
 	}
 	return fmt.Errorf("unexpected argument %q", extra)
-}
-
-// wrongUsage adds to err where to read how the command is used.
-func (o *options) wrongUsage(err error) error {
-	_, isComplete := errors.AsType[*failure](err)
-	if isComplete || errors.Is(err, flag.ErrHelp) {
-		return err
-	}
-	name := o.command.name
-	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, name), "%s: %v", name, err)
 }
 
 // nearest is the word of a list that was probably meant by word, which is not in it. It is "" where none is near.
@@ -857,11 +857,10 @@ func agentCommand(o *options) error {
 		os.Exit(runAsInit())
 	}
 	a := newAgent(o)
-	environ := os.Environ()
-	if err := a.read(environ); err != nil {
+	if err := a.read(); err != nil {
 		return err
 	}
-	return a.run(environ)
+	return a.run()
 }
 
 // newAgent defines the agent's options.
@@ -895,12 +894,9 @@ func newAgent(o *options) *agent {
 }
 
 // read sets the options: a flag wins over the environment, and that over files. What is a list adds up.
-func (a *agent) read(environ []string) error {
+func (a *agent) read() error {
 	if err := a.options.parse(); err != nil {
 		return err
-	}
-	if err := a.options.setFromEnvironment(environ); err != nil {
-		return a.options.wrongUsage(err)
 	}
 	if err := a.readFiles(); err != nil {
 		return err
@@ -930,9 +926,9 @@ func (a *agent) seed(s string) error {
 }
 
 // setFromEnvironment sets the options that were not given from their variables.
-func (o *options) setFromEnvironment(environ []string) error {
+func (o *options) setFromEnvironment() error {
 	var unknown []string
-	for _, kv := range environ {
+	for _, kv := range o.environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
@@ -1220,7 +1216,6 @@ func parseKeys(lists []string) (keys [][]byte, err error) {
 
 // runningAgent is an agent that runs, and what it can change while it does.
 type runningAgent struct {
-	environ  []string
 	started  *agent // the options as they were read at the start
 	lastRead *agent // and as they were read last
 	gossip   *gossip
@@ -1231,7 +1226,7 @@ type runningAgent struct {
 }
 
 // run runs the agent until it is told to stop.
-func (a *agent) run(environ []string) error {
+func (a *agent) run() error {
 	logs := newLogWriter(logLevelOf(a.logLevel))
 	a.gossip.member.Version = version
 	a.gossip.log = logs.log
@@ -1262,7 +1257,7 @@ func (a *agent) run(environ []string) error {
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
 	r := &runningAgent{
-		environ: environ, started: a, lastRead: a,
+		started: a, lastRead: a,
 		gossip: g, handlers: handlers, logs: logs, log: logs.log, ended: make(chan struct{}),
 	}
 
@@ -1309,8 +1304,9 @@ func (a *agent) listenRPC() (net.Listener, error) {
 
 // reload reads the options again, and changes what can change while the agent runs. An error changes nothing.
 func (r *runningAgent) reload() error {
-	a := newAgent(newOptions(r.started.options.command, r.started.options.typed))
-	if err := a.read(r.environ); err != nil {
+	o := r.started.options
+	a := newAgent(newOptions(o.command, o.typed, o.environ))
+	if err := a.read(); err != nil {
 		return err
 	}
 	if err := r.handlers.reload(a.handlers); err != nil {
