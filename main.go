@@ -1304,7 +1304,7 @@ func (a *agent) reload() error {
 		return err
 	}
 
-	// All of it can be used.
+	// What was read is valid, so it takes effect.
 	a.logNotes(read.options.notes, a.lastRead.options.notes)
 	if fixed := a.fixedChanges(read); len(fixed) > 0 {
 		a.gossip.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
