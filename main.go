@@ -132,7 +132,7 @@ func execute(name string, args []string) error {
 	var names []string
 	for _, c := range commands() {
 		if c.name == name {
-			err := c.run(newOptions(c, args))
+			err := c.run(newOptions(c, args, os.Environ()))
 			if errors.Is(err, flag.ErrHelp) {
 				return output(help(name))
 			}
@@ -182,26 +182,36 @@ type options struct {
 	command command
 	flags   *flag.FlagSet
 	typed   []string            // options and arguments
+	environ []string            // which has further options of the agent
 	args    []string            // the arguments
 	set     map[string][]string // what each option was set to
 	notes   []string            // what was not understood, for the user or the log
 }
 
-func newOptions(c command, typed []string) *options {
+func newOptions(c command, typed, environ []string) *options {
 	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
-	return &options{command: c, flags: flags, typed: typed, set: make(map[string][]string)}
+	return &options{command: c, flags: flags, typed: typed, environ: environ, set: make(map[string][]string)}
 }
 
-// parse sets the options and arguments from what was typed.
+// parse sets the options and arguments from what was typed, and the agent's options from the environment as well.
 func (o *options) parse() error {
+	isAgent := o.command.name == "agent"
 	err := o.parseOptions()
 	if err == nil {
 		err = o.checkArgs()
 	}
-	if err != nil {
-		return o.wrongUsage(err)
+	if err == nil && isAgent {
+		err = o.setFromEnvironment()
 	}
-	if o.command.name == "agent" { // which has a log, and its own way with signals
+	_, isComplete := errors.AsType[*failure](err)
+	if err != nil && !isComplete && err != flag.ErrHelp {
+		hint := fmt.Sprintf("'%s help %s' shows how to use it", prog, o.command.name)
+		return usagef(hint, "%s: %v", o.command.name, err)
+	}
+	if err != nil {
+		return err
+	}
+	if isAgent { // which has a log, and its own way with signals
 		return nil
 	}
 
@@ -351,16 +361,6 @@ func (o *options) checkArgs() error {
 		extra = "(a key)" // which is never shown
 	}
 	return fmt.Errorf("unexpected argument %q", extra)
-}
-
-// wrongUsage adds to err where to read how the command is used.
-func (o *options) wrongUsage(err error) error {
-	_, isComplete := errors.AsType[*failure](err)
-	if isComplete || errors.Is(err, flag.ErrHelp) {
-		return err
-	}
-	name := o.command.name
-	return usagef(fmt.Sprintf("'%s help %s' shows how to use it", prog, name), "%s: %v", name, err)
 }
 
 // nearest is the word of a list that was probably meant by word, which is not in it. It is "" where none is near.
@@ -838,7 +838,7 @@ func queryCommand(o *options) error {
 
 // ---- the agent ----
 
-// agent is what the agent's options say; some need checking as the user wrote them.
+// agent is what the agent's options say, some as the user wrote them, and, once it runs, its parts.
 type agent struct {
 	options          *options
 	gossip           gossipConfig
@@ -850,6 +850,12 @@ type agent struct {
 	logLevel         string
 	tags             map[string]string
 	leaveOnTerminate bool
+
+	lastRead *agent // the options as they were read last
+	g        *gossip
+	hs       *handlers
+	logs     *logWriter
+	ended    chan struct{} // closed when all has ended
 }
 
 func agentCommand(o *options) error {
@@ -857,11 +863,10 @@ func agentCommand(o *options) error {
 		os.Exit(runAsInit())
 	}
 	a := newAgent(o)
-	environ := os.Environ()
-	if err := a.read(environ); err != nil {
+	if err := a.read(); err != nil {
 		return err
 	}
-	return a.run(environ)
+	return a.run()
 }
 
 // newAgent defines the agent's options.
@@ -895,12 +900,9 @@ func newAgent(o *options) *agent {
 }
 
 // read sets the options: a flag wins over the environment, and that over files. What is a list adds up.
-func (a *agent) read(environ []string) error {
+func (a *agent) read() error {
 	if err := a.options.parse(); err != nil {
 		return err
-	}
-	if err := a.options.setFromEnvironment(environ); err != nil {
-		return a.options.wrongUsage(err)
 	}
 	if err := a.readFiles(); err != nil {
 		return err
@@ -930,9 +932,9 @@ func (a *agent) seed(s string) error {
 }
 
 // setFromEnvironment sets the options that were not given from their variables.
-func (o *options) setFromEnvironment(environ []string) error {
+func (o *options) setFromEnvironment() error {
 	var unknown []string
-	for _, kv := range environ {
+	for _, kv := range o.environ {
 		variable, text, _ := strings.Cut(kv, "=")
 		name, ours := strings.CutPrefix(variable, "HAMLET_")
 		name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
@@ -1179,17 +1181,17 @@ func (a *agent) check() (why string, err error) {
 }
 
 // awaitAddress waits until the address to advertise is known, and has the agent join then.
-func (a *agent) awaitAddress(g *gossip) {
+func (a *agent) awaitAddress() {
 	a.gossip.log.printf(levelWarn, "%s: this node joins as soon as it has an address to advertise", a.gossip.awaits)
 	for {
-		addr, _, err := a.advertised(g.acceptor.ctx)
+		addr, _, err := a.advertised(a.g.acceptor.ctx)
 		if err == nil {
-			g.addressKnown(addr.Addr())
+			a.g.addressKnown(addr.Addr())
 			return
 		}
 		select {
 		case <-time.After(addressPoll):
-		case <-g.acceptor.ctx.Done():
+		case <-a.g.acceptor.ctx.Done():
 			return
 		}
 	}
@@ -1218,24 +1220,12 @@ func parseKeys(lists []string) (keys [][]byte, err error) {
 	return keys, nil
 }
 
-// runningAgent is an agent that runs, and what it can change while it does.
-type runningAgent struct {
-	environ  []string
-	started  *agent // the options as they were read at the start
-	lastRead *agent // and as they were read last
-	gossip   *gossip
-	handlers *handlers
-	logs     *logWriter
-	log      logger        // which logs writes
-	ended    chan struct{} // closed when all has ended
-}
-
 // run runs the agent until it is told to stop.
-func (a *agent) run(environ []string) error {
-	logs := newLogWriter(logLevelOf(a.logLevel))
+func (a *agent) run() error {
+	a.logs = newLogWriter(logLevelOf(a.logLevel))
 	a.gossip.member.Version = version
-	a.gossip.log = logs.log
-	a.handlers.log = logs.log
+	a.gossip.log = a.logs.log
+	a.handlers.log = a.logs.log
 	why, err := a.check()
 	if err != nil {
 		return err
@@ -1247,49 +1237,46 @@ func (a *agent) run(environ []string) error {
 		return err
 	}
 	signals := prepareProcess()
-	handlers, err := newHandlers(a.handlers)
+	a.hs, err = newHandlers(a.handlers)
 	if err != nil {
 		return usagef(fmt.Sprintf("'%s help agent' explains -event-handler", prog), "%v", err)
 	}
 	a.gossip.otherPort = uint16(ln.Addr().(*net.TCPAddr).Port)
-	a.gossip.events = handlers.deliver
-	g, err := newGossip(a.gossip)
+	a.gossip.events = a.hs.deliver
+	a.g, err = newGossip(a.gossip)
 	if err != nil {
 		return startFailure("gossip", "-bind", a.gossip.bind.String(), err)
 	}
-	handlers.cfg.env = func() []string {
-		self, alone := g.self()
+	a.hs.cfg.env = func() []string {
+		self, alone := a.g.self()
 		return handlerEnv(self, alone, ln.Addr().String(), a.rpcAuth)
 	}
-	r := &runningAgent{
-		environ: environ, started: a, lastRead: a,
-		gossip: g, handlers: handlers, logs: logs, log: logs.log, ended: make(chan struct{}),
-	}
 
-	go g.loop()
-	a.banner(g, why, ln.Addr())
+	go a.g.loop()
+	a.banner(why, ln.Addr())
 	if a.gossip.awaits != "" {
-		go a.awaitAddress(g)
+		go a.awaitAddress()
 	}
-	r.logNotes(a.options.notes, nil)
-	logs.pumping.Go(logs.pump) // only now, so that the banner comes before the log
-
-	defer logs.flush()
-	rpc := serveRPC(ln, g, a.rpcAuth, r.info)
+	a.logNotes(a.options.notes, nil)
+	a.lastRead = a
+	a.logs.pumping.Go(a.logs.pump) // only now, so that the banner comes before the log
+	defer a.logs.flush()
+	rpc := serveRPC(ln, a.g, a.rpcAuth, a.info)
+	a.ended = make(chan struct{})
 	go func() {
-		<-g.done
+		<-a.g.done
 		rpc.close()
-		handlers.close(g.last...)
-		close(r.ended)
+		a.hs.close(a.g.last...)
+		close(a.ended)
 	}()
-	return r.wait(signals)
+	return a.wait(signals)
 }
 
 // logNotes warns of what was not understood, and was not told before.
-func (r *runningAgent) logNotes(notes, told []string) {
+func (a *agent) logNotes(notes, told []string) {
 	for _, note := range notes {
 		if !slices.Contains(told, note) {
-			r.log.printf(levelWarn, "%s", note)
+			a.gossip.log.printf(levelWarn, "%s", note)
 		}
 	}
 }
@@ -1308,28 +1295,27 @@ func (a *agent) listenRPC() (net.Listener, error) {
 }
 
 // reload reads the options again, and changes what can change while the agent runs. An error changes nothing.
-func (r *runningAgent) reload() error {
-	a := newAgent(newOptions(r.started.options.command, r.started.options.typed))
-	if err := a.read(r.environ); err != nil {
+func (a *agent) reload() error {
+	read := newAgent(newOptions(a.options.command, a.options.typed, a.options.environ))
+	if err := read.read(); err != nil {
 		return err
 	}
-	if err := r.handlers.reload(a.handlers); err != nil {
+	if err := a.hs.reload(read.handlers); err != nil {
 		return err
 	}
 
-	// All of it can be used.
-	r.logNotes(a.options.notes, r.lastRead.options.notes)
-	if fixed := r.started.fixedChanges(a); len(fixed) > 0 {
-		r.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
+	// What was read is valid, so it takes effect.
+	a.logNotes(read.options.notes, a.lastRead.options.notes)
+	if fixed := a.fixedChanges(read); len(fixed) > 0 {
+		a.gossip.log.printf(levelWarn, "only a restart changes -%s", strings.Join(fixed, ", -"))
 	}
-
-	r.logs.level.Store(int32(logLevelOf(a.logLevel)))
-	r.gossip.setKeys(a.gossip.keys)
-	set, remove := tagChanges(r.lastRead.tags, a.tags)
-	r.lastRead = a
-	err := r.gossip.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
+	a.logs.level.Store(int32(logLevelOf(read.logLevel)))
+	a.g.setKeys(read.gossip.keys)
+	set, remove := tagChanges(a.lastRead.tags, read.tags)
+	a.lastRead = read
+	err := a.g.run(func(n *node) error { return n.identity.setTags(n, set, remove) })
 	if err == nil {
-		r.log.printf(levelInfo, "hangup: read the options again")
+		a.gossip.log.printf(levelInfo, "hangup: read the options again")
 	}
 	return err
 }
@@ -1392,8 +1378,8 @@ func startFailure(what, option, addr string, err error) error {
 }
 
 // banner tells how the agent can be reached, and warns of settings that are hardly meant.
-func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
-	self, _ := g.self()
+func (a *agent) banner(why string, rpc net.Addr) {
+	self, _ := a.g.self()
 	fmt.Printf(`==> Starting hamlet agent...
 ==> Starting hamlet agent RPC...
 ==> hamlet agent running!
@@ -1402,7 +1388,7 @@ func (a *agent) banner(g *gossip, why string, rpc net.Addr) {
     Advertise: '%s' (%s)
      RPC addr: '%s'
     Encrypted: %v
-`, self.Name, g.udp.LocalAddr(), self.Addr, why, rpc, a.gossip.sealsWithKey())
+`, self.Name, a.g.udp.LocalAddr(), self.Addr, why, rpc, a.gossip.sealsWithKey())
 
 	if a.gossip.awaits == "" {
 		a.warnOfAddress(self.Addr, why)
@@ -1432,18 +1418,18 @@ func (a *agent) warnOfAddress(addr netip.AddrPort, why string) {
 }
 
 // info is what the agent knows of itself: group, key, value; and so on.
-func (r *runningAgent) info() (facts []string) {
+func (a *agent) info() (facts []string) {
 	add := func(group, key string, value any) { facts = append(facts, group, key, fmt.Sprint(value)) }
 
-	self, _ := r.gossip.self()
+	self, _ := a.g.self()
 	add("agent", "name", self.Name)
 	add("agent", "addr", self.Addr)
 	add("agent", "version", version)
 	add("agent", "protocol", protocolVersion)
-	add("agent", "uptime", time.Since(r.gossip.start).Round(time.Second))
+	add("agent", "uptime", time.Since(a.g.start).Round(time.Second))
 
 	add("event_handlers", "", "")
-	facts = append(facts, r.handlers.info()...)
+	facts = append(facts, a.hs.info()...)
 
 	add("runtime", "arch", runtime.GOARCH)
 	add("runtime", "cpu_count", runtime.NumCPU())
@@ -1452,13 +1438,13 @@ func (r *runningAgent) info() (facts []string) {
 	add("runtime", "os", runtime.GOOS)
 	add("runtime", "version", runtime.Version())
 
-	sealer := r.gossip.acceptor.sealer.Load()
+	sealer := a.g.acceptor.sealer.Load()
 	add("serf", "encrypted", sealer.sealsWithKey())
 	add("serf", "keys", len(sealer.keys))
 	for i, key := range sealer.keys {
 		add("serf", fmt.Sprintf("key_%d", i+1), fingerprint(key))
 	}
-	r.gossip.run(func(n *node) error {
+	a.g.run(func(n *node) error {
 		facts = append(facts, n.info()...)
 		return nil
 	})
@@ -1472,24 +1458,24 @@ func (r *runningAgent) info() (facts []string) {
 }
 
 // wait returns when the agent has ended: told by a signal, by the leave command, or by itself.
-func (r *runningAgent) wait(signals <-chan os.Signal) error {
+func (a *agent) wait(signals <-chan os.Signal) error {
 	var told time.Time // to stop
 	for {
 		select {
-		case <-r.ended:
-			if errors.Is(r.gossip.err, errNameTaken) {
-				return failf("choose another name with -node", "%v", r.gossip.err)
+		case <-a.ended:
+			if errors.Is(a.g.err, errNameTaken) {
+				return failf("choose another name with -node", "%v", a.g.err)
 			}
-			return r.gossip.err
+			return a.g.err
 		case s := <-signals:
 			switch {
 			case s == syscall.SIGHUP:
-				if err := r.reload(); err != nil {
-					r.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
+				if err := a.reload(); err != nil {
+					a.gossip.log.printf(levelErr, "nothing is changed, since the options cannot be read again: %v", err)
 				}
 			case told.IsZero():
 				told = time.Now()
-				r.stop(s)
+				a.stop(s)
 			case time.Since(told) > sameSignal:
 				return failf("", "%v while stopping: ended at once", s)
 			}
@@ -1498,14 +1484,14 @@ func (r *runningAgent) wait(signals <-chan os.Signal) error {
 }
 
 // stop begins to end the agent, in the way that the signal asks for.
-func (r *runningAgent) stop(s os.Signal) {
-	if s == os.Interrupt || s == syscall.SIGTERM && r.started.leaveOnTerminate {
-		r.log.printf(levelInfo, "%v: leaving the cluster, a second signal ends at once", s)
-		go r.gossip.leave()
+func (a *agent) stop(s os.Signal) {
+	if s == os.Interrupt || s == syscall.SIGTERM && a.leaveOnTerminate {
+		a.gossip.log.printf(levelInfo, "%v: leaving the cluster, a second signal ends at once", s)
+		go a.g.leave()
 		return
 	}
-	r.log.printf(levelInfo, "%v: ending without leaving", s)
-	go r.gossip.close() // peers notice at once; handlers get their grace
+	a.gossip.log.printf(levelInfo, "%v: ending without leaving", s)
+	go a.g.close() // peers notice at once; handlers get their grace
 }
 
 // runAsInit is the first process of a container: it runs this same program as its child and returns that child's

@@ -21,7 +21,7 @@ import (
 
 // agentCalledWith is an agent whose options are defined and not yet set.
 func agentCalledWith(typed ...string) *agent {
-	return newAgent(newOptions(command{name: "agent"}, typed))
+	return newAgent(newOptions(command{name: "agent"}, typed, nil))
 }
 
 // optionsInHelp are what the help of a command says of each of its options.
@@ -47,7 +47,7 @@ func TestHelpHasEveryCommandAndOptionWithItsDefault(t *testing.T) {
 			t.Errorf("help %s: the arguments are %s", c.name, c.args)
 		}
 
-		o := newOptions(c, []string{"-h"})
+		o := newOptions(c, []string{"-h"}, nil)
 		if c.name == "agent" { // which would start another process where it is the first one
 			newAgent(o)
 		} else if err := c.run(o); err != flag.ErrHelp {
@@ -91,7 +91,7 @@ func TestOptionsMayStandBehindArguments(t *testing.T) {
 		"-h":                  flag.ErrHelp.Error(),
 		"-syslogs -snapshott": "there is no option -syslogs",
 	} {
-		o := newOptions(command{}, strings.Fields(args))
+		o := newOptions(command{}, strings.Fields(args), nil)
 		n := o.flags.Int("n", 0, "")
 		on := o.flags.Bool("switch", false, "")
 		err := o.parseOptions()
@@ -169,7 +169,8 @@ func TestFlagWinsOverEnvironmentAndThatOverFiles(t *testing.T) {
 	}
 	const key = "Y2x1c3RlcnNsaWtldGhpcw=="
 	a := agentCalledWith("-node", "flag", "-tag", "role=flag", "-config-file", file, "-event-handler", "flag.sh", "-encrypt", key)
-	if err := a.read([]string{"HAMLET_NODE=env", "HAMLET_LOG_LEVEL=debug", "HAMLET_JOIN=env"}); err != nil {
+	a.options.environ = []string{"HAMLET_NODE=env", "HAMLET_LOG_LEVEL=debug", "HAMLET_JOIN=env"}
+	if err := a.read(); err != nil {
 		t.Fatal(err)
 	}
 	got := strings.TrimSpace(fmt.Sprintln(a.gossip.member.Name, a.logLevel, a.gossip.cluster, a.tags, a.handlers.specs, a.gossip.seeds, a.options.set["encrypt"]))
@@ -191,10 +192,10 @@ func TestConfigurationFolderIsReadInOrderOfNames(t *testing.T) {
 		}
 	}
 	a := agentCalledWith("-config-dir", dir)
-	if err := a.read(nil); err != nil || a.logLevel != "debug" || !slices.Equal(a.handlers.specs, []string{"a", "b"}) {
+	if err := a.read(); err != nil || a.logLevel != "debug" || !slices.Equal(a.handlers.specs, []string{"a", "b"}) {
 		t.Errorf("%+v, %v", a, err)
 	}
-	if err := agentCalledWith("-config-dir", dir+"/none").read(nil); err == nil || !strings.Contains(err.Error(), "none: no such file") {
+	if err := agentCalledWith("-config-dir", dir+"/none").read(); err == nil || !strings.Contains(err.Error(), "none: no such file") {
 		t.Errorf("a folder that is not there: %v", err)
 	}
 }
