@@ -2786,15 +2786,14 @@ func nameTaken(holder Member) error {
 func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr header) error {
 	holder := u.Member
 	isNewcomer := n.joining.joinedAt == 0 && hdr.More
-	holderAnswers := hdr.From == n.self.Name || holder.Instance == o.holder
-	foundGone := !o.mayBeRival(n.self.Member, holder)
+	isContested := isOtherAgent(n.self.Member, holder) || n.detector.ownProbe(n.self) != nil
 	switch {
-	case !isOtherAgent(n.self.Member, holder), !isNewcomer && foundGone:
-		o.handleSelfClaim(n, u, hdr.From)
-	case isNewcomer && holderAnswers, sync.asked && !foundGone:
+	case sync.asked && o.mayBeRival(n.self.Member, holder):
 		return nameTaken(holder)
-	case isNewcomer:
+	case isNewcomer && isContested:
 		return o.awaitName(n, sync, holder)
+	case !o.mayBeRival(n.self.Member, holder):
+		o.handleSelfClaim(n, u, hdr.From)
 	}
 	return nil
 }
@@ -2807,16 +2806,22 @@ func (o *identity) noteLetIn(n *node) {
 	}
 }
 
-// awaitName has the holder of a newcomer's name probed. If it does not answer, the newcomer waits for the
-// cluster's verdict: the holder may have stalled, or only this node cannot reach it.
+// awaitName has the holder of a newcomer's name probed. If it answers, the name is taken. Otherwise the newcomer
+// waits for the cluster's verdict: the holder may have stalled, or only this node cannot reach it.
 func (o *identity) awaitName(n *node, sync *stateSync, holder Member) error {
-	if o.mayBeRival(n.self.Member, holder) {
+	answers := sync.peer.Name == n.self.Name || holder.Instance == o.holder
+	clusterReachesIt := n.now-o.formerSince > nameHeldTimeout
+	switch {
+	case n.detector.ownProbe(n.self) != nil: // its result comes first
+	case answers:
+		return nameTaken(holder)
+	case o.mayBeRival(n.self.Member, holder):
 		p := n.detector.startProbe(n, holder)
 		if p != nil {
 			p.noteRoundTrip(sync.roundTrip) // a newcomer knows no other line
 		}
-	} else if n.now-o.formerSince > nameHeldTimeout {
-		return nameTaken(holder) // the cluster reaches it
+	case clusterReachesIt:
+		return nameTaken(holder)
 	}
 	return fmt.Errorf("the name %q %w: the member at %s has it", holder.Name, errNameHeld, holder.Addr)
 }
