@@ -3461,7 +3461,7 @@ const (
 	stageEnd
 )
 
-// nextStageAt is when the next stage of the round is due.
+// nextStageAt is when the stage that comes next is due.
 func (p *probe) nextStageAt() time.Duration { return p.start + p.schedule()[p.stage] }
 
 // schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for
@@ -3648,14 +3648,10 @@ func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
 	hasAnswered := func(e *entry) bool { return e.isValidated() && canHelp(e) }
 
 	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result
-	// only random members are asked, each time more of them, and first those that have ever answered this node,
+	// only random members are asked, each time more of them. Those that have ever answered this node come first,
 	// since what others are sent is limited.
-	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
-	for i := range random {
-		var helper *entry
-		if i > 0 {
-			helper = n.randomMember(n.table.ring[0], hasAnswered)
-		}
+	for range 1 << (2 * min(p.unanswered, 2)) { // 1, 4, 16
+		helper := n.randomMember(n.table.ring[0], hasAnswered)
 		if helper == nil {
 			helper = n.randomMember(n.table.ring[0], canHelp)
 		}
