@@ -3887,7 +3887,7 @@ func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	p.result = verdictNone
 	p.linkEnded = false
 	p.roundTrip = n.roundTripTo(p.m)
-	// p.results stays: helpers that answer late would otherwise stay late, round after round.
+	clear(p.results) // what comes late counts in the next round
 }
 
 // clear ends a probe of a member that somebody reached.
@@ -3919,7 +3919,6 @@ func (d *detector) handleStall(n *node, p *probe) {
 		p.stalledSince = p.start
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would otherwise count as stalled.
-	clear(p.results)
 	concludeAt := min(n.now+stallRound, p.stalledSince+stallTimeout)
 	d.restart(n, p, max(n.now, concludeAt-p.schedule()[stageEnd]))
 }
