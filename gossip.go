@@ -3226,7 +3226,7 @@ const (
 	stageEnd
 )
 
-// nextStageAt is when the next stage of the round is due.
+// nextStageAt is when the stage that comes next is due.
 func (p *probe) nextStageAt() time.Duration { return p.start + p.schedule()[p.stage] }
 
 // schedule is when each stage falls due, counted from the start of the round. What waits for an answer waits for
@@ -3413,14 +3413,10 @@ func (d *detector) chooseHelpers(n *node, p *probe) (helpers []*entry) {
 	hasAnswered := func(e *entry) bool { return e.isValidated() && canHelp(e) }
 
 	// Where most hosts are lost at once, the watchers are as dead as the target. After a round without a result
-	// only random members are asked, each time more of them, and first those that have ever answered this node,
+	// only random members are asked, each time more of them. Those that have ever answered this node come first,
 	// since what others are sent is limited.
-	random := 1 << (2 * min(p.unanswered, 2)) // 1, 4, 16
-	for i := range random {
-		var helper *entry
-		if i > 0 {
-			helper = n.randomMember(n.table.ring[0], hasAnswered)
-		}
+	for range 1 << (2 * min(p.unanswered, 2)) { // 1, 4, 16
+		helper := n.randomMember(n.table.ring[0], hasAnswered)
 		if helper == nil {
 			helper = n.randomMember(n.table.ring[0], canHelp)
 		}
@@ -3656,7 +3652,7 @@ func (d *detector) restart(n *node, p *probe, start time.Duration) {
 	p.result = verdictNone
 	p.linkEnded = false
 	p.roundTrip = n.roundTripTo(p.m)
-	// p.results stays: helpers that answer late would otherwise stay late, round after round.
+	clear(p.results) // what comes late counts in the next round
 }
 
 // clear ends a probe of a member that somebody reached.
@@ -3688,7 +3684,6 @@ func (d *detector) handleStall(n *node, p *probe) {
 		p.stalledSince = p.start
 	}
 	// Each round dials anew: a host that vanishes right after it accepted would otherwise count as stalled.
-	clear(p.results)
 	concludeAt := min(n.now+stallRound, p.stalledSince+stallTimeout)
 	d.restart(n, p, max(n.now, concludeAt-p.schedule()[stageEnd]))
 }
