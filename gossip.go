@@ -851,22 +851,18 @@ func (n *node) agreesWith(digest uint64) bool {
 
 func (n *node) reapInterval() time.Duration { return min(max(n.cfg.reapAfter/10, 100*ms), time.Second) }
 
-// amplify takes what it costs to send m something that it has not asked for, a message of kind k. It reports whether
-// that is allowed.
+// amplify takes what it costs to send m something that it has not asked for, a message of kind k: nothing, if it has
+// answered at its address. It reports whether that is allowed.
 func (n *node) amplify(m Member, k msgKind) (allowed bool) {
-	return n.sending.amplification.take(n.amplificationCost(m, k))
-}
-
-// amplificationCost is 0 for members that have answered at their address.
-func (n *node) amplificationCost(m Member, k msgKind) float64 {
 	e := n.table.get(m.Name)
 	if e != nil && e.Addr == m.Addr && e.isValidated() {
-		return 0
+		return true
 	}
+	cost := float64(unaskedCost)
 	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
-		return queryCost
+		cost = queryCost
 	}
-	return unaskedCost
+	return n.sending.amplification.take(cost)
 }
 
 // send sends a header and a body of updates to one instance of a member.
@@ -1176,8 +1172,7 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) e
 	if hdr.Raised > hdr.Incarnation {
 		return errMalformed
 	}
-	framesOnly := hdr.Kind > msgEventRequest && hdr.Kind <= msgBye
-	if framesOnly || anyInstance && hdr.Kind != msgPing {
+	if anyInstance && hdr.Kind != msgPing {
 		return fmt.Errorf("sent an unexpected message, kind %d", hdr.Kind)
 	}
 
@@ -1328,12 +1323,10 @@ func (n *node) handleAck(hdr header) {
 			n.detector.handleSignOfLife(n, q.m)
 		}
 	case e == nil || e.Instance != q.m.Instance: // what was asked does not count any more
-	case !sameInstance:
-		if e.Status == statusFailed { // it has restarted, and may know no member to join
-			n.sync(e.Member)
-		}
-	default:
+	case sameInstance:
 		n.noteAck(q, e, hdr)
+	case e.Status == statusFailed: // it has restarted, and may know no member to join
+		n.sync(e.Member)
 	}
 }
 
@@ -1431,14 +1424,6 @@ func (n *node) noteContact(e *entry, hdr header) {
 	if hdr.Promise > 0 {
 		n.noteHeartbeat(e, hdr.Promise)
 	}
-
-	if e.isolated {
-		n.ping(e.Member) // it is heard; does it hear this node?
-		return
-	}
-	if hdr.Promise > 0 && !e.peer().line.isSettled(n.now) {
-		n.pingAtBoundedRate(e)
-	}
 	if hdr.Digest != 0 && !n.agreesWith(hdr.Digest) {
 		if e.isValidated() {
 			n.broadcasts.sendRecent(n, e)
@@ -1461,6 +1446,9 @@ func (n *node) noteHeartbeat(e *entry, promise uint32) {
 	e.peer().path.missingBeats = 0
 	e.peer().due = n.now + min(time.Duration(promise)*ms, maxPromise) + n.overdueMargin(e.Member)
 	n.detector.handleSignOfLife(n, e.Member)
+	if !e.peer().line.isSettled(n.now) {
+		n.pingAtBoundedRate(e)
+	}
 }
 
 // ---- broadcasts ----
@@ -1511,37 +1499,25 @@ func (s *broadcasts) noteRecent(e *entry, now time.Duration) {
 	s.recent = appendBounded(s.recent, maxRecent, recentEntry{e, now})
 }
 
-// sendRecent tells a member, whose table differs, the claims that it may have missed. While many join over a long
-// line, each is told the table as it was a moment ago, and broadcasts do not reach it before it has answered: to
-// compare tables takes four round trips, and this one.
+// sendRecent tells a member, whose table differs, the claims that it may have missed, as many as fit into a datagram.
+// While many join over a long line, each is told the table as it was a moment ago, and broadcasts do not reach it
+// before it has answered: to compare tables takes four round trips, and this one.
 func (s *broadcasts) sendRecent(n *node, to *entry) {
-	body := s.recentClaims(n, to)
-	if len(body) == 0 {
+	var missed broadcastQueue
+	for _, r := range slices.Backward(s.recent) {
+		isNew := n.now-r.at <= recentFor
+		if isNew && r.e != to && !r.e.reaped {
+			u := n.claim(r.e)
+			missed.add(&u)
+		}
+	}
+	if len(missed.queue) == 0 {
 		return
 	}
 	allowed := to.peer().newsRate.takeEvery(claimInterval, 1, n.now)
 	if allowed {
-		n.send(to.Member, n.header(msgBroadcast), body)
+		n.send(to.Member, n.header(msgBroadcast), missed.takeBody())
 	}
-}
-
-// recentClaims are the latest claims about others than to, as many as fit into a datagram.
-func (s *broadcasts) recentClaims(n *node, to *entry) (body []byte) {
-	for _, r := range slices.Backward(s.recent) {
-		if n.now-r.at > recentFor {
-			break // and all others are older
-		}
-		if r.e == to || r.e.reaped {
-			continue
-		}
-		u := n.claim(r.e)
-		longer := wire.encode(body, &u)
-		if len(longer) > maxDatagram-256 {
-			break
-		}
-		body = longer
-	}
-	return body
 }
 
 // add queues an update. What overflows is left to anti-entropy.
@@ -1619,18 +1595,16 @@ func (n *node) sanitizeClaim(u *update) error {
 	}
 
 	e := n.table.get(m.Name)
-	if e != nil && n.movesInstance(*m, e) {
+	if e != nil && e.isMovedBy(*m) {
 		return fmt.Errorf("made a claim that %.40q has moved from %s to %s, as the same instance",
 			m.Name, e.Addr, m.Addr)
 	}
 	return nil
 }
 
-// Incarnations from outside are limited, and there is room above the limit: one forged datagram with the highest
-// number of all would make its member irrefutable for good. Hearsay leads no further than a little above what the
-// member itself has said first-hand; so the member, which knows as much, can go above whatever is believed of it.
-// Where the limit grew with hearsay, or with a node's uptime, forged steps that each were plausible cut off a
-// member that had missed one.
+// Incarnations from outside are limited: one forged datagram with the highest number of all would make its member
+// irrefutable for good. Hearsay leads no further than a little above what the member itself has said first-hand; so
+// the member can go above whatever is believed of it. A limit that grew with hearsay was climbed in forged steps.
 const (
 	hearsayLimit    = 1 << 56       // an instance that starts in the year 2109
 	formerRunLimit  = 1 << 63       // of what a restarted agent is told of its former instance at a join
@@ -1684,15 +1658,14 @@ func (n *node) handleImplausible(m Member, e *entry) error {
 	return fmt.Errorf("claims an incarnation of %.40q that is far above all that is known", m.Name)
 }
 
-// movesInstance reports whether m says that the instance of e lives elsewhere.
-func (n *node) movesInstance(m Member, e *entry) bool {
+// isMovedBy reports whether m says that the instance of e lives elsewhere.
+func (e *entry) isMovedBy(m Member) bool {
 	if m.Instance != e.Instance || sameEndpoint(m.Addr, e.Addr) {
 		return false
 	}
-	// An agent whose address changes is a new instance, so m is false, and what is known of this address, that it
-	// has answered, must not pass on to another one. If nothing answers at the known address, that one may have
-	// been false.
-	return e == n.self || e.isValidated() || !e.Status.isDead()
+	// An agent whose address changes is a new instance, so m is false. Only where nothing has ever answered may the
+	// known address have been false.
+	return e.isValidated() || !e.Status.isDead()
 }
 
 // sameEndpoint compares without the zone, which means something else on each machine.
@@ -2255,7 +2228,7 @@ func (n *node) handleUnknownHeartbeat(e *entry, hdr header) {
 		return
 	}
 
-	// But the sender has this node for a watcher, so that this node has missed its news. Where all that would pass
+	// The sender has this node for a watcher, so this node has missed its news. Where all that would pass
 	// them on are as new, nothing of theirs counts here, and no broadcast of theirs comes. Of a hundred who joined
 	// within moments some took 0.4 s, and 0.2 s with this.
 	inTouch := func(e *entry) bool { return !e.isSkipped() && e.isValidated() }
@@ -2378,17 +2351,13 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 // now.
 func (n *node) tableChunk(sync *stateSync) (frame []byte, more bool) {
 	hdr := n.header(msgTable)
-	if sync.digest == n.digest() { // the news may have come between two chunks
-		sync.endTable()
-		return wire.encode(nil, &hdr), false
-	}
-
 	c := chunk{lastKey: sync.lastKey}
-	if sync.tables < 2 {
+	differs := sync.digest != n.digest() // the news may have come between two chunks
+	if differs && sync.tables < 2 {
 		n.addMembers(&c)
 	}
 	// The dialler does not know yet which events the other side has, and sends them when it has heard that.
-	if sync.tables > 0 {
+	if differs && sync.tables > 0 {
 		n.addEvents(&c, sync)
 	}
 
