@@ -1161,7 +1161,7 @@ func TestRequestsOfOnePeerLeaveRoomForOthers(t *testing.T) {
 	}
 	// Once they are over, there is room again.
 	l.now += replyTimeout + time.Second
-	l.n.clock.planned = never
+	l.n.out.wake = never - lateBy
 	l.n.tick(l.now)
 	if open := len(l.n.requests.open); len(l.n.requests.ofPeer) > open {
 		t.Errorf("%d wait, and are counted for %v", open, l.n.requests.ofPeer)

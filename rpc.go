@@ -466,9 +466,9 @@ func (ps *places) leastWanted() int {
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
 // logRejected logs what is wrong with what came from there; nil: nothing is.
-func (a *acceptor) logRejected(class logClass, from netip.Addr, err error) {
+func (a *acceptor) logRejected(about string, from netip.Addr, err error) {
 	if err != nil {
-		a.lines.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
+		a.lines.printf(about, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
 	}
 }
 
