@@ -451,18 +451,16 @@ func spokenWith(theirs uint8) uint8 {
 
 // checkProtocol says what is wrong with a protocol that the other side speaks.
 func checkProtocol(theirs uint8) error {
-	if theirs < 5 {
-		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
-	}
-	tooOld := "this"
+	const format = "%w %d, this agent %d: upgrade %s one, one protocol at a time"
 	switch {
+	case theirs < 5:
+		return fmt.Errorf("%w %d or older, this agent %d: upgrade that one", errVersion, theirs, protocolVersion)
 	case theirs < protocolOldest:
-		tooOld = "that"
-	case theirs <= protocolVersion+1:
-		return nil
+		return fmt.Errorf(format, errVersion, theirs, protocolVersion, "that")
+	case theirs > protocolVersion+1:
+		return fmt.Errorf(format, errVersion, theirs, protocolVersion, "this")
 	}
-	return fmt.Errorf("%w %d, this agent %d: upgrade %s one, one protocol at a time",
-		errVersion, theirs, protocolVersion, tooOld)
+	return nil
 }
 
 // datagramFor names the receiver of a datagram: an instance of name, or (0) any of them.
@@ -504,11 +502,8 @@ func (d *sealer) openDatagram(b []byte, self Member) (data []byte, anyInstance b
 
 // ---- replay window ----
 
-// windowSize is how far behind the highest number a datagram may come and still count.
-const windowSize = 64
-
 // replayWindow tells which of the numbers that an instance gives its datagrams have counted: none counts twice
-// (RFC 4303, section 3.4.3). What is windowSize behind the highest does not count at all.
+// (RFC 4303, section 3.4.3). What is 64 behind the highest does not count at all.
 type replayWindow struct {
 	top  uint64
 	seen uint64 // a bit for each number, from top down
@@ -528,11 +523,6 @@ func (w *replayWindow) accept(number uint64) bool {
 	return true
 }
 
-// isBehind reports whether number is too far below the highest to count.
-func (w *replayWindow) isBehind(number uint64) bool {
-	return w.top >= windowSize && number <= w.top-windowSize
-}
-
 // handleAnswer takes the number of an answer. asked is what the highest was when its request was first sent.
 func (w *replayWindow) handleAnswer(number, asked uint64) {
 	// A sender numbers on from what it has sent before. So a lower number shows that the highest one was
@@ -549,26 +539,19 @@ func closedWindow() replayWindow { return replayWindow{top: ^uint64(0), seen: ^u
 
 // ---- awake time ----
 
-// clock is awake time, which all deadlines run on, beside the caller's.
-type clock struct {
-	real    time.Duration // the caller's, at the last entry
-	now     time.Duration // awake
-	planned time.Duration // for how long nothing falls due
-}
-
-// advance runs the awake clock.
-func (c *clock) advance(now time.Duration) {
+// advance runs awake time, which all deadlines run on, to now on the caller's clock.
+func (n *node) advance(now time.Duration) {
 	// A process that was stopped would blame all others for its own silence. So a gap counts for no more than the
 	// planned wait and a little.
-	c.now += max(min(now-c.real, c.planned+lateBy), 0)
-	c.real = now
+	n.now += max(min(now, n.out.wake+lateBy)-n.real, 0)
+	n.real = now
 }
 
-// planAnew forgets what was planned: nothing is due before longest is over.
-func (c *clock) planAnew(longest time.Duration) { c.planned = longest }
-
-// wakeAt asks to be woken at awake time t.
-func (c *clock) wakeAt(t time.Duration) { c.planned = min(c.planned, max(t-c.now, 0)) }
+// wakeAt asks to be woken at awake time t, which may be never.
+func (n *node) wakeAt(t time.Duration) {
+	planned := n.out.wake - n.real
+	n.out.wake = n.real + min(planned, max(t-n.now, 0))
+}
 
 // bucket bounds a rate; its tokens may fall below 0, and then it is empty.
 type bucket struct {
@@ -585,30 +568,24 @@ func (b *bucket) fill(now time.Duration, rate, burst float64) {
 	b.at = now
 }
 
-// has reports whether cost tokens are there; spend takes them.
-func (b *bucket) has(cost float64) bool { return b.tokens >= cost }
-
-func (b *bucket) spend(cost float64) { b.tokens -= cost }
-
-// take takes cost tokens, if they are there, and reports whether they were.
-func (b *bucket) take(cost float64) bool {
-	if !b.has(cost) {
+// take fills the bucket and takes cost tokens, if they are there. It reports whether they were.
+func (b *bucket) take(now time.Duration, cost, rate, burst float64) bool {
+	b.fill(now, rate, burst)
+	if b.tokens < cost {
 		return false
 	}
-	b.spend(cost)
+	b.tokens -= cost
 	return true
+}
+
+// takeEvery takes one token, of which one comes in each interval.
+func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
+	return b.take(now, 1, 1/interval.Seconds(), burst)
 }
 
 // debt is how long it takes until the tokens are not below 0.
 func (b *bucket) debt(rate float64) time.Duration {
 	return time.Duration(max(0, -b.tokens) / rate * float64(time.Second))
-}
-
-// takeEvery takes a token, of which one comes in each interval, and burst may lie. It reports whether there was
-// one.
-func (b *bucket) takeEvery(interval time.Duration, burst float64, now time.Duration) bool {
-	b.fill(now, 1/interval.Seconds(), burst)
-	return b.take(1)
 }
 
 // ---- node ----
@@ -627,7 +604,7 @@ type outputs struct {
 	events    []Event
 	logs      []logLine
 	seeds     []int         // try these, each on its own
-	wake      time.Duration // when to tick next, on the caller's clock
+	wake      time.Duration // when to tick next, on the caller's clock; see advance
 	left      bool          // the leave is done
 	fatal     error         // the node must not go on
 }
@@ -644,7 +621,8 @@ type nodeConfig struct {
 
 // node is one member's view of the cluster and all its protocol state.
 type node struct {
-	clock
+	real        time.Duration // the caller's clock, at the last entry
+	now         time.Duration // awake time
 	cfg         nodeConfig
 	rng         *rand.Rand
 	table       *table
@@ -671,7 +649,9 @@ type sending struct {
 // newNode makes a node of cfg; now is the caller's clock.
 func newNode(cfg nodeConfig, now time.Duration) *node {
 	n := &node{cfg: cfg, rng: rand.New(rand.NewChaCha8(cfg.random)), table: &table{}}
-	n.clock = clock{real: now, now: time.Second} // so that 0 can mean never
+	n.real = now
+	n.now = time.Second // so that 0 can mean never
+	n.out.wake = now
 
 	cfg.member.Status = statusAlive
 	cfg.member.Protocol = protocolVersion
@@ -691,16 +671,11 @@ func (n *node) step(now time.Duration, input func(*node)) {
 	input(n)
 }
 
-func (n *node) advance(now time.Duration) {
-	n.clock.advance(now)
-	n.sending.amplification.fill(n.now, amplificationRate, amplificationBurst)
-}
-
 // tick does all that has fallen due and returns what the node wants done. The caller must have handed in all
 // that had arrived before (a queued heartbeat clears its sender).
 func (n *node) tick(now time.Duration) outputs {
 	n.advance(now)
-	n.planAnew(time.Second) // an isolated node has no heartbeats to wake it, and dead members to forget
+	n.out.wake = now + time.Second // an isolated node has no heartbeats to wake it, and dead members to forget
 
 	n.requests.step(n)
 	if n.identity.leaving == 0 {
@@ -711,9 +686,8 @@ func (n *node) tick(now time.Duration) outputs {
 	n.broadcasts.step(n)
 
 	o := n.out
-	n.out = outputs{}
+	n.out = outputs{wake: o.wake}
 	o.events = append(o.events, n.table.takeEvents()...)
-	o.wake = n.real + n.planned
 	return o
 }
 
@@ -748,30 +722,26 @@ func (n *node) logf(level logLevel, format string, a ...any) {
 	n.out.logs = append(n.out.logs, logLine{level, fmt.Sprintf(format, a...)})
 }
 
-// warnRarely warns of what goes on: at once, and again after warnEvery, and then ever more rarely.
-func (n *node) warnRarely(w *rareWarning, format string, a ...any) {
-	if w.isDue(n.now) {
-		w.given(n.now)
-		n.logf(levelWarn, format, a...)
-	}
-}
-
 // rareWarning is when a warning was given last, and for how long it is not given again.
 type rareWarning struct {
 	last time.Duration
 	wait time.Duration
 }
 
-func (w *rareWarning) isDue(now time.Duration) bool { return w.last == 0 || now-w.last >= w.wait }
-
-func (w *rareWarning) given(now time.Duration) {
-	// What has long been over begins anew.
-	if w.last == 0 || now-w.last >= 3*w.wait {
-		w.wait = warnEvery
-	} else {
-		w.wait = min(2*w.wait, maxWarnWait)
+// warnRarely warns of what goes on: at once, and again after warnEvery, and then ever more rarely.
+func (n *node) warnRarely(w *rareWarning, format string, a ...any) {
+	since := n.now - w.last
+	if since < w.wait {
+		return
 	}
-	w.last = now
+
+	longOver := since >= 3*w.wait
+	w.wait = min(2*w.wait, maxWarnWait)
+	if longOver {
+		w.wait = warnEvery // it begins anew
+	}
+	w.last = n.now
+	n.logf(levelWarn, format, a...)
 }
 
 // logLevel says how much a log line matters.
@@ -851,8 +821,8 @@ func (n *node) agreesWith(digest uint64) bool {
 
 func (n *node) reapInterval() time.Duration { return min(max(n.cfg.reapAfter/10, 100*ms), time.Second) }
 
-// amplify takes what it costs to send m something that it has not asked for, a message of kind k: nothing, if it has
-// answered at its address. It reports whether that is allowed.
+// amplify takes what it costs to send m something that it has not asked for, a message of kind k. It reports whether
+// that is allowed. It costs nothing to send it to a member that has answered at that address.
 func (n *node) amplify(m Member, k msgKind) (allowed bool) {
 	e := n.table.get(m.Name)
 	if e != nil && e.Addr == m.Addr && e.isValidated() {
@@ -862,7 +832,7 @@ func (n *node) amplify(m Member, k msgKind) (allowed bool) {
 	if k == msgQuery || k == msgEventCheck || k == msgEventRequest {
 		cost = queryCost
 	}
-	return n.sending.amplification.take(cost)
+	return n.sending.amplification.take(n.now, cost, amplificationRate, amplificationBurst)
 }
 
 // send sends a header and a body of updates to one instance of a member.
@@ -1009,14 +979,14 @@ func (qs *requests) step(n *node) {
 	qs.rate.fill(n.now, reliableRate, reliableBurst)
 	open := qs.open[:0]
 	for _, q := range qs.open {
-		isDue := n.now >= q.at && qs.rate.has(1)
+		isDue := n.now >= q.at && qs.rate.tokens >= 1
 		if n.now >= q.until || isDue && n.table.ended(q.m) {
 			q.peer.requests--
 			continue
 		}
 
 		if isDue {
-			qs.rate.spend(1)
+			qs.rate.tokens--
 			q.send(n)
 		}
 		n.wakeAt(max(q.at, n.now+ms))
@@ -1195,16 +1165,13 @@ func (n *node) handleDatagram(from netip.AddrPort, b []byte, anyInstance bool) e
 		return nil
 	}
 	peer := e.peer()
-	if peer.datagrams.isBehind(hdr.Number) {
-		// It does not count. But without a key, that highest number may be forged; so, if e waits for an answer, it is
-		// pinged, and its own answer shows which number it has reached.
+	fresh := peer.datagrams.accept(hdr.Number)
+	if !fresh {
+		// Without a key, the number that it is behind may be forged. So, if e waits for an answer, it is pinged: its
+		// own answer shows which number it has reached.
 		if hdr.Seq != 0 {
 			n.pingAtBoundedRate(e)
 		}
-		return nil
-	}
-	fresh := peer.datagrams.accept(hdr.Number)
-	if !fresh {
 		return nil
 	}
 	n.detector.heardFrom(n.now)
@@ -1544,11 +1511,11 @@ func (q *broadcastQueue) flush(n *node, rate, burst float64) {
 	}
 
 	receivers := n.broadcasts.receivers(n)
-	for len(q.queue) > 0 && q.rate.has(0) {
+	for len(q.queue) > 0 && q.rate.tokens >= 0 {
 		body := q.takeBody()
 		for _, e := range receivers {
 			n.send(e.Member, n.header(msgBroadcast), body)
-			q.rate.spend(1)
+			q.rate.tokens--
 		}
 	}
 
@@ -3717,9 +3684,8 @@ func (d *detector) noteAnswered(n *node, e *entry) {
 func (d *detector) stepRetry(n *node) {
 	// Each node takes its share, so a failed member gets as many pings in a cluster of any size.
 	rate := retryRate * float64(n.table.failed) / float64(n.table.total)
-	d.retry.fill(n.now, rate, 2)
-	due := d.retry.take(1)
-	if due {
+	isDue := d.retry.take(n.now, 1, rate, 2)
+	if isDue {
 		isFailed := func(e *entry) bool { return e.displayStatus() == statusFailed }
 		if e := n.randomMember(n.table.ordered, isFailed); e != nil {
 			n.ping(e.Member)
@@ -3937,80 +3903,71 @@ type loopState struct {
 	links map[string]context.CancelFunc
 }
 
-// logClass is whose doing a log line tells of.
-type logClass int
-
+// What others can cause lines about. Each has its own bound, so that any number of lines about what anybody can forge
+// hides no line of more importance.
 const (
-	aboutHost      logClass = iota // this host has too little of something
-	aboutPeers                     // a peer was refused, at an address that answers
-	aboutStrangers                 // a datagram was refused: anybody can forge where it comes from
-	aboutMembers                   // a member came, changed or went
-	aboutEvents                    // a user of some agent sent an event
-	aboutQueries                   // or a query
+	aboutHost      = "this host"                   // it has too little of something
+	aboutPeers     = "peers that were refused"     // at an address that answers
+	aboutStrangers = "datagrams that were refused" // anybody can forge where they come from
+	aboutMembers   = "members"
+	aboutEvents    = "user events"
+	aboutQueries   = "queries"
 )
 
-// logBounds is how many lines of each class are logged: per second, and at once.
-var logBounds = [...]struct {
-	what        string
-	rate, burst float64
-}{
-	aboutHost:      {"this host", 10.0 / 60, 10},
-	aboutPeers:     {"peers that were refused", 10.0 / 60, 10},
-	aboutStrangers: {"datagrams that were refused", 10.0 / 60, 10},
-	aboutMembers:   {"members", 50, 2000},
-	aboutEvents:    {"user events", 50, 2000},
-	aboutQueries:   {"queries", 50, 2000},
+const (
+	logRate       = 50          // lines a second about each
+	logBurst      = 2000        // and at once
+	maxSources    = 10          // that are named, of what was refused
+	sourceSilence = time.Minute // for which one of them is not named again
+)
+
+// logLimit bounds the log lines that others can cause. Safe for concurrent use.
+type logLimit struct {
+	log    logger
+	start  time.Time
+	mu     sync.Mutex
+	topics map[string]*logTopic // by what the lines are about
 }
 
-// sourceSilence is how long one source of refused messages is not named again.
-const sourceSilence = time.Minute
-
-// logLimit bounds the log lines that others can cause. Each class has its own bound, so that any number of lines
-// about what anybody can forge hides no line of more importance. Safe for concurrent use.
-type logLimit struct {
-	log     logger
-	start   time.Time
-	mu      sync.Mutex
-	classes [len(logBounds)]struct {
-		room    bucket
-		omitted int                      // lines, since the last one that was logged
-		named   map[string]time.Duration // when each source was last named
-	}
+type logTopic struct {
+	room    bucket
+	omitted int                      // lines, since the last one that was logged
+	named   map[string]time.Duration // when each source was last named
 }
 
 func newLogLimit(log logger) *logLimit {
-	l := &logLimit{log: log, start: time.Now()}
-	for i := range l.classes {
-		l.classes[i].named = make(map[string]time.Duration)
-	}
-	return l
+	return &logLimit{log: log, start: time.Now(), topics: make(map[string]*logTopic)}
 }
 
-// printf logs a line about source, if the class has room for it and the source was not named for a while. Source
-// "" is that of lines which may follow each other.
-func (l *logLimit) printf(class logClass, source string, level logLevel, format string, a ...any) {
+// printf logs a line about source, if the topic has room for it and the source was not named for a while. Source ""
+// is that of lines which may follow each other.
+func (l *logLimit) printf(about, source string, level logLevel, format string, a ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c := &l.classes[class]
-	bound := logBounds[class]
-	now := time.Since(l.start)
+	t := l.topics[about]
+	if t == nil {
+		t = &logTopic{named: make(map[string]time.Duration)}
+		l.topics[about] = t
+	}
 
-	// Only what is logged is remembered, so the map is as small as the bound.
-	maps.DeleteFunc(c.named, func(_ string, at time.Duration) bool { return now-at >= sourceSilence })
-	_, wasNamed := c.named[source]
-	c.room.fill(now, bound.rate, bound.burst)
-	if wasNamed || !c.room.has(1) {
-		c.omitted++
+	now := time.Since(l.start)
+	maps.DeleteFunc(t.named, func(_ string, at time.Duration) bool { return now-at >= sourceSilence })
+	_, wasNamed := t.named[source]
+	mayLog := !wasNamed && len(t.named) < maxSources
+	if mayLog {
+		mayLog = t.room.take(now, 1, logRate, logBurst)
+	}
+	if !mayLog {
+		t.omitted++
 		return
 	}
 
-	c.room.spend(1)
-	if c.omitted > 0 {
-		l.log.printf(levelWarn, "%d lines about %s were left out", c.omitted, bound.what)
-		c.omitted = 0
+	if t.omitted > 0 {
+		l.log.printf(levelWarn, "%d lines about %s were left out", t.omitted, about)
+		t.omitted = 0
 	}
 	if source != "" {
-		c.named[source] = now
+		t.named[source] = now
 	}
 	l.log.printf(level, format, a...)
 }

@@ -489,6 +489,9 @@ func TestDatagramCountsOnce(t *testing.T) {
 	}
 }
 
+// windowSize is how far behind the highest number a datagram does not count any more.
+const windowSize = 64
+
 // An answer tells where a sender is. One that was kept back must not lower the window: what was recorded counted again,
 // and a query's handler ran twice.
 func TestReplayWindowIsNotLoweredByALateAnswer(t *testing.T) {
@@ -1380,12 +1383,11 @@ func TestEventsAreLoggedWithAddressSenderAndSize(t *testing.T) {
 
 // Forged joins made 1.2 MB of log a second, and forged user events 384 kB. Handlers and watchers are told of all.
 func TestLogOfMembersAndEventsIsBoundAndHandlersAreNot(t *testing.T) {
-	for class, ev := range map[logClass]Event{
+	for topic, ev := range map[string]Event{
 		aboutMembers: {kind: eventJoin, update: update{Member: labMember(1)}},
 		aboutEvents:  {kind: eventUser, update: update{Member: labMember(1), Name: strings.Repeat("e", 900)}},
 	} {
-		bound := logBounds[class]
-		events := int(bound.burst) + 500
+		events := logBurst + 500
 		var told atomic.Int64
 		g, logged := startTestGossip(t, "red", gossipConfig{events: func(Event, func(reply, []byte)) { told.Add(1) }})
 		publish := func(count int) {
@@ -1398,7 +1400,7 @@ func TestLogOfMembersAndEventsIsBoundAndHandlersAreNot(t *testing.T) {
 		}
 		publish(events)
 		lines := strings.Count(logged.String(), "[INFO]")
-		if told.Load() < int64(events) || lines < int(bound.burst) || lines > int(bound.burst)+250 {
+		if told.Load() < int64(events) || lines < logBurst || lines > logBurst+250 {
 			t.Errorf("%d events: %d lines, %d for handlers", events, lines, told.Load())
 		}
 		if size := len(logged.String()); size > lines*300 {
@@ -1406,13 +1408,13 @@ func TestLogOfMembersAndEventsIsBoundAndHandlersAreNot(t *testing.T) {
 		}
 		eventually(t, "the next line says how many are missing", func() bool {
 			publish(1)
-			return strings.Contains(logged.String(), "lines about "+bound.what+" were left out")
+			return strings.Contains(logged.String(), "lines about "+topic+" were left out")
 		})
 	}
 }
 
 // Ten forged sources a minute hid every other warning.
-func TestLogLimitHidesNothingOfAnotherClass(t *testing.T) {
+func TestLogLimitHidesNothingOfAnotherTopic(t *testing.T) {
 	var logged bytes.Buffer
 	l := newLogLimit(testLogger(&logged))
 	for i := range 10000 {
@@ -1428,7 +1430,7 @@ func TestLogLimitHidesNothingOfAnotherClass(t *testing.T) {
 			t.Errorf("%q is logged %d times, want %d:\n%s", what, count, want, got)
 		}
 	}
-	if named := len(l.classes[aboutStrangers].named); named > 10 {
+	if named := len(l.topics[aboutStrangers].named); named > 10 {
 		t.Errorf("%d sources are remembered", named)
 	}
 }
@@ -1476,7 +1478,7 @@ func BenchmarkIdleTick(b *testing.B) {
 	b.Run("a heartbeat is due", func(b *testing.B) {
 		sent := 0
 		for b.Loop() {
-			sent += len(benchTick(n, n.planned).packets)
+			sent += len(benchTick(n, n.out.wake-n.real).packets)
 		}
 		if sent < b.N*9/10 || sent > b.N {
 			b.Fatalf("the node sent %d packets in %d ticks", sent, b.N)
@@ -1512,7 +1514,7 @@ func benchNode(count int) *node {
 	}
 	n.joining.joinedAt = 1
 	for range 3 {
-		benchTick(n, n.planned)
+		benchTick(n, n.out.wake-n.real)
 	}
 	return n
 }

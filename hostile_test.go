@@ -1161,7 +1161,7 @@ func TestRequestsOfOnePeerLeaveRoomForOthers(t *testing.T) {
 	}
 	// Once they are over, there is room again.
 	l.now += replyTimeout + time.Second
-	l.n.clock.planned = never
+	l.n.out.wake = never - lateBy
 	l.n.tick(l.now)
 	open := len(l.n.requests.open)
 	if counted := l.n.table.get("b").peer().requests + l.n.table.get("c").peer().requests; counted > open {

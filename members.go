@@ -142,26 +142,17 @@ func newInstanceID(unixMs, random uint64) uint64 {
 // supersedes is the one rule that decides which of two claims about a name wins: the higher incarnation, then
 // the later instance, then the worse status. One instance has one address; see sanitizeClaim.
 func (m Member) supersedes(old Member) bool {
-	switch {
-	case m.Incarnation != old.Incarnation:
-		return m.Incarnation > old.Incarnation
-	case m.Instance != old.Instance:
-		return m.Instance > old.Instance
-	case m.Status != old.Status:
-		return m.Status > old.Status
-	}
-
-	// What is left differs only if somebody forges. It makes the order total, so that no two members can believe
-	// different claims.
-	switch {
-	case m.Tags != old.Tags:
-		return m.Tags > old.Tags
-	case m.Version != old.Version:
-		return m.Version > old.Version
-	case m.Protocol != old.Protocol:
-		return m.Protocol > old.Protocol
-	}
-	return m.Ext > old.Ext
+	return cmp.Or(
+		cmp.Compare(m.Incarnation, old.Incarnation),
+		cmp.Compare(m.Instance, old.Instance),
+		cmp.Compare(m.Status, old.Status),
+		// What is left differs only if somebody forges. It makes the order total, so that no two members can
+		// believe different claims.
+		cmp.Compare(m.Tags, old.Tags),
+		cmp.Compare(m.Version, old.Version),
+		cmp.Compare(m.Protocol, old.Protocol),
+		cmp.Compare(m.Ext, old.Ext),
+	) > 0
 }
 
 // validName returns an error that says why s cannot name a member.
@@ -621,7 +612,8 @@ func (e *entry) damp(now time.Duration, wasHeld bool) {
 			e.held = true
 			return
 		}
-		flap.noteReturn(now)
+		flap.cameBack = now
+		flap.heldUntil = 0
 	}
 }
 
@@ -636,12 +628,6 @@ func (f *flapState) noteFailure(now time.Duration) {
 		return
 	}
 	f.count++
-}
-
-// noteReturn notes that the member is shown alive again.
-func (f *flapState) noteReturn(now time.Duration) {
-	f.cameBack = now
-	f.heldUntil = 0
 }
 
 // flapWait is for how long a member is held that has flapped so often: ever longer, up to some two hours.
@@ -709,17 +695,15 @@ func changes(was, is Member) string {
 	if was.Addr != is.Addr {
 		list = append(list, is.Addr.String())
 	}
-	before := was.Tags.asMap()
+	before := splitNUL(was.Tags)
 	for _, tag := range splitNUL(is.Tags) {
-		key, value, _ := strings.Cut(tag, "=")
-		old, known := before[key]
-		if !known || old != value {
+		if !slices.Contains(before, tag) {
 			list = append(list, tag)
 		}
 	}
 
 	after := is.Tags.asMap()
-	for _, tag := range splitNUL(was.Tags) {
+	for _, tag := range before {
 		key, _, _ := strings.Cut(tag, "=")
 		if _, stays := after[key]; !stays {
 			list = append(list, "-"+key)

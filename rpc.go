@@ -458,9 +458,9 @@ func (ps *places) leastWanted() *session {
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
 
 // logRejected logs what is wrong with what came from there; nil: nothing is.
-func (l *logLimit) logRejected(class logClass, from netip.Addr, err error) {
+func (l *logLimit) logRejected(about string, from netip.Addr, err error) {
 	if err != nil {
-		l.printf(class, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
+		l.printf(about, from.String(), levelWarn, "dropped what came from %s: it %v", from, err)
 	}
 }
 
