@@ -2310,7 +2310,7 @@ func (n *node) handleWelcome(sync *stateSync, hdr header, about []update) error 
 		}
 	}
 
-	n.identity.noteLetIn(n)
+	n.identity.noteLetIn(n, hdr.More)
 	return nil
 }
 
@@ -2734,10 +2734,10 @@ func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr h
 	return nil
 }
 
-// noteLetIn is told that nothing keeps this node out of the cluster of a peer that it has dialled.
-func (o *identity) noteLetIn(n *node) {
+// noteLetIn is told that nothing keeps this node from joining a peer that it has dialled.
+func (o *identity) noteLetIn(n *node, isCluster bool) {
 	o.seedAnswered = true
-	if n.joining.joinedAt == 0 {
+	if isCluster && n.joining.joinedAt == 0 {
 		n.self.since = n.now // this is when the node comes in
 	}
 }
