@@ -4026,8 +4026,7 @@ func advertisedAddr(chosen, bound netip.AddrPort) netip.AddrPort {
 func (g *gossip) listen() error {
 	bind := g.cfg.bind
 	config := net.ListenConfig{KeepAlive: -1}
-	var lastErr error
-	for range 10 {
+	for tries := 1; ; tries++ {
 		tcp, err := config.Listen(context.Background(), "tcp"+family(bind.Addr()), bind.String())
 		if err != nil {
 			return err
@@ -4041,13 +4040,12 @@ func (g *gossip) listen() error {
 			return udp.SetReadBuffer(1 << 20)
 		}
 
+		// Another process has taken the free port between the two: another one may do.
 		tcp.Close()
-		if bind.Port() != 0 {
+		if bind.Port() != 0 || tries == 10 {
 			return err
 		}
-		lastErr = err // another process has taken the free port between the two: another one may do
 	}
-	return lastErr
 }
 
 // loop is the loop: the only goroutine that touches the node.
