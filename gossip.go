@@ -1336,7 +1336,7 @@ func (n *node) noteHostValidated(e *entry) {
 func (n *node) noteValidated(e *entry) {
 	n.noteHostValidated(e)
 	n.detector.noteAnswered(n, e)
-	if e.isolated {
+	if e.local.isolated {
 		n.table.setIsolated(n.now, e, false)
 		n.sync(e.Member)
 	}
@@ -1473,7 +1473,7 @@ func (s *broadcasts) sendRecent(n *node, to *entry) {
 	var missed broadcastQueue
 	for _, r := range slices.Backward(s.recent) {
 		isNew := n.now-r.at <= recentFor
-		if isNew && r.e != to && !r.e.reaped {
+		if isNew && r.e != to && !r.e.local.reaped {
 			u := n.claim(r.e)
 			missed.add(&u)
 		}
@@ -2260,7 +2260,7 @@ type eventCount struct {
 // newcomer whose name is taken must learn it before it says more.
 func (n *node) handshakeReply(hdr header) (w header, about []update) {
 	e := n.table.get(hdr.From)
-	if e != nil && !e.reaped {
+	if e != nil && !e.local.reaped {
 		n.noteNamesake(e, hdr)
 		about = append(about, n.claim(e))
 	}
@@ -2363,7 +2363,7 @@ func (n *node) addMembers(c *chunk) {
 			return
 		}
 		contested := e == n.self && n.detector.ownProbe(n.self) != nil
-		if e.reaped || contested {
+		if e.local.reaped || contested {
 			continue
 		}
 		u := n.claim(e)
@@ -3322,7 +3322,7 @@ func (p *probe) isObsolete(n *node) bool {
 	if p.e == n.self {
 		return false
 	}
-	isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.isolated
+	isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.local.isolated
 	refuted := p.e.Status != statusSuspect || p.e.Incarnation != p.m.Incarnation
 	return isOver || p.deciding && refuted
 }

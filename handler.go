@@ -72,7 +72,7 @@ type handler struct {
 
 // delivery is an event on its way to a handler or a command.
 type delivery struct {
-	Event
+	ev     Event
 	at     time.Time           // when it came
 	answer func(reply, []byte) // of a query, for the handler that answers it
 }
@@ -199,7 +199,7 @@ func (h *handler) warnf(format string, args ...any) {
 
 // deliver queues ev for every handler that it matches. It never blocks.
 func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
-	d := delivery{Event: ev, at: time.Now()}
+	d := delivery{ev: ev, at: time.Now()}
 	if ev.kind == eventQuery {
 		d.answer = answer
 	}
@@ -218,10 +218,11 @@ func (hs *handlers) deliver(ev Event, answer func(reply, []byte)) {
 func (h *handler) enqueue(d delivery) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if d.Coalesce {
+	if d.ev.Coalesce {
 		// Of events that coalesce the one that came last counts: those of one sender come in the order in which they were
 		// sent, and those of several have none.
-		if at := slices.IndexFunc(h.queue, func(q delivery) bool { return q.Coalesce && q.Name == d.Name }); at >= 0 {
+		isReplaced := func(q delivery) bool { return q.ev.Coalesce && q.ev.Name == d.ev.Name }
+		if at := slices.IndexFunc(h.queue, isReplaced); at >= 0 {
 			h.queue = slices.Delete(h.queue, at, at+1)
 		}
 	}
@@ -258,8 +259,8 @@ func (h *handler) take() []delivery {
 	// Consecutive member events of one kind are one run, each user event and each query is one of its own.
 	h.runningSince = time.Now()
 	n := 1
-	kind := h.queue[0].kind
-	for kind < eventUser && n < len(h.queue) && h.queue[n].kind == kind {
+	kind := h.queue[0].ev.kind
+	for kind < eventUser && n < len(h.queue) && h.queue[n].ev.kind == kind {
 		n++
 	}
 	batch := h.queue[:n:n]
@@ -305,7 +306,8 @@ func (h *handler) work() {
 			return
 		}
 		first := batch[0]
-		tooLate := first.kind == eventQuery && time.Since(first.at) >= time.Duration(first.Timeout)*ms
+		timeout := time.Duration(first.ev.Timeout) * ms
+		tooLate := first.ev.kind == eventQuery && time.Since(first.at) >= timeout
 		if !tooLate {
 			h.run(batch)
 		}
@@ -332,7 +334,7 @@ func (hs *handlers) close(last ...Event) {
 
 // run runs the handler's script once, to its end or its timeout, and reports the result.
 func (h *handler) run(batch []delivery) {
-	event := batch[0]
+	first := batch[0]
 	started := time.Now()
 	slow := time.AfterFunc(slowAfter, func() {
 		h.warnf("has been running for %v, since %s: its other events wait", slowAfter, started.Format(time.DateTime))
@@ -352,13 +354,13 @@ func (h *handler) run(batch []delivery) {
 	h.mu.Unlock()
 
 	output := string(answer.last) + string(printed.last)
-	h.handlers.cfg.log.printf(levelDebug, "Event '%s' script output: %s", event.kind, output)
+	h.handlers.cfg.log.printf(levelDebug, "Event '%s' script output: %s", first.ev.kind, output)
 	if status != "" {
-		h.warnf("failed on %s: %s: %s", oneLine(event.title()), end, lastLine(output))
+		h.warnf("failed on %s: %s: %s", oneLine(first.ev.title()), end, lastLine(output))
 	}
 
-	if event.answer != nil {
-		event.answer(replyTo(status, &printed, &answer))
+	if first.answer != nil {
+		first.answer(replyTo(status, &printed, &answer))
 	}
 }
 
@@ -413,7 +415,7 @@ func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (s
 	}
 	cmd.WaitDelay = pipesFor
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Env = h.environ(batch[0].Event)
+	cmd.Env = h.environ(batch[0].ev)
 	cmd.Stdin = strings.NewReader(stdinFor(batch))
 	cmd.Stdout = printed
 	cmd.Stderr = printed
@@ -512,8 +514,8 @@ func oneLine(s string) string {
 
 // stdinFor returns what a script reads: Serf's line for each member, or the payload.
 func stdinFor(batch []delivery) string {
-	if batch[0].kind >= eventUser {
-		payload := string(batch[0].Payload)
+	if batch[0].ev.kind >= eventUser {
+		payload := string(batch[0].ev.Payload)
 		if payload == "" {
 			return ""
 		}
@@ -522,8 +524,8 @@ func stdinFor(batch []delivery) string {
 
 	var b strings.Builder
 	escape := strings.NewReplacer("\t", `\t`, "\n", `\n`).Replace
-	for _, ev := range batch {
-		m := ev.Member
+	for _, d := range batch {
+		m := d.ev.Member
 		fmt.Fprintf(&b, "%s\t%s\t%s\t%s\n", escape(m.Name), m.Addr.Addr().Unmap(),
 			escape(m.Tags.asMap()["role"]), escape(strings.Join(splitNUL(m.Tags), ",")))
 	}
@@ -604,7 +606,7 @@ func (f *feed) unsubscribe(sub *subscriber) {
 func (f *feed) publish(ev Event) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	d := &delivery{Event: ev, at: time.Now()}
+	d := &delivery{ev: ev, at: time.Now()}
 	for _, sub := range f.subscribers {
 		if sub.wants(ev) {
 			sub.add(d)

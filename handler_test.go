@@ -373,7 +373,7 @@ func TestPayloadEndsInOneNewline(t *testing.T) {
 	for payload, want := range map[string]string{"": "", "a": "a\n", "a\n": "a\n", "a\nb": "a\nb\n", "a\n\n": "a\n\n"} {
 		shared := append(make([]byte, 0, 64), payload...)
 		ev := Event{kind: eventUser, update: update{Payload: shared}}
-		if got := stdinFor([]delivery{{Event: ev}}); string(got) != want {
+		if got := stdinFor([]delivery{{ev: ev}}); string(got) != want {
 			t.Errorf("%q: %q, want %q", payload, got, want)
 		}
 		if more := shared[:len(payload)+1]; more[len(payload)] != 0 {
@@ -545,13 +545,13 @@ func TestHandlerQueueKeepsTheLastOfCoalescingUserEvents(t *testing.T) {
 		userEventOf("deploy", "5", 5, true), joinOf("b"), userEventOf("deploy", "4", 4, true), failOf("a"), failOf("b"),
 		userEventOf("other", "6", 6, true), joinOf("a"),
 	} {
-		h.enqueue(delivery{Event: ev})
+		h.enqueue(delivery{ev: ev})
 	}
 	var got []string
 	for batch := h.take(); batch != nil; batch = h.take() {
-		s := batch[0].kind.String()
-		for _, ev := range batch {
-			s += " " + ev.Member.Name + string(ev.Payload)
+		s := batch[0].ev.kind.String()
+		for _, d := range batch {
+			s += " " + d.ev.Member.Name + string(d.ev.Payload)
 		}
 		got = append(got, s)
 	}
@@ -680,7 +680,7 @@ func TestHandlersThatDoNotReadStdinCostNothing(t *testing.T) {
 			hs, logged := startHandlers(t, handlerConfig{env: extraEnv("DIR=" + dir)}, "*="+script)
 			for i := range 3000 { // far more than a pipe takes
 				h := (*hs.all.Load())[0]
-				h.enqueue(delivery{Event: Event{kind: eventJoin, update: update{Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}}})
+				h.enqueue(delivery{ev: Event{kind: eventJoin, update: update{Member: handlerMember(strings.Repeat("n", 100) + strconv.Itoa(i))}}})
 			}
 			hs.deliver(joinOf("last"), nil)
 			logged.waitFor(t, "script output", 1)

@@ -577,7 +577,7 @@ func (r *rig) check(o outputs) {
 
 func (r *rig) checkTable() {
 	n, tb := r.n, r.n.table
-	if n.self != tb.get(n.self.Name) || n.self.Status != statusAlive || n.self.isolated || n.self.reaped {
+	if n.self != tb.get(n.self.Name) || n.self.Status != statusAlive || n.self.local.isolated || n.self.local.reaped {
 		r.t.Fatalf("it thinks of itself as %+v", n.self)
 	}
 	digest, alive, failed, total := uint64(0), 0, 0, 0
@@ -592,7 +592,7 @@ func (r *rig) checkTable() {
 			r.t.Fatalf("a bad claim got in: %+v", e.Member)
 		}
 		r.incs[e] = e.Incarnation
-		if !e.reaped {
+		if !e.local.reaped {
 			digest ^= e.digest()
 			if e.Status < statusLeft {
 				total++
@@ -832,7 +832,7 @@ func TestDigestIsRightWhenAForgottenMemberComesBack(t *testing.T) {
 	m.Status = statusFailed
 	r.n.applyAndForward(&update{Member: m})
 	r.pass(r.n.cfg.reapAfter + 3*time.Second)
-	if !r.n.table.get("a").reaped {
+	if !r.n.table.get("a").local.reaped {
 		t.Fatal("a is not forgotten yet")
 	}
 	m.Status, m.Incarnation = statusAlive, m.Incarnation+1
@@ -850,7 +850,7 @@ func TestReplayOfAnAnswerRevivesNoFailedMember(t *testing.T) {
 	recorded := slices.Clone(r.sealed)
 	r.mode = [rigPeers]peerMode{}
 	r.pass(8 * time.Second)
-	if a.displayStatus() != statusFailed || !a.isolated {
+	if a.displayStatus() != statusFailed || !a.local.isolated {
 		t.Fatalf("a is %v", a.displayStatus())
 	}
 	for _, b := range recorded {

@@ -303,15 +303,7 @@ type claim struct {
 // entry is what the table holds about one name.
 type entry struct {
 	*claim
-	announced Status // as which events last showed it; 0: not yet, or not any more
-	// isolated marks a member that failed for this node alone, which was cut off. It stays local: exported, it
-	// would make all members fail when a split heals.
-	isolated bool
-	// held marks a member that flaps: it came back by hearsay, and has not answered since; see damp. It stays
-	// local, too.
-	held bool
-	// reaped entries keep an old claim from coming back through a member that has not reaped yet.
-	reaped bool
+	local  localView
 	since  time.Duration // when this instance came into the cluster, or came back, or died
 	proven uint64        // the highest incarnation that was learnt from the member itself
 	known  time.Duration // when the name was first heard of, on the caller's clock
@@ -319,10 +311,19 @@ type entry struct {
 	events *eventSource  // what is known of its user events; nil: nothing
 }
 
+// localView is what this node alone makes of a claim. It is told to nobody: exported, it would make all members fail
+// when a split heals.
+type localView struct {
+	announced Status // as which events last showed it; 0: not yet, or not any more
+	isolated  bool   // it failed for this node, which was cut off
+	held      bool   // it flaps: it came back by hearsay, and has not answered since; see damp
+	reaped    bool   // kept, so that the old claim does not come back through a member that has not reaped yet
+}
+
 // displayStatus is the status that users see; 0: they do not see the member.
 func (e *entry) displayStatus() Status {
 	switch {
-	case e.reaped || e.Status == statusPruned:
+	case e.local.reaped || e.Status == statusPruned:
 		return 0
 	case e.failedLocally() && !e.Status.isDead():
 		return statusFailed
@@ -333,7 +334,7 @@ func (e *entry) displayStatus() Status {
 }
 
 // failedLocally reports whether the member failed for this node alone, whatever the record says.
-func (e *entry) failedLocally() bool { return e.isolated || e.held }
+func (e *entry) failedLocally() bool { return e.local.isolated || e.local.held }
 
 // noteFirstHeard notes when the name was first heard of, on the caller's clock.
 func (e *entry) noteFirstHeard(real time.Duration) {
@@ -401,15 +402,15 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	next := *e
 	if m.Instance != e.Instance { // nothing that is known of the former instance holds for this one
 		t.dropState(&next)
-		next.isolated = false
-		next.held = false
+		next.local.isolated = false
+		next.local.held = false
 		if m.Instance <= t.forgotten {
 			next.state = &peerState{datagrams: closedWindow()}
 		}
 	}
 	next.since = e.sinceClaim(m, now, age)
 	next.claim = &claim{m, e.pos}
-	next.reaped = false
+	next.local.reaped = false
 	t.change(now, e, next)
 	return e
 }
@@ -445,7 +446,7 @@ func (t *table) insert(now time.Duration, name string) *entry {
 	for ring := range c.pos {
 		c.pos[ring] = ringHash(ring, name)
 	}
-	e := &entry{claim: c, reaped: true}
+	e := &entry{claim: c, local: localView{reaped: true}}
 	at, _ := t.index(name)
 	t.ordered = slices.Insert(t.ordered, at, e)
 	return e
@@ -458,7 +459,7 @@ func (t *table) dropOldest(now time.Duration) {
 	}
 	e := t.dead[0].e
 	next := *e
-	next.reaped = true
+	next.local.reaped = true
 	t.change(now, e, next)
 
 	t.dropState(e)
@@ -520,21 +521,21 @@ func (t *table) dropState(e *entry) {
 
 // setIsolated marks or clears "failed for this node alone".
 func (t *table) setIsolated(now time.Duration, e *entry, isolated bool) {
-	if e.isolated == isolated {
+	if e.local.isolated == isolated {
 		return
 	}
 	next := *e
-	next.isolated = isolated
+	next.local.isolated = isolated
 	t.change(now, e, next)
 }
 
 // release shows a held member again, which has answered.
 func (t *table) release(now time.Duration, e *entry) {
-	if !e.held {
+	if !e.local.held {
 		return
 	}
 	next := *e
-	next.held = false
+	next.local.held = false
 	t.change(now, e, next)
 }
 
@@ -551,7 +552,7 @@ func (t *table) change(now time.Duration, e *entry, next entry) {
 	t.count(e, -1)
 	*e = next
 	if e.Instance == was.Instance {
-		e.damp(now, was.held)
+		e.damp(now, was.local.held)
 	}
 	t.count(e, +1)
 
@@ -559,7 +560,7 @@ func (t *table) change(now time.Duration, e *entry, next entry) {
 	if e.Status.isDead() != was.Status.isDead() {
 		t.updateRings(e)
 	}
-	if e.held != was.held {
+	if e.local.held != was.local.held {
 		t.updateHeld(e)
 	}
 	// Walks over the rings may end elsewhere from now on.
@@ -570,7 +571,7 @@ func (t *table) change(now time.Duration, e *entry, next entry) {
 			t.shrunk = t.version
 		}
 	}
-	t.announce(e, was.with(e.announced))
+	t.announce(e, was.with(e.local.announced))
 }
 
 // updateRings puts e on the rings, or takes it off them, after it came to life or died.
@@ -587,7 +588,7 @@ func (t *table) updateRings(e *entry) {
 
 // updateHeld puts e among the held, or takes it out.
 func (t *table) updateHeld(e *entry) {
-	if e.held {
+	if e.local.held {
 		t.held = append(t.held, e)
 		return
 	}
@@ -602,14 +603,14 @@ func (t *table) updateHeld(e *entry) {
 func (e *entry) damp(now time.Duration, wasHeld bool) {
 	shown := e.displayStatus()
 	switch {
-	case e.announced == statusAlive && shown == statusFailed:
+	case e.local.announced == statusAlive && shown == statusFailed:
 		if e.state != nil {
 			e.state.flap.noteFailure(now)
 		}
-	case e.announced == statusFailed && shown == statusAlive:
+	case e.local.announced == statusFailed && shown == statusAlive:
 		flap := &e.peer().flap
 		if flap.count > 0 && !wasHeld {
-			e.held = true
+			e.local.held = true
 			return
 		}
 		flap.cameBack = now
@@ -640,7 +641,7 @@ func flapWait(flaps int) time.Duration {
 
 // count adds e to the sums over the table, or takes it out.
 func (t *table) count(e *entry, by int) {
-	if e.reaped {
+	if e.local.reaped {
 		return
 	}
 	t.digest ^= e.digest()
@@ -660,7 +661,7 @@ func (t *table) announce(e *entry, was Member) {
 	if was.Status == statusLeft && is.Status == statusFailed {
 		is.Status = statusLeft // no event tells of it, or it would leave twice
 	}
-	e.announced = is.Status
+	e.local.announced = is.Status
 
 	// Of an agent that has restarted between two claims, the end was never noticed.
 	if was.Status == statusAlive && is.Status == statusAlive && was.Instance != is.Instance {
@@ -720,10 +721,10 @@ func (t *table) reap(now, after time.Duration) {
 			break // and all others died later
 		}
 		e := d.e
-		if !e.reaped {
+		if !e.local.reaped {
 			next := *e
-			next.reaped = true
-			next.held = false
+			next.local.reaped = true
+			next.local.held = false
 			t.change(now, e, next)
 		}
 		if now-e.since >= 2*after {
@@ -752,7 +753,7 @@ func (t *table) agreesAround(digest uint64, from, to time.Duration) bool {
 	claims := t.digest
 	events := t.heard
 	for _, d := range t.dead[first:last] {
-		if d.e.reaped {
+		if d.e.local.reaped {
 			claims ^= d.e.digest()
 			events ^= d.e.eventDigest()
 		}
@@ -962,7 +963,7 @@ func (e *entry) eventDigest() (sum uint64) {
 
 // advance notes that all events of e up to number are known.
 func (t *table) advance(e *entry, s *eventSource, number uint64) {
-	counts := !e.reaped
+	counts := !e.local.reaped
 	if counts {
 		t.heard ^= e.eventDigest()
 	}

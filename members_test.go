@@ -124,8 +124,8 @@ func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
 	say(statusFailed)
 	come()
 	e := tb.get("a")
-	if got := kinds(tb.events); got != "join failed join failed" || !e.held || e.displayStatus() != statusFailed || e.Status != statusAlive {
-		t.Errorf("events %q, held %v, shown %v, record %v", got, e.held, e.displayStatus(), e.Status)
+	if got := kinds(tb.events); got != "join failed join failed" || !e.local.held || e.displayStatus() != statusFailed || e.Status != statusAlive {
+		t.Errorf("events %q, held %v, shown %v, record %v", got, e.local.held, e.displayStatus(), e.Status)
 	}
 	tb.release(now, e)
 	if got := kinds(tb.events); got != "join failed join failed join" || len(tb.held) > 0 {
@@ -143,7 +143,7 @@ func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
 	come()
 	restarted := testMember("a", 100, statusAlive)
 	tb.apply(now, restarted, 0)
-	if e.held || len(tb.held) > 0 || e.displayStatus() != statusAlive {
+	if e.local.held || len(tb.held) > 0 || e.displayStatus() != statusAlive {
 		t.Error("another instance is held for what the former one did")
 	}
 }
@@ -216,7 +216,7 @@ func TestTableGivesThePlacesOfTheOldestDeadToNewcomers(t *testing.T) {
 	}
 	digest := func() (d uint64) {
 		for _, e := range tb.ordered {
-			if !e.reaped {
+			if !e.local.reaped {
 				d ^= e.digest()
 			}
 		}
@@ -356,7 +356,7 @@ func TestEventDigestCoversWhatATableTellsOfTheFormerInstance(t *testing.T) {
 			t.Errorf("%v: an older one took the place of the former one", runs)
 		}
 		forgotten := *e
-		forgotten.reaped = true
+		forgotten.local.reaped = true
 		tb.change(0, e, forgotten)
 		if tb.heard != 0 || tb.digest != 0 {
 			t.Errorf("%v: what is forgotten is in the digest", runs)

@@ -1169,14 +1169,14 @@ func (g *gossip) stream(s *session, sub *subscriber) {
 	}()
 
 	for d := range sub.waiting {
-		isEnd := d.kind == eventAnswer && d.reply == replyNone
+		isEnd := d.ev.kind == eventAnswer && d.ev.reply == replyNone
 		if isEnd || s.err != nil {
 			return
 		}
-		resp := rpcResponse{More: true, Kind: d.kind, Reply: d.reply, Text: d.changed}
+		resp := rpcResponse{More: true, Kind: d.ev.kind, Reply: d.ev.reply, Text: d.ev.changed}
 		resp.Dropped = int(sub.dropped.Swap(0))
 		resp.At = d.at.UnixNano()
-		s.send(&resp, d.update)
+		s.send(&resp, d.ev.update)
 	}
 }
 

@@ -1406,7 +1406,7 @@ func FuzzRPCRequest(f *testing.F) {
 func (sub *subscriber) reads() (numbers []uint64, lost int) {
 	for len(sub.waiting) > 0 {
 		d := <-sub.waiting
-		numbers = append(numbers, d.LTime)
+		numbers = append(numbers, d.ev.LTime)
 		lost += int(sub.dropped.Swap(0))
 	}
 	return numbers, lost

@@ -1098,7 +1098,7 @@ func (p *proc) of(name string) *known {
 // incarnation never falls.
 func (p *proc) checkSelf() {
 	e := p.n.table.get(p.name)
-	if e != p.n.self || e.Status != statusAlive || e.isolated {
+	if e != p.n.self || e.Status != statusAlive || e.local.isolated {
 		p.s.problem("%s does not believe itself alive", p.name)
 	}
 	k := p.of(p.name)
@@ -1126,7 +1126,7 @@ func (s *sim) checkTables() {
 				s.problem("%s: the incarnation of %s fell", p.name, e.Name)
 			}
 			k.inc = e.Incarnation
-			if e.reaped {
+			if e.local.reaped {
 				continue
 			}
 			var want Status
@@ -1248,7 +1248,7 @@ func (s *sim) running() []*proc {
 
 // shows is the status that p shows for name; 0: it does not know it.
 func (p *proc) shows(name string) Status {
-	if e := p.n.table.get(name); e != nil && !e.reaped && e.Status != statusPruned {
+	if e := p.n.table.get(name); e != nil && !e.local.reaped && e.Status != statusPruned {
 		return e.displayStatus()
 	}
 	return 0
@@ -1271,7 +1271,7 @@ func (s *sim) agree() bool {
 	for _, p := range ps {
 		alive := 0
 		for _, e := range p.n.table.ordered {
-			if e.displayStatus() == statusAlive && !e.reaped {
+			if e.displayStatus() == statusAlive && !e.local.reaped {
 				if q := s.byBirth[lifetime{e.Name, e.Instance}]; q == nil || q.state == procDead || q.n.self.Incarnation != e.Incarnation {
 					return false
 				}
