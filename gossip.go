@@ -3963,7 +3963,7 @@ func (l *logLimit) printf(about, source string, level logLevel, format string, a
 	}
 
 	if t.omitted > 0 {
-		l.log.printf(levelWarn, "%d lines about %s were left out", t.omitted, about)
+		l.log.printf(levelWarn, "lines about %s were left out: %d", about, t.omitted)
 		t.omitted = 0
 	}
 	if source != "" {

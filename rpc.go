@@ -1291,6 +1291,7 @@ func (c *client) waitForMembers(filter memberFilter, wait int, timeout time.Dura
 func (c *client) query(
 	req rpcRequest, nodes []string, filter memberFilter, result *queryResult, show func(string) error,
 ) error {
+	dispatched := fmt.Sprintf("Query '%s' dispatched\n", req.Name)
 	if len(filter) > 0 {
 		members, err := c.members(filter, rpcTimeout)
 		if err != nil {
@@ -1301,19 +1302,18 @@ func (c *client) query(
 			living = slices.DeleteFunc(living, func(name string) bool { return !slices.Contains(nodes, name) })
 		}
 		if len(living) == 0 {
-			return nil // no member matches, so no answer is missing
+			return show(dispatched) // no member matches, so no answer is missing
 		}
 		nodes = living
 	}
 
 	result.ask(nodes) // a member that was named and is not there does not answer
 	req.Args = strings.Join(nodes, "\x00")
-	dispatched := false
 	return c.call(req, rpcTimeout, func(a rpcResponse, us []update) error {
 		text := ""
-		if a.Text != "" && !dispatched {
-			text = fmt.Sprintf("Query '%s' dispatched\n", req.Name)
-			dispatched = true
+		if a.Text != "" { // whom the agent has asked: it has sent the query
+			text = dispatched
+			dispatched = ""
 		}
 		result.ask(splitNUL(a.Text))
 		for _, u := range us {
