@@ -98,7 +98,7 @@ const (
 	// than that, and a line is measured once; a longer one at times, since it may have been a stall.
 	shortLine      = 50 * ms
 	longestLine    = 2500 * ms
-	remeasureAfter = 3 * time.Minute
+	remeasureAfter = 2 * time.Minute
 
 	maxDatagram      = 1400
 	maxFrame         = 32 << 10
@@ -1115,11 +1115,11 @@ func (l *line) isSettled(now time.Duration) bool {
 	return isShort || now < l.measureAt
 }
 
-// note takes a measured round trip.
-func (l *line) note(now, took time.Duration) {
+// note takes a measured round trip, which holds for so long.
+func (l *line) note(now, took, holds time.Duration) {
 	was := l.roundTrip
 	l.roundTrip = min(max(took, 1), longestLine)
-	l.measureAt = now + remeasureAfter
+	l.measureAt = now + holds
 	// One that is much longer than the last may have been a stall, and is measured once more.
 	if l.roundTrip > 3*was+shortLine {
 		l.measureAt = now
@@ -1131,8 +1131,14 @@ func (l *line) note(now, took time.Duration) {
 func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
 	e := n.table.get(name)
 	if e != nil && e != n.self && e.Instance == instance && e.roundTrip() == 0 {
-		e.peer().line.note(n.now, took)
+		n.noteRoundTrip(e, took)
 	}
+}
+
+// noteRoundTrip notes how long an answer of e took.
+func (n *node) noteRoundTrip(e *entry, took time.Duration) {
+	// The jitter keeps all lines from being measured in the same moments.
+	e.peer().line.note(n.now, took, remeasureAfter+n.jitter(remeasureAfter))
 }
 
 // roundTripTo is how long an answer of m takes. A line that has not been measured is taken to be as long as the
@@ -1331,7 +1337,7 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	e.peer().datagrams.handleAnswer(hdr.Number, q.asked)
 	n.table.prove(Member{Name: e.Name, Incarnation: hdr.Incarnation})
 	if q.sent > 0 {
-		e.peer().line.note(n.now, n.now-q.sent)
+		n.noteRoundTrip(e, n.now-q.sent)
 	}
 
 	switch q.h.Kind {
@@ -1349,6 +1355,7 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	// agent of its name.
 	if e.Status == statusFailed {
 		n.antiEntropy.syncNow(n, e.Member)
+		n.pingAtBoundedRate(e) // what this node has just told it may be lost
 	}
 }
 
