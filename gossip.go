@@ -1320,6 +1320,7 @@ func (n *node) noteAck(q *request, e *entry, hdr header) {
 	// agent of its name.
 	if e.Status == statusFailed {
 		n.antiEntropy.syncNow(n, e.Member)
+		n.pingAtBoundedRate(e) // what this node has just told it may be lost
 	}
 }
 
@@ -1390,6 +1391,10 @@ func (n *node) noteContact(e *entry, hdr header) {
 	e.peer().tcpOnly = 0
 	if hdr.Promise > 0 {
 		n.noteHeartbeat(e, hdr.Promise)
+	}
+	if e.isolated {
+		n.ping(e.Member) // it is heard; does it hear this node?
+		return
 	}
 	if hdr.Digest != 0 && !n.agreesWith(hdr.Digest) {
 		if e.isValidated() {

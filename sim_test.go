@@ -1956,7 +1956,7 @@ func median(fs []float64) float64 {
 // Each length of a line, among three regions and with everybody far from everybody. SIM_SEEDS sets the number of seeds.
 func TestLineThatIsLongCostsAMemberLittleAndFailsNobody(t *testing.T) {
 	t.Parallel()
-	seeds := simSeeds(9)
+	seeds := simSeeds(20)
 	for _, c := range lineCases {
 		for _, regions := range []int{3, 12} {
 			t.Run(fmt.Sprintf("%v,loss=%v%%,regions=%d", c.roundTrip, c.loss*100, regions), func(t *testing.T) {
