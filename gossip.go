@@ -1392,7 +1392,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	if hdr.Promise > 0 {
 		n.noteHeartbeat(e, hdr.Promise)
 	}
-	if e.isolated {
+	if e.local.isolated {
 		n.ping(e.Member) // it is heard; does it hear this node?
 		return
 	}
