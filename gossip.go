@@ -61,7 +61,7 @@ const (
 	never = time.Duration(math.MaxInt64)
 )
 
-// The protocol's times and bounds. They were settled in simulation: the scenarios in sim_test.go are the
+// The protocol's times and bounds. They were settled in simulation: the stories in the tests are the
 // measurements.
 const (
 	broadcastBatch     = 2 * ms

@@ -1,5 +1,6 @@
-// gossip_test.go: conversations with one node, and the loop with its sockets.
-// Whole clusters are in sim_test.go, the failure detector is in detect_test.go.
+// gossip_test.go: conversations with one node, the loop with its sockets, and the
+// stories of whole clusters about joins, names, events and queries. The failure
+// detector is in detect_test.go.
 
 package main
 
@@ -1550,5 +1551,1136 @@ func TestWarningOfWhatGoesOnComesEverMoreRarely(t *testing.T) {
 	want := "0s 10m0s 30m0s 1h10m0s 2h30m0s 5h10m0s 10h30m0s 21h10m0s 42h30m0s 66h30m0s 168h0m0s 168h10m0s"
 	if got := strings.Join(at, " "); !strings.HasPrefix(got, want) {
 		t.Errorf("warned at %s, want %s", got, want)
+	}
+}
+
+// ---- stories: joins, names, events and queries ----
+
+func TestSeedThatIsFarAwayIsJoined(t *testing.T) {
+	for _, roundTrip := range []time.Duration{920 * ms, 1600 * ms, 2 * time.Second} {
+		for _, loss := range []float64{0, .02} {
+			t.Run(fmt.Sprintf("%v,loss=%v%%", roundTrip, loss*100), func(t *testing.T) {
+				for i := range simSeeds(5) {
+					s := newSim(t, seedFor(t.Name())+uint64(i))
+					s.regions, s.loss = 2, loss
+					s.setLine(roundTrip)
+					s.joinOne(2)
+					s.within(time.Minute, "both have joined", s.agree)
+					s.run(time.Minute)
+					s.check()
+				}
+			})
+		}
+	}
+}
+
+func TestJoinOfAHundredConvergesAtOnce(t *testing.T) {
+	t.Parallel()
+	for _, loss := range []float64{0, .05, .2} {
+		t.Run(fmt.Sprintf("loss=%v%%", loss*100), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			s.loss = loss
+			seed := s.start(s.host(), "seed")
+			for i := range 100 {
+				h := s.host()
+				s.after(time.Duration(s.rng.Int64N(int64(time.Second))), func() { s.start(h, fmt.Sprintf("n%05d", i), seed.host) })
+			}
+			s.run(time.Second)
+			limit := 300 * ms
+			if loss > 0 {
+				limit = 5 * time.Second // a lost SYN costs the first a second
+			}
+			s.within(limit, "converged", s.agree)
+			s.run(10 * time.Second)
+			for _, p := range s.procs {
+				if p.fatal != nil || p.n.table.aliveCount() != 101 {
+					t.Errorf("%s: %v, %d members", p.name, p.fatal, p.n.table.aliveCount())
+				}
+			}
+			s.check()
+		})
+	}
+}
+
+// What a joiner misses while rings change all the time, it asks for at once: waiting for a second comparison of tables,
+// one cluster in eight took a second.
+func TestJoinOfAHundredWithinMomentsConvergesAtOnce(t *testing.T) {
+	t.Parallel()
+	base := seedFor(t.Name())
+	for run := range uint64(8) {
+		s := newSim(t, base+run)
+		seed := s.start(s.host(), "seed")
+		for i := range 100 {
+			h := s.host()
+			s.after(time.Duration(s.rng.Int64N(int64(200*ms))), func() { s.start(h, fmt.Sprintf("n%05d", i), seed.host) })
+		}
+		s.run(200 * ms)
+		s.within(300*ms, "converged", s.agree)
+	}
+}
+
+func TestJoinIsTheSameInAnyStartOrder(t *testing.T) {
+	for _, loss := range []float64{0, .2} {
+		t.Run(fmt.Sprintf("loss=%v%%", loss*100), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			s.loss = loss
+			seeds := []*simHost{s.host(), s.host()}
+			for i := range 8 {
+				s.start(s.host(), fmt.Sprint("w", i), seeds...)
+			}
+			s.run(10 * time.Second)
+			s.start(seeds[0], "seed0", seeds...)
+			s.start(seeds[1], "seed1", seeds...)
+			s.within(35*time.Second, "converged", s.agree) // they had backed off
+			s.run(time.Minute)
+			s.check()
+		})
+	}
+}
+
+func TestSeedThatIsLateIsJoinedByAllWithinASecond(t *testing.T) {
+	t.Parallel()
+	for _, late := range []time.Duration{500 * ms, 3 * time.Second, 20 * time.Second, 50 * time.Second} {
+		t.Run(late.String(), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			h := s.host()
+			for i := range 150 {
+				s.start(s.host(), fmt.Sprint("w", i), h)
+			}
+			s.run(late)
+			s.start(h, "seed", h)
+			s.within(1200*ms, "all are in", s.agree)
+			s.check()
+		})
+	}
+}
+
+func TestSeedThatIsMissingForLongIsTriedEach30s(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	p := s.start(s.host(), "w", s.host())
+	tries := func(d time.Duration) int {
+		before := p.n.joining.seeds[0].tries
+		s.run(d)
+		return p.n.joining.seeds[0].tries - before
+	}
+	if got := tries(time.Minute); got < 50 || got > 80 {
+		t.Errorf("%d tries in the first minute", got)
+	}
+	tries(time.Minute)
+	if got := tries(10 * time.Minute); got < 19 || got > 27 {
+		t.Errorf("%d tries in ten minutes", got)
+	}
+}
+
+func TestSeedThatIsLateIsOneLineWhenMissedAndOneWhenItAnswers(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	h := s.host()
+	p := s.start(s.host(), "w", h)
+	s.run(time.Minute)
+	s.start(h, "seed")
+	s.within(35*time.Second, "converged", s.agree)
+	s.run(time.Minute)
+	if len(p.logs) != 2 || !strings.Contains(p.logs[0], "[WARN] no seed answers") || p.logs[1] != "[INFO] joined through seed" {
+		t.Errorf("it logs %q", p.logs)
+	}
+}
+
+func TestSeedThatIsOnlyItselfSaysSoOnce(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	h := s.host()
+	p := s.start(h, "seed0", h)
+	s.run(time.Hour)
+	if len(p.logs) != 1 || !strings.Contains(p.logs[0], "[INFO] no seed answers but this node itself") {
+		t.Errorf("it logs %q", p.logs)
+	}
+}
+
+func TestRetryMaxEndsOnlyANodeThatHasNeverJoined(t *testing.T) {
+	s := newSim(t, seedFor(t.Name()))
+	seed := s.start(s.host(), "seed")
+	nowhere := s.host()
+	lonely := s.start(s.host(), "lonely", nowhere)
+	lonely.n.cfg.retryMax = 5
+	var ps []*proc
+	for i := range 5 {
+		ps = append(ps, s.start(s.host(), fmt.Sprint("m", i), seed.host))
+		ps[i].n.cfg.retryMax = 5
+	}
+	s.run(20 * time.Second)
+	if lonely.fatal == nil || !strings.Contains(lonely.fatal.Error(), nowhere.addr.String()) {
+		t.Errorf("a node that has joined nobody in 5 rounds ends with %v", lonely.fatal)
+	}
+	s.crash(seed)
+	s.run(5 * time.Minute)
+	for _, p := range ps {
+		if p.fatal != nil {
+			t.Errorf("%s ends since its seed has died: %v", p.name, p.fatal)
+		}
+	}
+}
+
+func TestEventsArriveOnceDespiteLoss(t *testing.T) {
+	cases(t, []int{2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		var spread []time.Duration
+		const events = 20
+		for i := range events {
+			from := s.now
+			name := fmt.Sprint("deploy", i)
+			ps[i*7%len(ps)].do(func(n *node) {
+				if err := n.userEvent(name, []byte("payload"), false); err != nil {
+					t.Fatal(err)
+				}
+			})
+			s.after(500*ms, func() {
+				for _, p := range ps {
+					if p.user[name] > 0 {
+						spread = append(spread, p.userAt[name]-from)
+					}
+				}
+			})
+			s.run(time.Second)
+		}
+		s.run(5 * time.Second)
+		for _, p := range ps {
+			for i := range events {
+				if c := p.user[fmt.Sprint("deploy", i)]; c != 1 {
+					t.Errorf("%s has event %d %d times", p.name, i, c)
+				}
+			}
+		}
+		t.Logf("spread p50 %v p99 %v max %v; late %d", percentile(spread, .5), percentile(spread, .99), percentile(spread, 1), events*len(ps)-len(spread))
+		if s.loss == 0 {
+			atMost(t, "the spread", percentile(spread, .99), 20*ms)
+		}
+	})
+}
+
+func TestEventsOfAStormArriveWhole(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{10, 50}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		for i := range 100 {
+			ps[i%len(ps)].do(func(n *node) { n.userEvent(fmt.Sprint("e", i), make([]byte, 900), false) })
+		}
+		s.within(15*time.Second, "all have all", func() bool {
+			for _, p := range ps {
+				if len(p.user) != 100 {
+					return false
+				}
+			}
+			return true
+		})
+		for _, p := range ps {
+			for name, c := range p.user {
+				if c != 1 {
+					t.Errorf("%s has %s %d times", p.name, name, c)
+				}
+			}
+		}
+	})
+}
+
+// burst sends events of size bytes from senders as fast as they are accepted, count in all, and names them SENDER-NUMBER.
+type burst struct {
+	s        *sim
+	senders  []*proc
+	accepted map[*proc]int
+	ended    map[*proc]time.Duration
+}
+
+func (s *sim) burst(count, size int, senders ...*proc) *burst {
+	b := &burst{s: s, senders: senders, accepted: make(map[*proc]int), ended: make(map[*proc]time.Duration)}
+	for _, p := range senders {
+		var next func()
+		next = func() {
+			for p.state == procRunning && b.accepted[p] < count {
+				err := errEventsWait
+				p.do(func(n *node) {
+					err = n.userEvent(fmt.Sprintf("%s-%d", p.name, b.accepted[p]), make([]byte, size), false)
+				})
+				if err != nil {
+					break
+				}
+				b.accepted[p]++
+				b.ended[p] = s.now
+			}
+			if p.state != procDead && b.accepted[p] < count {
+				s.after(2*ms, next) // as the RPC asks again
+			}
+		}
+		next()
+	}
+	return b
+}
+
+// arrived reports whether p has all that was accepted of each sender, from the event first on.
+func (b *burst) arrived(p *proc, first int) bool {
+	for _, o := range b.senders {
+		if got := p.from[o.name]; len(got) < b.accepted[o]-first {
+			return false
+		}
+	}
+	return true
+}
+
+// check fails the test where p has not heard all accepted events from first on, once and in order.
+func (b *burst) check(t *testing.T, p *proc, first int) {
+	t.Helper()
+	for _, o := range b.senders {
+		got, want := p.from[o.name], make([]string, 0)
+		for i := first; i < b.accepted[o]; i++ {
+			want = append(want, fmt.Sprintf("%s-%d", o.name, i))
+		}
+		if !slices.Equal(got, want) {
+			at := 0
+			for at < min(len(got), len(want)) && got[at] == want[at] {
+				at++
+			}
+			t.Errorf("%s has %d of %d events of %s; from %d on: %q", p.name, len(got), len(want), o.name, at, got[at:min(len(got), at+5)])
+		}
+	}
+}
+
+// allArrive waits until count events of each sender are accepted and all of ps have them, and checks that.
+func (b *burst) allArrive(t *testing.T, count int, ps ...*proc) {
+	t.Helper()
+	b.s.within(time.Minute, "all have all", func() bool {
+		return !slices.ContainsFunc(b.senders, func(p *proc) bool { return b.accepted[p] < count }) &&
+			!slices.ContainsFunc(ps, func(p *proc) bool { return !b.arrived(p, 0) })
+	})
+	b.s.run(5 * time.Second) // would anything come twice?
+	for _, p := range ps {
+		b.check(t, p, 0)
+	}
+}
+
+func TestEventsOfABurstArriveOnceAndInOrder(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{2, 3, 10, 50}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		count := 1000
+		if len(ps) > 10 {
+			count = 300
+		}
+		p, from := ps[len(ps)/2], s.now
+		b := s.burst(count, 900, p)
+		b.allArrive(t, count, ps...)
+		t.Logf("accepted %.0f events a second", float64(count)/(b.ended[p]-from).Seconds())
+	})
+}
+
+func TestEventsOfManySendersArriveOnceAndInOrder(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{5, 20}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		s.burst(50, 100, ps...).allArrive(t, 50, ps...)
+	})
+}
+
+// A newcomer in the middle hears all that is sent from some moment on, and the others miss nothing for it.
+func TestEventsOfABurstArriveWhileMembersJoin(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{3, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		b := s.burst(600, 900, ps[1])
+		var late []*proc
+		for i := range 3 {
+			s.run(100 * ms)
+			late = append(late, s.start(s.host(), fmt.Sprint("late", i), ps[0].host))
+		}
+		b.allArrive(t, 600, ps...)
+		for _, p := range late {
+			if p.n.joining.joinedAt > b.ended[ps[1]] {
+				continue // all was before its time
+			}
+			s.within(20*time.Second, "the late one has the last", func() bool { return slices.Contains(p.from[ps[1].name], ps[1].name+"-599") })
+			first := 600 - len(p.from[ps[1].name])
+			if first == 0 {
+				t.Errorf("%s has heard what was before its time", p.name)
+			}
+			b.check(t, p, first)
+		}
+	})
+}
+
+// One that is stopped holds up the others for a moment at most, and catches up.
+func TestEventsOfABurstPassAMemberThatIsStopped(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[2]
+		v.stop()
+		from := s.now
+		b := s.burst(1000, 900, ps[1])
+		s.within(8*time.Second, "the others have all", func() bool {
+			return b.accepted[ps[1]] == 1000 && !slices.ContainsFunc(others(ps, v), func(p *proc) bool { return !b.arrived(p, 0) })
+		})
+		s.run(8*time.Second - (s.now - from))
+		v.cont()
+		b.allArrive(t, 1000, ps...)
+	})
+}
+
+func TestEventsOfASplitArriveOnBothSidesWhenItHeals(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{4, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = apart
+		half := len(ps) / 2
+		b := s.burst(300, 100, ps[0], ps[half])
+		s.run(20 * ms)
+		s.split(ps[:half], ps[half:])
+		s.run(40 * time.Second)
+		s.heal()
+		s.within(time.Minute, "one cluster", s.agree)
+		b.allArrive(t, 300, ps...)
+	})
+}
+
+// A receiver that restarts hears what is sent from then on; a sender that is killed leaves nobody with more than others.
+func TestEventsOfABurstSurviveRestarts(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{4, 10}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		x, v := ps[1], ps[2]
+		b := s.burst(600, 900, x)
+		s.run(150 * ms)
+		s.crash(v)
+		s.run(20 * ms)
+		w := s.start(v.host, v.name, ps[0].host)
+		b.allArrive(t, 600, others(ps, v)...)
+		s.within(20*time.Second, "the restarted one has the last", func() bool { return slices.Contains(w.from[x.name], x.name+"-599") })
+		b.check(t, w, 600-len(w.from[x.name]))
+
+		c := s.burst(600, 900, x)
+		s.run(150 * ms)
+		s.crash(x)
+		y := s.start(x.host, x.name, ps[0].host)
+		s.within(20*time.Second, "it is back", s.agree)
+		s.run(10 * time.Second)
+		for _, p := range others(ps, v, x) {
+			first := ps[0].from[x.name][600:]
+			if got := p.from[x.name][600:]; !slices.Equal(got, first) || len(got) > c.accepted[x] {
+				t.Errorf("%s has %d events of the killed one, another has %d of %d", p.name, len(got), len(first), c.accepted[x])
+			}
+		}
+		for _, p := range others(ps, v, x) {
+			p.from[x.name] = nil
+		}
+		s.burst(100, 900, y).allArrive(t, 100, others(append(ps, y), x, v)...)
+	})
+}
+
+func TestLeaveIsNoFailure(t *testing.T) {
+	cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		v := ps[len(ps)-1]
+		from := s.now
+		v.do(func(n *node) { n.identity.startLeave(n) })
+		s.within(1200*ms, "the leaver is done", func() bool { return v.left })
+		s.within(5*time.Second, "all show it as left", func() bool { return all(ps, v.name, statusLeft) })
+		s.run(20 * time.Second)
+		if failed := s.times(eventFailed, v.name, from); len(failed) > 0 {
+			t.Errorf("%d member-failed", len(failed))
+		}
+		if left := s.times(eventLeave, v.name, from); len(left) != len(ps)-1 {
+			t.Errorf("%d member-leave", len(left))
+		}
+		w := s.start(v.host, v.name, ps[0].host)
+		s.within(5*time.Second, "back again", s.agree)
+		_ = w
+	})
+}
+
+func TestNameMovesToANewAddressWhenTheOldHostIsGone(t *testing.T) {
+	for _, gap := range []time.Duration{0, time.Second, 10 * time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				from := s.now
+				s.loseHost(v)
+				s.run(gap)
+				w := s.start(s.host(), v.name, ps[0].host)
+				limit := 3 * time.Second
+				if s.loss > 0 {
+					limit = 12 * time.Second
+				}
+				s.within(limit, "all show the new one", s.agree)
+				s.run(20 * time.Second)
+				s.story(others(ps, v), v.name, from, eventFailed, eventJoin)
+				if w.fatal != nil {
+					t.Error(w.fatal)
+				}
+				// the old host comes back to life: its instance is gone, nothing flips
+			})
+		})
+	}
+}
+
+func TestNameThatIsTakenMakesANewcomerGiveUp(t *testing.T) {
+	cases(t, []int{1, 2, 3, 10, 100}, []float64{0, .05, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		holder := ps[len(ps)/2]
+		for _, seed := range []*proc{ps[0], holder} {
+			from := s.now
+			w := s.start(s.host(), holder.name, seed.host)
+			s.within(6*time.Second, "the newcomer gives up", func() bool { return w.fatal != nil })
+			if w.fatal != nil && !strings.Contains(w.fatal.Error(), holder.host.addr.String()) {
+				t.Errorf("the error does not name the holder: %v", w.fatal)
+			}
+			s.run(10 * time.Second)
+			s.story(ps, holder.name, from)
+			if !s.agree() {
+				t.Error("the holder was disturbed")
+			}
+		}
+	})
+}
+
+func TestNameOfTwoStartedInOneMillisecondIsOnes(t *testing.T) {
+	cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.excuse = func(o, q *proc) bool { return q.name == "twin" }
+		a := s.start(s.host(), "twin", ps[0].host)
+		b := s.start(s.host(), "twin", ps[len(ps)-1].host)
+		s.within(4*time.Second, "one gives up", func() bool { return (a.fatal == nil) != (b.fatal == nil) })
+		s.run(20 * time.Second)
+		if a.fatal != nil && b.fatal != nil || !all(ps, "twin", statusAlive) {
+			t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
+		}
+	})
+}
+
+func TestNameOfAMemberIsKeptWhenOthersJoinANamesake(t *testing.T) {
+	for _, how := range []string{"through another", "itself", "failed", "left"} {
+		t.Run(how, func(t *testing.T) {
+			cases(t, []int{2, 3, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				holder := ps[1]
+				s.excuse = func(o, q *proc) bool {
+					return o.name == holder.name || q.name == holder.name && !slices.Contains(ps, o)
+				}
+				young := s.start(s.host(), holder.name)
+				other := s.start(s.host(), "other", young.host)
+				s.run(5 * time.Second)
+				to := other
+				switch how {
+				case "itself":
+					to = young
+				case "failed":
+					s.crash(young)
+				case "left":
+					young.do(func(n *node) { n.identity.startLeave(n) })
+				}
+				s.run(5 * time.Second)
+				from := s.now
+				ps[0].join(to.host.addr)
+				switch how {
+				case "through another":
+					s.within(8*time.Second, "the younger gives up", func() bool { return young.fatal != nil })
+					fallthrough
+				case "failed", "left":
+					s.within(10*time.Second, "one cluster", s.agree)
+				case "itself":
+					s.within(5*time.Second, "the join ends", func() bool { return len(ps[0].joins) > 0 })
+					if err := ps[0].joins[0]; err == nil || !strings.Contains(err.Error(), "is taken: the member at "+holder.host.addr.String()) {
+						t.Errorf("the join ended with %v", err)
+					}
+				}
+				s.run(20 * time.Second)
+				s.story(ps, holder.name, from)
+				if holder.fatal != nil {
+					t.Error(holder.fatal)
+				}
+			})
+		})
+	}
+}
+
+func TestNameOnBothSidesOfASplitMakesTheYoungerGiveWay(t *testing.T) {
+	cases(t, []int{4, 10, 40}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		older := ps[0]
+		s.excuse = func(o, q *proc) bool { return apart(o, q) || q.name == older.name }
+		a, b := ps[:len(ps)/2], ps[len(ps)/2:]
+		s.split(a, b)
+		s.run(10 * time.Second)
+		h := s.host()
+		h.group = 2
+		younger := s.start(h, older.name, b[0].host)
+		s.run(10 * time.Second)
+		if younger.fatal != nil {
+			t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
+		}
+		if !all(b, older.name, statusAlive) {
+			t.Fatal("the younger has not joined its side")
+		}
+		s.heal()
+		s.within(4*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
+		if younger.fatal != nil && !strings.Contains(younger.fatal.Error(), older.host.addr.String()) {
+			t.Errorf("the error does not name the holder: %v", younger.fatal)
+		}
+		s.within(4*time.Second, "all alive again", s.agree)
+		s.run(20 * time.Second)
+		if older.fatal != nil || !s.agree() {
+			t.Errorf("the older was disturbed: %v", older.fatal)
+		}
+	})
+}
+
+func TestAddressOfADeadMemberGoesToANewName(t *testing.T) {
+	for _, gap := range []time.Duration{ms, 50 * ms, 5 * time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 5, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				from := s.now
+				s.crash(v)
+				s.run(gap)
+				s.start(v.host, "newname", ps[0].host)
+				s.within(5*time.Second, "the old one failed", s.allFailed([]*proc{v}))
+				s.run(30 * time.Second)
+				s.story(others(ps, v), v.name, from, eventFailed)
+				s.story(others(ps, v), "newname", from, eventJoin)
+			})
+		})
+	}
+}
+
+func TestJoinWithAClockSetBackIsTaken(t *testing.T) {
+	for _, gap := range []time.Duration{ms, 5 * time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			cases(t, []int{2, 3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				from := s.now
+				s.crash(v)
+				s.run(gap)
+				s.wallShift = -24 * time.Hour
+				s.start(v.host, v.name, ps[0].host)
+				s.within(5*time.Second, "all alive", s.agree)
+				s.run(20 * time.Second)
+				s.story(others(ps, v), v.name, from, eventFailed, eventJoin)
+			})
+		})
+	}
+}
+
+func TestForceLeaveReachesEverybodyAndStays(t *testing.T) {
+	t.Parallel()
+	for _, prune := range []bool{false, true} {
+		t.Run(fmt.Sprint("prune=", prune), func(t *testing.T) {
+			cases(t, []int{3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+				v := ps[len(ps)/2]
+				s.loseHost(v)
+				s.within(10*time.Second, "failed", s.allFailed([]*proc{v}))
+				s.run(time.Second)
+				from := s.now
+				ps[0].do(func(n *node) {
+					if err := n.forceLeave(ps[len(ps)-1].name, prune); err == nil {
+						t.Error("a member that is alive was made to leave")
+					}
+					if err := n.forceLeave(v.name, prune); err != nil {
+						t.Error(err)
+					}
+				})
+				want := statusLeft
+				if prune {
+					want = 0
+				}
+				s.within(5*time.Second, "everywhere", func() bool { return all(ps, v.name, want) })
+				s.run(time.Minute)
+				if !all(ps, v.name, want) {
+					t.Error("it came back")
+				}
+				if prune {
+					s.story(others(ps, v), v.name, from, eventLeave, eventReap)
+				} else {
+					s.story(others(ps, v), v.name, from, eventLeave)
+				}
+			})
+		})
+	}
+}
+
+// Until all have forgotten a member their digests differ, and every heartbeat
+// would ask for an exchange of tables that can change nothing.
+func TestReapOfAMemberCostsNoTraffic(t *testing.T) {
+	cases(t, []int{3, 30, 100}, []float64{0}, func(t *testing.T, s *sim, ps []*proc) {
+		for _, p := range ps {
+			p.n.cfg.reapAfter = 10 * time.Minute
+			p.n.antiEntropy.reapAt = p.n.now + time.Duration(s.rng.Int64N(int64(time.Second)))
+		}
+		s.crash(ps[len(ps)/2])
+		s.run(9 * time.Minute)
+		s.frames = 0
+		s.run(2 * time.Minute)
+		t.Logf("%d frames", s.frames)
+		if s.frames > len(ps) {
+			t.Errorf("%d frames", s.frames)
+		}
+		for _, p := range s.running() {
+			if len(p.n.members("", maxMembers)) != len(ps)-1 {
+				t.Errorf("%s shows %d members", p.name, len(p.n.members("", maxMembers)))
+			}
+		}
+	})
+}
+
+func TestReapOfAFailedMemberHappensOnce(t *testing.T) {
+	for _, loss := range []float64{0, .2} {
+		for _, n := range []int{3, 10, 50} {
+			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				s.loss, s.reapAfter = loss, 20*time.Second
+				ps := s.cluster(n)
+				v := ps[n/2]
+				from := s.now
+				s.loseHost(v)
+				s.run(15 * time.Second)
+				late := s.start(s.host(), "late", ps[0].host)
+				s.run(15 * time.Second)
+				if !all(s.procs, v.name, 0) {
+					t.Error("after 30 s not forgotten")
+				}
+				s.run(2 * time.Minute)
+				s.story(others(ps, v), v.name, from, eventFailed, eventReap)
+				s.story([]*proc{late}, v.name, from, eventReap)
+				if late.shows(v.name) != 0 || late.n.table.get(v.name) != nil {
+					t.Error("the late one still has it")
+				}
+				s.check()
+			})
+		}
+	}
+}
+
+// A newcomer is greeted by all its new watchers at once; were it to promise a whole
+// cycle to all of them, its death would go unnoticed for as long.
+func TestJoinOfAHostThatVanishesAtOnceIsNoticedInTime(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{2, 3, 5, 8, 30, 100} {
+		for _, loss := range []float64{0, .05} {
+			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
+				lose := func(s *sim, dead []*proc) time.Duration {
+					from := s.now
+					s.loseHost(dead...)
+					s.until(20*time.Second, 10*ms, s.allFailed(dead))
+					return s.now - from
+				}
+				var one, tenth []time.Duration
+				for i := range min(20, max(3, 100/n)) {
+					s := newSim(t, seedFor(fmt.Sprint(t.Name(), i)))
+					s.loss = loss
+					ps := s.joined(n)
+					one = append(one, lose(s, ps[n-1:]))
+					if n >= 10 {
+						tenth = append(tenth, lose(s, s.joined(n/10)))
+					}
+					s.check()
+				}
+				t.Logf("one: p50 %v max %v; a tenth at once: p50 %v max %v", percentile(one, .5), percentile(one, 1), percentile(tenth, .5), percentile(tenth, 1))
+				slack := time.Duration(loss * float64(50*time.Second)) // a lost vote costs a round
+				atMost(t, "noticing one", percentile(one, 1), 2800*ms+slack)
+				if n >= 10 {
+					atMost(t, "noticing a tenth", percentile(tenth, 1), 2900*ms+slack)
+				}
+			})
+		}
+	}
+}
+
+// Those that are promised the next heartbeat may be among those that vanish.
+func TestJoinOfHostsThatVanishAtOnceIsNoticedWithAnySeed(t *testing.T) {
+	anySeed(t, func(t *testing.T, s *sim) {
+		for _, dead := range []func() []*proc{
+			func() []*proc { return s.joined(30)[29:] },
+			func() []*proc { return s.joined(3) },
+		} {
+			vanish := dead()
+			from := s.now
+			s.loseHost(vanish...)
+			s.until(20*time.Second, 10*ms, s.allFailed(vanish))
+			atMost(t, fmt.Sprint("noticing ", len(vanish)), s.now-from, 2900*ms)
+		}
+	})
+}
+
+// answering has every agent answer queries with its name.
+func (s *sim) answering() {
+	s.reply = func(p *proc, ev Event) {
+		p.tell(func(n *node) { n.queries.sendReply(n, ev, replyDone, []byte(p.name)) })
+	}
+}
+
+func TestQueryEndsWhenAllHaveAnsweredDespiteLoss(t *testing.T) {
+	t.Parallel()
+	play := func(name string, want reply) func(t *testing.T, s *sim, ps []*proc) {
+		return func(t *testing.T, s *sim, ps []*proc) {
+			if want == replyDone {
+				s.answering()
+			}
+			q := ps[0].ask(name, 15*time.Second)
+			limit := 150 * ms
+			if s.loss > 0 {
+				limit = 8 * time.Second
+			}
+			s.within(limit, "over", q.over)
+			heard, replies := q.came()
+			if heard != len(ps) || len(replies) != len(ps) {
+				t.Errorf("%d have it, %d answered", heard, len(replies))
+			}
+			for who, rs := range replies {
+				if len(rs) != 1 || rs[0] != want {
+					t.Errorf("%s: %v", who, rs)
+				}
+			}
+			s.run(8 * time.Second)
+			for _, p := range ps {
+				if p.asked != 1 {
+					t.Errorf("%s was asked %d times", p.name, p.asked)
+				}
+				letter := func(q *request) bool { return q.at < never && q.h.Kind != msgHeartbeat }
+				if slices.ContainsFunc(p.n.requests.open, letter) || len(p.n.queries.open) > 0 {
+					t.Errorf("%s still has letters", p.name)
+				}
+			}
+		}
+	}
+	t.Run("load", func(t *testing.T) { cases(t, []int{1, 2, 10, 100}, []float64{0, .2}, play("load", replyDone)) })
+	t.Run("unknown", func(t *testing.T) { cases(t, []int{1, 2, 10, 100}, []float64{0, .2}, play("unknown", replyNothing)) })
+	t.Run("load", func(t *testing.T) { cases(t, []int{1000}, []float64{.05}, play("load", replyDone)) })
+}
+
+// A dead member is not waited for once that is known; a restarted one has not been
+// asked; a stalled one answers late.
+func TestQueryOutlivesStallsDeathsAndRestarts(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		killed, lost, stalled, restarted := ps[1], ps[2], ps[3], ps[4]
+		s.excuse = func(o, q *proc) bool { return q.name == restarted.name }
+		s.answering()
+		stalled.stop()
+		s.crash(killed, restarted)
+		s.loseHost(lost)
+		q := ps[0].ask("load", 15*time.Second)
+		again := s.start(restarted.host, restarted.name, ps[0].host)
+		s.after(3*time.Second, stalled.cont)
+		d := s.within(12*time.Second, "over", q.over)
+		if d < 3*time.Second {
+			t.Errorf("over after %v, while a member stalls that will answer", d)
+		}
+		heard, replies := q.came()
+		if want := len(ps) - 3; heard != want || len(replies) != want || len(replies[stalled.name]) != 1 {
+			t.Errorf("%d have it, %d answered, %d of those asked live; the stalled one: %v", heard, len(replies), want, replies[stalled.name])
+		}
+		s.run(20 * time.Second)
+		if again.asked != 0 {
+			t.Error("a query was heard by a run that was not asked")
+		}
+	})
+}
+
+// A member out of reach does not keep a query open for longer than its time, and
+// hears nothing of it later.
+func TestQueryIsNeverHeardLate(t *testing.T) {
+	cases(t, []int{2, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.answering()
+		s.excuse = apart
+		s.split(ps[:1], ps[1:])
+		q := ps[0].ask("load", time.Second)
+		s.within(1100*ms, "over", q.over)
+		s.heal()
+		s.run(20 * time.Second)
+		if _, replies := q.came(); len(replies) != 1 {
+			t.Errorf("%v answered", replies)
+		}
+		for _, p := range ps[1:] {
+			if p.asked != 0 {
+				t.Errorf("%s heard it", p.name)
+			}
+		}
+	})
+}
+
+func TestQueriesInAFloodStarveNoHeartbeat(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{10, 50}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+		s.answering()
+		var open []simQuery
+		for range 40 {
+			for range min(20, maxQueries-len(ps[0].n.queries.open)) {
+				open = append(open, ps[0].ask("load", 15*time.Second))
+			}
+			s.run(50 * ms)
+		}
+		v := ps[len(ps)/2]
+		s.crash(v)
+		s.within(3*time.Second, "a kill is noticed", s.allFailed([]*proc{v}))
+		s.run(5 * time.Second)
+		t.Logf("%d queries", len(open))
+		for i, q := range open {
+			if _, replies := q.came(); !q.over() || len(replies) < len(ps)-1 {
+				t.Fatalf("query %d: over %v, %d answers", i, q.over(), len(replies))
+			}
+		}
+	})
+}
+
+func TestTagsReachEverybodyAsOneUpdate(t *testing.T) {
+	t.Parallel()
+	cases(t, []int{2, 3, 10, 100}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		var took []time.Duration
+		for i := range 5 {
+			v, from := ps[(i*41)%len(ps)], s.now
+			v.do(func(n *node) {
+				if err := n.identity.setTags(n, map[string]string{"state": fmt.Sprint("drain", i)}, nil); err != nil {
+					t.Error(err)
+				}
+			})
+			s.run(5 * time.Second)
+			for _, p := range ps {
+				if got := p.n.table.get(v.name).Tags; got != Tags(fmt.Sprint("state=drain", i)) {
+					t.Errorf("%s has %q of %s", p.name, got, v.name)
+				}
+			}
+			s.story(ps, v.name, from, eventUpdate)
+			took = append(took, s.times(eventUpdate, v.name, from)...)
+			if len(ps) <= 5 {
+				break
+			}
+		}
+		t.Logf("everybody knows: p50 %v p99 %v", percentile(took, .5), percentile(took, .99))
+		if s.loss == 0 {
+			atMost(t, "knowing", percentile(took, .99), 20*ms)
+		}
+	})
+}
+
+// A member that forgets the dead sooner than the others is not told of them again
+// and again.
+func TestReapAtDifferentTimesHappensOnce(t *testing.T) {
+	for _, loss := range []float64{0, .2} {
+		for _, n := range []int{3, 10, 50} {
+			t.Run(fmt.Sprintf("N=%d,loss=%v%%", n, loss*100), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				s.loss = loss
+				ps := s.cluster(n)
+				v := ps[n/2]
+				s.loseHost(v)
+				s.run(time.Minute)
+				s.reapAfter = 2 * time.Second
+				soon := s.start(s.host(), "soon", ps[0].host)
+				s.within(8*time.Second, "it has joined", s.agree)
+				s.run(10 * time.Second)
+				w := others(ps, v, ps[0])[0]
+				from := s.now
+				s.crash(w)
+				s.run(10 * time.Second)
+				s.frames = 0
+				s.run(2 * time.Minute)
+				s.story([]*proc{soon}, v.name, 0)
+				s.story([]*proc{soon}, w.name, from, eventFailed, eventReap)
+				s.story(others(ps, v, w), w.name, from, eventFailed)
+				if per := float64(s.frames) / float64(len(ps)) / 120; loss == 0 && per > .1 {
+					t.Errorf("%.2f frames a member and second", per)
+				}
+				s.check()
+			})
+		}
+	}
+}
+
+// "reboot" must not run again where it has just rebooted a machine, whichever way
+// its agent comes back.
+func TestEventFromThePastIsNotHeardAgainAfterARestart(t *testing.T) {
+	t.Parallel()
+	ways := map[string]func(s *sim, v *proc, ps []*proc) *proc{
+		"without seeds":    func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, v.name) },
+		"through a seed":   func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, v.name, ps[0].host) },
+		"its seed is down": func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, v.name, s.host()) },
+		"by a command": func(s *sim, v *proc, ps []*proc) *proc {
+			w := s.start(v.host, v.name)
+			s.run(ms)
+			w.join(ps[0].host.addr)
+			return w
+		},
+		"joined by another": func(s *sim, v *proc, ps []*proc) *proc {
+			w := s.start(v.host, v.name)
+			s.run(ms)
+			ps[0].join(w.host.addr)
+			return w
+		},
+		"under another name": func(s *sim, v *proc, ps []*proc) *proc { return s.start(v.host, "renamed", ps[0].host) },
+	}
+	for how, back := range ways {
+		for _, down := range []time.Duration{ms, time.Second, time.Minute} {
+			t.Run(fmt.Sprint(how, " ", down), func(t *testing.T) {
+				cases(t, []int{2, 3, 10, 40}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+					v := ps[len(ps)-1]
+					ps[len(ps)/2].do(func(n *node) { n.userEvent("reboot", nil, false) })
+					s.run(5 * time.Second)
+					s.crash(v)
+					s.run(down)
+					w := back(s, v, ps)
+					s.within(time.Minute, "it is back", s.agree)
+					ps[0].do(func(n *node) { n.userEvent("after", nil, false) })
+					s.run(10 * time.Second)
+					if w.user["reboot"] != 0 || w.user["after"] != 1 {
+						t.Errorf("the event of before is heard %d times, the later one %d", w.user["reboot"], w.user["after"])
+					}
+				})
+			})
+		}
+	}
+}
+
+// Two clusters that had nothing to do with each other become one: what was sent in
+// one of them is not the other's.
+func TestEventsOfAClusterBeforeItMetAnotherAreNotHeardThere(t *testing.T) {
+	cases(t, []int{2, 6, 20}, []float64{0, .2}, func(t *testing.T, s *sim, ps []*proc) {
+		var qs []*proc
+		for i := range len(ps) {
+			var seeds []*simHost
+			if i > 0 {
+				seeds = []*simHost{qs[0].host}
+			}
+			qs = append(qs, s.start(s.host(), fmt.Sprint("q", i), seeds...))
+			s.run(10 * ms)
+		}
+		s.run(10 * time.Second)
+		ps[1].do(func(n *node) { n.userEvent("of p", nil, false) })
+		qs[1].do(func(n *node) { n.userEvent("of q", nil, false) })
+		s.run(5 * time.Second)
+		ps[0].join(qs[0].host.addr, qs[1].host.addr) // of five dials one fails at 20 % loss
+		s.within(10*time.Second, "one cluster", s.agree)
+		ps[1].do(func(n *node) { n.userEvent("of both", nil, false) })
+		s.run(20 * time.Second)
+		for _, p := range s.procs {
+			mine, other := "of p", "of q"
+			if slices.Contains(qs, p) {
+				mine, other = other, mine
+			}
+			if p.user[mine] != 1 || p.user[other] != 0 || p.user["of both"] != 1 {
+				t.Errorf("%s has heard %v", p.name, p.user)
+			}
+		}
+	})
+}
+
+// Case by case: what happens to the holder while a newcomer asks for its name.
+func TestNameOfAStalledHolderIsKept(t *testing.T) {
+	for _, stall := range []time.Duration{time.Second, 3 * time.Second, 8 * time.Second} {
+		for _, clock := range clocks {
+			t.Run(fmt.Sprint(stall, " ", clock), func(t *testing.T) {
+				cases(t, []int{2, 3, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+					holder := ps[1]
+					from := s.now
+					holder.stop()
+					s.after(stall, holder.cont)
+					s.wallShift = clock
+					w := s.start(s.host(), holder.name, ps[0].host)
+					s.within(stall+s.patience(), "the newcomer gives up", func() bool { return w.fatal != nil })
+					s.run(10 * time.Second)
+					s.story(ps, holder.name, from)
+					if holder.fatal != nil || !s.agree() {
+						t.Errorf("the holder was disturbed: %v", holder.fatal)
+					}
+				})
+			})
+		}
+	}
+}
+
+// The cluster reaches the holder, and the newcomer does not.
+func TestNameOfAHolderThatOnlyTheNewcomerCannotReachIsKept(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			cases(t, []int{2, 6, 20}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				holder, h := ps[1], s.host()
+				s.oneWay[[2]int{h.i, holder.host.i}] = true
+				s.oneWay[[2]int{holder.host.i, h.i}] = true
+				s.wallShift = clock
+				from := s.now
+				w := s.start(h, holder.name, ps[0].host)
+				s.within(nameHeldTimeout+s.patience(), "the newcomer gives up", func() bool { return w.fatal != nil })
+				clear(s.oneWay)
+				s.run(15 * time.Second)
+				s.story(ps, holder.name, from)
+				if holder.fatal != nil || !s.agree() {
+					t.Errorf("the holder was disturbed: %v", holder.fatal)
+				}
+			})
+		})
+	}
+}
+
+// Whatever the clocks say, the one that came in later gives way when a split heals.
+func TestNameOnBothSidesOfASplitIsTheOlders(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			cases(t, []int{2, 4, 10}, []float64{0, .05}, func(t *testing.T, s *sim, ps []*proc) {
+				older := ps[0]
+				s.excuse = func(o, q *proc) bool { return apart(o, q) || q.name == older.name || o.name == older.name }
+				a, b := ps[:len(ps)/2], ps[len(ps)/2:]
+				s.split(a, b)
+				s.run(10 * time.Second)
+				h := s.host()
+				h.group = 2
+				s.wallShift = clock
+				younger := s.start(h, older.name, b[0].host)
+				s.run(10 * time.Second)
+				if younger.fatal != nil {
+					t.Fatalf("gave up while the older was out of reach: %v", younger.fatal)
+				}
+				s.heal()
+				s.within(8*time.Second, "the younger gives up", func() bool { return younger.fatal != nil })
+				s.within(5*time.Second, "all alive again", s.agree)
+				s.run(20 * time.Second)
+				if older.fatal != nil || !s.agree() {
+					t.Errorf("the older was disturbed: %v", older.fatal)
+				}
+			})
+		})
+	}
+}
+
+// It is older as a process, and in no cluster.
+func TestNameOfALoneAgentThatIsToldToBeJoinedEndsNobody(t *testing.T) {
+	for _, clock := range clocks {
+		t.Run(clock.String(), func(t *testing.T) {
+			s := newSim(t, seedFor(t.Name()))
+			lone := s.start(s.host(), "web")
+			s.run(time.Minute)
+			red := s.start(s.host(), "red")
+			s.wallShift = clock
+			web := s.start(s.host(), "web", red.host)
+			s.run(5 * time.Second)
+			for _, p := range []*proc{red, web} {
+				p.join(lone.host.addr)
+				s.run(10 * time.Second)
+				if len(p.joins) != 1 || !errors.Is(p.joins[0], errNameTaken) && !strings.Contains(fmt.Sprint(p.joins[0]), errNameTaken.Error()) {
+					t.Errorf("the join of %s ends with %v", p.name, p.joins)
+				}
+			}
+			for _, p := range s.procs {
+				if p.fatal != nil {
+					t.Errorf("%s ends: %v", p.name, p.fatal)
+				}
+			}
+			if red.shows("web") != statusAlive || len(red.n.members("", maxMembers)) != 2 {
+				t.Errorf("red shows %v", red.n.members("", maxMembers))
+			}
+		})
+	}
+}
+
+// Images of one machine, with one name and one list of seeds.
+func TestNameOfTwoNewcomersThatJoinEachOtherIsOnes(t *testing.T) {
+	for _, clock := range clocks {
+		for _, later := range []time.Duration{0, ms, 500 * ms, 3 * time.Second} {
+			t.Run(fmt.Sprint(clock, " ", later), func(t *testing.T) {
+				s := newSim(t, seedFor(t.Name()))
+				h, g := s.host(), s.host()
+				a := s.start(h, "localhost", h, g)
+				s.run(later)
+				s.wallShift = clock
+				b := s.start(g, "localhost", h, g)
+				s.within(5*time.Second, "one gives up", func() bool { return (a.fatal == nil) != (b.fatal == nil) })
+				s.run(time.Minute)
+				if a.fatal != nil && b.fatal != nil {
+					t.Errorf("none is left: %v; %v", a.fatal, b.fatal)
+				}
+				if later > ms && a.fatal != nil {
+					t.Errorf("the older one ends: %v", a.fatal)
+				}
+			})
+		}
 	}
 }

@@ -1303,7 +1303,7 @@ func marshal(v any, indent string) string {
 	return safe.String()
 }
 
-// ---- how events are shown ----
+// ---- how events and answers are shown ----
 
 // watchLine shows an event as a line of 'watch'.
 func watchLine(at time.Time, ev Event, asJSON bool) string {
@@ -1357,4 +1357,61 @@ func droppedLine(dropped int, asJSON bool) string {
 		}{dropped})
 	}
 	return fmt.Sprintf("(%d lines are missing here: this reader was too slow)\n", dropped)
+}
+
+// queryResult is what has come of a query; as JSON it has the two keys of Serf's.
+type queryResult struct {
+	Acks      []string
+	Responses map[string]string // the output of handlers that did well
+	Failures  map[string]string `json:",omitempty"` // and of those that failed
+	waiting   map[string]bool   // asked, and no answer yet; true: those in Acks
+	noAck     bool
+}
+
+func newQueryResult(noAck bool) *queryResult {
+	return &queryResult{
+		Responses: make(map[string]string),
+		Failures:  make(map[string]string),
+		waiting:   make(map[string]bool),
+		noAck:     noAck,
+	}
+}
+
+func (r *queryResult) ask(names []string) {
+	for _, name := range names {
+		r.waiting[name] = false
+	}
+}
+
+// add adds what from says, and returns the lines to show for it.
+func (r *queryResult) add(from string, reply reply, said string) string {
+	text := ""
+	if !r.noAck && !r.waiting[from] { // a reply may overtake the acknowledgement
+		r.waiting[from] = true
+		r.Acks = append(r.Acks, from)
+		text = fmt.Sprintf("Ack from '%s'\n", from)
+	}
+	if reply == replyAck {
+		return text
+	}
+
+	delete(r.waiting, from)
+	line := fmt.Sprintf(" '%s': %s\n", from, strings.TrimSuffix(said, "\n"))
+	switch reply {
+	case replyDone:
+		r.Responses[from] = said
+		text += "Response from" + line
+	case replyFailed:
+		r.Failures[from] = said
+		text += "Failed on" + line
+	}
+	return text
+}
+
+func (r *queryResult) totals() string {
+	text := ""
+	if !r.noAck {
+		text = fmt.Sprintf("Total Acks: %d\n", len(r.Acks))
+	}
+	return text + fmt.Sprintf("Total Responses: %d\n", len(r.Responses))
 }
