@@ -679,6 +679,9 @@ func TestLineThatIsLongCostsAMemberLittleAndFailsNobody(t *testing.T) {
 				t.Logf("joined %s", quantiles(f.joined))
 				t.Logf("killed %s", quantiles(f.killed))
 				t.Logf("lost   %s", quantiles(f.lost))
+				if seeds < 9 {
+					return // so few have no median that holds
+				}
 				atMost(t, "to join", percentile(f.joined, .5), c.joined)
 				atMost(t, "to notice a kill", percentile(f.killed, .5), c.killed)
 				atMost(t, "to notice a lost host", percentile(f.lost, .5), c.lost)

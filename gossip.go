@@ -1098,7 +1098,8 @@ func (l *line) note(now, took, holds time.Duration) {
 // of them again.
 func (n *node) noteSessionRoundTrip(name string, instance uint64, took time.Duration) {
 	e := n.table.get(name)
-	if e != nil && e != n.self && e.Instance == instance && e.roundTrip() == 0 {
+	isPeer := e != nil && e != n.self && e.Instance == instance
+	if isPeer && e.roundTrip() == 0 {
 		n.noteRoundTrip(e, took)
 	}
 }
@@ -1734,45 +1735,35 @@ func isValidEvent(u *update) bool {
 	return validatePayload("", u.Name, u.Payload) == nil && u.LTime > 0 && u.LTime <= maxCount
 }
 
+// isValidNumber reports whether a user event can have that number, or a member so many of them.
+func isValidNumber(number uint64) bool { return number > 0 && number <= 2*maxCount }
+
 // handleUserEvent takes a user event that via has told; replay: also one from before this agent's time.
 func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 	name := u.Member.Name
-	if validName(name) != nil || !isValidEvent(u) || u.Number == 0 || u.Number > 2*maxCount {
+	if validName(name) != nil || !isValidEvent(u) || !isValidNumber(u.Number) {
 		return fmt.Errorf("sent a bad user event of %q", name)
 	}
 	e := n.table.get(name)
 	if e == nil {
-		return nil // the claim about it was missed: repair brings both
+		return nil // the claim about its sender was missed: anti-entropy brings both
 	}
 	source := e.eventSource(u.Member.Instance)
-	if source == nil {
+	if source == nil || !source.isNew(u.id()) {
 		return nil
 	}
 	if e == n.self && source.instance != e.Instance {
-		return nil // what a former run of this node has sent
+		return nil // a former instance of this node has sent it
 	}
 
-	if !source.isNew(u.id()) {
+	isEarly := u.Number > source.number+1
+	if isEarly && e == n.self {
+		n.skipForetold(source, u.Number)
 		return nil
 	}
-	if e == n.self && u.Number > source.number+1 {
-		// Somebody foretells what this node will send. It goes on above that, so that its own events are not taken
-		// for the forged ones.
-		if u.Number <= source.number+eventWindow {
-			n.table.skip(e, source, u.Number)
-		}
-		return nil
-	}
-	// Only what belongs to an event goes on: the rest may be of any length.
-	is := update{Member: Member{Name: name, Instance: source.instance}, Name: u.Name, Payload: u.Payload, LTime: u.LTime, Coalesce: u.Coalesce,
-		Number: u.Number, Nonce: u.Nonce}
-	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
-	is.Before = n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
-	ev := heldEvent{is, sent, !is.Before || replay || n.cfg.replay}
-	if u.Number > source.number+1 {
-		if n.noteGap(e, source, u.Number) != nil && n.broadcasts.heldCount() < maxEvents && source.hold(ev) {
-			n.forwardEvent(ev)
-		}
+	ev := n.heardEvent(e, u, via, replay)
+	if isEarly {
+		n.holdEvent(e, source, ev)
 		return nil
 	}
 	n.takeEvent(e, source, ev)
@@ -1781,7 +1772,48 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 	return nil
 }
 
-// forwardEvent passes an event on, also ahead of its turn: one that is missing here is missing nowhere else for it.
+// skipForetold has this node go on above a number that somebody foretells of its events: otherwise its own would be
+// taken for the forged ones.
+func (n *node) skipForetold(source *eventSource, number uint64) {
+	if number <= source.number+eventWindow {
+		n.table.skip(n.self, source, number)
+	}
+}
+
+// heardEvent is the event u of e, which via has told, and whether it runs handlers here.
+func (n *node) heardEvent(e *entry, u *update, via string, replay bool) heldEvent {
+	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
+	// The teller may know better: it was there.
+	before := n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
+
+	// Only what belongs to an event goes on: the rest may be of any length.
+	clean := update{
+		Member:   Member{Name: e.Name, Instance: u.Member.Instance},
+		Name:     u.Name,
+		Payload:  u.Payload,
+		LTime:    u.LTime,
+		Coalesce: u.Coalesce,
+		Number:   u.Number,
+		Nonce:    u.Nonce,
+		Before:   before,
+	}
+	return heldEvent{clean, sent, !before || replay || n.cfg.replay}
+}
+
+// holdEvent keeps an event that is ahead of its turn, and passes it on: one that is missing here is missing nowhere
+// else for that.
+func (n *node) holdEvent(e *entry, source *eventSource, ev heldEvent) {
+	gap := n.noteGap(e, source, ev.update.Number)
+	if gap == nil || n.broadcasts.heldCount() >= maxEvents {
+		return // it has to come again
+	}
+	isKept := source.hold(ev)
+	if isKept {
+		n.forwardEvent(ev)
+	}
+}
+
+// forwardEvent passes on an event that runs handlers here.
 func (n *node) forwardEvent(ev heldEvent) {
 	if !ev.fresh {
 		return
@@ -1791,38 +1823,42 @@ func (n *node) forwardEvent(ev heldEvent) {
 	n.broadcasts.news.add(&u)
 }
 
-// isBeforeItsTime reports whether an event was sent before this agent knew e, its sender or the one that tells of it, which
-// was in another cluster then, or this agent was not there yet. A restarted agent would run the handler of "reboot" again.
+// isBeforeItsTime reports whether an event was sent before this agent knew e, its sender or the one that tells of it.
+// That one was in another cluster then, or this agent was not there yet: a restarted agent would run the handler of
+// "reboot" again.
 func (n *node) isBeforeItsTime(e *entry, sent time.Duration) bool {
 	return e == nil || sent < e.known
 }
 
 // takeEvent counts an event whose turn has come.
 func (n *node) takeEvent(e *entry, source *eventSource, ev heldEvent) {
+	u := ev.update
+	isNext := u.Number > source.number
 	// Times are inexact, numbers are not: what follows an event that has run is not before this agent's time.
-	if source.ran && ev.Number > source.number {
-		ev.Before = false
+	if isNext && source.ran {
+		u.Before = false
 		ev.fresh = true
 	}
-	if ev.Number > source.number {
-		n.table.advance(e, source, ev.Number)
+	if isNext {
+		n.table.advance(e, source, u.Number)
 	}
-	source.remember(ev.id())
-	n.broadcasts.events.witness(ev.LTime)
-	n.broadcasts.events.add(ev.update, source, ev.sent)
+
+	source.remember(u.id())
+	n.broadcasts.events.witness(u.LTime)
+	n.broadcasts.events.add(u, source, ev.sent)
 	n.broadcasts.heardAt = n.now
 	if ev.fresh {
 		source.ran = true
-		n.out.events = append(n.out.events, Event{kind: eventUser, update: ev.update})
+		n.out.events = append(n.out.events, Event{kind: eventUser, update: u})
 	}
 }
 
 // takeHeld counts what has waited for its turn, as far as that has come.
 func (n *node) takeHeld(e *entry, source *eventSource) {
-	for len(source.held) > 0 && source.held[0].Number <= source.number+1 {
+	for len(source.held) > 0 && source.held[0].update.Number <= source.number+1 {
 		ev := source.held[0]
 		source.held = source.held[1:]
-		if source.isNew(ev.id()) {
+		if source.isNew(ev.update.id()) {
 			n.takeEvent(e, source, ev)
 		}
 	}
@@ -1928,7 +1964,7 @@ func (g *eventGap) step(n *node) {
 func (g *eventGap) giveUp(n *node) {
 	end := g.upTo
 	if len(g.source.held) > 0 {
-		end = g.source.held[0].Number - 1
+		end = g.source.held[0].update.Number - 1
 	}
 	n.logf(levelDebug, "%d user events of %s are given up: nobody has them", end-g.source.number, g.e.Name)
 	n.skipEvents(g.e, g.source, end)
@@ -2123,7 +2159,7 @@ func (f *eventFlow) ask(n *node, count uint64) {
 
 // handleEventCheck answers e as soon as all of its user events up to the one that it names have come.
 func (n *node) handleEventCheck(e *entry, from netip.AddrPort, hdr header, size int, us []update) error {
-	if len(us) != 1 || us[0].Number == 0 || us[0].Number > 2*maxCount {
+	if len(us) != 1 || !isValidNumber(us[0].Number) {
 		return errors.New("sent a bad check of its events")
 	}
 	source := e.eventSource(e.Instance)
@@ -2257,7 +2293,7 @@ type lifetime struct {
 
 // eventCount is how many of an instance's user events the other side knows.
 type eventCount struct {
-	lifetime
+	of     lifetime
 	number uint64
 }
 
@@ -2508,11 +2544,11 @@ func (n *node) takeCounts(sync *stateSync) {
 		return // the acceptor gets the dialler's events at the end
 	}
 	for _, c := range sync.counts {
-		e := n.table.get(c.name)
+		e := n.table.get(c.of.name)
 		if e == nil {
 			continue
 		}
-		source := e.eventSource(c.instance)
+		source := e.eventSource(c.of.instance)
 		switch {
 		case source == nil:
 		case c.number <= source.number:

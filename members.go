@@ -876,9 +876,9 @@ type eventID struct {
 
 // heldEvent is a user event, when it was sent on the caller's clock, and whether it runs handlers here.
 type heldEvent struct {
-	update
-	sent  time.Duration
-	fresh bool
+	update update
+	sent   time.Duration
+	fresh  bool
 }
 
 // eventSource returns what is known of the events of e's instance, for which it makes room, or of a former one;
@@ -977,7 +977,7 @@ func (t *table) advance(e *entry, s *eventSource, number uint64) {
 func (t *table) skip(e *entry, s *eventSource, number uint64) {
 	s.floor = number
 	t.advance(e, s, number)
-	s.held = slices.DeleteFunc(s.held, func(h heldEvent) bool { return h.Number <= number })
+	s.held = slices.DeleteFunc(s.held, func(h heldEvent) bool { return h.update.Number <= number })
 }
 
 // isNew reports whether an event that is not ahead of its turn has not come before.
@@ -1009,12 +1009,12 @@ func (s *eventSource) remember(id eventID) {
 // hold keeps an event that is ahead of its turn. False: it is there already, or there is no room and it has to
 // come again.
 func (s *eventSource) hold(h heldEvent) bool {
-	if h.Number > s.number+eventWindow || len(s.held) >= eventWindow {
+	if h.update.Number > s.number+eventWindow || len(s.held) >= eventWindow {
 		return false
 	}
 	at := 0
-	for ; at < len(s.held) && s.held[at].Number <= h.Number; at++ {
-		if s.held[at].id() == h.id() {
+	for ; at < len(s.held) && s.held[at].update.Number <= h.update.Number; at++ {
+		if s.held[at].update.id() == h.update.id() {
 			return false
 		}
 	}

@@ -402,7 +402,7 @@ func TestEventSourceHoldsWhatIsAheadOfItsTurn(t *testing.T) {
 	s.hold(heldEvent{update: update{Number: 13, Nonce: 1}})
 	var got []uint64
 	for _, h := range s.held {
-		got = append(got, h.Number)
+		got = append(got, h.update.Number)
 	}
 	if diff := cmp.Diff([]uint64{12, 13, 13, 14}, got); diff != "" {
 		t.Error(diff)
