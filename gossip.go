@@ -12,7 +12,8 @@
 //	seal            encryption, and the receiver of a datagram
 //	replay window   each datagram counts once
 //	awake time      the clock that all deadlines run on, and rates
-//	node            inputs and outputs, the verbs that its parts use
+//	node            inputs and outputs
+//	the verbs       what its parts ask of the node
 //	requests        what waits for an answer
 //	datagrams in    what comes, and what it tells
 //	broadcasts      how news spreads
@@ -21,9 +22,11 @@
 //	joining         the seeds
 //	identity        this node's own name, address and tags
 //	heartbeats      the watchers and the watched
-//	probes          how a lateness becomes a verdict
+//	probes          how a lateness becomes evidence
+//	verdicts        and how evidence becomes a verdict
 //	isolation       is it this node? and pings to the failed
 //	queries         what users ask members, and the answers
+//	commands        what users ask this node
 //	the loop        the one goroutine that owns all this, with UDP
 
 package main
@@ -136,7 +139,7 @@ var (
 	errSelf        = errors.New("that is this node itself")
 	errNameTaken   = errors.New("is taken")
 	errNameHeld    = errors.New("is not free yet")
-	errNobodyAsked = errors.New("nobody is asked: no living member is as the query wants it")
+	errNobodyAsked = errors.New("nobody was asked: no living member matches the query")
 	errStopped     = errors.New("the agent is stopping")
 	errEventsWait  = errors.New("earlier events of this agent have not reached all members yet")
 )
@@ -613,9 +616,9 @@ type outputs struct {
 type nodeConfig struct {
 	member    Member // its Incarnation is its Instance: see newInstanceID
 	seeds     []string
-	retryMax  int // failed tries of each seed; 0: for ever
-	reapAfter time.Duration
-	replay    bool // deliver user events of before this agent's time
+	retryMax  int           // failed tries of each seed; 0: for ever
+	reapAfter time.Duration // the dead are shown no more after this, and forgotten after twice this: see table.reap
+	replay    bool          // deliver user events of before this agent's time
 	random    [32]byte
 }
 
@@ -799,7 +802,7 @@ func (n *node) header(k msgKind) header {
 func (n *node) inCluster() bool { return n.joining.joinedAt != 0 || len(n.cfg.seeds) == 0 }
 
 // digest covers the table, and how many user events of each member are known.
-func (n *node) digest() uint64 { return n.table.digest ^ n.table.heard }
+func (n *node) digest() uint64 { return n.table.digest ^ n.table.eventsDigest }
 
 // calmDigest leaves the events out while they come in: as long as some are under way, no two members have the
 // same.
@@ -1025,7 +1028,7 @@ type peerState struct {
 	syncedDigests uint64        // both digests after the last state sync
 	newsRate      bucket        // with news that it may have missed
 	line          line
-	heard         []uint32 // its last queries: they may arrive again
+	seenQueries   []uint32 // its last queries: they may arrive again
 
 	path peerPath
 	flap flapState
@@ -1041,9 +1044,9 @@ type peerPath struct {
 
 // flapState is how a member came back; see damp.
 type flapState struct {
-	cameBack  time.Duration // when it was last shown alive again after it had failed; 0: never
-	count     int           // how often in a row it failed soon after that, or did not answer while held
-	heldUntil time.Duration // when the held one is probed again; 0: not yet planned
+	cameBack    time.Duration // when it was last shown alive again after it had failed; 0: never
+	count       int           // how often in a row it failed soon after that, or did not answer while damped
+	dampedUntil time.Duration // when it is probed again; 0: not yet planned
 }
 
 // peer is the state of e, for what writes it: it is made when it is not there.
@@ -1761,7 +1764,7 @@ func (n *node) handleUserEvent(u *update, via string, replay bool) error {
 		n.skipForetold(source, u.Number)
 		return nil
 	}
-	ev := n.heardEvent(e, u, via, replay)
+	ev := n.asHeard(e, u, via, replay)
 	if isEarly {
 		n.holdEvent(e, source, ev)
 		return nil
@@ -1780,8 +1783,8 @@ func (n *node) skipForetold(source *eventSource, number uint64) {
 	}
 }
 
-// heardEvent is the event u of e, which via has told, and whether it runs handlers here.
-func (n *node) heardEvent(e *entry, u *update, via string, replay bool) heldEvent {
+// asHeard is the event u of e, which via has told, and whether it runs handlers here.
+func (n *node) asHeard(e *entry, u *update, via string, replay bool) heardEvent {
 	sent := n.real - time.Duration(min(u.Age, 1<<40))*ms
 	// The teller may know better: it was there.
 	before := n.isBeforeItsTime(e, sent) && (u.Before || n.isBeforeItsTime(n.table.get(via), sent))
@@ -1797,12 +1800,12 @@ func (n *node) heardEvent(e *entry, u *update, via string, replay bool) heldEven
 		Nonce:    u.Nonce,
 		Before:   before,
 	}
-	return heldEvent{clean, sent, !before || replay || n.cfg.replay}
+	return heardEvent{clean, sent, !before || replay || n.cfg.replay}
 }
 
 // holdEvent keeps an event that is ahead of its turn, and passes it on: one that is missing here is missing nowhere
 // else for that.
-func (n *node) holdEvent(e *entry, source *eventSource, ev heldEvent) {
+func (n *node) holdEvent(e *entry, source *eventSource, ev heardEvent) {
 	gap := n.noteGap(e, source, ev.update.Number)
 	if gap == nil || n.broadcasts.heldCount() >= maxEvents {
 		return // it has to come again
@@ -1814,7 +1817,7 @@ func (n *node) holdEvent(e *entry, source *eventSource, ev heldEvent) {
 }
 
 // forwardEvent passes on an event that runs handlers here.
-func (n *node) forwardEvent(ev heldEvent) {
+func (n *node) forwardEvent(ev heardEvent) {
 	if !ev.fresh {
 		return
 	}
@@ -1827,11 +1830,11 @@ func (n *node) forwardEvent(ev heldEvent) {
 // That one was in another cluster then, or this agent was not there yet: a restarted agent would run the handler of
 // "reboot" again.
 func (n *node) isBeforeItsTime(e *entry, sent time.Duration) bool {
-	return e == nil || sent < e.known
+	return e == nil || sent < e.firstHeard
 }
 
 // takeEvent counts an event whose turn has come.
-func (n *node) takeEvent(e *entry, source *eventSource, ev heldEvent) {
+func (n *node) takeEvent(e *entry, source *eventSource, ev heardEvent) {
 	u := ev.update
 	isNext := u.Number > source.number
 	// Times are inexact, numbers are not: what follows an event that has run is not before this agent's time.
@@ -1870,13 +1873,13 @@ func (n *node) skipEvents(e *entry, source *eventSource, number uint64) {
 	n.takeHeld(e, source)
 }
 
-// eventGap is a member of whose events some are missing.
+// eventGap is a member of whose events some are missing here.
 type eventGap struct {
 	e       *entry
 	source  *eventSource
-	upTo    uint64 // is known to have been sent
-	counted uint64 // so many are counted by somebody else
-	number  uint64 // of the last that is known; when that changes, they are coming
+	upTo    uint64 // the number of the last event that somebody has announced
+	counted uint64 // the number of the last that another member is known to have
+	number  uint64 // of the last that this node had when it last looked; when that changes, they are coming
 	since   time.Duration
 	askAt   time.Duration
 	tries   int
@@ -1904,7 +1907,13 @@ func (n *node) noteGap(e *entry, source *eventSource, number uint64) *eventGap {
 	}
 	if i < 0 {
 		i = len(s.gaps)
-		s.gaps = append(s.gaps, &eventGap{e: e, source: source, number: source.number, since: n.now, askAt: n.now + eventRepairEvery})
+		s.gaps = append(s.gaps, &eventGap{
+			e:      e,
+			source: source,
+			number: source.number,
+			since:  n.now,
+			askAt:  n.now + eventRepairEvery,
+		})
 	}
 	g := s.gaps[i]
 	g.upTo = max(g.upTo, number)
@@ -1989,7 +1998,7 @@ func (n *node) handleEventRequest(e *entry, us []update) error {
 	var body []byte
 	packets := 0
 	for _, ev := range n.broadcasts.events.recent {
-		wanted := ev.Member.Name == us[0].Member.Name && ev.Member.Instance == us[0].Member.Instance && ev.Number > us[0].Number
+		wanted := ev.Member.sameInstance(us[0].Member) && ev.Number > us[0].Number
 		if !wanted || packets == eventRepairPackets {
 			continue
 		}
@@ -2009,7 +2018,8 @@ func (n *node) handleEventRequest(e *entry, us []update) error {
 	return nil
 }
 
-// ask asks the sender, which has what is missing for certain, and members at random, which may be nearer and outlive it.
+// ask asks the sender, which has what is missing for certain, and members at random, which may be nearer and outlive
+// it.
 func (g *eventGap) ask(n *node) {
 	g.tries++
 	to := g.e
@@ -2036,9 +2046,16 @@ func (n *node) userEvent(name string, payload []byte, coalesce bool) error {
 	if source.number-flow.known(n.self) >= eventWindow {
 		return errEventsWait
 	}
-	ev := heldEvent{
-		update: update{Member: Member{Name: n.self.Name, Instance: n.self.Instance}, Name: name, Payload: payload, Coalesce: coalesce,
-			LTime: min(n.broadcasts.events.lamport+1, maxCount), Number: source.number + 1, Nonce: n.nonce()},
+	ev := heardEvent{
+		update: update{
+			Member:   Member{Name: n.self.Name, Instance: n.self.Instance},
+			Name:     name,
+			Payload:  payload,
+			Coalesce: coalesce,
+			LTime:    min(n.broadcasts.events.lamport+1, maxCount),
+			Number:   source.number + 1,
+			Nonce:    n.nonce(),
+		},
 		sent:  n.real,
 		fresh: true,
 	}
@@ -2117,8 +2134,8 @@ func (f *eventFlow) step(n *node) {
 	}
 }
 
-// conclude ends a check. One that is stopped must not stop the others: it will catch up by itself. But if nobody at all has
-// answered, nothing is known to have arrived.
+// conclude ends a check. One that is stopped must not stop the others: it will catch up by itself. But if nobody at
+// all has answered, nothing is known to have arrived.
 func (f *eventFlow) conclude(n *node) {
 	if len(f.waiting) > 0 && f.confirmed == 0 {
 		f.asked = f.settled
@@ -2276,7 +2293,7 @@ type stateSync struct {
 	from      netip.Addr    // from where it dialled
 	roundTrip time.Duration // to it; 0: not known
 	joins     bool          // it was dialled to join, by a command or as a seed
-	asked     bool          // by a command, which fails where this node's name is taken
+	byCommand bool          // by a command, which fails where this node's name is taken
 	replay    bool
 	lastKey   string // the next chunk begins after this key
 	digest    uint64 // the other side's, at first
@@ -2403,7 +2420,7 @@ func (n *node) addMembers(c *chunk) {
 		if c.full {
 			return
 		}
-		contested := e == n.self && n.detector.ownProbe(n.self) != nil
+		contested := e == n.self && n.detector.rivalProbe(n) != nil
 		if e.local.reaped || contested {
 			continue
 		}
@@ -2735,9 +2752,12 @@ func (j *joining) errors(limit int) string {
 // ---- identity ----
 
 // identity is what concerns this node's own record.
+//
+// Of others that have this node's name, a holder has it where a newcomer wants to join, a rival is alive as this
+// member is, and a former one was found gone. Whoever lives at this node's address is this node, before a restart.
 type identity struct {
 	seedAnswered bool          // a seed has answered: it is known which address leads there
-	holder       uint64        // the instance of a holder of this newcomer's name that answers
+	answering    uint64        // the instance of a holder of this newcomer's name that answers
 	former       Member        // another holder of the name, or a former self, that was found gone
 	formerSince  time.Duration // when it was
 	leaving      time.Duration // until when the leave may take; 0: it does not leave
@@ -2762,12 +2782,12 @@ func nameTaken(holder Member) error {
 // that are in, after a split, the younger gives way: the tables say the same as u; see conflictResolved.
 func (o *identity) resolveNameConflict(n *node, sync *stateSync, u update, hdr header) error {
 	holder := u.Member
-	isNewcomer := n.joining.joinedAt == 0 && hdr.More
-	isContested := isOtherAgent(n.self.Member, holder) || n.detector.ownProbe(n.self) != nil
+	comesIntoCluster := n.joining.joinedAt == 0 && hdr.More
+	isContested := isOtherAgent(n.self.Member, holder) || n.detector.rivalProbe(n) != nil
 	switch {
-	case sync.asked && o.mayBeRival(n.self.Member, holder):
+	case sync.byCommand && o.mayBeRival(n.self.Member, holder):
 		return nameTaken(holder)
-	case isNewcomer && isContested:
+	case comesIntoCluster && isContested:
 		return o.awaitName(n, sync, holder)
 	case !o.mayBeRival(n.self.Member, holder):
 		o.handleSelfClaim(n, u, hdr.From)
@@ -2786,10 +2806,10 @@ func (o *identity) noteLetIn(n *node, isCluster bool) {
 // awaitName has the holder of a newcomer's name probed. If it answers, the name is taken. Otherwise the newcomer
 // waits for the cluster's verdict: the holder may have stalled, or only this node cannot reach it.
 func (o *identity) awaitName(n *node, sync *stateSync, holder Member) error {
-	answers := sync.peer.Name == n.self.Name || holder.Instance == o.holder
+	answers := sync.peer.Name == n.self.Name || holder.Instance == o.answering
 	clusterReachesIt := n.now-o.formerSince > nameHeldTimeout
 	switch {
-	case n.detector.ownProbe(n.self) != nil: // its result comes first
+	case n.detector.rivalProbe(n) != nil: // its result comes first
 	case answers:
 		return nameTaken(holder)
 	case o.mayBeRival(n.self.Member, holder):
@@ -2880,7 +2900,7 @@ func (o *identity) conflictResolved(n *node, m Member, alive bool) {
 	isNewcomer := n.joining.joinedAt == 0
 	switch {
 	case alive && isNewcomer:
-		o.holder = m.Instance // the next join that meets it fails
+		o.answering = m.Instance // the next join that meets it fails
 		return
 	case alive && o.givesWay(n):
 		n.out.fatal = nameTaken(m)
@@ -2952,63 +2972,6 @@ func (o *identity) startLeave(n *node) {
 	for _, w := range n.heartbeats.watchers {
 		n.sendReliable(w.Member, n.header(msgBroadcast), left, within)
 	}
-}
-
-// forceLeave makes everybody believe that a failed member has left; with prune it also vanishes.
-func (n *node) forceLeave(name string, prune bool) error {
-	e := n.table.get(name)
-	switch {
-	case e == nil || e.displayStatus() == 0:
-		return fmt.Errorf("no member is called %q", name)
-	case e.displayStatus() == statusAlive:
-		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
-	case !e.Status.isDead():
-		return fmt.Errorf("this node is cut off and cannot judge %q", name)
-	}
-
-	status := statusLeft
-	if prune {
-		status = statusPruned
-	}
-	n.applyAndBroadcast(e.with(status))
-	return nil
-}
-
-// members copies what users see of those whose names follow after, sorted by name: limit of them at most.
-func (n *node) members(after string, limit int) (ms []Member) {
-	first, _ := n.table.index(after + "\x00") // the least name that is greater
-	for _, e := range n.table.ordered[first:] {
-		if len(ms) >= limit {
-			break
-		}
-		status := e.displayStatus()
-		if e == n.self && n.identity.leaving != 0 {
-			status = statusLeaving
-		}
-		if status != 0 {
-			ms = append(ms, e.with(status))
-		}
-	}
-	return ms
-}
-
-// info is what this node knows of itself: group, key, value; and so on.
-func (n *node) info() (facts []string) {
-	add := func(key string, value any) { facts = append(facts, "serf", key, fmt.Sprint(value)) }
-	members := n.members("", maxMembers)
-	count := make(map[Status]int)
-	for _, m := range members {
-		count[m.Status]++
-	}
-
-	add("cut_off", n.detector.isolated)
-	add("event_time", n.broadcasts.events.lamport)
-	add("failed", count[statusFailed])
-	add("left", count[statusLeft])
-	add("members", len(members))
-	add("seeds", strings.Join(n.cfg.seeds, ","))
-	add("seeds_error", n.joining.errors(math.MaxInt))
-	return facts
 }
 
 // ---- heartbeats ----
@@ -3177,7 +3140,7 @@ type detector struct {
 // peer that asked.
 type probe struct {
 	m            Member        // whom, as it was believed
-	e            *entry        // of that name; this node's own: a name conflict, whose other side has no entry
+	e            *entry        // of that name; see isOfRival
 	requester    *entry        // the peer that wants this node's result; nil: none
 	localOnly    bool          // no other is asked: a helper asks nobody, and of a conflict no peer can tell
 	start        time.Duration // of the round
@@ -3190,7 +3153,7 @@ type probe struct {
 	linkEnded    bool          // a watch link ended: TCP did work, so two refusals mean that nobody is there
 	results      map[string]verdict
 	pending      []*entry       // helpers that have not answered yet
-	rival        netip.AddrPort // of another agent that wants the target's name
+	claimant     netip.AddrPort // of another agent that wants the target's name
 	unanswered   int            // rounds in which no helper has answered
 }
 
@@ -3256,6 +3219,12 @@ func (d *detector) ownProbe(e *entry) *probe {
 	return nil
 }
 
+// rivalProbe is the probe of another agent of this node's name, or nil.
+func (d *detector) rivalProbe(n *node) *probe { return d.ownProbe(n.self) }
+
+// isOfRival reports whether another agent of this node's name is examined. It has no entry: this node has it.
+func (p *probe) isOfRival(n *node) bool { return p.e == n.self }
+
 func (d *detector) addProbe(n *node, m Member) *probe {
 	n.logf(levelTrace, "probing %s at %s", m.Name, m.Addr)
 	p := &probe{
@@ -3288,7 +3257,7 @@ func (d *detector) startProbe(n *node, m Member) *probe {
 func (d *detector) probeHolder(n *node, m Member, rival netip.AddrPort) {
 	p := d.startProbe(n, m)
 	if p != nil {
-		p.rival = rival
+		p.claimant = rival
 	}
 }
 
@@ -3320,7 +3289,7 @@ func (d *detector) step(n *node) {
 	}
 	d.stepIsolation(n)
 	d.stepRetry(n)
-	d.stepHeld(n)
+	d.stepDamped(n)
 }
 
 func (d *detector) stepProbe(n *node, p *probe) {
@@ -3360,7 +3329,7 @@ func (d *detector) stepProbe(n *node, p *probe) {
 // isObsolete reports whether there is nothing left to find out: that instance is over, it cannot be judged from
 // here, or the suspect has refuted.
 func (p *probe) isObsolete(n *node) bool {
-	if p.e == n.self {
+	if p.isOfRival(n) {
 		return false
 	}
 	isOver := p.e.Instance != p.m.Instance || p.e.Status.isDead() || p.e.local.isolated
@@ -3518,7 +3487,7 @@ func (p *probe) countOf(v verdict) (count int) {
 	return count
 }
 
-// ---- what is seen, and verdicts ----
+// ---- verdicts ----
 
 // heardFrom is told that somebody was heard from just now: this node is not cut off.
 func (d *detector) heardFrom(now time.Duration) { d.lastHeard = now }
@@ -3576,7 +3545,7 @@ func (d *detector) conclude(n *node, p *probe) {
 	case p.requester != nil:
 		d.remove(p)
 		d.sendProbeResult(n, p)
-	case p.e == n.self && !stalled: // a name is not lost by a moment of silence
+	case p.isOfRival(n) && !stalled: // a name is not lost by a moment of silence
 		d.remove(p)
 		n.identity.conflictResolved(n, p.m, p.result == verdictAlive)
 	case p.result == verdictAlive: // by TCP alone, or a heartbeat would have cleared it
@@ -3635,8 +3604,8 @@ func (d *detector) restart(n *node, p *probe, start time.Duration) {
 // clear ends a probe of a member that somebody reached.
 func (d *detector) clear(n *node, p *probe) {
 	d.remove(p)
-	if p.rival.IsValid() {
-		n.identity.warnOfConflict(n, p.e.Member, p.rival)
+	if p.claimant.IsValid() {
+		n.identity.warnOfConflict(n, p.e.Member, p.claimant)
 	}
 	peer := p.e.peer()
 	if peer.due > n.now {
@@ -3738,23 +3707,23 @@ func (d *detector) stepRetry(n *node) {
 	}
 }
 
-// stepHeld asks the members that are held for an answer of their own: at once, and then, with the help of others,
+// stepDamped asks the members that are damped for an answer of their own: at once, and then, with the help of others,
 // ever more rarely.
-func (d *detector) stepHeld(n *node) {
-	for _, e := range n.table.held {
+func (d *detector) stepDamped(n *node) {
+	for _, e := range n.table.damped {
 		flap := &e.peer().flap
-		if flap.heldUntil == 0 { // it is held from now on
-			flap.heldUntil = n.now + flapWait(flap.count)
+		if flap.dampedUntil == 0 { // it is damped from now on
+			flap.dampedUntil = n.now + flapWait(flap.count)
 			hdr := n.header(msgPing)
 			hdr.Target = e.Name
 			n.sendReliable(e.Member, hdr, nil, requestTimeout)
 			n.warnOfSilence(e)
-		} else if n.now >= flap.heldUntil {
+		} else if n.now >= flap.dampedUntil {
 			flap.count++
-			flap.heldUntil = n.now + flapWait(flap.count)
+			flap.dampedUntil = n.now + flapWait(flap.count)
 			d.startProbe(n, e.Member)
 		}
-		n.wakeAt(flap.heldUntil)
+		n.wakeAt(flap.dampedUntil)
 	}
 }
 
@@ -3832,10 +3801,10 @@ func (qs *queries) handleQuery(n *node, e *entry, hdr header, us []update) error
 
 	// It may arrive again: it is sent until it is acknowledged.
 	peer := e.peer()
-	if slices.Contains(peer.heard, hdr.Query) {
+	if slices.Contains(peer.seenQueries, hdr.Query) {
 		return nil
 	}
-	peer.heard = appendBounded(peer.heard, maxHeardOfPeer, hdr.Query)
+	peer.seenQueries = appendBounded(peer.seenQueries, maxHeardOfPeer, hdr.Query)
 
 	n.broadcasts.events.witness(u.LTime)
 	ev := Event{kind: eventQuery, update: u, id: hdr.Query}
@@ -3898,8 +3867,69 @@ func (qs *queries) step(n *node) {
 	qs.open = open
 }
 
-// ---------------------------------------------------------------------------
-// The loop: one goroutine owns the node and never blocks. UDP is here, too.
+// ---- commands ----
+
+// forceLeave makes everybody believe that a failed member has left; with prune it also vanishes.
+func (n *node) forceLeave(name string, prune bool) error {
+	e := n.table.get(name)
+	switch {
+	case e == nil || e.displayStatus() == 0:
+		return fmt.Errorf("no member is called %q", name)
+	case e.displayStatus() == statusAlive:
+		return fmt.Errorf("member %q is alive: only a failed one can be made to leave", name)
+	case !e.Status.isDead():
+		return fmt.Errorf("this node is cut off and cannot judge %q", name)
+	}
+
+	status := statusLeft
+	if prune {
+		status = statusPruned
+	}
+	n.applyAndBroadcast(e.with(status))
+	return nil
+}
+
+// members copies what users see of those whose names follow after, sorted by name: limit of them at most.
+func (n *node) members(after string, limit int) (ms []Member) {
+	first, _ := n.table.index(after + "\x00") // the least name that is greater
+	for _, e := range n.table.ordered[first:] {
+		if len(ms) >= limit {
+			break
+		}
+		status := e.displayStatus()
+		if e == n.self && n.identity.leaving != 0 {
+			status = statusLeaving
+		}
+		if status != 0 {
+			ms = append(ms, e.with(status))
+		}
+	}
+	return ms
+}
+
+// info is what this node knows of itself: group, key, value; and so on.
+func (n *node) info() (facts []string) {
+	add := func(key string, value any) { facts = append(facts, "serf", key, fmt.Sprint(value)) }
+	members := n.members("", maxMembers)
+	count := make(map[Status]int)
+	for _, m := range members {
+		count[m.Status]++
+	}
+
+	add("cut_off", n.detector.isolated)
+	add("event_time", n.broadcasts.events.lamport)
+	add("failed", count[statusFailed])
+	add("left", count[statusLeft])
+	add("members", len(members))
+	add("seeds", strings.Join(n.cfg.seeds, ","))
+	add("seeds_error", n.joining.errors(math.MaxInt))
+	return facts
+}
+
+// ---- the loop ----
+//
+// Below this line is what the pure core knows nothing of: one goroutine, which owns the node and never blocks, and
+// UDP.
 
 // gossipConfig is what newGossip needs to know. The member's address is what others are told: none means the
 // bound one, its port 0 the bound port.

@@ -306,8 +306,8 @@ func (h *handler) work() {
 			return
 		}
 		first := batch[0]
-		timeout := time.Duration(first.ev.Timeout) * ms
-		tooLate := first.ev.kind == eventQuery && time.Since(first.at) >= timeout
+		answerWithin := time.Duration(first.ev.Timeout) * ms
+		tooLate := first.ev.kind == eventQuery && time.Since(first.at) >= answerWithin
 		if !tooLate {
 			h.run(batch)
 		}

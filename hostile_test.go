@@ -640,7 +640,7 @@ func (r *rig) checkBounds() {
 	}
 	bound("queries", len(n.queries.open), maxQueries)
 	for _, e := range n.table.ordered {
-		bound("queries of a peer", len(e.peer().heard), maxHeardOfPeer)
+		bound("queries of a peer", len(e.peer().seenQueries), maxHeardOfPeer)
 		bound("questions to a peer", e.peer().requests, maxRequestsToPeer)
 	}
 	for _, ev := range n.broadcasts.events.recent {
@@ -1130,7 +1130,7 @@ func TestQueriesOfOnePeerKeepNobodyElsesOut(t *testing.T) {
 	if each := time.Since(start) / 20000; each > ms {
 		t.Errorf("%v a query", each)
 	}
-	if heard := len(l.n.table.get("c").peer().heard); heard > maxHeardOfPeer {
+	if heard := len(l.n.table.get("c").peer().seenQueries); heard > maxHeardOfPeer {
 		t.Errorf("%d queries are remembered", heard)
 	}
 	l.text.Reset()

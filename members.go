@@ -37,6 +37,8 @@ const (
 	maxPayload = 1024 // of a user event or a query, with its name, and of an answer
 )
 
+// ---- members ----
+
 // Status is what is believed about a member. Among claims of one incarnation the later status wins.
 type Status uint8
 
@@ -197,6 +199,8 @@ func isMemberAddr(addr netip.AddrPort) bool {
 	return addr.Port() != 0 && validName("%"+ip.Zone()) == nil
 }
 
+// ---- updates and events ----
+
 // eventKind is the kind of an event; its String is what handlers are told.
 type eventKind uint8
 
@@ -293,6 +297,8 @@ const (
 	maxFlapDoublings = 9
 )
 
+// ---- the table ----
+
 // claim is what is believed about a name, with its places on the rings. It never changes, so that the tables
 // of a simulation can share it: ten thousand of them fit into memory.
 type claim struct {
@@ -303,12 +309,12 @@ type claim struct {
 // entry is what the table holds about one name.
 type entry struct {
 	*claim
-	local  localView
-	since  time.Duration // when this instance came into the cluster, or came back, or died
-	proven uint64        // the highest incarnation that was learnt from the member itself
-	known  time.Duration // when the name was first heard of, on the caller's clock
-	state  *peerState    // the protocol's, with this instance; another one starts anew
-	events *eventSource  // what is known of its user events; nil: nothing
+	local      localView
+	since      time.Duration // when this instance came into the cluster, or came back, or died
+	proven     uint64        // the highest incarnation that was learnt from the member itself
+	firstHeard time.Duration // when the name was first heard of, on the caller's clock
+	state      *peerState    // the protocol's, with this instance; another one starts anew
+	events     *eventSource  // what is known of its user events; nil: nothing
 }
 
 // localView is what this node alone makes of a claim. It is told to nobody: exported, it would make all members fail
@@ -316,7 +322,7 @@ type entry struct {
 type localView struct {
 	announced Status // as which events last showed it; 0: not yet, or not any more
 	isolated  bool   // it failed for this node, which was cut off
-	held      bool   // it flaps: it came back by hearsay, and has not answered since; see damp
+	damped    bool   // it flaps: it came back by hearsay, and has not answered since; see damp
 	reaped    bool   // kept, so that the old claim does not come back through a member that has not reaped yet
 }
 
@@ -334,12 +340,12 @@ func (e *entry) displayStatus() Status {
 }
 
 // failedLocally reports whether the member failed for this node alone, whatever the record says.
-func (e *entry) failedLocally() bool { return e.local.isolated || e.local.held }
+func (e *entry) failedLocally() bool { return e.local.isolated || e.local.damped }
 
 // noteFirstHeard notes when the name was first heard of, on the caller's clock.
 func (e *entry) noteFirstHeard(real time.Duration) {
-	if e.known == 0 {
-		e.known = real
+	if e.firstHeard == 0 {
+		e.firstHeard = real
 	}
 }
 
@@ -348,11 +354,11 @@ func (e *entry) isSkipped() bool { return e.Status != statusAlive || e.failedLoc
 
 // table holds all that is believed. Not safe for concurrent use.
 type table struct {
-	ordered []*entry        // by name, so that no map order can show
-	dead    []death         // those that are not alive, by when they died
-	ring    [rings][]*entry // those believed alive, in ring order
-	digest  uint64          // XOR over the entries that are not reaped
-	heard   uint64          // the same over how many events of each are known
+	ordered      []*entry        // by name, so that no map order can show
+	dead         []death         // those that are not alive, by when they died
+	ring         [rings][]*entry // those believed alive, in ring order
+	digest       uint64          // XOR over the entries that are not reaped
+	eventsDigest uint64          // the same over how many events of each are known
 	// forgotten is the highest instance whose protocol state was dropped. What was recorded of such an instance
 	// must not count again when it comes back, after a split or a conflict: see apply.
 	forgotten uint64
@@ -360,7 +366,7 @@ type table struct {
 	shrunk    uint64   // the version that last took a member off
 	failed    int      // members that may come back, of
 	total     int      // all that have neither left nor been forgotten
-	held      []*entry // those that came back by hearsay alone; see damp
+	damped    []*entry // those that came back by hearsay alone; see damp
 	events    []Event  // since takeEvents
 }
 
@@ -403,7 +409,7 @@ func (t *table) apply(now time.Duration, m Member, age time.Duration) *entry {
 	if m.Instance != e.Instance { // nothing that is known of the former instance holds for this one
 		t.dropState(&next)
 		next.local.isolated = false
-		next.local.held = false
+		next.local.damped = false
 		if m.Instance <= t.forgotten {
 			next.state = &peerState{datagrams: closedWindow()}
 		}
@@ -529,13 +535,13 @@ func (t *table) setIsolated(now time.Duration, e *entry, isolated bool) {
 	t.change(now, e, next)
 }
 
-// release shows a held member again, which has answered.
+// release shows a damped member again, which has answered.
 func (t *table) release(now time.Duration, e *entry) {
-	if !e.local.held {
+	if !e.local.damped {
 		return
 	}
 	next := *e
-	next.local.held = false
+	next.local.damped = false
 	t.change(now, e, next)
 }
 
@@ -552,7 +558,7 @@ func (t *table) change(now time.Duration, e *entry, next entry) {
 	t.count(e, -1)
 	*e = next
 	if e.Instance == was.Instance {
-		e.damp(now, was.local.held)
+		e.damp(now, was.local.damped)
 	}
 	t.count(e, +1)
 
@@ -560,8 +566,8 @@ func (t *table) change(now time.Duration, e *entry, next entry) {
 	if e.Status.isDead() != was.Status.isDead() {
 		t.updateRings(e)
 	}
-	if e.local.held != was.local.held {
-		t.updateHeld(e)
+	if e.local.damped != was.local.damped {
+		t.updateDamped(e)
 	}
 	// Walks over the rings may end elsewhere from now on.
 	moved := e.Status != was.Status || e.Instance != was.Instance
@@ -586,19 +592,19 @@ func (t *table) updateRings(e *entry) {
 	}
 }
 
-// updateHeld puts e among the held, or takes it out.
-func (t *table) updateHeld(e *entry) {
-	if e.local.held {
-		t.held = append(t.held, e)
+// updateDamped puts e among the damped, or takes it out.
+func (t *table) updateDamped(e *entry) {
+	if e.local.damped {
+		t.damped = append(t.damped, e)
 		return
 	}
-	t.held = slices.DeleteFunc(t.held, func(o *entry) bool { return o == e })
+	t.damped = slices.DeleteFunc(t.damped, func(o *entry) bool { return o == e })
 }
 
 // damp takes a change of e, an instance that stays. A member whose advertised address not all others reach fails,
 // hears of it, refutes, and is failed again, for ever, and all handlers are told each time. So the first time it
 // comes back at once, by hearsay too: that is how a split heals. After it has failed again soon after that,
-// hearsay is not enough: it is held, which shows it as failed, until it answers. The record is untouched, so that
+// hearsay is not enough: it is damped, which shows it as failed, until it answers. The record is untouched, so that
 // all tables stay the same.
 func (e *entry) damp(now time.Duration, wasHeld bool) {
 	shown := e.displayStatus()
@@ -610,11 +616,11 @@ func (e *entry) damp(now time.Duration, wasHeld bool) {
 	case e.local.announced == statusFailed && shown == statusAlive:
 		flap := &e.peer().flap
 		if flap.count > 0 && !wasHeld {
-			e.local.held = true
+			e.local.damped = true
 			return
 		}
 		flap.cameBack = now
-		flap.heldUntil = 0
+		flap.dampedUntil = 0
 	}
 }
 
@@ -631,7 +637,7 @@ func (f *flapState) noteFailure(now time.Duration) {
 	f.count++
 }
 
-// flapWait is for how long a member is held that has flapped so often: ever longer, up to some two hours.
+// flapWait is for how long a member is damped that has flapped so often: ever longer, up to some two hours.
 func flapWait(flaps int) time.Duration {
 	if flaps == 0 {
 		return 0
@@ -645,7 +651,7 @@ func (t *table) count(e *entry, by int) {
 		return
 	}
 	t.digest ^= e.digest()
-	t.heard ^= e.eventDigest()
+	t.eventsDigest ^= e.eventDigest()
 	if e.Status < statusLeft {
 		t.total += by
 	}
@@ -724,7 +730,7 @@ func (t *table) reap(now, after time.Duration) {
 		if !e.local.reaped {
 			next := *e
 			next.local.reaped = true
-			next.local.held = false
+			next.local.damped = false
 			t.change(now, e, next)
 		}
 		if now-e.since >= 2*after {
@@ -751,7 +757,7 @@ func (t *table) agreesAround(digest uint64, from, to time.Duration) bool {
 
 	// It begins as if none of them was forgotten yet.
 	claims := t.digest
-	events := t.heard
+	events := t.eventsDigest
 	for _, d := range t.dead[first:last] {
 		if d.e.local.reaped {
 			claims ^= d.e.digest()
@@ -860,12 +866,12 @@ func mix(x uint64) uint64 {
 // counted in that order: what comes early waits.
 type eventSource struct {
 	instance uint64
-	number   uint64      // all up to this one are known
-	floor    uint64      // what is not known up to this one is over, and never counts
-	recent   []eventID   // those of the last numbers
-	held     []heldEvent // further ahead than number+1, in order
-	kept     int         // how many are in the buffer
-	ran      bool        // one has run handlers here
+	number   uint64       // all up to this one are known
+	floor    uint64       // what is not known up to this one is over, and never counts
+	recent   []eventID    // those of the last numbers
+	held     []heardEvent // further ahead than number+1, in order
+	kept     int          // how many are in the buffer
+	ran      bool         // one has run handlers here
 	former   *eventSource
 }
 
@@ -874,8 +880,8 @@ type eventID struct {
 	nonce  uint32
 }
 
-// heldEvent is a user event, when it was sent on the caller's clock, and whether it runs handlers here.
-type heldEvent struct {
+// heardEvent is a user event, when it was sent on the caller's clock, and whether it runs handlers here.
+type heardEvent struct {
 	update update
 	sent   time.Duration
 	fresh  bool
@@ -965,11 +971,11 @@ func (e *entry) eventDigest() (sum uint64) {
 func (t *table) advance(e *entry, s *eventSource, number uint64) {
 	counts := !e.local.reaped
 	if counts {
-		t.heard ^= e.eventDigest()
+		t.eventsDigest ^= e.eventDigest()
 	}
 	s.number = number
 	if counts {
-		t.heard ^= e.eventDigest()
+		t.eventsDigest ^= e.eventDigest()
 	}
 }
 
@@ -977,7 +983,7 @@ func (t *table) advance(e *entry, s *eventSource, number uint64) {
 func (t *table) skip(e *entry, s *eventSource, number uint64) {
 	s.floor = number
 	t.advance(e, s, number)
-	s.held = slices.DeleteFunc(s.held, func(h heldEvent) bool { return h.update.Number <= number })
+	s.held = slices.DeleteFunc(s.held, func(h heardEvent) bool { return h.update.Number <= number })
 }
 
 // isNew reports whether an event that is not ahead of its turn has not come before.
@@ -1008,7 +1014,7 @@ func (s *eventSource) remember(id eventID) {
 
 // hold keeps an event that is ahead of its turn. False: it is there already, or there is no room and it has to
 // come again.
-func (s *eventSource) hold(h heldEvent) bool {
+func (s *eventSource) hold(h heardEvent) bool {
 	if h.update.Number > s.number+eventWindow || len(s.held) >= eventWindow {
 		return false
 	}
@@ -1118,7 +1124,7 @@ func (f memberFilter) matches(m Member) bool {
 // memberStatus is a member, and for how long it has had its status.
 type memberStatus struct {
 	Member
-	since time.Duration
+	lasted time.Duration
 }
 
 func aliveNames(members []memberStatus) (names []string) {
@@ -1165,7 +1171,7 @@ func membersText(members []memberStatus, detailed bool) string {
 	for _, m := range members {
 		row := []string{printable(m.Name, ""), m.Addr.String(), fmt.Sprintf("%-6s", m.Status)}
 		if detailed {
-			row = append(row, "for "+m.since.Round(time.Second).String(),
+			row = append(row, "for "+m.lasted.Round(time.Second).String(),
 				"version "+printable(m.Version, ""), fmt.Sprint("protocol ", m.Protocol))
 		}
 		rows = append(rows, append(row, printable(strings.Join(splitNUL(m.Tags), ","), "")))
@@ -1246,7 +1252,7 @@ func membersJSON(members []memberStatus, detailed bool) string {
 			Status: m.Status.String(),
 		}
 		if detailed {
-			shown.For = m.since.Round(time.Second).String()
+			shown.For = m.lasted.Round(time.Second).String()
 			shown.Version = m.Version
 			shown.Protocol = m.Protocol
 		}

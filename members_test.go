@@ -124,11 +124,11 @@ func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
 	say(statusFailed)
 	come()
 	e := tb.get("a")
-	if got := kinds(tb.events); got != "join failed join failed" || !e.local.held || e.displayStatus() != statusFailed || e.Status != statusAlive {
-		t.Errorf("events %q, held %v, shown %v, record %v", got, e.local.held, e.displayStatus(), e.Status)
+	if got := kinds(tb.events); got != "join failed join failed" || !e.local.damped || e.displayStatus() != statusFailed || e.Status != statusAlive {
+		t.Errorf("events %q, held %v, shown %v, record %v", got, e.local.damped, e.displayStatus(), e.Status)
 	}
 	tb.release(now, e)
-	if got := kinds(tb.events); got != "join failed join failed join" || len(tb.held) > 0 {
+	if got := kinds(tb.events); got != "join failed join failed join" || len(tb.damped) > 0 {
 		t.Errorf("after it has answered: events %q", got)
 	}
 
@@ -143,7 +143,7 @@ func TestFlapOfAMemberIsHeldUntilItAnswers(t *testing.T) {
 	come()
 	restarted := testMember("a", 100, statusAlive)
 	tb.apply(now, restarted, 0)
-	if e.local.held || len(tb.held) > 0 || e.displayStatus() != statusAlive {
+	if e.local.damped || len(tb.damped) > 0 || e.displayStatus() != statusAlive {
 		t.Error("another instance is held for what the former one did")
 	}
 }
@@ -349,7 +349,7 @@ func TestEventDigestCoversWhatATableTellsOfTheFormerInstance(t *testing.T) {
 			t.Errorf("%v: no room for the former one", runs)
 		}
 		tb.skip(e, e.eventSource(20), 3)
-		if tb.heard != want.heard {
+		if tb.eventsDigest != want.eventsDigest {
 			t.Errorf("%v: the digests differ", runs)
 		}
 		if e.addFormer(10) {
@@ -358,7 +358,7 @@ func TestEventDigestCoversWhatATableTellsOfTheFormerInstance(t *testing.T) {
 		forgotten := *e
 		forgotten.local.reaped = true
 		tb.change(0, e, forgotten)
-		if tb.heard != 0 || tb.digest != 0 {
+		if tb.eventsDigest != 0 || tb.digest != 0 {
 			t.Errorf("%v: what is forgotten is in the digest", runs)
 		}
 	}
@@ -380,7 +380,7 @@ func TestDigestAgreesWhileTheDeadAreForgotten(t *testing.T) {
 	for at := range 5 {
 		theirs := died()
 		theirs.reap(10*time.Second, 10*time.Second-time.Duration(at)*time.Second)
-		for _, digest := range []uint64{theirs.digest, theirs.digest ^ theirs.heard} {
+		for _, digest := range []uint64{theirs.digest, theirs.digest ^ theirs.eventsDigest} {
 			if got, want := mine.agreesAround(digest, from, to), at >= 1 && at <= 3; got != want {
 				t.Errorf("with one that has forgotten %d of 4: %v", at, got)
 			}
@@ -397,9 +397,9 @@ func TestDigestAgreesWhileTheDeadAreForgotten(t *testing.T) {
 func TestEventSourceHoldsWhatIsAheadOfItsTurn(t *testing.T) {
 	s := &eventSource{number: 10}
 	for _, number := range []uint64{14, 12, 12, 13, 11 + eventWindow} {
-		s.hold(heldEvent{update: update{Number: number}})
+		s.hold(heardEvent{update: update{Number: number}})
 	}
-	s.hold(heldEvent{update: update{Number: 13, Nonce: 1}})
+	s.hold(heardEvent{update: update{Number: 13, Nonce: 1}})
 	var got []uint64
 	for _, h := range s.held {
 		got = append(got, h.update.Number)
@@ -408,7 +408,7 @@ func TestEventSourceHoldsWhatIsAheadOfItsTurn(t *testing.T) {
 		t.Error(diff)
 	}
 	for i := range uint64(2 * eventWindow) {
-		s.hold(heldEvent{update: update{Number: 20, Nonce: uint32(i)}})
+		s.hold(heardEvent{update: update{Number: 20, Nonce: uint32(i)}})
 	}
 	if len(s.held) != eventWindow {
 		t.Errorf("%d are held", len(s.held))

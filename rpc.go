@@ -62,7 +62,7 @@ var (
 	errGossip   = errors.New("is the gossip port of a hamlet agent")
 	errSerfRPC  = errors.New("speaks the RPC of Serf, which this agent does not: see 'watch -format json' and the other " +
 		"commands")
-	errSilent = fmt.Errorf("hung up without a word: it %w (a Serf agent hangs up so)", errForeign)
+	errSilent = fmt.Errorf("hung up without a word, as a Serf agent does: it %w", errForeign)
 	errHungUp = errors.New("closed the connection")
 )
 
@@ -830,7 +830,7 @@ func (g *gossip) holdLink(s *session, m Member) error {
 func (g *gossip) join(seeds []string, replay bool) (all seedResult) {
 	results := make(chan seedResult, len(seeds))
 	for _, seed := range seeds {
-		asked := stateSync{joins: true, asked: true, replay: replay}
+		asked := stateSync{joins: true, byCommand: true, replay: replay}
 		g.acceptor.wg.Go(func() { results <- g.joinSeed(seed, asked) })
 	}
 	for range seeds {
@@ -1052,7 +1052,7 @@ func (g *gossip) command(s *session, ln net.Listener, info func() []string) (err
 		g.list(s)
 		g.stream(s, sub)
 	default:
-		err = fmt.Errorf("this agent knows no request %q", req.Op)
+		err = fmt.Errorf("this agent does not know the request %q", req.Op)
 	}
 
 	if err != nil {
@@ -1231,7 +1231,7 @@ func (c *client) call(req rpcRequest, timeout time.Duration, each func(rpcRespon
 			conn.SetReadDeadline(deadline.Add(req.Timeout))
 		}
 	}
-	return failf("", "the agent at %s says more than a cluster can have", addr)
+	return failf("", "the agent at %s sent more than a cluster can have", addr)
 }
 
 // tell has the agent do something, and then prints that it is done.
@@ -1239,7 +1239,7 @@ func (c *client) tell(req rpcRequest, timeout time.Duration, done string) error 
 	return c.call(req, timeout, func(rpcResponse, []update) error { return output(done) })
 }
 
-// members asks for the members that match filter.
+// members asks for all members, and chooses those that match filter.
 func (c *client) members(filter memberFilter, timeout time.Duration) (members []memberStatus, err error) {
 	err = c.call(rpcRequest{Op: "members"}, timeout, func(_ rpcResponse, us []update) error {
 		for _, u := range us {
@@ -1408,7 +1408,7 @@ func lookUpOne(
 ) (best netip.AddrPort, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	err = errors.New("it has no address that fits")
+	err = errors.New("it has no address that this agent can use")
 	results := lookUp(ctx, s, port)
 	for range cap(results) {
 		l := <-results

@@ -423,7 +423,7 @@ func TestJoinThatFailsSaysWhatIsWrongAndWhatToDo(t *testing.T) {
 		{plain, fakeServer(t, "HAMLET/9\r\n\r\n"+strings.Repeat("x", helloSize)), "speaks protocol 9, this agent 5: upgrade this one"},
 		{plain, fakeServer(t, "HAMLET/3\r\n\r\n"+strings.Repeat("x", helloSize)), "speaks protocol 4 or older, this agent 5: upgrade that one"},
 		{plain, ln.Addr().String(), "is this the right port"},
-		{plain, fakeServer(t, ""), "a Serf agent hangs up so"},
+		{plain, fakeServer(t, ""), "as a Serf agent does"},
 		{plain, rpc, fmt.Sprintf("is the RPC port of a hamlet agent, which gossips on port %d", address(plain).Port())},
 		{plain, address(plain).String(), "that is this node itself"},
 		{plain, "127.0.0.1:1", "connection refused"},

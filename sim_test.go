@@ -406,7 +406,7 @@ func (s *sim) cluster(n int) []*proc {
 	model := &table{}
 	var all []known
 	for _, p := range ps {
-		model.apply(time.Second, p.n.self.Member, 0).known = s.now
+		model.apply(time.Second, p.n.self.Member, 0).firstHeard = s.now
 		s.number(p.name)
 		all = append(all, known{eventJoin, p.n.self.Incarnation})
 	}
@@ -992,7 +992,7 @@ func (s *sim) frame(b []byte) (hdr header, us []update) {
 // join is a join command; its ends come to p.joins.
 func (p *proc) join(to ...netip.AddrPort) {
 	for _, a := range to {
-		p.s.compare(p, a, &stateSync{joins: true, asked: true}, func(err error) { p.joins = append(p.joins, err) })
+		p.s.compare(p, a, &stateSync{joins: true, byCommand: true}, func(err error) { p.joins = append(p.joins, err) })
 	}
 }
 
