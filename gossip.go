@@ -139,7 +139,7 @@ var (
 	errSelf        = errors.New("that is this node itself")
 	errNameTaken   = errors.New("is taken")
 	errNameHeld    = errors.New("is not free yet")
-	errNobodyAsked = errors.New("nobody was asked: no living member matches the query")
+	errNobodyAsked = errors.New("nobody is asked: no living member matches the query")
 	errStopped     = errors.New("the agent is stopping")
 	errEventsWait  = errors.New("earlier events of this agent have not reached all members yet")
 )
@@ -1037,6 +1037,7 @@ type peerState struct {
 // peerPath is what is known about the way to and from a member, beside whether its address is validated.
 type peerPath struct {
 	source          netip.AddrPort // where its last datagram that counted came from
+	reachedAt       netip.AddrPort // where tables were compared, if it does not advertise that
 	occupant        string         // who has answered at its address instead of it
 	unansweredSince time.Duration  // since when it is a watcher that does not answer, though it is heard
 	missingBeats    int            // probes in a row that it answered although its heartbeat had not come
@@ -1394,7 +1395,7 @@ func (n *node) noteContact(e *entry, hdr header) {
 	}
 	e.peer().tcpOnly = 0
 	if hdr.Promise > 0 {
-		n.noteHeartbeat(e, hdr.Promise)
+		n.heartbeats.handleHeartbeat(n, e, hdr.Promise)
 	}
 	if e.local.isolated {
 		n.ping(e.Member) // it is heard; does it hear this node?
@@ -1414,16 +1415,6 @@ func (n *node) sendOwnClaim(e *entry) {
 	allowed := e.peer().claimRate.takeEvery(claimInterval, 1, n.now)
 	if allowed {
 		n.sendClaim(e.Member, n.claim(e))
-	}
-}
-
-// noteHeartbeat notes a heartbeat of e, which promises the next one within so many milliseconds.
-func (n *node) noteHeartbeat(e *entry, promise uint32) {
-	e.peer().path.missingBeats = 0
-	e.peer().due = n.now + min(time.Duration(promise)*ms, maxPromise) + n.overdueMargin(e.Member)
-	n.detector.handleSignOfLife(n, e.Member)
-	if !e.peer().line.isSettled(n.now) {
-		n.pingAtBoundedRate(e)
 	}
 }
 
@@ -2595,6 +2586,13 @@ func (n *node) syncDone(sync *stateSync) {
 	}
 	n.detector.noteAnswered(n, e) // wherever
 	e.peer().syncedDigests = sync.digest ^ n.digest()
+
+	at := sync.peer.Addr
+	reachedElsewhere := e.Addr != at && e.Instance == sync.peer.Instance
+	if reachedElsewhere && e.peer().path.reachedAt != at {
+		e.peer().path.reachedAt = at
+		n.logf(levelInfo, "%s was reached at %s and advertises %s", e.Name, at, e.Addr)
+	}
 }
 
 // ---- joining ----
@@ -3086,6 +3084,34 @@ func (r *heartbeats) step(n *node) {
 		r.relink(n)
 	}
 	n.wakeAt(r.linkAt)
+}
+
+// handleHeartbeat takes a heartbeat of e, which promises the next one within so many milliseconds.
+func (r *heartbeats) handleHeartbeat(n *node, e *entry, promise uint32) {
+	peer := e.peer()
+	peer.path.missingBeats = 0
+	peer.due = n.now + min(time.Duration(promise)*ms, maxPromise) + n.overdueMargin(e.Member)
+	n.detector.handleSignOfLife(n, e.Member)
+	if !peer.line.isSettled(n.now) {
+		n.pingAtBoundedRate(e)
+	}
+}
+
+// noteAlive is told that e was found alive, but not by a heartbeat.
+func (r *heartbeats) noteAlive(n *node, e *entry) {
+	peer := e.peer()
+	if peer.due > n.now {
+		return // what it promised before holds
+	}
+
+	peer.path.missingBeats++
+	if peer.path.missingBeats >= tolerableLoss {
+		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: "+
+			"it may not reach this node at %s, which it advertises", e.Name, e.Addr, n.self.Addr)
+	}
+	// This sign of life promises nothing, so a whole cycle may pass.
+	cycle := min(rings, n.table.aliveCount()-1) + 1
+	peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(e.Member)
 }
 
 func (r *heartbeats) beat(n *node) {
@@ -3607,19 +3633,7 @@ func (d *detector) clear(n *node, p *probe) {
 	if p.claimant.IsValid() {
 		n.identity.warnOfConflict(n, p.e.Member, p.claimant)
 	}
-	peer := p.e.peer()
-	if peer.due > n.now {
-		return // what it promised before holds
-	}
-
-	peer.path.missingBeats++
-	if peer.path.missingBeats >= tolerableLoss {
-		n.warnOfAddress("%s at %s answers, and none of its heartbeats arrive: "+
-			"it may not reach this node at %s, which it advertises", p.e.Name, p.e.Addr, n.self.Addr)
-	}
-	// This sign of life promises nothing, so a whole cycle may pass.
-	cycle := min(rings, n.table.aliveCount()-1) + 1
-	peer.due = n.now + time.Duration(cycle)*heartbeatInterval + n.overdueMargin(p.m)
+	n.heartbeats.noteAlive(n, p.e)
 }
 
 // handleStall waits for a member whose kernel accepts while the process is silent: every busy machine stalls for

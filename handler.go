@@ -30,9 +30,9 @@ const (
 	killAfter  = 5 * time.Second  // between TERM and KILL
 	// closeKillAfter is killAfter once the agent stops, whose end is waited for.
 	closeKillAfter = time.Second
-	// pipesFor bounds the wait for the output of a script that has ended: a child in the background may hold the pipe
-	// open, and even go on printing. With a small share of a processor this agent may not run for half of it.
-	pipesFor = 200 * time.Millisecond
+	// stdinAfter is how much longer than a script its stdin may last, which a child in the background may hold open.
+	stdinAfter = 100 * time.Millisecond
+	maxPipe    = 1 << 20 // bytes that a pipe holds at most
 )
 
 // handlerConfig says what runs when, and how.
@@ -413,17 +413,25 @@ func (h *handler) runScript(batch []delivery, printed, answer *outputCapture) (s
 		endGroup(cmd.Process.Pid, h.handlers.ending)
 		return nil
 	}
-	cmd.WaitDelay = pipesFor
+	cmd.WaitDelay = stdinAfter
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env = h.environ(batch[0].ev)
 	cmd.Stdin = strings.NewReader(stdinFor(batch))
-	cmd.Stdout = printed
-	cmd.Stderr = printed
-	if batch[0].answer != nil {
-		cmd.Stdout = answer
-	}
 
-	err := cmd.Run()
+	stdout := printed
+	err := printed.open()
+	if batch[0].answer != nil && err == nil {
+		stdout = answer
+		err = answer.open()
+	}
+	if err == nil {
+		cmd.Stdout = stdout.w
+		cmd.Stderr = printed.w
+		err = cmd.Run()
+	}
+	printed.close()
+	answer.close()
+
 	if err == nil || errors.Is(err, exec.ErrWaitDelay) {
 		return ""
 	}
@@ -487,10 +495,50 @@ func findInGroup(pgid int) int {
 	return 0
 }
 
-// outputCapture keeps the first and the last bytes written to it, and their number.
+// outputCapture keeps the first and the last bytes that a script prints, and their number.
 type outputCapture struct {
 	first, last []byte
 	size        int
+	r, w        *os.File       // a pipe, to which the script prints
+	copying     sync.WaitGroup // from it
+}
+
+// open makes the pipe, and keeps what comes from it.
+func (c *outputCapture) open() (err error) {
+	c.r, c.w, err = os.Pipe()
+	c.copying.Go(func() { c.r.WriteTo(c) })
+	return err
+}
+
+// close keeps what a script that has ended has left in the pipe. A child of its in the background may hold the pipe
+// open, so nothing is waited for: what the script itself has printed is all there.
+func (c *outputCapture) close() {
+	c.w.Close()
+	c.r.SetReadDeadline(time.Now())
+	c.copying.Wait()
+
+	c.r.SetReadDeadline(time.Time{})
+	if conn, err := c.r.SyscallConn(); err == nil {
+		conn.Read(c.readRest)
+	}
+	c.r.Close()
+}
+
+// readRest reads what a pipe holds, and never more than it can hold: a child may print without end.
+func (c *outputCapture) readRest(pipe uintptr) (done bool) {
+	buf := make([]byte, outputKept)
+	for read := 0; read < maxPipe; {
+		n, err := syscall.Read(int(pipe), buf)
+		if err == syscall.EINTR {
+			continue
+		}
+		if n <= 0 {
+			break
+		}
+		c.Write(buf[:n])
+		read += n
+	}
+	return true
 }
 
 func (c *outputCapture) Write(p []byte) (int, error) {

@@ -92,7 +92,7 @@ func TestKeyHidesNamesTagsAndEventsOnTheWire(t *testing.T) {
 	secrets := []string{"secret-red", "secret-green", "secret-role", "secret-event", "secret-payload"}
 	for name, keys := range map[string][]string{"with a key": testKeys[:1], "without a key": nil} {
 		t.Run(name, func(t *testing.T) {
-			binds := []string{freePort(t), freePort(t)}
+			binds := freeAddrs(t, "127.0.0.77", 2)
 			w := tapLoopback(t, netip.MustParseAddrPort(binds[0]).Port(), netip.MustParseAddrPort(binds[1]).Port())
 			defer w.stop()
 			red := startKeyed(t, keys, "-node", secrets[0], "-bind", binds[0], "-role", secrets[2])

@@ -678,7 +678,7 @@ func TestQueryNamesTheMembersThatDidNotAnswer(t *testing.T) {
 	// Where a filter matches no member, all that were asked have answered.
 	for _, args := range []string{"-tag role=none load", "-tag none=.* load", "-node db -tag role=web load"} {
 		out := db.askQuery(0, nil, strings.Fields(args)...)
-		if diff := cmp.Diff([]string{"Total Acks: 0", "Total Responses: 0"}, out); diff != "" {
+		if diff := cmp.Diff([]string{"Query 'load' dispatched", "Total Acks: 0", "Total Responses: 0"}, out); diff != "" {
 			t.Errorf("query %s: wanted, printed\n%s", args, diff)
 		}
 	}

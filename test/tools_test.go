@@ -222,7 +222,7 @@ func makeIn(t *testing.T, dir string, env []string, args ...string) string {
 func sourceCopy(t *testing.T, dir string) string {
 	t.Helper()
 	var paths []string
-	for _, pattern := range []string{"*.go", "go.*", "Makefile", "*.md", "LICENSE", "docs/*.md", "docs/generate/*"} {
+	for _, pattern := range []string{"*.go", "go.*", "Makefile", "*.md", "LICENSE", "docs/*.md", "docs/*.txt", "docs/generate/*"} {
 		found, _ := filepath.Glob(pattern)
 		paths = append(paths, found...)
 	}
