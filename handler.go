@@ -268,10 +268,10 @@ func (h *handler) take() []delivery {
 	return batch
 }
 
-// info returns what is known of the handlers: group, key, value; and so on. A key may come more than once.
+// info returns what is known of the handlers: group, key, value; and so on. The scripts of one event share its key.
 func (hs *handlers) info() (facts []string) {
 	add := func(key, value string) {
-		for i := 0; i < len(facts); i += 3 { // handlers of one event share its keys
+		for i := 0; i < len(facts); i += 3 {
 			if facts[i+1] == key {
 				facts[i+2] += ", " + value
 				return
